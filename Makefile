@@ -1,0 +1,54 @@
+# Postern. The targets one wants:
+#
+#   make demo       a host joins through its own dialed tunnel and answers SQL; Ctrl-C ends it
+#   make test       everything that proves it works (installs what it lacks)
+#   make build      agentd, controlplane and postern in bin/
+#   make race       the Go tests alone, with the race detector
+#   make lint       gofumpt, vet, staticcheck
+#   make fuzz       every fuzz target, FUZZTIME each (default 5m)
+#   make bench      the figures, as ratios measured in one run
+#   make proto      generate the code from proto/postern/v1/*.proto
+#   make clean
+
+GO       ?= go
+RELEASE  ?= 0.1.0-dev
+FUZZTIME ?= 5m
+LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
+export PATH := $(PATH):/usr/local/go/bin
+
+.PHONY: build demo test race lint fuzz bench proto clean deps
+
+build: deps
+	@mkdir -p bin
+	CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=auto -ldflags '$(LDFLAGS)' -o bin/ ./agentd ./controlplane ./client/postern
+
+deps:
+	@packaging/dev/deps.sh go
+
+demo: build
+	@packaging/dev/deps.sh postgresql
+	@$(GO) run ./e2e/demo -bin bin
+
+test:
+	@packaging/dev/test.sh
+
+race:
+	$(GO) test -race ./...
+
+lint:
+	@test -z "$$($(GO) tool gofumpt -l .)" || { $(GO) tool gofumpt -l .; echo "lint: run: go tool gofumpt -w ." >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+
+fuzz:
+	@packaging/dev/fuzz.sh $(FUZZTIME)
+
+bench: build
+	@packaging/dev/deps.sh postgresql
+	@$(GO) run ./e2e/bench -bin bin $(BENCH)
+
+proto:
+	$(GO) run ./proto/internal/protogen
+
+clean:
+	rm -rf bin dist

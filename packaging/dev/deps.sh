@@ -1,0 +1,61 @@
+#!/bin/sh
+# deps.sh NAME... - make sure that what the developer commands need is there, and
+# say what is installed. NAME is one of: go gcc postgresql nginx tinyproxy netns.
+# Installs Debian packages with apt-get, as root or through sudo.
+set -eu
+cd "$(dirname "$0")/../.."
+say() { echo "deps: $*" >&2; }
+die() { say "$*"; exit 1; }
+
+refreshed=
+install() {
+	if [ "$(id -u)" = 0 ]; then as=; elif command -v sudo >/dev/null 2>&1; then as=sudo; else
+		die "missing Debian package(s) $*: run 'apt-get install $*' as root"
+	fi
+	command -v apt-get >/dev/null 2>&1 || die "missing $*, and there is no apt-get: install it by hand"
+	say "installing Debian package(s): $*"
+	if [ -z "$refreshed" ]; then
+		$as apt-get update -q >/dev/null || say "apt-get update failed: going on with the lists at hand"
+		refreshed=1
+	fi
+	# A server package must not start its daemon: tests start their own.
+	policy=/usr/sbin/policy-rc.d
+	ours=
+	if [ ! -e $policy ]; then
+		printf '#!/bin/sh\nexit 101\n' | $as tee $policy >/dev/null && $as chmod 755 $policy && ours=1
+	fi
+	code=0
+	$as env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$@" >/dev/null || code=$?
+	[ -z "$ours" ] || $as rm -f $policy
+	[ $code = 0 ] || die "apt-get install $* failed"
+}
+
+# go_ok: is there a go that can build this module? An older go (1.21 or newer)
+# fetches the right toolchain from the Go module proxy by itself.
+go_ok() {
+	command -v go >/dev/null 2>&1 && go list -m >/dev/null 2>&1
+}
+
+for name in "$@"; do
+	case $name in
+	go)
+		PATH=$PATH:/usr/local/go/bin
+		go_ok && continue
+		command -v go >/dev/null 2>&1 || install golang-go ca-certificates
+		go_ok && continue
+		GOTOOLCHAIN=auto go_ok && { go env -w GOTOOLCHAIN=auto; say "go fetches the toolchain that go.mod asks for"; continue; }
+		die "go $(sed -n 's/^go //p' go.mod) or newer is needed, here is $(go version 2>/dev/null || echo none): see https://go.dev/dl"
+		;;
+	gcc) command -v gcc >/dev/null 2>&1 || install gcc libc6-dev ;;
+	postgresql)
+		ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v psql >/dev/null 2>&1 || install postgresql
+		;;
+	nginx) [ -x /usr/sbin/nginx ] || install nginx-light ;;
+	tinyproxy) command -v tinyproxy >/dev/null 2>&1 || install tinyproxy-bin ;;
+	netns)
+		command -v ip >/dev/null 2>&1 || install iproute2
+		command -v nft >/dev/null 2>&1 || [ -x /usr/sbin/nft ] || install nftables
+		;;
+	*) die "unknown name $name" ;;
+	esac
+done
