@@ -1,0 +1,107 @@
+package policy
+
+import (
+	"fmt"
+	"time"
+)
+
+// Mode is how far statements may go on a data source.
+type Mode string
+
+// The modes of DESIGN.md. ModeMetadata is known so that it can be refused by
+// name: this version does not enforce it.
+const (
+	ModeMetadata  Mode = "metadata"
+	ModeReadOnly  Mode = "read-only"
+	ModeReadWrite Mode = "read-write"
+)
+
+// What holds where the configuration is silent.
+const (
+	DefaultMaxRows          uint64 = 1_000_000
+	DefaultMaxBytes         uint64 = 1 << 30
+	DefaultStatementTimeout        = 5 * time.Minute
+	DefaultConcurrency             = 8
+)
+
+// The largest values that a configuration may ask for.
+const (
+	MaxStatementTimeout = 24 * time.Hour
+	MaxConcurrency      = 256
+)
+
+// Source is the checked policy of one data source. The zero value allows
+// nothing.
+type Source struct {
+	Mode Mode
+	// MaxRows and MaxBytes (of the Arrow stream) cut a result; at least 1.
+	MaxRows  uint64
+	MaxBytes uint64
+	// StatementTimeout ends a statement in the database; above 0.
+	StatementTimeout time.Duration
+	// Concurrency is how many statements may run at once; at least 1.
+	Concurrency int
+}
+
+// Request is what somebody asks of a source. A zero limit means the source's.
+type Request struct {
+	MaxRows  uint64
+	MaxBytes uint64
+	Timeout  time.Duration
+}
+
+// Verdict is the answer: Reason says in one line why not when Allowed is
+// false; the rest is what to enforce when it is true.
+type Verdict struct {
+	Allowed  bool
+	Reason   string
+	MaxRows  uint64
+	MaxBytes uint64
+	Timeout  time.Duration
+	// ReadWrite tells whether the statement may write.
+	ReadWrite bool
+}
+
+// Default is the policy of a source that declares none.
+func Default() Source {
+	return Source{
+		Mode:             ModeReadOnly,
+		MaxRows:          DefaultMaxRows,
+		MaxBytes:         DefaultMaxBytes,
+		StatementTimeout: DefaultStatementTimeout,
+		Concurrency:      DefaultConcurrency,
+	}
+}
+
+// Decide holds a request against a source's policy. The limits of the verdict
+// are the smaller of the source's and the request's.
+func Decide(source Source, request Request) Verdict {
+	verdict := Verdict{
+		MaxRows:  narrower(source.MaxRows, request.MaxRows),
+		MaxBytes: narrower(source.MaxBytes, request.MaxBytes),
+		Timeout:  narrower(source.StatementTimeout, request.Timeout),
+	}
+	switch {
+	case request.Timeout < 0:
+		return Verdict{Reason: fmt.Sprintf("a timeout of %s makes no sense", request.Timeout)}
+	case source.MaxRows == 0 || source.MaxBytes == 0 || source.StatementTimeout <= 0 || source.Concurrency < 1:
+		return Verdict{Reason: "the data source's policy has no limits: it allows nothing"}
+	}
+	switch source.Mode {
+	case ModeReadOnly:
+	case ModeReadWrite:
+		verdict.ReadWrite = true
+	default:
+		return Verdict{Reason: fmt.Sprintf("mode %q of the data source's policy is not supported by this version", source.Mode)}
+	}
+	verdict.Allowed = true
+	return verdict
+}
+
+// narrower returns the smaller limit; a zero wish is no wish.
+func narrower[T ~uint64 | ~int64](limit, wish T) T {
+	if wish == 0 {
+		return limit
+	}
+	return min(limit, wish)
+}

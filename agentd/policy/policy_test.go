@@ -1,0 +1,118 @@
+package policy
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"gopkg.in/yaml.v3"
+)
+
+func TestDecide(t *testing.T) {
+	readWrite := Default()
+	readWrite.Mode = ModeReadWrite
+	metadata := Default()
+	metadata.Mode = ModeMetadata
+	tests := []struct {
+		name    string
+		source  Source
+		request Request
+		want    Verdict
+		reason  string
+	}{
+		{name: "defaults", source: Default(), want: Verdict{Allowed: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute}},
+		{
+			name: "narrowed", source: Default(), request: Request{MaxRows: 5, MaxBytes: 6, Timeout: 7},
+			want: Verdict{Allowed: true, MaxRows: 5, MaxBytes: 6, Timeout: 7},
+		},
+		{
+			name: "never widened", source: Default(), request: Request{MaxRows: 1 << 60, MaxBytes: 1 << 60, Timeout: 1 << 60},
+			want: Verdict{Allowed: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute},
+		},
+		{
+			name: "read-write", source: readWrite,
+			want: Verdict{Allowed: true, ReadWrite: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute},
+		},
+		{name: "metadata", source: metadata, reason: "not supported"},
+		{name: "zero policy", reason: "allows nothing"},
+		{name: "negative timeout", source: Default(), request: Request{Timeout: -1}, reason: "makes no sense"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			got := Decide(test.source, test.request)
+			if test.reason != "" {
+				if got.Allowed || !strings.Contains(got.Reason, test.reason) {
+					t.Fatalf("got %+v, want a refusal with %q", got, test.reason)
+				}
+				return
+			}
+			if got != test.want {
+				t.Fatalf("got %+v, want %+v", got, test.want)
+			}
+		})
+	}
+}
+
+func TestSpec(t *testing.T) {
+	tests := []struct {
+		name, yaml string
+		want       Source
+		err        string
+	}{
+		{name: "empty", yaml: "{}", want: Default()},
+		{
+			name: "all", yaml: "{mode: read-write, plans: off, max_rows: 5, max_bytes: 2MiB, statement_timeout: 90s, concurrency: 3, keep_rows: off, mask: []}",
+			want: Source{Mode: ModeReadWrite, MaxRows: 5, MaxBytes: 2 << 20, StatementTimeout: 90 * time.Second, Concurrency: 3},
+		},
+		{name: "bytes as a number", yaml: "max_bytes: 4096", want: Source{ModeReadOnly, 1_000_000, 4096, 5 * time.Minute, 8}},
+		{name: "metadata", yaml: "mode: metadata", err: "metadata is not supported by this version"},
+		{name: "unknown mode", yaml: "mode: readonly", err: `policy.mode: "readonly" is none of`},
+		{name: "plans", yaml: "plans: full", err: "plans: full is not supported by this version"},
+		{name: "unknown plans", yaml: "plans: some", err: "is none of off"},
+		{name: "mask", yaml: "mask: [{columns: ['*.email'], with: hash}]", err: "mask is not supported by this version"},
+		{name: "keep rows", yaml: "keep_rows: {first: 100, last: 100}", err: "keep_rows is not supported by this version"},
+		{name: "no rows", yaml: "max_rows: 0", err: "at least 1"},
+		{name: "no bytes", yaml: "max_bytes: 0", err: "at least 1"},
+		{name: "garbled bytes", yaml: "max_bytes: 1 gig", err: "not a size"},
+		{name: "garbled timeout", yaml: "statement_timeout: 5", err: "not a duration"},
+		{name: "endless timeout", yaml: "statement_timeout: 100h", err: "not between"},
+		{name: "no concurrency", yaml: "concurrency: 0", err: "not between"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			var spec Spec
+			decoder := yaml.NewDecoder(strings.NewReader(test.yaml))
+			decoder.KnownFields(true)
+			if err := decoder.Decode(&spec); err != nil {
+				t.Fatal(err)
+			}
+			got, err := spec.Source()
+			if test.err != "" {
+				if err == nil || !strings.Contains(err.Error(), test.err) {
+					t.Fatalf("got %+v, %v, want an error with %q", got, err, test.err)
+				}
+				return
+			}
+			if err != nil || got != test.want {
+				t.Fatalf("got %+v, %v, want %+v", got, err, test.want)
+			}
+		})
+	}
+}
+
+func TestParseSize(t *testing.T) {
+	good := map[string]uint64{
+		"0": 0, "4096": 4096, "12B": 12, "1KiB": 1024, "1kB": 1000, "1KB": 1000, "500MB": 500e6, "3 MiB": 3 << 20,
+		"1GiB": 1 << 30, "2TB": 2e12, " 7TiB ": 7 << 40,
+	}
+	for text, want := range good {
+		if got, err := ParseSize(text); err != nil || got != want {
+			t.Errorf("ParseSize(%q): got %d, %v, want %d", text, got, err, want)
+		}
+	}
+	for _, text := range []string{"", "GiB", "-1", "+1", "1.5GiB", "1gib", "1 Gi B", "0x10", "99999999999999999999", "9999999TiB"} {
+		if got, err := ParseSize(text); err == nil {
+			t.Errorf("ParseSize(%q): got %d, want an error", text, got)
+		}
+	}
+}

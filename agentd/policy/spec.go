@@ -1,0 +1,127 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// Spec is a source's policy as /etc/postern/agentd.yaml has it; what is absent
+// gets its default. Decode it strictly: unknown keys are errors.
+type Spec struct {
+	Mode             string  `yaml:"mode"`
+	Plans            string  `yaml:"plans"`
+	MaxRows          *uint64 `yaml:"max_rows"`
+	MaxBytes         string  `yaml:"max_bytes"`
+	StatementTimeout string  `yaml:"statement_timeout"`
+	Concurrency      *int    `yaml:"concurrency"`
+	// KeepRows is "off" or a map; Mask is a list of rules. Both are here so
+	// that they can be refused by name.
+	KeepRows any   `yaml:"keep_rows"`
+	Mask     []any `yaml:"mask"`
+}
+
+// Source checks the policy and fills in the defaults. The error is one line
+// that names the key and says what to do.
+func (s Spec) Source() (Source, error) {
+	source := Default()
+	switch Mode(s.Mode) {
+	case "":
+	case ModeReadOnly, ModeReadWrite:
+		source.Mode = Mode(s.Mode)
+	case ModeMetadata:
+		return Source{}, errors.New("policy.mode: metadata is not supported by this version: use read-only, or leave the source out")
+	default:
+		return Source{}, fmt.Errorf("policy.mode: %q is none of read-only, read-write", s.Mode)
+	}
+	switch s.Plans {
+	case "", "off":
+	case "structure", "full", "analyze":
+		return Source{}, fmt.Errorf("policy.plans: %s is not supported by this version: remove it or set it to off", s.Plans)
+	default:
+		return Source{}, fmt.Errorf("policy.plans: %q is none of off, structure, full, analyze", s.Plans)
+	}
+	if len(s.Mask) > 0 {
+		return Source{}, errors.New("policy.mask: mask is not supported by this version: leave the source out, or grant its role only columns that may be seen")
+	}
+	// yaml.v3 gives a bool for off only where it decodes into one, but a
+	// configuration written as JSON may say false.
+	if s.KeepRows != nil && s.KeepRows != "off" && s.KeepRows != false {
+		return Source{}, errors.New("policy.keep_rows: keep_rows is not supported by this version: remove it or set it to off (nothing is kept)")
+	}
+	if s.MaxRows != nil {
+		if *s.MaxRows == 0 {
+			return Source{}, errors.New("policy.max_rows: must be at least 1")
+		}
+		source.MaxRows = *s.MaxRows
+	}
+	if s.MaxBytes != "" {
+		size, err := ParseSize(s.MaxBytes)
+		if err != nil {
+			return Source{}, fmt.Errorf("policy.max_bytes: %w", err)
+		}
+		if size == 0 {
+			return Source{}, errors.New("policy.max_bytes: must be at least 1")
+		}
+		source.MaxBytes = size
+	}
+	if s.StatementTimeout != "" {
+		timeout, err := time.ParseDuration(s.StatementTimeout)
+		if err != nil {
+			return Source{}, fmt.Errorf("policy.statement_timeout: %q is not a duration such as 30s, 5m or 1h30m", s.StatementTimeout)
+		}
+		if timeout < time.Millisecond || timeout > MaxStatementTimeout {
+			return Source{}, fmt.Errorf("policy.statement_timeout: %s is not between 1ms and %s", timeout, MaxStatementTimeout)
+		}
+		source.StatementTimeout = timeout
+	}
+	if s.Concurrency != nil {
+		if *s.Concurrency < 1 || *s.Concurrency > MaxConcurrency {
+			return Source{}, fmt.Errorf("policy.concurrency: %d is not between 1 and %d", *s.Concurrency, MaxConcurrency)
+		}
+		source.Concurrency = *s.Concurrency
+	}
+	return source, nil
+}
+
+// units are those that ParseSize knows, longest first.
+var units = []struct {
+	suffix string
+	bytes  uint64
+}{
+	{"KiB", 1 << 10},
+	{"MiB", 1 << 20},
+	{"GiB", 1 << 30},
+	{"TiB", 1 << 40},
+	{"KB", 1e3},
+	{"kB", 1e3},
+	{"MB", 1e6},
+	{"GB", 1e9},
+	{"TB", 1e12},
+	{"B", 1},
+	{"", 1},
+}
+
+// ParseSize reads a number of bytes such as 1GiB, 500MB, 100KiB or 4096.
+func ParseSize(text string) (uint64, error) {
+	text = strings.TrimSpace(text)
+	for _, unit := range units {
+		digits, ok := strings.CutSuffix(text, unit.suffix)
+		if !ok {
+			continue
+		}
+		digits = strings.TrimSpace(digits)
+		n, err := strconv.ParseUint(digits, 10, 64)
+		switch {
+		case errors.Is(err, strconv.ErrRange), err == nil && n > math.MaxInt64/unit.bytes:
+			return 0, fmt.Errorf("%q is too large", text)
+		case err != nil || digits[0] == '+':
+			return 0, fmt.Errorf("%q is not a size such as 1GiB, 500MB or 4096", text)
+		}
+		return n * unit.bytes, nil
+	}
+	return 0, fmt.Errorf("%q is not a size such as 1GiB, 500MB or 4096", text)
+}
