@@ -1,0 +1,126 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/auditchain"
+)
+
+// auditBatch is how many entries one statement inserts.
+const auditBatch = 100
+
+// AuditHead returns the head of an organization's chain; zero if it is empty.
+func (s *Store) AuditHead(ctx context.Context, org string) (auditchain.Head, error) {
+	return s.head(ctx, "SELECT sequence, hash FROM audit_heads WHERE organization = ?", org)
+}
+
+func (s *Store) head(ctx context.Context, query, key string) (auditchain.Head, error) {
+	var sequence int64
+	var hash []byte
+	err := s.reader().row(ctx, query, key).Scan(&sequence, &hash)
+	if errors.Is(err, sql.ErrNoRows) {
+		return auditchain.Head{}, nil
+	}
+	if err != nil {
+		return auditchain.Head{}, s.fail(ctx, "read an audit head", err)
+	}
+	sum, err := array32(hash)
+	return auditchain.Head{Sequence: uint64(sequence), Hash: sum}, err
+}
+
+// AppendAudit appends sealed entries after prev and moves the head, durably and
+// all or nothing. If prev is no longer the head, somebody else was first:
+// ALREADY_EXISTS, and nothing is written.
+func (s *Store) AppendAudit(ctx context.Context, org string, prev auditchain.Head, lines [][]byte, head auditchain.Head) error {
+	if head.Sequence != prev.Sequence+uint64(len(lines)) {
+		return fmt.Errorf("append %d audit entries: head %d does not follow %d", len(lines), head.Sequence, prev.Sequence)
+	}
+	moved := proto.Errorf(proto.CodeAlreadyExists, "the audit chain has moved on from entry %d", prev.Sequence)
+	return s.write(ctx, "append to the audit log", func(tx handle) error {
+		var n int64
+		var err error
+		if prev.Sequence == 0 {
+			n, err = tx.exec(ctx, "INSERT INTO audit_heads (organization, sequence, hash) VALUES (?, ?, ?) ON CONFLICT DO NOTHING", org, int64(head.Sequence), head.Hash[:])
+		} else {
+			n, err = tx.exec(ctx, "UPDATE audit_heads SET sequence = ?, hash = ? WHERE organization = ? AND sequence = ? AND hash = ?",
+				int64(head.Sequence), head.Hash[:], org, int64(prev.Sequence), prev.Hash[:])
+		}
+		if err != nil {
+			return err
+		}
+		if n != 1 {
+			return moved
+		}
+		next := int64(prev.Sequence) + 1
+		for rest := lines; len(rest) > 0; {
+			batch := rest[:min(len(rest), auditBatch)]
+			rest = rest[len(batch):]
+			args := make([]any, 0, 3*len(batch))
+			for _, line := range batch {
+				args = append(args, org, next, line)
+				next++
+			}
+			_, err := tx.exec(ctx, "INSERT INTO audit (organization, sequence, line) VALUES "+
+				strings.TrimSuffix(strings.Repeat("(?, ?, ?), ", len(batch)), ", "), args...)
+			if isUnique(err) {
+				return fmt.Errorf("audit entry %d of %s exists although the head says otherwise: run `postern audit verify`: %w", next, org, err)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// AuditAfter returns at most limit entries whose number is above after, in
+// ascending order, and the last one's number as the store has it.
+func (s *Store) AuditAfter(ctx context.Context, org string, after uint64, limit int) (lines [][]byte, last uint64, err error) {
+	last = after
+	rows, err := s.reader().query(ctx, "SELECT sequence, line FROM audit WHERE organization = ? AND sequence > ? ORDER BY sequence LIMIT ?",
+		org, int64(after), limit)
+	lines, err = collect(ctx, s, "read the audit log", rows, err, func(rows *sql.Rows) ([]byte, error) {
+		var sequence int64
+		var line []byte
+		err := rows.Scan(&sequence, &line)
+		last = uint64(sequence)
+		return line, err
+	})
+	return lines, last, err
+}
+
+// AuditNewest returns at most limit entries, newest first.
+func (s *Store) AuditNewest(ctx context.Context, org string, limit int) ([][]byte, error) {
+	rows, err := s.reader().query(ctx, "SELECT line FROM audit WHERE organization = ? ORDER BY sequence DESC LIMIT ?", org, limit)
+	return collect(ctx, s, "read the audit log", rows, err, func(rows *sql.Rows) ([]byte, error) {
+		var line []byte
+		err := rows.Scan(&line)
+		return line, err
+	})
+}
+
+// AgentAuditHead returns the newest head of an agent's own chain that was
+// recorded; zero if none was.
+func (s *Store) AgentAuditHead(ctx context.Context, agent string) (auditchain.Head, error) {
+	return s.head(ctx, "SELECT sequence, hash FROM agent_audit_heads WHERE agent = ?", agent)
+}
+
+// SetAgentAuditHead records the head of an agent's own chain. It never moves
+// back: a head that is older than the recorded one is left out, and the result
+// is false.
+func (s *Store) SetAgentAuditHead(ctx context.Context, agent string, head auditchain.Head) (bool, error) {
+	var n int64
+	err := s.write(ctx, "record an agent's audit head", func(tx handle) error {
+		var err error
+		n, err = tx.exec(ctx, `INSERT INTO agent_audit_heads (agent, sequence, hash) VALUES (?, ?, ?)
+			ON CONFLICT (agent) DO UPDATE SET sequence = excluded.sequence, hash = excluded.hash
+			WHERE agent_audit_heads.sequence <= excluded.sequence`, agent, int64(head.Sequence), head.Hash[:])
+		return err
+	})
+	return n == 1, err
+}

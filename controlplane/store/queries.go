@@ -1,0 +1,208 @@
+package store
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	posternproto "github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// The history's bounds: per organization, this many queries of at most this age,
+// each with at most this much of its text. Running queries are kept.
+const (
+	maxQueries      = 10_000
+	maxQueryAge     = 30 * 24 * time.Hour
+	maxQueryText    = 64 << 10
+	pruneEvery      = 64  // inserts
+	pruneBatch      = 256 // rows at a time, so that nobody waits long
+	defaultQueries  = 50
+	longestQueryRow = 1000 // rows in one listing
+)
+
+// stateRunning is the one state that a query leaves.
+const stateRunning = "running"
+
+const queryColumns = "q.id, q.agent, q.source, q.token_name, q.sql_text, q.state, q.started, q.duration, q.row_count, q.byte_count, q.error"
+
+type queryRow struct {
+	q                 posternv1.Query
+	started, duration int64
+	rows, bytes       int64
+	failure           []byte
+}
+
+func (r *queryRow) into() []any {
+	return []any{
+		&r.q.Id, &r.q.Agent, &r.q.Source, &r.q.TokenName, &r.q.Sql, &r.q.State, &r.started, &r.duration, &r.rows, &r.bytes, &r.failure,
+	}
+}
+
+func (r *queryRow) value() (*posternv1.Query, error) {
+	r.q.Started = stamp(r.started)
+	r.q.Rows, r.q.Bytes = uint64(r.rows), uint64(r.bytes)
+	if r.q.State != stateRunning {
+		r.q.Duration = durationpb.New(time.Duration(r.duration) * time.Microsecond)
+	}
+	if r.failure != nil {
+		r.q.Error = &posternv1.ErrorDetail{}
+		if err := proto.Unmarshal(r.failure, r.q.Error); err != nil {
+			return nil, fmt.Errorf("error of query %s in the store: %w", r.q.Id, err)
+		}
+	}
+	return &r.q, nil
+}
+
+// InsertQuery records a query that begins. token is the id of the API token it
+// runs for, replica the control plane process that runs it. Now and then it
+// forgets the oldest of the history.
+func (s *Store) InsertQuery(ctx context.Context, org, token, replica string, q *posternv1.Query) error {
+	failure, err := encodeFailure(q.Error)
+	if err != nil {
+		return err
+	}
+	started := q.Started.AsTime()
+	err = s.writeRelaxed(ctx, "record a query", func(tx handle) error {
+		_, err := tx.exec(ctx, `INSERT INTO queries (id, organization, token, token_name, agent, source, sql_text, state, started, duration, row_count, byte_count, error, replica)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+			q.Id, org, token, q.TokenName, q.Agent, plainText(q.Source), cutText(q.Sql), q.State, millis(started),
+			q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failure, replica)
+		return err
+	})
+	if err != nil || !s.pruneDue() {
+		return err
+	}
+	if _, err := s.PruneQueries(ctx, org, started); err != nil {
+		s.log.WarnContext(ctx, "history not pruned", "organization", org, "err", err)
+	}
+	return nil
+}
+
+// cutText bounds a statement's text and says so in it.
+func cutText(text string) string {
+	text = plainText(text)
+	if len(text) <= maxQueryText {
+		return text
+	}
+	return fmt.Sprintf("%s… (cut, %d bytes in all)", strings.ToValidUTF8(text[:maxQueryText], ""), len(text))
+}
+
+func encodeFailure(d *posternv1.ErrorDetail) ([]byte, error) {
+	if d == nil {
+		return nil, nil
+	}
+	failure, err := proto.Marshal(d)
+	if err != nil {
+		return nil, posternproto.Errorf(posternproto.CodeInvalid, "the query's error cannot be encoded: %w", err)
+	}
+	return failure, nil
+}
+
+// FinishQuery records how a query ended: state, duration, rows, bytes and error
+// of q are taken. One that has ended already is left as it is.
+func (s *Store) FinishQuery(ctx context.Context, org string, q *posternv1.Query) error {
+	failure, err := encodeFailure(q.Error)
+	if err != nil {
+		return err
+	}
+	return s.writeRelaxed(ctx, "record a query's end", func(tx handle) error {
+		_, err := tx.exec(ctx, `UPDATE queries SET state = ?, duration = ?, row_count = ?, byte_count = ?, error = ?
+			WHERE organization = ? AND id = ? AND state = 'running'`,
+			q.State, q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failure, org, q.Id)
+		return err
+	})
+}
+
+// FailRunningQueries ends what a process of this name left running when it died;
+// call it at start, before the first query. It returns their number.
+func (s *Store) FailRunningQueries(ctx context.Context, replica string, why *posternv1.ErrorDetail, now time.Time) (int, error) {
+	failure, err := encodeFailure(why)
+	if err != nil {
+		return 0, err
+	}
+	var n int64
+	err = s.write(ctx, "end the queries of a process that died", func(tx handle) error {
+		var err error
+		n, err = tx.exec(ctx, `UPDATE queries SET state = 'failed', error = ?, duration = (CASE WHEN started < ? THEN (? - started) * 1000 ELSE 0 END)
+			WHERE state = 'running' AND replica = ?`, failure, millis(now), millis(now), replica)
+		return err
+	})
+	return int(n), err
+}
+
+// GetQuery returns one query of the history. A token's id limits it to that
+// token's; empty means any.
+func (s *Store) GetQuery(ctx context.Context, org, token, id string) (*posternv1.Query, error) {
+	query, args := "SELECT "+queryColumns+" FROM queries q WHERE q.organization = ? AND q.id = ?", []any{org, plainText(id)}
+	if token != "" {
+		query, args = query+" AND q.token = ?", append(args, token)
+	}
+	var r queryRow
+	err := s.reader().row(ctx, query, args...).Scan(r.into()...)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, notFound("query", id)
+	}
+	if err != nil {
+		return nil, s.fail(ctx, "get query", err)
+	}
+	return r.value()
+}
+
+// ListQueries lists the history, newest first: 50 if limit is 0, at most 1000. A
+// token's id limits it to that token's; empty means all.
+func (s *Store) ListQueries(ctx context.Context, org, token string, runningOnly bool, limit int) ([]*posternv1.Query, error) {
+	if limit <= 0 {
+		limit = defaultQueries
+	}
+	query, args := "SELECT "+queryColumns+" FROM queries q WHERE q.organization = ?", []any{org}
+	if token != "" {
+		query, args = query+" AND q.token = ?", append(args, token)
+	}
+	if runningOnly {
+		query += " AND q.state = 'running'"
+	}
+	rows, err := s.reader().query(ctx, query+" ORDER BY q.started DESC, q.id DESC LIMIT ?", append(args, min(limit, longestQueryRow))...)
+	return collect(ctx, s, "list queries", rows, err, func(rows *sql.Rows) (*posternv1.Query, error) {
+		var r queryRow
+		if err := rows.Scan(r.into()...); err != nil {
+			return nil, err
+		}
+		return r.value()
+	})
+}
+
+func (s *Store) pruneDue() bool {
+	s.pruneMu.Lock()
+	defer s.pruneMu.Unlock()
+	s.inserts++
+	if s.inserts < pruneEvery {
+		return false
+	}
+	s.inserts = 0
+	return true
+}
+
+// PruneQueries forgets one batch of what the history holds beyond its bounds,
+// and returns its size. InsertQuery calls it often enough.
+func (s *Store) PruneQueries(ctx context.Context, org string, now time.Time) (int, error) {
+	var n int64
+	err := s.writeRelaxed(ctx, "prune the history", func(tx handle) error {
+		old, err := tx.exec(ctx, `DELETE FROM queries WHERE id IN
+			(SELECT id FROM queries WHERE started < ? AND state <> 'running' ORDER BY started LIMIT ?)`, millis(now.Add(-maxQueryAge)), pruneBatch)
+		if err != nil {
+			return err
+		}
+		many, err := tx.exec(ctx, `DELETE FROM queries WHERE state <> 'running' AND id IN
+			(SELECT id FROM queries WHERE organization = ? ORDER BY started DESC, id DESC LIMIT ? OFFSET ?)`, org, pruneBatch, maxQueries)
+		n = old + many
+		return err
+	})
+	return int(n), err
+}
