@@ -83,13 +83,10 @@ func (s *Store) GetAgent(ctx context.Context, org, idOrName string) (*posternv1.
 	return a, err
 }
 
-// ListAgents lists an organization's agents by name, without link events.
-func (s *Store) ListAgents(ctx context.Context, org string, withRevoked bool) ([]*posternv1.Agent, error) {
-	query := "SELECT " + agentColumns + " FROM agents a WHERE a.organization = ?"
-	if !withRevoked {
-		query += " AND a.revoked IS NULL"
-	}
-	rows, err := s.reader().query(ctx, query+" ORDER BY a.name, a.registered, a.id", org)
+// ListAgents lists an organization's agents that are not revoked, by name and
+// without link events.
+func (s *Store) ListAgents(ctx context.Context, org string) ([]*posternv1.Agent, error) {
+	rows, err := s.reader().query(ctx, "SELECT "+agentColumns+" FROM agents a WHERE a.organization = ? AND a.revoked IS NULL ORDER BY a.name", org)
 	return collect(ctx, s, "list agents", rows, err, func(rows *sql.Rows) (*posternv1.Agent, error) {
 		var r agentRow
 		if err := rows.Scan(r.into()...); err != nil {

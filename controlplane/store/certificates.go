@@ -21,27 +21,30 @@ const (
 // oldest beyond it are retired.
 const maxPending = 8
 
-// IdentityState returns the state of an agent's certificate and the SHA-256 of
-// its SubjectPublicKeyInfo. ORGANIZATION_DISABLED and AGENT_REVOKED are errors;
-// an agent, organization and serial that do not belong together are NOT_FOUND.
-func (s *Store) IdentityState(ctx context.Context, org, agent, serial string) (state string, publicKey [32]byte, err error) {
-	var disabled, revoked sql.NullInt64
-	var key []byte
-	err = s.reader().row(ctx, `SELECT c.state, c.public_key, o.disabled, a.revoked FROM agent_certificates c
+// IdentityState returns the state of an agent's certificate, when it ends, and
+// when it was retired, if it was. ORGANIZATION_DISABLED and AGENT_REVOKED are
+// errors; an agent, organization and serial that do not belong together are
+// NOT_FOUND.
+func (s *Store) IdentityState(ctx context.Context, org, agent, serial string) (state string, notAfter, retired time.Time, err error) {
+	var end int64
+	var disabled, revoked, gone sql.NullInt64
+	err = s.reader().row(ctx, `SELECT c.state, c.not_after, c.retired, o.disabled, a.revoked FROM agent_certificates c
 		JOIN agents a ON a.id = c.agent JOIN organizations o ON o.id = a.organization
-		WHERE c.serial = ? AND a.id = ? AND o.id = ?`, serial, agent, org).Scan(&state, &key, &disabled, &revoked)
+		WHERE c.serial = ? AND a.id = ? AND o.id = ?`, serial, agent, org).Scan(&state, &end, &gone, &disabled, &revoked)
 	switch {
 	case errors.Is(err, sql.ErrNoRows):
-		return "", publicKey, notFound("agent", agent)
+		return "", notAfter, retired, notFound("agent", agent)
 	case err != nil:
-		return "", publicKey, s.fail(ctx, "check an agent's identity", err)
+		return "", notAfter, retired, s.fail(ctx, "check an agent's identity", err)
 	case disabled.Valid:
-		return "", publicKey, &proto.Error{Code: proto.CodeOrganizationDisabled}
+		return "", notAfter, retired, &proto.Error{Code: proto.CodeOrganizationDisabled}
 	case revoked.Valid:
-		return "", publicKey, &proto.Error{Code: proto.CodeAgentRevoked}
+		return "", notAfter, retired, &proto.Error{Code: proto.CodeAgentRevoked}
 	}
-	publicKey, err = array32(key)
-	return state, publicKey, err
+	if gone.Valid {
+		retired = time.UnixMilli(gone.Int64).UTC()
+	}
+	return state, time.UnixMilli(end).UTC(), retired, nil
 }
 
 // InsertCertificate records a further certificate of an agent, pending. The
@@ -68,8 +71,8 @@ func (s *Store) InsertCertificate(ctx context.Context, org, agent, serial string
 			VALUES (?, ?, ?, 'pending', ?, ?, ?)`, serial, agent, generation, millis(notAfter), millis(now), publicKey[:]); err != nil {
 			return err
 		}
-		if _, err := tx.exec(ctx, `UPDATE agent_certificates SET state = 'retired' WHERE agent = ? AND state = 'pending'
-			AND generation <= ?`, agent, generation-maxPending); err != nil {
+		if _, err := tx.exec(ctx, `UPDATE agent_certificates SET state = 'retired', retired = ? WHERE agent = ? AND state = 'pending'
+			AND generation <= ?`, millis(now), agent, generation-maxPending); err != nil {
 			return err
 		}
 		_, err = tx.exec(ctx, "DELETE FROM agent_certificates WHERE agent = ? AND state = 'retired' AND not_after < ?", agent, millis(forget))
@@ -80,7 +83,7 @@ func (s *Store) InsertCertificate(ctx context.Context, org, agent, serial string
 // ConfirmCertificate makes a pending certificate active and retires all that
 // were issued before it. It reports whether it changed anything: an active one
 // is confirmed already, a retired one cannot be.
-func (s *Store) ConfirmCertificate(ctx context.Context, agent, serial string) (bool, error) {
+func (s *Store) ConfirmCertificate(ctx context.Context, agent, serial string, now time.Time) (bool, error) {
 	var changed bool
 	err := s.write(ctx, "confirm a certificate", func(tx handle) error {
 		changed = false
@@ -97,7 +100,7 @@ func (s *Store) ConfirmCertificate(ctx context.Context, agent, serial string) (b
 		if err != nil || state != CertificatePending {
 			return err
 		}
-		if _, err := tx.exec(ctx, "UPDATE agent_certificates SET state = 'retired' WHERE agent = ? AND state <> 'retired' AND generation < ?", agent, generation); err != nil {
+		if _, err := tx.exec(ctx, "UPDATE agent_certificates SET state = 'retired', retired = ? WHERE agent = ? AND state <> 'retired' AND generation < ?", millis(now), agent, generation); err != nil {
 			return err
 		}
 		n, err := tx.exec(ctx, "UPDATE agent_certificates SET state = 'active' WHERE serial = ? AND state = 'pending'", serial)

@@ -5,7 +5,7 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/postern-dev/postern/controlplane/store/storetest"
+	"github.com/postern-dev/postern/e2e/storetest"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(storetest.Main{M: m}) }

@@ -61,9 +61,8 @@ func (r *queryRow) value() (*posternv1.Query, error) {
 }
 
 // InsertQuery records a query that begins. token is the id of the API token it
-// runs for, replica the control plane process that runs it. Now and then it
-// forgets the oldest of the history.
-func (s *Store) InsertQuery(ctx context.Context, org, token, replica string, q *posternv1.Query) error {
+// runs for. Now and then it forgets the oldest of the history.
+func (s *Store) InsertQuery(ctx context.Context, org, token string, q *posternv1.Query) error {
 	failure, err := encodeFailure(q.Error)
 	if err != nil {
 		return err
@@ -73,7 +72,7 @@ func (s *Store) InsertQuery(ctx context.Context, org, token, replica string, q *
 		_, err := tx.exec(ctx, `INSERT INTO queries (id, organization, token, token_name, agent, source, sql_text, state, started, duration, row_count, byte_count, error, replica)
 			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 			q.Id, org, token, q.TokenName, q.Agent, plainText(q.Source), cutText(q.Sql), q.State, millis(started),
-			q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failure, replica)
+			q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failure, s.replica)
 		return err
 	})
 	if err != nil || !s.pruneDue() {
@@ -120,9 +119,10 @@ func (s *Store) FinishQuery(ctx context.Context, org string, q *posternv1.Query)
 	})
 }
 
-// FailRunningQueries ends what a process of this name left running when it died;
-// call it at start, before the first query. It returns their number.
-func (s *Store) FailRunningQueries(ctx context.Context, replica string, why *posternv1.ErrorDetail, now time.Time) (int, error) {
+// FailRunningQueries ends what an earlier process with the same Config.Replica
+// left running when it died; call it at start, before the first query. It
+// returns their number.
+func (s *Store) FailRunningQueries(ctx context.Context, why *posternv1.ErrorDetail, now time.Time) (int, error) {
 	failure, err := encodeFailure(why)
 	if err != nil {
 		return 0, err
@@ -131,7 +131,7 @@ func (s *Store) FailRunningQueries(ctx context.Context, replica string, why *pos
 	err = s.write(ctx, "end the queries of a process that died", func(tx handle) error {
 		var err error
 		n, err = tx.exec(ctx, `UPDATE queries SET state = 'failed', error = ?, duration = (CASE WHEN started < ? THEN (? - started) * 1000 ELSE 0 END)
-			WHERE state = 'running' AND replica = ?`, failure, millis(now), millis(now), replica)
+			WHERE state = 'running' AND replica = ?`, failure, millis(now), millis(now), s.replica)
 		return err
 	})
 	return int(n), err
@@ -157,7 +157,7 @@ func (s *Store) GetQuery(ctx context.Context, org, token, id string) (*posternv1
 
 // ListQueries lists the history, newest first: 50 if limit is 0, at most 1000. A
 // token's id limits it to that token's; empty means all.
-func (s *Store) ListQueries(ctx context.Context, org, token string, runningOnly bool, limit int) ([]*posternv1.Query, error) {
+func (s *Store) ListQueries(ctx context.Context, org, token string, limit int, runningOnly bool) ([]*posternv1.Query, error) {
 	if limit <= 0 {
 		limit = defaultQueries
 	}

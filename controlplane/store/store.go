@@ -21,6 +21,9 @@ type Config struct {
 	PasswordFile string
 	// MaxConns bounds the connections to PostgreSQL; zero means 16.
 	MaxConns int
+	// Replica names this control plane process among those that share the store;
+	// it must survive a restart. Empty is a name too: that of the only one.
+	Replica string
 	// Logger is optional; nil discards.
 	Logger *slog.Logger
 }
@@ -45,7 +48,9 @@ func (e engine) String() string {
 type Store struct {
 	engine engine
 	log    *slog.Logger
-	read   *sql.DB
+	// replica marks the queries of this process.
+	replica string
+	read    *sql.DB
 	// durable syncs every commit to the disk; relaxed survives the death of this
 	// process but may lose the last moments in a power failure. With PostgreSQL
 	// both are read.

@@ -67,6 +67,7 @@ CREATE TABLE agent_certificates (
   state      TEXT NOT NULL CHECK (state IN ('pending', 'active', 'retired')),
   not_after  INTEGER NOT NULL,
   created    INTEGER NOT NULL,
+  retired    INTEGER,
   -- SHA-256 of the SubjectPublicKeyInfo.
   public_key BLOB NOT NULL CHECK (length(public_key) = 32),
   UNIQUE (agent, generation)

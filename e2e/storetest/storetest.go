@@ -1,5 +1,3 @@
-// Package storetest opens throwaway metadata stores for tests, one per engine.
-// Tests of any control plane package may import it.
 package storetest
 
 import (
