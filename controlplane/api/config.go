@@ -1,0 +1,125 @@
+package api
+
+import (
+	"context"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/postern-dev/postern/proto/auditchain"
+
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// Config is what the API needs. All fields are required unless said otherwise.
+type Config struct {
+	Logger   *slog.Logger
+	Tokens   Tokens
+	Keys     Keys
+	Store    Store
+	Agents   Agents
+	Queries  Queries
+	Audit    Audit
+	CA       CA
+	Gatherer prometheus.Gatherer
+	// Tunnel serves the WebSocket endpoint, /tunnel.
+	Tunnel http.Handler
+	// Ready returns nil when this process can serve, else why not.
+	Ready func(context.Context) error
+	// RequestsPerSecond and Burst bound each token; 0 means 100 and 200.
+	RequestsPerSecond float64
+	Burst             int
+}
+
+// Caller is who asks.
+type Caller struct {
+	*posternv1.Principal
+	OrganizationName string
+	// Expires is zero for a token that does not.
+	Expires time.Time
+	// Remote is the address the request came from.
+	Remote string
+}
+
+// Tokens knows the API tokens.
+type Tokens interface {
+	// Authenticate returns whose token it is, or UNAUTHENTICATED, RATE_LIMITED
+	// or ORGANIZATION_DISABLED. remote limits failures.
+	Authenticate(ctx context.Context, bearer, remote string) (Caller, error)
+	// Create makes a token and returns its text, which is not stored.
+	Create(ctx context.Context, organization, name, role string, ttl time.Duration) (*posternv1.Token, string, error)
+	Revoke(ctx context.Context, organization, idOrName string) (*posternv1.Token, error)
+}
+
+// Keys makes registration keys.
+type Keys interface {
+	Create(ctx context.Context, organization string, ttl time.Duration, uses uint32, labels map[string]string, by string) (*posternv1.Key, string, error)
+}
+
+// Store is the part of the metadata store that the API reads and writes itself.
+type Store interface {
+	ListTokens(ctx context.Context, organization string) ([]*posternv1.Token, error)
+	ListKeys(ctx context.Context, organization string) ([]*posternv1.Key, error)
+	RevokeKey(ctx context.Context, organization, id string, now time.Time) (*posternv1.Key, error)
+	ListAgents(ctx context.Context, organization string) ([]*posternv1.Agent, error)
+	GetAgent(ctx context.Context, organization, idOrName string) (*posternv1.Agent, error)
+	RevokeAgent(ctx context.Context, organization, idOrName string, now time.Time) (*posternv1.Agent, error)
+	ListQueries(ctx context.Context, organization, tokenID string, limit int, runningOnly bool) ([]*posternv1.Query, error)
+	GetQuery(ctx context.Context, organization, tokenID, id string) (*posternv1.Query, error)
+	CreateOrganization(ctx context.Context, name string, now time.Time) (*posternv1.Organization, error)
+	ListOrganizations(ctx context.Context) ([]*posternv1.Organization, error)
+	SetOrganizationDisabled(ctx context.Context, idOrName string, disabled bool, now time.Time) (*posternv1.Organization, error)
+}
+
+// LiveAgent is an agent's tunnel as the API uses it.
+type LiveAgent interface {
+	CheckSource(context.Context, *posternv1.CheckSourceRequest) (*posternv1.CheckSourceResponse, error)
+	ReadAudit(context.Context, *posternv1.ReadAuditRequest) (*posternv1.ReadAuditResponse, error)
+	// Get fetches a path from the agent, over its tunnel.
+	Get(ctx context.Context, path string) (*http.Response, error)
+	RTT() time.Duration
+	RemoteAddress() string
+}
+
+// Agents are the tunnels.
+type Agents interface {
+	// Agent returns AGENT_OFFLINE for one without a tunnel.
+	Agent(id string) (LiveAgent, error)
+	// AuditHead is the newest head of the agent's chain that it has reported.
+	AuditHead(ctx context.Context, id string) (auditchain.Head, error)
+	Disconnect(id string)
+	DisconnectOrganization(id string)
+}
+
+// Result is a statement's rows under way; Finish must be called.
+type Result interface {
+	QueryID() string
+	// Read reads the Arrow IPC stream; io.EOF means that the agent said how the
+	// statement ended.
+	Read([]byte) (int, error)
+	Finish(broke error) *posternv1.QueryOutcome
+}
+
+// Queries runs statements.
+type Queries interface {
+	Start(ctx context.Context, c Caller, agent, source string, statement *posternv1.RunSQLRequest) (Result, error)
+	// Cancel reports whether such a query ran.
+	Cancel(ctx context.Context, by *posternv1.Principal, id string, may func(owner *posternv1.Principal) error) (bool, error)
+}
+
+// Audit is the hash chain of each organization.
+type Audit interface {
+	Append(ctx context.Context, e auditchain.Entry) error
+	// List returns lines: ascending from a sequence number, or the newest first
+	// if from is 0.
+	List(ctx context.Context, organization string, from uint64, limit int) ([][]byte, error)
+	// Verify returns the number of entries and nil, or what is wrong.
+	Verify(ctx context.Context, organization string) (uint64, error)
+}
+
+// CA shows the authorities.
+type CA interface {
+	Authorities(ctx context.Context) ([]*posternv1.Authority, error)
+}

@@ -1,0 +1,69 @@
+package api
+
+import (
+	"slices"
+
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
+)
+
+// roles, from the least to the most that a token may do. Each includes those
+// before it.
+var roles = []string{"viewer", "analyst", "operator", "admin"}
+
+// needed is the least role for each procedure. What is not listed is refused.
+var needed = map[string]string{
+	posternv1connect.IdentityServiceWhoAmIProcedure: "viewer",
+	posternv1connect.CAServiceShowCAProcedure:       "viewer",
+
+	posternv1connect.AgentServiceListAgentsProcedure:   "viewer",
+	posternv1connect.AgentServiceGetAgentProcedure:     "viewer",
+	posternv1connect.AgentServiceRevokeAgentProcedure:  "operator",
+	posternv1connect.SourceServiceListSourcesProcedure: "viewer",
+	posternv1connect.SourceServiceCheckSourceProcedure: "analyst",
+
+	runSQL: "analyst",
+	posternv1connect.QueryServiceListQueriesProcedure: "analyst",
+	posternv1connect.QueryServiceGetQueryProcedure:    "analyst",
+	posternv1connect.QueryServiceCancelQueryProcedure: "analyst",
+
+	posternv1connect.KeyServiceCreateKeyProcedure:     "operator",
+	posternv1connect.KeyServiceListKeysProcedure:      "operator",
+	posternv1connect.KeyServiceRevokeKeyProcedure:     "operator",
+	posternv1connect.AuditServiceListAuditProcedure:   "operator",
+	posternv1connect.AuditServiceVerifyAuditProcedure: "operator",
+	agentMetrics: "operator",
+	metrics:      "operator",
+
+	posternv1connect.TokenServiceCreateTokenProcedure:                    "admin",
+	posternv1connect.TokenServiceListTokensProcedure:                     "admin",
+	posternv1connect.TokenServiceRevokeTokenProcedure:                    "admin",
+	posternv1connect.OrganizationServiceCreateOrganizationProcedure:      "admin",
+	posternv1connect.OrganizationServiceListOrganizationsProcedure:       "admin",
+	posternv1connect.OrganizationServiceSetOrganizationDisabledProcedure: "admin",
+}
+
+// Names of what is not a Connect procedure, in the table above.
+const (
+	runSQL       = "run SQL"
+	agentMetrics = "read an agent's metrics"
+	metrics      = "read the metrics"
+)
+
+// has reports whether role includes least.
+func has(role, least string) bool {
+	return slices.Contains(roles, role) && slices.Index(roles, role) >= slices.Index(roles, least)
+}
+
+// permit fails with ROLE_DENIED unless the caller's role includes what the
+// procedure needs.
+func permit(c Caller, procedure string) error {
+	least, listed := needed[procedure]
+	switch {
+	case !listed:
+		return proto.Errorf(proto.CodeNotFound, "no such procedure: %q", procedure)
+	case !has(c.Role, least):
+		return proto.Errorf(proto.CodeRoleDenied, "token %s has the role %s: this needs %s", c.TokenName, c.Role, least)
+	}
+	return nil
+}

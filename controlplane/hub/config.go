@@ -1,0 +1,48 @@
+package hub
+
+import (
+	"context"
+	"crypto/tls"
+	"log/slog"
+
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// Config is what a hub needs. All fields but Metrics are required.
+type Config struct {
+	Logger  *slog.Logger
+	Gate    Gate
+	Joiner  Joiner
+	Events  Events
+	Metrics *Metrics
+}
+
+// Gate decides who a peer is and whether it may go on. Its errors carry codes of
+// package proto. All methods may be called at any time from any goroutine.
+type Gate interface {
+	// Identify reads the identity out of a finished handshake; the zero Identity
+	// for a peer without a certificate.
+	Identify(tls.ConnectionState) (Identity, error)
+	// CheckIdentity fails if the agent was revoked, its certificate retired, or
+	// its organization disabled. It is called for every request.
+	CheckIdentity(context.Context, Identity) error
+	// ConfirmSerial notes that the certificate has been used; older ones of the
+	// same agent retire.
+	ConfirmSerial(context.Context, Identity) error
+}
+
+// Joiner makes agents and certificates.
+type Joiner interface {
+	Register(ctx context.Context, req *posternv1.RegisterRequest, remote string) (*posternv1.RegisterResponse, error)
+	Renew(ctx context.Context, id Identity, req *posternv1.RenewRequest, remote string) (*posternv1.RenewResponse, error)
+	// Hello notes what a member says of itself and returns its name, its
+	// organization's name and the newest audit head of its chain that is known.
+	Hello(ctx context.Context, id Identity, req *posternv1.HelloRequest) (*posternv1.HelloResponse, error)
+	UpdateInventory(ctx context.Context, id Identity, sources []*posternv1.SourceInfo) error
+}
+
+// Events is told of links that come and go. Calls must not block.
+type Events interface {
+	LinkUp(id Identity, remote string)
+	LinkDown(id Identity, cause error)
+}

@@ -1,0 +1,290 @@
+package hub
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/tunnel"
+)
+
+// Identity is who a certificate says its holder is. The zero Identity is a host
+// without one.
+type Identity struct {
+	// Organization and Agent are ids.
+	Organization, Agent string
+	// Serial is the certificate's, in lower-case hex.
+	Serial string
+	// Expired is set for a certificate within the grace period after its end.
+	Expired bool
+}
+
+// Limits of a tunnel that is not attached yet.
+const (
+	// joinTime is how long a tunnel without a valid certificate may live.
+	joinTime = 30 * time.Second
+	// helloTime is how long a member may take to say hello.
+	helloTime = 10 * time.Second
+)
+
+var (
+	// ErrReplaced is the cause of a tunnel's end when its agent came back with a
+	// newer one.
+	ErrReplaced = errors.New("replaced by a newer tunnel of the same agent")
+	// ErrNoHello is the cause when a tunnel did not say what it wants in time.
+	ErrNoHello = errors.New("said no hello in time")
+	// ErrRevoked is the cause when the agent was revoked.
+	ErrRevoked = errors.New("the agent was revoked")
+	// ErrStopping is the cause when this control plane stops.
+	ErrStopping = errors.New("the control plane is stopping")
+)
+
+// Hub keeps the live tunnels of this process.
+type Hub struct {
+	cfg    Config
+	log    *slog.Logger
+	server *http.Server
+
+	mu     sync.Mutex // guards what follows; held for memory only
+	agents map[string]*Link
+	peers  map[*peer]struct{}
+	closed bool
+}
+
+// New returns a hub. Close ends it.
+func New(cfg Config) *Hub {
+	h := &Hub{cfg: cfg, log: cfg.Logger, agents: map[string]*Link{}, peers: map[*peer]struct{}{}}
+	h.server = &http.Server{
+		Handler:           h.routes(),
+		ReadHeaderTimeout: 20 * time.Second,
+		MaxHeaderBytes:    64 << 10,
+		BaseContext: func(l net.Listener) context.Context {
+			return context.WithValue(context.Background(), peerKey{}, l.(peerListener).peer)
+		},
+		ErrorLog: slog.NewLogLogger(cfg.Logger.Handler(), slog.LevelDebug),
+	}
+	return h
+}
+
+// peer is one tunnel, attached or not.
+type peer struct {
+	tunnel *tunnel.Tunnel
+	id     Identity
+	timer  *time.Timer // ends the tunnel if it does not get on in time
+	link   *Link       // set by hello; guarded by Hub.mu
+}
+
+type peerKey struct{}
+
+// peerListener tells the shared http.Server which tunnel a stream came by.
+type peerListener struct {
+	net.Listener
+	peer *peer
+}
+
+// Handle serves one tunnel until it ends. It is the tunnel server's handler.
+func (h *Hub) Handle(t *tunnel.Tunnel) {
+	id, err := h.cfg.Gate.Identify(t.PeerState())
+	if err == nil && id.Agent != "" && !id.Expired {
+		err = h.admit(id)
+	}
+	if err != nil {
+		h.log.Info("tunnel refused", "err", err, "remote", t.RemoteAddr().String())
+		// The peer learns the reason from its first request, so serve it that.
+		h.refuse(t, err)
+		return
+	}
+	p := &peer{tunnel: t, id: id}
+	patience := joinTime
+	if id.Agent != "" && !id.Expired {
+		patience = helloTime
+	}
+	p.timer = time.AfterFunc(patience, func() { t.Close(ErrNoHello) }) //nolint:errcheck // nothing to add
+	defer p.timer.Stop()
+
+	h.mu.Lock()
+	if h.closed {
+		h.mu.Unlock()
+		t.Close(ErrStopping) //nolint:errcheck // likewise
+		return
+	}
+	h.peers[p] = struct{}{}
+	h.mu.Unlock()
+
+	err = h.server.Serve(peerListener{t.Listener(), p}) // returns when the tunnel ends
+	if t.Err() == nil {
+		t.Close(err) //nolint:errcheck // likewise
+	}
+	<-t.Done()
+	h.detach(p)
+}
+
+// admit checks a member before its first request.
+func (h *Hub) admit(id Identity) error {
+	ctx, cancel := context.WithTimeout(context.Background(), helloTime)
+	defer cancel()
+	if err := h.cfg.Gate.CheckIdentity(ctx, id); err != nil {
+		return err
+	}
+	return h.cfg.Gate.ConfirmSerial(ctx, id)
+}
+
+// refuse answers every request on t with reason for a moment, then closes it.
+func (h *Hub) refuse(t *tunnel.Tunnel, reason error) {
+	timer := time.AfterFunc(helloTime, func() { t.Close(reason) }) //nolint:errcheck // it is refused either way
+	defer timer.Stop()
+	server := &http.Server{
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			writeConnectError(w, r, reason)
+		}),
+		ReadHeaderTimeout: helloTime,
+		ErrorLog:          h.server.ErrorLog,
+	}
+	server.Serve(t.Listener()) //nolint:errcheck // it ends with the tunnel
+	<-t.Done()
+}
+
+// attach makes p the agent's tunnel; an older one ends.
+func (h *Hub) attach(p *peer, name string) *Link {
+	l := newLink(p, name)
+	h.mu.Lock()
+	old := h.agents[p.id.Agent]
+	if p.link != nil { // hello said twice on one tunnel
+		l = p.link
+		h.mu.Unlock()
+		return l
+	}
+	p.link = l
+	h.agents[p.id.Agent] = l
+	online := len(h.agents)
+	h.mu.Unlock()
+	p.timer.Stop()
+	h.cfg.Metrics.attached(online)
+	if old != nil && old.peer != p {
+		// The agent moves by itself (make before break) or has lost the old
+		// tunnel without our knowing: requests under way get a moment to end.
+		old.retire(ErrReplaced)
+	}
+	h.log.Info("agent attached", "agent", name, "agent_id", p.id.Agent, "remote", p.tunnel.RemoteAddr().String())
+	h.cfg.Events.LinkUp(p.id, p.tunnel.RemoteAddr().String())
+	return l
+}
+
+func (h *Hub) detach(p *peer) {
+	h.mu.Lock()
+	delete(h.peers, p)
+	l := p.link
+	current := l != nil && h.agents[p.id.Agent] == l
+	if current {
+		delete(h.agents, p.id.Agent)
+	}
+	online := len(h.agents)
+	h.mu.Unlock()
+	if l == nil {
+		return
+	}
+	l.close()
+	cause := p.tunnel.Err()
+	h.cfg.Metrics.detached(online, cause)
+	if current {
+		h.log.Info("agent detached", "agent", l.Name, "agent_id", p.id.Agent, "err", cause,
+			"duration_seconds", time.Since(l.Since).Seconds())
+		h.cfg.Events.LinkDown(p.id, cause)
+	}
+}
+
+// Agent returns the link of the agent with this id; AGENT_OFFLINE if it has none.
+func (h *Hub) Agent(id string) (*Link, error) {
+	h.mu.Lock()
+	l := h.agents[id]
+	h.mu.Unlock()
+	if l == nil {
+		return nil, proto.Errorf(proto.CodeAgentOffline, "the agent is offline: it has no tunnel to this control plane at present")
+	}
+	return l, nil
+}
+
+// Disconnect ends the tunnels of an agent, attached or not.
+func (h *Hub) Disconnect(agent string, cause error) {
+	h.disconnect(func(id Identity) bool { return id.Agent == agent }, cause)
+}
+
+// DisconnectOrganization ends the tunnels of all agents of an organization.
+func (h *Hub) DisconnectOrganization(organization string, cause error) {
+	h.disconnect(func(id Identity) bool { return id.Organization == organization }, cause)
+}
+
+func (h *Hub) disconnect(match func(Identity) bool, cause error) {
+	var matched []*peer
+	h.mu.Lock()
+	for p := range h.peers {
+		if p.id.Agent != "" && match(p.id) {
+			matched = append(matched, p)
+		}
+	}
+	h.mu.Unlock()
+	for _, p := range matched {
+		p.tunnel.Close(cause) //nolint:errcheck // it ends either way
+	}
+}
+
+// Recheck asks the gate about every attached agent again and ends the tunnels of
+// those it refuses: what another replica revoked ends here within its period.
+func (h *Hub) Recheck(ctx context.Context) {
+	h.mu.Lock()
+	links := make([]*Link, 0, len(h.agents))
+	for _, l := range h.agents {
+		links = append(links, l)
+	}
+	h.mu.Unlock()
+	for _, l := range links {
+		err := h.cfg.Gate.CheckIdentity(ctx, l.peer.id)
+		if ctx.Err() != nil {
+			return
+		}
+		switch proto.CodeOf(err) {
+		case proto.CodeAgentRevoked, proto.CodeOrganizationDisabled, proto.CodeIdentityExpired:
+			l.peer.tunnel.Close(err) //nolint:errcheck // it ends either way
+		}
+	}
+}
+
+// Online is the number of attached agents.
+func (h *Hub) Online() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.agents)
+}
+
+// Drain tells every agent to move within deadline; requests under way go on.
+func (h *Hub) Drain(reconnectAfter, deadline time.Duration) {
+	h.mu.Lock()
+	links := make([]*Link, 0, len(h.agents))
+	for _, l := range h.agents {
+		links = append(links, l)
+	}
+	h.mu.Unlock()
+	for _, l := range links {
+		l.peer.tunnel.GoAway(reconnectAfter, deadline, "the control plane is restarting")
+	}
+}
+
+// Close ends every tunnel. Handle calls still running return soon after.
+func (h *Hub) Close() {
+	h.mu.Lock()
+	h.closed = true
+	all := make([]*peer, 0, len(h.peers))
+	for p := range h.peers {
+		all = append(all, p)
+	}
+	h.mu.Unlock()
+	for _, p := range all {
+		p.tunnel.Close(ErrStopping) //nolint:errcheck // it ends either way
+	}
+	h.server.Close() //nolint:errcheck // its listeners are the tunnels'
+}

@@ -1,0 +1,155 @@
+package hub
+
+import (
+	"context"
+	"net/http"
+
+	"connectrpc.com/connect"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
+)
+
+// maxLinkRequest bounds a request of LinkService, in bytes.
+const maxLinkRequest = 1 << 20
+
+// linkService serves agents on their tunnels.
+type linkService struct{ hub *Hub }
+
+var _ posternv1connect.LinkServiceHandler = linkService{}
+
+func (h *Hub) routes() http.Handler {
+	mux := http.NewServeMux()
+	path, handler := posternv1connect.NewLinkServiceHandler(linkService{h}, connect.WithReadMaxBytes(maxLinkRequest))
+	mux.Handle(path, h.authorise(handler))
+	return mux
+}
+
+// standing is what a certificate makes of a peer.
+type standing int
+
+const (
+	stranger standing = iota // no certificate
+	lapsed                   // an expired one, within the grace period
+	member                   // a valid one
+)
+
+// needs is the standing for each procedure; what is not listed is refused.
+var needs = map[string]standing{
+	posternv1connect.LinkServiceRegisterProcedure:        stranger,
+	posternv1connect.LinkServiceRejoinProcedure:          lapsed,
+	posternv1connect.LinkServiceRenewProcedure:           member,
+	posternv1connect.LinkServiceHelloProcedure:           member,
+	posternv1connect.LinkServiceUpdateInventoryProcedure: member,
+}
+
+func (p *peer) standing() standing {
+	switch {
+	case p.id.Agent == "":
+		return stranger
+	case p.id.Expired:
+		return lapsed
+	}
+	return member
+}
+
+// authorise checks every request, not only the first of a tunnel.
+func (h *Hub) authorise(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p := r.Context().Value(peerKey{}).(*peer)
+		need, known := needs[r.URL.Path]
+		var err error
+		switch have := p.standing(); {
+		case !known:
+			err = proto.Errorf(proto.CodeNotFound, "no such request on a tunnel: %q", r.URL.Path)
+		case have == need && have == member:
+			err = h.cfg.Gate.CheckIdentity(r.Context(), p.id)
+		case have == need:
+		case have == lapsed:
+			err = proto.Errorf(proto.CodeIdentityExpired, "the agent's certificate has expired: it must rejoin before anything else")
+		case have == stranger:
+			err = proto.Errorf(proto.CodeUnauthenticated, "a host without a certificate may only register")
+		default:
+			err = proto.Errorf(proto.CodeInvalid, "a host with a certificate cannot do this: %q", r.URL.Path)
+		}
+		if err != nil {
+			writeConnectError(w, r, err)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
+}
+
+func writeConnectError(w http.ResponseWriter, r *http.Request, err error) {
+	connect.NewErrorWriter().Write(w, r, proto.ConnectError(err)) //nolint:errcheck // the peer has gone
+}
+
+func peerOf(ctx context.Context) *peer { return ctx.Value(peerKey{}).(*peer) }
+
+// Register implements LinkService.
+func (s linkService) Register(ctx context.Context, req *connect.Request[posternv1.RegisterRequest]) (*connect.Response[posternv1.RegisterResponse], error) {
+	if _, err := proto.Negotiate(req.Msg.Version); err != nil {
+		return nil, proto.ConnectError(err)
+	}
+	return reply(s.hub, "register", func() (*posternv1.RegisterResponse, error) {
+		return s.hub.cfg.Joiner.Register(ctx, req.Msg, peerOf(ctx).tunnel.RemoteAddr().String())
+	})
+}
+
+// Rejoin implements LinkService.
+func (s linkService) Rejoin(ctx context.Context, req *connect.Request[posternv1.RenewRequest]) (*connect.Response[posternv1.RenewResponse], error) {
+	return s.Renew(ctx, req)
+}
+
+// Renew implements LinkService.
+func (s linkService) Renew(ctx context.Context, req *connect.Request[posternv1.RenewRequest]) (*connect.Response[posternv1.RenewResponse], error) {
+	return reply(s.hub, "renew", func() (*posternv1.RenewResponse, error) {
+		p := peerOf(ctx)
+		return s.hub.cfg.Joiner.Renew(ctx, p.id, req.Msg, p.tunnel.RemoteAddr().String())
+	})
+}
+
+// Hello implements LinkService.
+func (s linkService) Hello(ctx context.Context, req *connect.Request[posternv1.HelloRequest]) (*connect.Response[posternv1.HelloResponse], error) {
+	return reply(s.hub, "hello", func() (*posternv1.HelloResponse, error) {
+		version, err := proto.Negotiate(req.Msg.Version)
+		if err != nil {
+			return nil, err
+		}
+		p := peerOf(ctx)
+		resp, err := s.hub.cfg.Joiner.Hello(ctx, p.id, req.Msg)
+		if err != nil {
+			return nil, err
+		}
+		version.Software = proto.Software()
+		resp.Version = version
+		resp.Features = proto.CommonFeatures(proto.Features(), req.Msg.Features)
+		resp.AgentId = p.id.Agent
+		resp.ServerTime = timestamppb.Now()
+		s.hub.attach(p, resp.Name)
+		return resp, nil
+	})
+}
+
+// UpdateInventory implements LinkService.
+func (s linkService) UpdateInventory(ctx context.Context, req *connect.Request[posternv1.UpdateInventoryRequest]) (*connect.Response[posternv1.UpdateInventoryResponse], error) {
+	return reply(s.hub, "update inventory", func() (*posternv1.UpdateInventoryResponse, error) {
+		return &posternv1.UpdateInventoryResponse{}, s.hub.cfg.Joiner.UpdateInventory(ctx, peerOf(ctx).id, req.Msg.Sources)
+	})
+}
+
+// reply turns f's result into a Connect reply, and logs what stays internal.
+func reply[T any](h *Hub, what string, f func() (*T, error)) (*connect.Response[T], error) {
+	msg, err := f()
+	if err != nil {
+		if proto.CodeOf(err) == proto.CodeInternal {
+			h.log.Error("agent request failed", "request", what, "err", err)
+		} else {
+			h.log.Info("agent request refused", "request", what, "err", err)
+		}
+		return nil, proto.ConnectError(err)
+	}
+	return connect.NewResponse(msg), nil
+}
