@@ -1,0 +1,242 @@
+package tunnel
+
+import (
+	"sync"
+	"time"
+)
+
+// liveness decides whether a tunnel lives. Any byte received on any lane is a
+// sign of life; a ping on the control lane asks for one when there was none for
+// a heartbeat. Silence is counted in ticks that really passed, so a process that
+// was stopped itself does not take its own sleep for the peer's.
+type liveness struct {
+	mu       sync.Mutex
+	silent   time.Duration // since the last byte, as ticks saw it
+	toPing   time.Duration // silence at which the next ping is due
+	nonce    uint64
+	sentAt   time.Time // of the ping that is under way; zero if none is
+	rtts     [2]time.Duration
+	rttSince time.Time
+	last     time.Duration // the newest sample
+	pongs    float64       // pongs that may be sent now
+	pongAt   time.Time
+}
+
+// rttWindow is how long the shortest round trip is believed.
+const rttWindow = 5 * time.Minute
+
+// maxPongs is how many pings per second, and at once, are answered.
+const maxPongs = 100
+
+func (v *liveness) sample(d time.Duration) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.sampleLocked(d, time.Now())
+}
+
+func (v *liveness) sampleLocked(d time.Duration, now time.Time) {
+	if d <= 0 {
+		d = time.Microsecond
+	}
+	v.last = d
+	if v.rttSince.IsZero() || now.Sub(v.rttSince) > rttWindow {
+		v.rtts[1], v.rtts[0], v.rttSince = v.rtts[0], 0, now
+	}
+	if v.rtts[0] == 0 || d < v.rtts[0] {
+		v.rtts[0] = d
+	}
+}
+
+func (v *liveness) minRTT() time.Duration {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	return v.minLocked()
+}
+
+func (v *liveness) minLocked() time.Duration {
+	if v.rtts[1] > 0 && v.rtts[1] < v.rtts[0] {
+		return v.rtts[1]
+	}
+	return v.rtts[0]
+}
+
+// ping returns the nonce for a ping to send now, unless one is under way and
+// younger than again.
+func (v *liveness) ping(again time.Duration) (uint64, bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	now := time.Now()
+	if !v.sentAt.IsZero() && now.Sub(v.sentAt) < again {
+		return 0, false
+	}
+	v.nonce++
+	v.sentAt = now
+	return v.nonce, true
+}
+
+// pong takes the answer to a ping; only that to the newest counts.
+func (v *liveness) pong(nonce uint64) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if nonce != v.nonce || v.sentAt.IsZero() {
+		return
+	}
+	now := time.Now()
+	v.sampleLocked(now.Sub(v.sentAt), now)
+	v.sentAt = time.Time{}
+}
+
+// mayPong limits the pings that are answered.
+func (v *liveness) mayPong() bool {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	now := time.Now()
+	v.pongs = min(v.pongs+now.Sub(v.pongAt).Seconds()*maxPongs, maxPongs)
+	v.pongAt = now
+	if v.pongs < 1 {
+		return false
+	}
+	v.pongs--
+	return true
+}
+
+// heard counts silence; it returns whether a ping is due and whether the tunnel
+// is dead. The dialer asks first, the acceptor a little later, so that one
+// exchange usually serves both.
+func (v *liveness) heard(any bool, passed, heartbeat, deadAfter, tick time.Duration) (ping, dead bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	if any {
+		v.silent, v.toPing = 0, heartbeat
+		return false, false
+	}
+	v.silent += passed
+	if v.silent >= deadAfter {
+		return false, true
+	}
+	if v.toPing == 0 {
+		v.toPing = heartbeat
+	}
+	if v.silent+tick/2 >= v.toPing {
+		v.toPing = v.silent + tick
+		return true, false
+	}
+	return false, false
+}
+
+// tick is called every Config.tickEvery, passed being the time since the last
+// call.
+func (t *Tunnel) tick(passed time.Duration) {
+	every := t.cfg.tickEvery()
+	t.mu.Lock()
+	if t.err != nil {
+		t.mu.Unlock()
+		return
+	}
+	any, busy := false, t.inbound.Load()+t.opened.Load() > 0
+	var check []*lane
+	for _, l := range t.lanes {
+		rx, tx := l.ws.wire.rx.Load(), l.ws.wire.tx.Load()
+		if rx == l.lastRx && tx == l.lastTx {
+			l.stuck += passed
+		} else {
+			t.metrics.moved(l)
+			any = any || rx != l.lastRx
+			l.lastRx, l.lastTx, l.stuck = rx, tx, 0
+		}
+		if l.class != Control {
+			busy = true
+			check = append(check, l)
+		}
+	}
+	control := t.control
+	t.mu.Unlock()
+
+	heartbeat := t.cfg.idleHeartbeat()
+	if busy {
+		heartbeat = t.cfg.Heartbeat
+	}
+	if !t.isDialer {
+		heartbeat += every
+	}
+	ping, dead := t.live.heard(any, min(passed, 2*every), heartbeat, t.cfg.DeadAfter, every)
+	switch {
+	case dead:
+		t.end(ErrSilent)
+		return
+	case ping:
+		if nonce, ok := t.live.ping(every / 2); ok {
+			_ = control.send(&message{typ: msgPing, nonce: nonce})
+		}
+	}
+	for _, l := range check {
+		t.tickLane(l, passed)
+	}
+	if busy {
+		control.mux.shrink()
+	}
+}
+
+// pathTimeout is how long sent bytes of a solo lane may stay unacknowledged.
+const pathTimeout = 15 * time.Second
+
+// tickLane keeps house on a bulk or solo lane.
+func (t *Tunnel) tickLane(l *lane, passed time.Duration) {
+	if l.class == Solo {
+		if l.stuck >= pathTimeout {
+			l.stuck = 0
+			if deadPath(l.ws.wire.conn, pathTimeout) {
+				l.endSolo(ErrLost)
+			}
+		}
+		return
+	}
+	l.mux.shrink()
+	if l.mux.count() > 0 {
+		l.idle = 0
+		l.unretire()
+		return
+	}
+	l.idle += passed
+	if t.isDialer && l.idle >= t.cfg.BulkIdle {
+		l.idle = 0
+		l.retire()
+	}
+}
+
+// A bulk lane without streams is retired by the dialer: it opens no more streams
+// there and says so; the acceptor closes the lane if it has none either. If it
+// has opened one meanwhile the lane goes on.
+
+func (l *lane) mayOpen() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.retiring
+}
+
+func (l *lane) retire() {
+	l.mu.Lock()
+	l.retiring = true
+	l.mu.Unlock()
+	_ = l.send(&message{typ: msgRetire})
+}
+
+func (l *lane) unretire() {
+	l.mu.Lock()
+	l.retiring = false
+	l.mu.Unlock()
+}
+
+// peerRetires runs on the acceptor.
+func (l *lane) peerRetires() {
+	l.mu.Lock()
+	l.retiring = true
+	l.mu.Unlock()
+	l.tunnel.spawn(func() {
+		if len(l.opens) > 0 || l.mux.count() > 0 {
+			l.unretire()
+			return
+		}
+		l.fail(ErrClosed)
+	})
+}

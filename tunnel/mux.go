@@ -1,0 +1,581 @@
+package tunnel
+
+import (
+	"encoding/binary"
+	"fmt"
+	"io"
+	"sync"
+	"time"
+)
+
+// yamux's wire format (its spec.md): 12 bytes of header
+// version, type, flags u16, stream id u32, length u32.
+const (
+	yamuxHeader = 12
+
+	yamuxData   = 0
+	yamuxWindow = 1
+	yamuxPing   = 2
+	yamuxGoAway = 3
+
+	flagSYN = 1
+	flagACK = 2
+	flagFIN = 4
+	flagRST = 8
+
+	// yamuxWindowStart is the window that every yamux stream starts with.
+	yamuxWindowStart = 256 << 10
+	// yamuxWindowMax is the window that yamux believes in. Ours is always
+	// below half of it (see flow.go), so yamux never runs out of its own.
+	yamuxWindowMax = 128 << 20
+)
+
+// maxQueued bounds the link messages, resets and window updates that wait while
+// the lane is stuck. A peer that makes us queue more is not reading its lane.
+const maxQueued = 256 << 10
+
+// mux stands between yamux and the inner TLS of one lane. Towards yamux it is
+// the connection; it reads and rewrites yamux's frames as they pass:
+//
+//   - link messages are put between frames and taken out again;
+//   - writes go to a chunk that one goroutine, started on demand, flushes: many
+//     small frames become one TLS record and one system call;
+//   - streams are counted, a peer's stream over the limit is reset before yamux
+//     learns of it, a stray or late frame is dropped instead of logged, pings
+//     (each would start a goroutine in yamux) are dropped;
+//   - a FIN of the peer wakes this side's blocked writer: no half-close;
+//   - bytes for a stream that this side has closed are dropped, not buffered;
+//   - flow control is ours: yamux's own window updates are dropped, see flow.go.
+type mux struct {
+	lane  *lane
+	inner io.ReadWriter // *tls.Conn in production
+	wire  corker
+
+	// Read side: used by yamux's receive loop only.
+	rhdr   [yamuxHeader]byte
+	rn     int    // bytes of rhdr filled
+	body   uint64 // bytes of the current frame's body to come
+	drop   bool   // the current body is not for yamux
+	msg    []byte // payload of a link message being gathered
+	msgTyp messageType
+	spill  [64]byte // see Read: for callers with tiny buffers
+	spillB []byte
+
+	mu      sync.Mutex
+	cond    sync.Cond // room in buf, or end of flushing, or closed
+	buf     *chunk    // appended to by yamux; nil when empty
+	whdr    [yamuxHeader]byte
+	wn      int
+	wbody   uint32 // body bytes of the frame being written by yamux
+	queue   []byte // whole frames of ours, to go out at the next frame boundary
+	busy    bool   // someone is writing to inner
+	closed  bool
+	streams map[uint32]*stream
+	inbound int // streams opened by the peer and not yet gone
+	werr    error
+}
+
+// corker is what mux needs of wire.
+type corker interface {
+	cork()
+	uncork() error
+}
+
+func newMux(l *lane, inner io.ReadWriter, w corker) *mux {
+	m := &mux{lane: l, inner: inner, wire: w, streams: make(map[uint32]*stream)}
+	m.cond.L = &m.mu
+	return m
+}
+
+// Read gives yamux its frames and keeps ours.
+func (m *mux) Read(p []byte) (int, error) {
+	for {
+		if len(m.spillB) > 0 {
+			n := copy(p, m.spillB)
+			m.spillB = m.spillB[n:]
+			return n, nil
+		}
+		dst := p
+		if len(p) < len(m.spill) { // yamux never does; filter needs room for a held header
+			dst = m.spill[:]
+		}
+		n, err := m.inner.Read(dst[yamuxHeader:])
+		if n > 0 {
+			out, ferr := m.filter(dst, dst[yamuxHeader:yamuxHeader+n])
+			if ferr != nil {
+				m.lane.fail(ferr)
+				return 0, ferr
+			}
+			if len(p) < len(m.spill) {
+				m.spillB = m.spill[:out]
+				out = 0
+			}
+			if out > 0 {
+				return out, nil
+			}
+		}
+		if err != nil {
+			m.lane.fail(lostError(err))
+			return 0, err
+		}
+	}
+}
+
+// filter moves those bytes of in that are for yamux to the front of dst and
+// returns how many. A header is given away only when it is whole and judged;
+// dst has yamuxHeader bytes before in for one held from before.
+func (m *mux) filter(dst, in []byte) (int, error) {
+	out := 0
+	for len(in) > 0 {
+		if m.body > 0 {
+			n := int(min(m.body, uint64(len(in))))
+			switch {
+			case m.msgTyp != 0:
+				m.msg = append(m.msg, in[:n]...)
+			case !m.drop:
+				out += copy(dst[out:], in[:n])
+			}
+			in = in[n:]
+			if m.body -= uint64(n); m.body == 0 && m.msgTyp != 0 {
+				if err := m.endMessage(); err != nil {
+					return 0, err
+				}
+			}
+			continue
+		}
+		m.rhdr[m.rn] = in[0]
+		m.rn++
+		in = in[1:]
+		switch m.rhdr[0] {
+		case messageMark:
+			if m.rn < messageHeader {
+				continue
+			}
+			m.rn = 0
+			m.body = uint64(binary.BigEndian.Uint16(m.rhdr[2:]))
+			m.msgTyp = messageType(m.rhdr[1])
+			if m.body > maxMessage || m.msgTyp == 0 {
+				return 0, fmt.Errorf("%w: link message %d of %d bytes", ErrProtocol, m.msgTyp, m.body)
+			}
+			if m.body == 0 {
+				if err := m.endMessage(); err != nil {
+					return 0, err
+				}
+			}
+		case 0:
+			if take := min(yamuxHeader-m.rn, len(in)); take > 0 {
+				copy(m.rhdr[m.rn:], in[:take])
+				m.rn += take
+				in = in[take:]
+			}
+			if m.rn < yamuxHeader {
+				continue
+			}
+			m.rn = 0
+			pass, err := m.inboundHeader()
+			if err != nil {
+				return 0, err
+			}
+			if pass {
+				out += copy(dst[out:], m.rhdr[:])
+			}
+		default:
+			return 0, fmt.Errorf("%w: frame starts with %#x", ErrProtocol, m.rhdr[0])
+		}
+	}
+	return out, nil
+}
+
+// endMessage handles a whole link message.
+func (m *mux) endMessage() error {
+	msg := message{typ: m.msgTyp}
+	b := m.msg
+	m.msgTyp = 0
+	if m.msg = m.msg[:0]; cap(m.msg) > 64 {
+		m.msg = nil
+	}
+	if err := msg.decode(b); err != nil {
+		return err
+	}
+	return m.lane.received(&msg)
+}
+
+// inboundHeader judges the yamux header in rhdr: whether yamux may see it. It
+// sets body and drop.
+func (m *mux) inboundHeader() (pass bool, err error) {
+	typ, flags := m.rhdr[1], binary.BigEndian.Uint16(m.rhdr[2:])
+	id, length := binary.BigEndian.Uint32(m.rhdr[4:]), binary.BigEndian.Uint32(m.rhdr[8:])
+	switch typ {
+	case yamuxPing:
+		return false, nil
+	case yamuxGoAway:
+		return false, fmt.Errorf("%w: yamux go-away %d", ErrProtocol, length)
+	case yamuxData, yamuxWindow:
+	default:
+		return false, fmt.Errorf("%w: yamux frame type %d", ErrProtocol, typ)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if typ == yamuxData {
+		m.body, m.drop = uint64(length), true
+	}
+	s := m.streams[id]
+	if flags&flagSYN != 0 {
+		switch {
+		case s != nil:
+			return false, fmt.Errorf("%w: stream %d opened twice", ErrProtocol, id)
+		case id == 0 || (id%2 == 1) == m.lane.openerOdd():
+			return false, fmt.Errorf("%w: stream %d has the wrong parity", ErrProtocol, id)
+		case m.closed:
+			return false, nil
+		case !m.lane.tunnel.admitStream():
+			m.lane.tunnel.metrics.streamsRefused.Inc()
+			return false, m.queueLocked(appendYamux(nil, yamuxWindow, flagRST, id, 0))
+		}
+		s = newStream(m.lane, id, true)
+		m.streams[id] = s
+		m.inbound++
+	}
+	if s == nil {
+		return false, nil // late: we reset it, or both sides closed it
+	}
+	if typ == yamuxData {
+		if err := s.flow.receive(length); err != nil {
+			return false, err
+		}
+	}
+	closed := s.closed.Load()
+	if flags&(flagFIN|flagRST) != 0 {
+		if s.ended.Load() && flags&flagRST == 0 {
+			return false, fmt.Errorf("%w: stream %d ended twice", ErrProtocol, id)
+		}
+		s.peerEnded(flags&flagRST != 0)
+		if closed || flags&flagRST != 0 {
+			m.removeLocked(s)
+		}
+	}
+	if typ == yamuxData && closed {
+		if flags == 0 {
+			return false, nil
+		}
+		binary.BigEndian.PutUint32(m.rhdr[8:], 0)
+		return true, nil
+	}
+	m.drop = false
+	return true, nil
+}
+
+// removeLocked forgets a stream that both sides have ended.
+func (m *mux) removeLocked(s *stream) {
+	if m.streams[s.id] != s {
+		return
+	}
+	delete(m.streams, s.id)
+	if s.accepted {
+		m.inbound--
+		m.lane.tunnel.releaseStream()
+	} else {
+		m.lane.tunnel.releaseOpened()
+	}
+	s.flow.release()
+}
+
+// Write takes yamux's frames: a header and a body in separate calls.
+func (m *mux) Write(p []byte) (int, error) {
+	total := len(p)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for len(p) > 0 {
+		if m.werr != nil {
+			return total - len(p), m.werr
+		}
+		if m.wbody > 0 {
+			n := int(min(uint64(m.wbody), uint64(len(p))))
+			if err := m.bodyLocked(p[:n]); err != nil {
+				return total - len(p), err
+			}
+			m.wbody -= uint32(n)
+			p = p[n:]
+		} else {
+			n := copy(m.whdr[m.wn:], p)
+			m.wn += n
+			p = p[n:]
+			if m.wn < yamuxHeader {
+				continue
+			}
+			m.wn = 0
+			if m.outboundHeaderLocked() {
+				if err := m.appendLocked(m.whdr[:]); err != nil {
+					return total - len(p), err
+				}
+			}
+		}
+		if m.wbody == 0 {
+			m.takeQueueLocked()
+		}
+	}
+	if m.wbody == 0 { // after a header with a body, the body follows at once
+		m.kickLocked()
+	}
+	return total, m.werr
+}
+
+// outboundHeaderLocked rewrites the header that yamux wrote; false drops it.
+func (m *mux) outboundHeaderLocked() bool {
+	typ, flags := m.whdr[1], binary.BigEndian.Uint16(m.whdr[2:])
+	id, length := binary.BigEndian.Uint32(m.whdr[4:]), binary.BigEndian.Uint32(m.whdr[8:])
+	switch typ {
+	case yamuxData:
+		m.wbody = length
+	case yamuxWindow:
+		if flags == 0 {
+			return false
+		}
+		s := m.streams[id]
+		if flags&flagSYN != 0 && s == nil {
+			s = newStream(m.lane, id, false)
+			m.streams[id] = s
+		}
+		var grant uint32
+		if s != nil && flags&(flagSYN|flagACK) != 0 && flags&(flagFIN|flagRST) == 0 {
+			grant = s.flow.start()
+		}
+		binary.BigEndian.PutUint32(m.whdr[8:], grant)
+		if s != nil && flags&(flagFIN|flagRST) != 0 {
+			s.closed.Store(true)
+			if s.ended.Load() || flags&flagRST != 0 {
+				m.removeLocked(s)
+			}
+		}
+	}
+	return true
+}
+
+// inlineBody is the size of a body that is written past the chunk if nobody
+// else is writing: one copy less.
+const inlineBody = 16 << 10
+
+func (m *mux) bodyLocked(p []byte) error {
+	if len(p) < inlineBody || m.busy {
+		return m.appendLocked(p)
+	}
+	m.busy = true
+	c := m.buf
+	m.buf = nil
+	m.mu.Unlock()
+	m.wire.cork()
+	var err error
+	if c != nil {
+		_, err = m.inner.Write(c.data[:c.n])
+		putChunk(c)
+	}
+	if err == nil {
+		_, err = m.inner.Write(p)
+	}
+	if uerr := m.wire.uncork(); err == nil {
+		err = uerr
+	}
+	m.mu.Lock()
+	m.busy = false
+	m.cond.Broadcast()
+	m.failLocked(err)
+	return m.werr
+}
+
+// appendLocked copies p into the chunk and waits for room while it is full.
+func (m *mux) appendLocked(p []byte) error {
+	for {
+		if m.werr != nil {
+			return m.werr
+		}
+		if m.buf == nil {
+			m.buf = getChunk()
+		}
+		if m.buf.n == 0 || m.buf.free() >= len(p) {
+			p = p[m.buf.append(p):]
+			if len(p) == 0 {
+				return nil
+			}
+		}
+		if m.busy {
+			m.cond.Wait()
+			continue
+		}
+		m.busy = true
+		m.flushLocked()
+	}
+}
+
+// send queues whole frames of ours. It never waits for the lane.
+func (m *mux) send(frame []byte) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed || m.werr != nil {
+		return m.werr
+	}
+	if err := m.queueLocked(frame); err != nil {
+		return err
+	}
+	m.kickLocked()
+	return nil
+}
+
+func (m *mux) queueLocked(frame []byte) error {
+	if len(m.queue)+len(frame) > maxQueued {
+		return fmt.Errorf("%w: the peer does not read its lane", ErrProtocol)
+	}
+	m.queue = append(m.queue, frame...)
+	m.takeQueueLocked()
+	m.kickLocked()
+	return nil
+}
+
+// takeQueueLocked moves the queue to the chunk if a frame of ours may stand
+// there now and there is room.
+func (m *mux) takeQueueLocked() {
+	if len(m.queue) == 0 || m.wbody > 0 || m.wn > 0 {
+		return
+	}
+	if m.buf == nil {
+		m.buf = getChunk()
+	}
+	n := m.buf.append(m.queue)
+	if n == len(m.queue) {
+		m.queue = nil
+		return
+	}
+	m.queue = m.queue[n:]
+}
+
+// kickLocked starts the flusher if there is something to flush and nobody does.
+func (m *mux) kickLocked() {
+	if m.busy || m.buf == nil || m.buf.n == 0 || m.werr != nil {
+		return
+	}
+	m.busy = m.lane.tunnel.spawn(m.flush)
+}
+
+func (m *mux) flush() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.flushLocked()
+}
+
+// flushLocked writes chunk after chunk until there is nothing left. The caller
+// has set busy; flushLocked clears it.
+func (m *mux) flushLocked() {
+	for m.buf != nil && m.buf.n > 0 && m.werr == nil {
+		c := m.buf
+		m.buf = nil
+		m.mu.Unlock()
+		m.wire.cork()
+		_, err := m.inner.Write(c.data[:c.n])
+		if uerr := m.wire.uncork(); err == nil {
+			err = uerr
+		}
+		putChunk(c)
+		m.mu.Lock()
+		m.failLocked(err)
+		m.cond.Broadcast()
+		m.takeQueueLocked()
+	}
+	m.busy = false
+	m.cond.Broadcast()
+}
+
+func (m *mux) failLocked(err error) {
+	if err == nil || m.werr != nil {
+		return
+	}
+	m.werr = err
+	m.cond.Broadcast()
+	m.lane.failAsync(lostError(err))
+}
+
+// Close is called by yamux when its loops end.
+func (m *mux) Close() error {
+	m.lane.fail(ErrLost)
+	return nil
+}
+
+// shut ends all waiting; the wire is closed already.
+func (m *mux) shut() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.closed {
+		return
+	}
+	m.closed = true
+	if m.werr == nil {
+		m.werr = io.ErrClosedPipe
+	}
+	for _, s := range m.streams {
+		m.removeLocked(s)
+		s.laneGone()
+	}
+	m.cond.Broadcast()
+}
+
+// sendWindow grants the peer more credit for a stream.
+func (m *mux) sendWindow(id, grant uint32) error {
+	var b [yamuxHeader]byte
+	return m.send(appendYamux(b[:0], yamuxWindow, 0, id, grant))
+}
+
+// dropIfEnded forgets a stream that this side has just closed if the peer closed
+// it before.
+func (m *mux) dropIfEnded(s *stream) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if s.ended.Load() {
+		m.removeLocked(s)
+	}
+}
+
+// drain waits until everything queued was written to the connection, at most for
+// limit.
+func (m *mux) drain(limit time.Duration) {
+	late := false
+	timer := time.AfterFunc(limit, func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		late = true
+		m.cond.Broadcast()
+	})
+	defer timer.Stop()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for !late && m.werr == nil && (m.busy || m.buf != nil && m.buf.n > 0 || len(m.queue) > 0) {
+		m.cond.Wait()
+	}
+}
+
+// shrink gives back the memory of streams that were not read lately.
+func (m *mux) shrink() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, s := range m.streams {
+		s.shrink()
+	}
+}
+
+// find returns the stream that the filter registered for id.
+func (m *mux) find(id uint32) *stream {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.streams[id]
+}
+
+// count returns the number of streams that are not yet gone on both sides.
+func (m *mux) count() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return len(m.streams)
+}
+
+func appendYamux(b []byte, typ byte, flags uint16, id, length uint32) []byte {
+	b = append(b, 0, typ)
+	b = binary.BigEndian.AppendUint16(b, flags)
+	b = binary.BigEndian.AppendUint32(b, id)
+	return binary.BigEndian.AppendUint32(b, length)
+}
