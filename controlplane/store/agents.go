@@ -97,14 +97,16 @@ func (s *Store) ListAgents(ctx context.Context, org string) ([]*posternv1.Agent,
 }
 
 // SetAgentHello records what an agent says of itself when its tunnel comes up:
-// a.Id names it; software, host facts, remote address and sources are taken.
+// a.Id names it; software, host facts, sources and, unless empty, the remote
+// address are taken.
 func (s *Store) SetAgentHello(ctx context.Context, org string, a *posternv1.Agent, now time.Time) error {
 	inventory, err := encodeInventory(a.Sources)
 	if err != nil {
 		return err
 	}
 	return s.writeRelaxed(ctx, "record an agent's facts", func(tx handle) error {
-		n, err := tx.exec(ctx, `UPDATE agents SET software = ?, hostname = ?, os = ?, arch = ?, kernel = ?, remote_address = ?, inventory = ?, last_seen = ?
+		n, err := tx.exec(ctx, `UPDATE agents SET software = ?, hostname = ?, os = ?, arch = ?, kernel = ?,
+			remote_address = coalesce(nullif(?, ''), remote_address), inventory = ?, last_seen = ?
 			WHERE id = ? AND organization = ?`,
 			plainText(a.Software), plainText(a.Hostname), plainText(a.Os), plainText(a.Arch), plainText(a.Kernel), plainText(a.RemoteAddress),
 			inventory, millis(now), a.Id, org)
