@@ -15,6 +15,7 @@ type soloStream struct {
 	lane   *lane
 	closed atomic.Bool
 	ended  atomic.Bool // the peer closed it
+	rmu    sync.Mutex  // held by Read, so that Close can wait for its end
 	wmu    sync.Mutex
 }
 
@@ -26,6 +27,11 @@ func (s *soloStream) Class() Class    { return Solo }
 func (s *soloStream) Tunnel() *Tunnel { return s.lane.tunnel }
 
 func (s *soloStream) Read(p []byte) (int, error) {
+	s.rmu.Lock()
+	defer s.rmu.Unlock()
+	if s.closed.Load() {
+		return 0, net.ErrClosed
+	}
 	n, err := s.lane.tls.Read(p)
 	if err != nil {
 		err = s.mapError(err)
@@ -35,11 +41,14 @@ func (s *soloStream) Read(p []byte) (int, error) {
 
 // Write writes p in as few calls as its size needs, see wire.
 func (s *soloStream) Write(p []byte) (int, error) {
-	if s.ended.Load() && !s.closed.Load() {
-		return 0, ErrPeerGone
-	}
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
+	if s.closed.Load() {
+		return 0, net.ErrClosed
+	}
+	if s.ended.Load() {
+		return 0, ErrPeerGone
+	}
 	s.lane.ws.wire.cork()
 	n, err := s.lane.tls.Write(p)
 	if uerr := s.lane.ws.wire.uncork(); err == nil {
@@ -74,23 +83,28 @@ func (s *soloStream) mapError(err error) error {
 // bytes in it is reset, which would destroy what is still under way.
 const soloLinger = 5 * time.Second
 
+// soloLingerBytes is how much a peer that does not look may send meanwhile.
+const soloLingerBytes = 1 << 20
+
 // Close ends the stream and its lane. It does not wait for the peer.
 func (s *soloStream) Close() error {
 	if s.closed.Swap(true) {
 		return net.ErrClosed
 	}
 	l := s.lane
-	past := past
 	_ = l.ws.wire.SetReadDeadline(past) // wake a Read of ours
 	if !l.tunnel.spawn(func() {
 		timer := time.AfterFunc(soloLinger, func() { l.fail(ErrClosed) })
 		defer timer.Stop()
 		_ = l.ws.wire.SetWriteDeadline(time.Now().Add(soloLinger))
 		_ = l.tls.CloseWrite() // close_notify
+		s.rmu.Lock()
+		defer s.rmu.Unlock()
 		_ = l.ws.wire.SetReadDeadline(time.Time{})
 		buf := getChunk()
-		for {
-			if _, err := l.tls.Read(buf.data[:32<<10]); err != nil {
+		for left := soloLingerBytes; left > 0; {
+			n, err := l.tls.Read(buf.data[:32<<10])
+			if left -= n; err != nil {
 				break
 			}
 		}
