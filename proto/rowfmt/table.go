@@ -279,3 +279,10 @@ func runeWidth(r rune) int {
 	}
 	return 1
 }
+
+// Safe returns s in the form that a table shows it in, fit for a terminal and on
+// one line, and the number of cells that it takes there.
+func Safe(s string) (string, int) {
+	b, cells := appendSafe(nil, []byte(s))
+	return string(b), cells
+}

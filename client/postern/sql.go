@@ -1,0 +1,345 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+
+	"connectrpc.com/connect"
+	"github.com/spf13/cobra"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/postern-dev/postern/client"
+	"github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/rowfmt"
+)
+
+const (
+	// maxQuery bounds a query's text, in bytes.
+	maxQuery = 1 << 20
+	// cancelTime is how long Ctrl-C waits for the statement to end in order.
+	cancelTime = 5 * time.Second
+)
+
+// sqlOptions are the flags of `postern sql`.
+type sqlOptions struct {
+	format     string
+	parameters []string
+	nulls      []string
+	maxRows    uint64
+	timeout    time.Duration
+	file       string
+}
+
+func (a *app) sqlCommand() *cobra.Command {
+	var o sqlOptions
+	cmd := &cobra.Command{
+		Use:   "sql AGENT/SOURCE [QUERY|-]",
+		Short: "Run a statement on a data source and print its rows",
+		Long: "Runs one statement on a data source, on the agent's host, and prints the rows as they come.\n" +
+			"Without QUERY, or with -, the statement is read from stdin (at most 1 MiB).\n\n" +
+			"Values go into the text as :name or {{name}} and are bound, never pasted: -p name=value, --null name.\n" +
+			"Rows before an error or a limit are printed; the exit code then is not 0. Ctrl-C cancels the statement\n" +
+			"in the database and waits up to 5 s for its end (exit 1).",
+		Example: "  postern sql edge-1/warehouse 'select * from orders where day = :day' -p day=2026-11-22\n" +
+			"  postern sql edge-1/warehouse -f csv -O orders.csv < orders.sql",
+		Args:              cobra.RangeArgs(1, 2),
+		ValidArgsFunction: a.completeSources,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if !cmd.Flags().Changed("format") && a.output == "json" {
+				o.format = "json"
+			}
+			return a.sql(cmd.Context(), args, o)
+		},
+	}
+	flags := cmd.Flags()
+	flags.StringVarP(&o.format, "format", "f", "table", "table, csv, json, ndjson, arrow or parquet")
+	flags.StringArrayVarP(&o.parameters, "param", "p", nil, "a value for the text, as name=value (repeatable)")
+	flags.StringArrayVar(&o.nulls, "null", nil, "a NULL for the text, by name (repeatable)")
+	flags.Uint64Var(&o.maxRows, "max-rows", 0, "fail beyond this many rows (0: the host's limit)")
+	flags.DurationVar(&o.timeout, "timeout", 0, "cancel the statement after this time, as in 30s (0: the host's limit)")
+	flags.StringVarP(&o.file, "output-file", "O", "", "write the result to this file, whole or not at all")
+	names := make([]string, 0, 6)
+	for _, f := range rowfmt.Formats() {
+		names = append(names, string(f))
+	}
+	cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions(names, cobra.ShellCompDirectiveNoFileComp)) //nolint:errcheck // fails on unknown flags alone
+	return cmd
+}
+
+func (a *app) sql(ctx context.Context, args []string, o sqlOptions) error {
+	agent, source, err := splitSource(args[0])
+	if err != nil {
+		return err
+	}
+	format, err := rowfmt.ParseFormat(o.format)
+	if err != nil {
+		return &usageError{err}
+	}
+	if o.timeout < 0 {
+		return usagef("--timeout %s is negative", o.timeout)
+	}
+	if o.file == "" && format.Binary() && isTerminal(a.stdout) {
+		return usagef("%s is not fit for a terminal: write it to a file with -O FILE, or pipe it", format)
+	}
+	statement := &posternv1.RunSQLRequest{MaxRows: o.maxRows}
+	if o.timeout > 0 {
+		statement.Timeout = durationpb.New(o.timeout)
+	}
+	if statement.Parameters, err = parseParameters(o.parameters, o.nulls); err != nil {
+		return err
+	}
+	if statement.Sql, err = a.queryText(args[1:]); err != nil {
+		return err
+	}
+	c, err := a.client()
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	dst, err := a.destination(o.file)
+	if err != nil {
+		return err
+	}
+	run := &sqlRun{app: a, client: c, agent: agent, source: source, statement: statement, format: format, dst: dst}
+	if err := run.do(ctx); err != nil {
+		dst.discard()
+		return err
+	}
+	return dst.commit()
+}
+
+// queryText is the statement, from the argument or stdin.
+func (a *app) queryText(args []string) (string, error) {
+	var text string
+	switch {
+	case len(args) == 1 && args[0] != "-":
+		text = args[0]
+	case a.tokenFile == "-":
+		return "", usagef("stdin cannot hold both the token and the query: give the query as an argument")
+	case len(args) == 0 && isTerminal(a.stdin):
+		return "", usagef("no query: give it as an argument, or pipe it to stdin")
+	default:
+		body, err := io.ReadAll(io.LimitReader(a.stdin, maxQuery+1))
+		if err != nil {
+			return "", fmt.Errorf("read the query from stdin: %w", err)
+		}
+		text = string(body)
+	}
+	switch {
+	case len(text) > maxQuery:
+		return "", usagef("the query has more than 1 MiB: load data in another way, or split it")
+	case strings.TrimSpace(text) == "":
+		return "", usagef("the query is empty")
+	case !utf8.ValidString(text):
+		return "", usagef("the query is not valid UTF-8: convert it, for example with iconv")
+	}
+	return text, nil
+}
+
+func parseParameters(pairs, nulls []string) ([]*posternv1.Parameter, error) {
+	var list []*posternv1.Parameter
+	seen := map[string]bool{}
+	add := func(flag, name string, value *string) error {
+		if !validName(name) {
+			return usagef("%s %q: a name has letters, digits and _, and does not begin with a digit", flag, name)
+		}
+		if seen[name] {
+			return usagef("parameter %q is given twice", name)
+		}
+		if value != nil && !utf8.ValidString(*value) {
+			return usagef("parameter %q is not valid UTF-8", name)
+		}
+		seen[name] = true
+		list = append(list, &posternv1.Parameter{Name: name, Value: value})
+		return nil
+	}
+	for _, pair := range pairs {
+		name, value, ok := strings.Cut(pair, "=")
+		if !ok {
+			return nil, usagef("-p %q has no value: write name=value, or --null name for NULL", pair)
+		}
+		if err := add("-p", name, &value); err != nil {
+			return nil, err
+		}
+	}
+	for _, name := range nulls {
+		if err := add("--null", name, nil); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
+func validName(name string) bool {
+	for i, r := range name {
+		letter := r == '_' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z'
+		if !letter && (i == 0 || r < '0' || r > '9') {
+			return false
+		}
+	}
+	return name != ""
+}
+
+// sqlRun is one statement under way.
+type sqlRun struct {
+	app           *app
+	client        *client.Client
+	agent, source string
+	statement     *posternv1.RunSQLRequest
+	format        rowfmt.Format
+	dst           *destination
+
+	queryID     atomic.Pointer[string]
+	interrupted atomic.Bool
+}
+
+// errInterrupted ends the conversion after Ctrl-C.
+var errInterrupted = errors.New("interrupted")
+
+// do runs the statement. The end of ctx is the user's Ctrl-C: the request itself
+// lives on until the statement has ended in order, or cancelTime is over.
+func (r *sqlRun) do(ctx context.Context) error {
+	start := time.Now()
+	request, hangUp := context.WithCancel(context.WithoutCancel(ctx))
+	finished := make(chan struct{})
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		r.watch(ctx, finished, hangUp)
+	}()
+	defer func() { close(finished); <-watched; hangUp() }()
+
+	p := startProgress(r.app, r.dst)
+	defer p.stop()
+	outcome, err := r.stream(request, p)
+	p.stop()
+	for _, n := range outcome.GetNotices() {
+		r.app.info("%s:  %s", safe(n.Severity), safe(n.Message))
+	}
+	if r.interrupted.Load() {
+		return r.cancelled(outcome)
+	}
+	var public *proto.Error
+	if errors.As(err, &public) && public.Code == proto.CodeSQL {
+		return &statementError{err: public, text: r.statement.Sql}
+	}
+	if err != nil {
+		return err
+	}
+	return r.footer(outcome, time.Since(start))
+}
+
+// cancelled says how a statement ended that the user gave up.
+func (r *sqlRun) cancelled(outcome *posternv1.QueryOutcome) error {
+	switch {
+	case outcome == nil:
+		return proto.Errorf(proto.CodeCancelled, "interrupted: the statement was given up; `postern query list` says how it ended")
+	case outcome.Error == nil:
+		return proto.Errorf(proto.CodeCancelled, "interrupted: the statement had ended already")
+	}
+	return proto.Errorf(proto.CodeCancelled, "interrupted: the statement was cancelled")
+}
+
+// stream prints the rows and returns how the statement ended.
+func (r *sqlRun) stream(ctx context.Context, p *progress) (*posternv1.QueryOutcome, error) {
+	rows, err := r.client.SQL(ctx, r.agent, r.source, r.statement)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close() //nolint:errcheck // what matters came with the outcome
+	id := rows.QueryID()
+	r.queryID.Store(&id)
+	gate := &gate{w: p.writer(r.dst), run: r}
+	err = rowfmt.Convert(ctx, gate, p.reader(rows), r.format, rowfmt.Options{Rows: p.rows})
+	if gate.err != nil && !r.interrupted.Load() {
+		return nil, r.dst.failed(gate.err)
+	}
+	// To the end: the outcome comes after the last row.
+	_, readErr := io.Copy(io.Discard, rows)
+	outcome, outcomeErr := rows.Outcome()
+	switch {
+	case outcomeErr != nil:
+		return outcome, outcomeErr
+	case readErr != nil:
+		return outcome, readErr
+	case err != nil && !errors.Is(err, rowfmt.ErrNoSchema):
+		return outcome, err
+	}
+	return outcome, nil
+}
+
+// footer says what a statement without rows did, and on a terminal how many rows
+// came and how fast.
+func (r *sqlRun) footer(outcome *posternv1.QueryOutcome, d time.Duration) error {
+	if r.format == rowfmt.Table && !r.dst.touched {
+		if outcome.GetCommandTag() != "" {
+			if _, err := fmt.Fprintln(r.dst, safe(outcome.CommandTag)); err != nil {
+				return r.dst.failed(err)
+			}
+		}
+		return nil
+	}
+	if r.format != rowfmt.Table && isTerminal(r.app.stderr) {
+		unit := "rows"
+		if outcome.GetRows() == 1 {
+			unit = "row"
+		}
+		r.app.info("(%d %s, %s)", outcome.GetRows(), unit, roughly(d))
+	}
+	return nil
+}
+
+// watch waits for Ctrl-C and then asks the control plane to cancel the query; if
+// that has no effect in time, or the query has no id yet, it hangs up, which the
+// control plane takes for the same.
+func (r *sqlRun) watch(ctx context.Context, finished <-chan struct{}, hangUp func()) {
+	select {
+	case <-finished:
+		return
+	case <-ctx.Done():
+	}
+	r.interrupted.Store(true)
+	id := r.queryID.Load()
+	if id == nil || *id == "" {
+		hangUp()
+		return
+	}
+	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelTime)
+	defer cancel()
+	_, err := r.client.Queries.CancelQuery(deadline, connect.NewRequest(&posternv1.CancelOrganizationQueryRequest{QueryId: *id}))
+	if err == nil {
+		select {
+		case <-finished:
+			return
+		case <-deadline.Done():
+		}
+	}
+	hangUp()
+}
+
+// gate stands before the output: it remembers the first error, and closes at
+// Ctrl-C.
+type gate struct {
+	w   io.Writer
+	run *sqlRun
+	err error
+}
+
+// Write implements io.Writer.
+func (g *gate) Write(p []byte) (int, error) {
+	if g.run.interrupted.Load() {
+		return 0, errInterrupted
+	}
+	n, err := g.w.Write(p)
+	if err != nil {
+		g.err = err
+	}
+	return n, err
+}
