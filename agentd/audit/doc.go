@@ -1,0 +1,22 @@
+// Package audit is the host's append-only, hash-chained log (package auditchain
+// says what an entry is). On disk, below the state directory:
+//
+//	audit/                 0700
+//	  000001.jsonl         0600, one entry a line, at most about 16 MiB
+//	  000002.jsonl         goes on where the one before ends
+//	  torn-20261122T…      what a crash left of a half-written last line
+//
+// Append returns when the entry is on stable storage; entries that come at the
+// same time share one fsync. An entry that could not be written (a full disk) is
+// an error with code STORAGE_FULL and leaves the chain as it was: the caller
+// refuses what it wanted to do.
+//
+// Open checks the newest segment and its seam with the one before. Only an
+// unterminated last line, which is what a crash leaves, is moved aside; anything
+// else is tampering or a damaged disk, is returned as a *TamperedError, and is
+// never mended. Verify checks all of it, offline too. Nothing is ever deleted:
+// retention is the owner's, see docs/agentd.md.
+//
+// A Log may be used from several goroutines; one process at a time may have it
+// open. Reading is possible meanwhile, from other processes too.
+package audit
