@@ -1,0 +1,321 @@
+package config
+
+import (
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"log/slog"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"time"
+
+	"golang.org/x/net/http/httpproxy"
+
+	"github.com/postern-dev/postern/agentd/policy"
+	"github.com/postern-dev/postern/agentd/secret"
+)
+
+// Defaults of what may be left out.
+const (
+	DefaultFile        = "/etc/postern/agentd.yaml"
+	DefaultWarm        = 1
+	DefaultIdleTimeout = time.Minute
+	// DefaultUIDBase is the first of the user ids that SQL sessions run as; it is
+	// above every range that distributions hand out.
+	DefaultUIDBase = 1_900_000_000
+)
+
+// maxSources bounds the data sources of one host.
+const maxSources = 256
+
+// maxFile bounds the configuration file, in bytes.
+const maxFile = 1 << 20
+
+// Config is a checked configuration.
+type Config struct {
+	// File is where it was read; "" if there was none.
+	File string
+	// URL of the control plane; "" means the one the host registered with.
+	URL string
+	// Name is what the host would like to be called; "" means its host name.
+	Name string
+	// OuterRootCAs are trusted for the outer TLS beside the system's; may be nil.
+	OuterRootCAs *x509.CertPool
+	CAFile       string
+	// Proxy chooses the proxy; nil means by the environment.
+	Proxy   func(*url.URL) (*url.URL, error)
+	Metrics Metrics
+	Log     Log
+	SQL     SQL
+	Sources []Source
+}
+
+// Metrics says where metrics are served besides the tunnel. Both empty: nowhere.
+type Metrics struct {
+	Network string // "tcp" (loopback alone) or "unix"
+	Address string
+}
+
+// Log says what is logged and how.
+type Log struct {
+	Level  slog.Level
+	Format string // "text" or "json"
+}
+
+// SQL is how SQL sessions are kept.
+type SQL struct {
+	// Warm is how many sessions of a source wait connected for their owner.
+	Warm int
+	// IdleTimeout is how long an owner's session is kept after a statement.
+	IdleTimeout time.Duration
+	// UIDBase is the first user id that they run as.
+	UIDBase uint32
+}
+
+// Source is a data source.
+type Source struct {
+	Name     string
+	Engine   string
+	DSN      string
+	Password secret.Ref
+	Policy   policy.Source
+}
+
+// file is the YAML as written.
+type file struct {
+	URL     string `yaml:"url"`
+	Name    string `yaml:"name"`
+	CAFile  string `yaml:"ca_file"`
+	Proxy   string `yaml:"proxy"`
+	NoProxy string `yaml:"no_proxy"`
+	Metrics struct {
+		Listen string `yaml:"listen"`
+	} `yaml:"metrics"`
+	Log struct {
+		Level  string `yaml:"level"`
+		Format string `yaml:"format"`
+	} `yaml:"log"`
+	SQL struct {
+		Warm        *int    `yaml:"warm"`
+		IdleTimeout string  `yaml:"idle_timeout"`
+		UIDBase     *uint32 `yaml:"uid_base"`
+	} `yaml:"sql"`
+	Sources []source `yaml:"sources"`
+}
+
+type source struct {
+	Name     string      `yaml:"name"`
+	Engine   string      `yaml:"engine"`
+	DSN      string      `yaml:"dsn"`
+	Password secret.Ref  `yaml:"password"`
+	Policy   policy.Spec `yaml:"policy"`
+}
+
+// Default is the configuration of a host without a file.
+func Default() *Config {
+	return &Config{
+		Log: Log{Level: slog.LevelInfo, Format: "text"},
+		SQL: SQL{Warm: DefaultWarm, IdleTimeout: DefaultIdleTimeout, UIDBase: DefaultUIDBase},
+	}
+}
+
+// Load reads and checks a configuration file. The error is a *Error that lists
+// every problem, or the operating system's.
+func Load(path string) (*Config, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("configuration %s does not exist: write it or name another with --config (%w)", path, fs.ErrNotExist)
+	} else if err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	defer f.Close() //nolint:errcheck // it is only read
+	st, err := f.Stat()
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	if st.Mode().Perm()&0o002 != 0 {
+		return nil, fmt.Errorf("configuration %s can be written by everybody (mode %04o): run chmod 0644 %s", path, st.Mode().Perm(), path)
+	}
+	raw, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w", err)
+	}
+	if len(raw) > maxFile {
+		return nil, fmt.Errorf("configuration %s has more than %d bytes", path, maxFile)
+	}
+	return Parse(path, raw)
+}
+
+// Parse checks a configuration that was read from path.
+func Parse(path string, raw []byte) (*Config, error) {
+	c := Default()
+	c.File = path
+	var in file
+	p := &problems{file: path}
+	root := p.decode(raw, &in)
+	if root == nil && len(p.list) > 0 {
+		return nil, p.err()
+	}
+	at := func(keys ...any) int { return lineOf(root, keys...) }
+
+	c.URL, c.Name = in.URL, in.Name
+	if in.URL != "" {
+		if _, err := TunnelURL(in.URL); err != nil {
+			p.add(at("url"), "url: %v", err)
+		}
+	}
+	if in.Name != "" && !ValidName(in.Name) {
+		p.add(at("name"), "name: %q is not 1 to 63 of a-z, 0-9 and -, beginning and ending with a letter or digit", in.Name)
+	}
+	c.CAFile = in.CAFile
+	if in.CAFile != "" {
+		pool, err := loadBundle(in.CAFile)
+		if err != nil {
+			p.add(at("ca_file"), "ca_file: %v", err)
+		}
+		c.OuterRootCAs = pool
+	}
+	c.Proxy = p.proxy(in, at)
+	c.Metrics = p.metrics(in.Metrics.Listen, at("metrics", "listen"))
+	p.log(in, c, at)
+	p.sql(in, c, at)
+	p.sources(in, c, at)
+	if err := p.err(); err != nil {
+		return nil, err
+	}
+	return c, nil
+}
+
+// TunnelURL is where the tunnel of the control plane at this URL is dialed:
+// https://cp.example.com gives wss://cp.example.com/tunnel.
+func TunnelURL(text string) (string, error) {
+	u, err := url.Parse(text)
+	if err != nil {
+		return "", errors.New("it is not a URL such as https://cp.example.com") // err would show a password
+	}
+	switch u.Scheme {
+	case "https", "wss":
+		u.Scheme = "wss"
+	case "http", "ws":
+		u.Scheme = "ws"
+	default:
+		return "", fmt.Errorf("%q is not a URL such as https://cp.example.com", u.Redacted())
+	}
+	switch {
+	case u.Hostname() == "":
+		return "", fmt.Errorf("%q names no host", u.Redacted())
+	case u.User != nil:
+		return "", errors.New("it holds a user or password: the host proves itself by its certificate")
+	case u.RawQuery != "" || u.Fragment != "":
+		return "", fmt.Errorf("%q has more than scheme, host, port and path", u.Redacted())
+	}
+	u.Path = strings.TrimSuffix(u.Path, "/") + "/tunnel"
+	return u.String(), nil
+}
+
+var nameForm = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
+
+// ValidName reports whether an agent may be called so.
+func ValidName(name string) bool { return nameForm.MatchString(name) }
+
+func (p *problems) proxy(in file, at func(...any) int) func(*url.URL) (*url.URL, error) {
+	if in.Proxy == "" {
+		if in.NoProxy != "" {
+			p.add(at("no_proxy"), "no_proxy: it means nothing without proxy: set both, or neither and use HTTPS_PROXY and NO_PROXY")
+		}
+		return nil
+	}
+	u, err := url.Parse(in.Proxy)
+	if err != nil || (u.Scheme != "http" && u.Scheme != "https") || u.Hostname() == "" {
+		p.add(at("proxy"), "proxy: it is not a URL such as http://proxy.example.com:3128")
+		return nil
+	}
+	choose := (&httpproxy.Config{HTTPProxy: in.Proxy, HTTPSProxy: in.Proxy, NoProxy: in.NoProxy}).ProxyFunc()
+	return func(target *url.URL) (*url.URL, error) {
+		u := *target
+		switch u.Scheme {
+		case "wss":
+			u.Scheme = "https"
+		case "ws":
+			u.Scheme = "http"
+		}
+		return choose(&u)
+	}
+}
+
+// metrics accepts loopback addresses and unix sockets: agentd listens on no
+// network.
+func (p *problems) metrics(listen string, line int) Metrics {
+	if listen == "" || listen == "off" {
+		return Metrics{}
+	}
+	if path, ok := strings.CutPrefix(listen, "unix:"); ok {
+		if !filepath.IsAbs(path) {
+			p.add(line, "metrics.listen: %q is not unix: and an absolute path", listen)
+		}
+		return Metrics{"unix", path}
+	}
+	host, port, err := net.SplitHostPort(listen)
+	ip := net.ParseIP(host)
+	switch {
+	case err != nil || port == "":
+		p.add(line, "metrics.listen: %q is neither ADDRESS:PORT nor unix:/PATH", listen)
+	case host == "localhost":
+		host = "127.0.0.1"
+	case ip == nil || !ip.IsLoopback():
+		p.add(line, "metrics.listen: %q is not a loopback address: agentd listens on no network, use 127.0.0.1:%s or unix:/PATH", listen, port)
+	}
+	return Metrics{"tcp", net.JoinHostPort(host, port)}
+}
+
+func (p *problems) log(in file, c *Config, at func(...any) int) {
+	switch in.Log.Level {
+	case "", "info":
+	case "debug":
+		c.Log.Level = slog.LevelDebug
+	case "warn":
+		c.Log.Level = slog.LevelWarn
+	case "error":
+		c.Log.Level = slog.LevelError
+	default:
+		p.add(at("log", "level"), "log.level: %q is none of debug, info, warn, error", in.Log.Level)
+	}
+	switch in.Log.Format {
+	case "":
+	case "text", "json":
+		c.Log.Format = in.Log.Format
+	default:
+		p.add(at("log", "format"), "log.format: %q is none of text, json", in.Log.Format)
+	}
+}
+
+func (p *problems) sql(in file, c *Config, at func(...any) int) {
+	if w := in.SQL.Warm; w != nil {
+		if *w < 0 || *w > 16 {
+			p.add(at("sql", "warm"), "sql.warm: %d is not between 0 and 16", *w)
+		}
+		c.SQL.Warm = *w
+	}
+	if text := in.SQL.IdleTimeout; text != "" {
+		d, err := time.ParseDuration(text)
+		switch {
+		case err != nil:
+			p.add(at("sql", "idle_timeout"), "sql.idle_timeout: %q is not a duration such as 30s or 5m", text)
+		case d < time.Second || d > time.Hour:
+			p.add(at("sql", "idle_timeout"), "sql.idle_timeout: %s is not between 1s and 1h", d)
+		}
+		c.SQL.IdleTimeout = d
+	}
+	if base := in.SQL.UIDBase; base != nil {
+		if *base < 1000 || *base > 4_294_900_000 {
+			p.add(at("sql", "uid_base"), "sql.uid_base: %d is not between 1000 and 4294900000", *base)
+		}
+		c.SQL.UIDBase = *base
+	}
+}

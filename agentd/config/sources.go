@@ -1,0 +1,122 @@
+package config
+
+import (
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"net/url"
+	"os"
+	"regexp"
+	"strings"
+)
+
+var (
+	sourceForm  = regexp.MustCompile(`^[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?$`)
+	dsnPassword = regexp.MustCompile(`(?i)(^|\s)(ssl)?password\s*=`)
+)
+
+func (p *problems) sources(in file, c *Config, at func(...any) int) {
+	if len(in.Sources) > maxSources {
+		p.add(at("sources"), "sources: %d are more than %d", len(in.Sources), maxSources)
+		return
+	}
+	seen := map[string]bool{}
+	for i, s := range in.Sources {
+		line := func(keys ...any) int { return at(append([]any{"sources", i}, keys...)...) }
+		where := fmt.Sprintf("sources[%d]", i)
+		if s.Name != "" {
+			where = "source " + s.Name
+		}
+		switch {
+		case s.Name == "":
+			p.add(line(), "%s: it has no name", where)
+		case !sourceForm.MatchString(s.Name):
+			p.add(line("name"), "source name %q is not 1 to 63 of a-z, 0-9, - and _, beginning and ending with a letter or digit", s.Name)
+		case seen[s.Name]:
+			p.add(line("name"), "%s: there are two of this name", where)
+		}
+		seen[s.Name] = true
+		switch s.Engine {
+		case "postgres":
+			if err := checkDSN(s.DSN); err != nil {
+				p.add(line("dsn"), "%s: dsn: %v", where, err)
+			}
+		case "mysql", "sqlite":
+			p.add(line("engine"), "%s: engine %s is not supported by this version: only postgres is", where, s.Engine)
+		case "":
+			p.add(line(), "%s: it has no engine: set engine: postgres", where)
+		default:
+			p.add(line("engine"), "%s: engine %q is unknown: only postgres is supported", where, s.Engine)
+		}
+		if !s.Password.IsZero() {
+			if err := s.Password.Validate(); err != nil {
+				p.add(line("password"), "%s: password: %v", where, err)
+			}
+		}
+		checked, err := s.Policy.Source()
+		if err != nil {
+			// Its text begins with the key: policy.max_rows: ...
+			key, _, _ := strings.Cut(strings.TrimPrefix(err.Error(), "policy."), ":")
+			p.add(line("policy", key), "%s: %v", where, err)
+		}
+		c.Sources = append(c.Sources, Source{Name: s.Name, Engine: s.Engine, DSN: s.DSN, Password: s.Password, Policy: checked})
+	}
+}
+
+// checkDSN refuses a password in the DSN: it would be in this file, which more
+// people read than may know it.
+func checkDSN(dsn string) error {
+	const instead = "use password: {file: ...} beside it"
+	if strings.TrimSpace(dsn) == "" {
+		return errors.New("it is empty: set host, dbname and user")
+	}
+	if strings.HasPrefix(dsn, "postgres://") || strings.HasPrefix(dsn, "postgresql://") {
+		u, err := url.Parse(dsn)
+		if err != nil {
+			return errors.New("it is not a URL") // err would show a password
+		}
+		if _, has := u.User.Password(); has || u.Query().Has("password") || u.Query().Has("sslpassword") {
+			return errors.New("it holds a password: " + instead)
+		}
+		return nil
+	}
+	if dsnPassword.MatchString(dsn) {
+		return errors.New("it holds a password: " + instead)
+	}
+	if !strings.Contains(dsn, "=") {
+		return errors.New("it is neither postgres://... nor KEY=VALUE pairs such as host=/run/postgresql dbname=warehouse user=reader")
+	}
+	return nil
+}
+
+// loadBundle reads PEM certificates. Every block must be a good certificate:
+// x509.CertPool would pass over the others and trust less than the owner thinks.
+func loadBundle(path string) (*x509.CertPool, error) {
+	raw, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	pool := x509.NewCertPool()
+	begins := strings.Count(string(raw), "-----BEGIN")
+	for n := 1; ; n++ {
+		var block *pem.Block
+		if block, raw = pem.Decode(raw); block == nil {
+			switch {
+			case begins == 0:
+				return nil, fmt.Errorf("%s holds no PEM certificate", path)
+			case n != begins+1:
+				return nil, fmt.Errorf("%s: a block is malformed", path)
+			}
+			return pool, nil
+		}
+		if block.Type != "CERTIFICATE" {
+			return nil, fmt.Errorf("%s: block %d is a %q, not a certificate", path, n, block.Type)
+		}
+		cert, err := x509.ParseCertificate(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("%s: block %d is malformed: %w", path, n, err)
+		}
+		pool.AddCert(cert)
+	}
+}
