@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 
 	"github.com/postern-dev/postern/proto"
@@ -13,6 +14,10 @@ import (
 
 // auditBatch is how many entries one statement inserts.
 const auditBatch = 100
+
+// maxAuditPage bounds the memory of one listing, in bytes; the entry that
+// crosses it is still in.
+const maxAuditPage = 8 << 20
 
 // AuditHead returns the head of an organization's chain; zero if it is empty.
 func (s *Store) AuditHead(ctx context.Context, org string) (auditchain.Head, error) {
@@ -79,29 +84,40 @@ func (s *Store) AppendAudit(ctx context.Context, org string, prev auditchain.Hea
 }
 
 // AuditAfter returns at most limit entries whose number is above after, in
-// ascending order, and the last one's number as the store has it.
+// ascending order, and the last one's number as the store has it. It returns
+// fewer when they are long, but at least one if there is one.
 func (s *Store) AuditAfter(ctx context.Context, org string, after uint64, limit int) (lines [][]byte, last uint64, err error) {
-	last = after
-	rows, err := s.reader().query(ctx, "SELECT sequence, line FROM audit WHERE organization = ? AND sequence > ? ORDER BY sequence LIMIT ?",
+	if after > math.MaxInt64 {
+		return nil, after, nil
+	}
+	return s.auditPage(ctx, after, "SELECT sequence, line FROM audit WHERE organization = ? AND sequence > ? ORDER BY sequence LIMIT ?",
 		org, int64(after), limit)
-	lines, err = collect(ctx, s, "read the audit log", rows, err, func(rows *sql.Rows) ([]byte, error) {
-		var sequence int64
-		var line []byte
-		err := rows.Scan(&sequence, &line)
-		last = uint64(sequence)
-		return line, err
-	})
-	return lines, last, err
 }
 
-// AuditNewest returns at most limit entries, newest first.
+// AuditNewest returns at most limit entries, newest first; fewer when they are
+// long.
 func (s *Store) AuditNewest(ctx context.Context, org string, limit int) ([][]byte, error) {
-	rows, err := s.reader().query(ctx, "SELECT line FROM audit WHERE organization = ? ORDER BY sequence DESC LIMIT ?", org, limit)
-	return collect(ctx, s, "read the audit log", rows, err, func(rows *sql.Rows) ([]byte, error) {
+	lines, _, err := s.auditPage(ctx, 0, "SELECT sequence, line FROM audit WHERE organization = ? ORDER BY sequence DESC LIMIT ?", org, limit)
+	return lines, err
+}
+
+func (s *Store) auditPage(ctx context.Context, last uint64, query string, args ...any) ([][]byte, uint64, error) {
+	const op = "read the audit log"
+	rows, err := s.reader().query(ctx, query, args...)
+	if err != nil {
+		return nil, last, s.fail(ctx, op, err)
+	}
+	defer func() { _ = rows.Close() }()
+	var lines [][]byte
+	for size := 0; size < maxAuditPage && rows.Next(); {
+		var sequence int64
 		var line []byte
-		err := rows.Scan(&line)
-		return line, err
-	})
+		if err := rows.Scan(&sequence, &line); err != nil {
+			return nil, last, s.fail(ctx, op, err)
+		}
+		lines, last, size = append(lines, line), uint64(sequence), size+len(line)
+	}
+	return lines, last, s.fail(ctx, op, rows.Err())
 }
 
 // AgentAuditHead returns the newest head of an agent's own chain that was
