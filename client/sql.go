@@ -15,6 +15,7 @@ import (
 
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/resultstream"
 )
 
 // SQL runs a statement and returns its rows as soon as the first is there. An
@@ -33,8 +34,9 @@ func (c *Client) SQL(ctx context.Context, agent, source string, statement *poste
 		return nil, err
 	}
 	req.Header.Set("Content-Type", "application/json")
-	req.Header.Set("TE", "trailers")
-	req.GetBody = nil // never sent twice
+	req.Header.Set("Accept", resultstream.ContentType+", application/vnd.apache.arrow.stream;q=0.5")
+	req.Header.Set("TE", "trailers") // of a server that knows no better
+	req.GetBody = nil                // never sent twice
 	resp, err := c.http.Do(req)
 	if err != nil {
 		cancel()
@@ -52,7 +54,11 @@ func (c *Client) SQL(ctx context.Context, agent, source string, statement *poste
 		defer resp.Body.Close() //nolint:errcheck // it was only read
 		return nil, proto.ReadHTTPError(resp)
 	}
-	return &Rows{client: c, resp: resp, ctx: ctx, cancel: cancel, queryID: resp.Header.Get(proto.QueryIDHeader)}, nil
+	rows := &Rows{client: c, resp: resp, ctx: ctx, cancel: cancel, queryID: resp.Header.Get(proto.QueryIDHeader)}
+	if resp.Header.Get("Content-Type") == resultstream.ContentType {
+		rows.stream = resultstream.NewReader(resp.Body)
+	}
+	return rows, nil
 }
 
 // Rows is a result under way: an Arrow IPC stream to read to its end, and then
@@ -63,6 +69,7 @@ type Rows struct {
 	ctx     context.Context // of the request
 	cancel  context.CancelFunc
 	queryID string
+	stream  *resultstream.Reader // nil: bare Arrow, with a trailer
 	bytes   uint64
 	ended   bool
 	outcome *posternv1.QueryOutcome
@@ -70,7 +77,13 @@ type Rows struct {
 }
 
 // QueryID names the query, for CancelQuery and the history.
-func (r *Rows) QueryID() string { return r.queryID }
+// It may become known only with the first row.
+func (r *Rows) QueryID() string {
+	if r.queryID == "" && r.stream != nil {
+		return r.stream.QueryID()
+	}
+	return r.queryID
+}
 
 // Read implements io.Reader. io.EOF means that the server said how the statement
 // ended, well or not: ask Outcome. Another error means that it did not, and that
@@ -82,7 +95,13 @@ func (r *Rows) Read(p []byte) (int, error) {
 		}
 		return 0, r.err
 	}
-	n, err := r.resp.Body.Read(p)
+	var n int
+	var err error
+	if r.stream != nil {
+		n, err = r.stream.Read(p)
+	} else {
+		n, err = r.resp.Body.Read(p)
+	}
 	r.bytes += uint64(n)
 	if err == nil {
 		return n, nil
@@ -93,6 +112,9 @@ func (r *Rows) Read(p []byte) (int, error) {
 		r.err = r.ctx.Err()
 	case !errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
 		r.err = r.lost(err)
+	case r.stream != nil:
+		r.outcome = r.stream.Outcome()
+		io.CopyN(io.Discard, r.resp.Body, 1) //nolint:errcheck // its end, so that the connection serves again
 	default:
 		r.finish()
 	}

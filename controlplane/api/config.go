@@ -28,9 +28,17 @@ type Config struct {
 	Tunnel http.Handler
 	// Ready returns nil when this process can serve, else why not.
 	Ready func(context.Context) error
-	// RequestsPerSecond and Burst bound each token; 0 means 100 and 200.
-	RequestsPerSecond float64
-	Burst             int
+	// Requests bounds the requests of each token, by its id.
+	Requests Limiter
+	// SignOfLife is how often a silent result says that it goes on, to clients
+	// that read package resultstream; 0 means 15 s.
+	SignOfLife time.Duration
+}
+
+// Limiter bounds how often a key may do something; see package ratelimit.
+type Limiter interface {
+	// Allow takes one from what the key has left; false if there is none.
+	Allow(key string) bool
 }
 
 // Caller is who asks.

@@ -19,22 +19,18 @@ import (
 // maxRequest bounds the body of a Connect request, in bytes.
 const maxRequest = 1 << 20
 
-// API serves the public API. It keeps no state but the rate limits.
+// API serves the public API. It keeps no state.
 type API struct {
 	cfg     Config
-	limits  *limiter
 	handler http.Handler
 }
 
 // New returns the API.
 func New(cfg Config) *API {
-	if cfg.RequestsPerSecond == 0 {
-		cfg.RequestsPerSecond = 100
+	if cfg.SignOfLife == 0 {
+		cfg.SignOfLife = signOfLife
 	}
-	if cfg.Burst == 0 {
-		cfg.Burst = 200
-	}
-	a := &API{cfg: cfg, limits: newLimiter(cfg.RequestsPerSecond, cfg.Burst)}
+	a := &API{cfg: cfg}
 	mux := http.NewServeMux()
 	option := connect.WithHandlerOptions(
 		connect.WithReadMaxBytes(maxRequest),
@@ -103,8 +99,8 @@ func caller(ctx context.Context) Caller { return ctx.Value(callerKey{}).(Caller)
 func (a *API) authenticated(next func(http.ResponseWriter, *http.Request, Caller), fail func(http.ResponseWriter, *http.Request, error)) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		c, err := a.authenticate(r)
-		if err == nil && !a.limits.allow(c.TokenId) {
-			err = proto.Errorf(proto.CodeRateLimited, "token %s makes more than %g requests a second: slow down", c.TokenName, a.cfg.RequestsPerSecond)
+		if err == nil && !a.cfg.Requests.Allow(c.TokenId) {
+			err = proto.Errorf(proto.CodeRateLimited, "token %s makes too many requests a second: slow down", c.TokenName)
 		}
 		if err != nil {
 			if proto.CodeOf(err) == proto.CodeUnauthenticated {

@@ -7,11 +7,13 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"time"
 
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/resultstream"
 	"github.com/postern-dev/postern/proto/rowfmt"
 )
 
@@ -20,22 +22,86 @@ const copyBuffer = 128 << 10
 
 var copyBuffers = sync.Pool{New: func() any { b := make([]byte, copyBuffer); return &b }}
 
-// serveSQL runs a statement and streams its rows.
+// signOfLife is how often a result that is silent says that it goes on: reverse
+// proxies commonly end a response that is silent for 60 s.
+const signOfLife = 15 * time.Second
+
+// serveSQL runs a statement and streams its rows, in one of two ways: in the
+// frames of package resultstream for clients that accept them, else bare, in a
+// format that anybody reads.
 func (a *API) serveSQL(w http.ResponseWriter, r *http.Request, c Caller) {
 	format, statement, err := readStatement(w, r, c)
 	if err != nil {
 		writeError(w, r, err)
 		return
 	}
-	result, err := a.cfg.Queries.Start(r.Context(), c, r.PathValue("agent"), r.PathValue("source"), statement)
+	start := func() (Result, error) {
+		return a.cfg.Queries.Start(r.Context(), c, r.PathValue("agent"), r.PathValue("source"), statement)
+	}
+	if format == rowfmt.Arrow && strings.Contains(r.Header.Get("Accept"), resultstream.ContentType) {
+		a.framed(w, r, start)
+		return
+	}
+	bare(w, r, start, format)
+}
+
+func resultHeader(h http.Header, contentType string) {
+	h.Set("Content-Type", contentType)
+	h.Set("X-Content-Type-Options", "nosniff")
+	h.Set("Cache-Control", "no-store")
+	h.Set("X-Accel-Buffering", "no") // nginx would collect the rows first
+}
+
+// framed streams Arrow with signs of life and the outcome at its end.
+func (a *API) framed(w http.ResponseWriter, r *http.Request, start func() (Result, error)) {
+	out := resultstream.NewWriter(frameSink{w, http.NewResponseController(w)}, a.cfg.SignOfLife)
+	defer out.Close()
+	result, err := start()
+	if err != nil {
+		if out.Stop() {
+			writeError(w, r, err)
+		} else {
+			out.End(&posternv1.QueryOutcome{Error: proto.Detail(err)})
+		}
+		return
+	}
+	out.QueryID(result.QueryID())
+	_, err = out.ReadFrom(result)
+	var hangup *resultstream.SinkError
+	if errors.As(err, &hangup) {
+		err = hungUp(err)
+	}
+	out.End(result.Finish(err))
+}
+
+// frameSink begins the response when its first frame is there.
+type frameSink struct {
+	http.ResponseWriter
+	control *http.ResponseController
+}
+
+// SetQueryID implements resultstream.Sink.
+func (s frameSink) SetQueryID(id string) { s.Header().Set(proto.QueryIDHeader, id) }
+
+// Begin implements resultstream.Sink.
+func (s frameSink) Begin() {
+	resultHeader(s.Header(), resultstream.ContentType)
+	s.WriteHeader(http.StatusOK)
+}
+
+// Flush implements resultstream.Sink.
+func (s frameSink) Flush() error { return s.control.Flush() }
+
+// bare streams the rows alone. The outcome is a trailer for clients that want
+// trailers; for others a result that ends early breaks the connection.
+func bare(w http.ResponseWriter, r *http.Request, start func() (Result, error), format rowfmt.Format) {
+	result, err := start()
 	if err != nil {
 		writeError(w, r, err)
 		return
 	}
 	h := w.Header()
-	h.Set("Content-Type", format.ContentType())
-	h.Set("X-Content-Type-Options", "nosniff")
-	h.Set("Cache-Control", "no-store")
+	resultHeader(h, format.ContentType())
 	h.Set(proto.QueryIDHeader, result.QueryID())
 	trailers := strings.Contains(strings.ToLower(r.Header.Get("TE")), "trailers")
 	if trailers {

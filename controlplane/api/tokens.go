@@ -81,4 +81,3 @@ func (a *API) RevokeToken(ctx context.Context, req *connect.Request[posternv1.Re
 		return &posternv1.RevokeTokenResponse{Token: token}, nil
 	})
 }
-

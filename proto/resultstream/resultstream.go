@@ -33,19 +33,21 @@ const (
 
 var buffers = sync.Pool{New: func() any { b := make([]byte, headSize+dataSize); return &b }}
 
-// Sink is where a Writer writes; http.ResponseController's and
-// http.ResponseWriter's methods in one.
+// Sink is where a Writer writes: an HTTP response. Its methods are never called
+// at the same time.
 type Sink interface {
 	io.Writer
-	// Begin is called once, before the first byte.
+	// Begin is called once, before the first byte; SetQueryID at most once,
+	// before Begin.
 	Begin()
+	SetQueryID(id string)
 	// Flush sends on what was written.
 	Flush() error
 }
 
 // Writer writes the body. Begin on it is put off until there is something to
-// say, so that an error that comes soon can still be an HTTP status. End or Stop
-// must be called.
+// say, so that an error that comes soon can still be an HTTP status. Close must be
+// called.
 type Writer struct {
 	every time.Duration
 
@@ -106,15 +108,18 @@ func putHead(p []byte, kind byte, length int) []byte {
 	return p
 }
 
-// QueryID tells the reader the query's id, if the body has begun; it reports false
-// if it has not, and the id can go into a header.
-func (w *Writer) QueryID(id string) bool {
+// QueryID tells the reader the query's id: by the sink, or in the body if that
+// has begun.
+func (w *Writer) QueryID(id string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.began && !w.ended {
+	switch {
+	case w.ended:
+	case w.began:
 		w.writeLocked(frame(kindQuery, []byte(id)))
+	default:
+		w.sink.SetQueryID(id)
 	}
-	return w.began
 }
 
 // ReadFrom implements io.ReaderFrom: it sends each piece on as soon as it is
@@ -162,20 +167,30 @@ func (w *Writer) End(o *posternv1.QueryOutcome) {
 		return
 	}
 	w.writeLocked(frame(kindOutcome, []byte(proto.EncodeOutcome(o))))
+	w.closeLocked()
+}
+
+// Close ends the signs of life. Without End before it the body is incomplete.
+func (w *Writer) Close() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.closeLocked()
+}
+
+func (w *Writer) closeLocked() {
 	w.ended = true
 	w.timer.Stop()
 }
 
-// Stop ends the signs of life without a word, if nothing has been written: it
-// reports true if so, and the sink is the caller's again.
+// Stop is Close if nothing has been written: it reports true if so, and the sink
+// is the caller's again.
 func (w *Writer) Stop() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.began {
 		return false
 	}
-	w.ended = true
-	w.timer.Stop()
+	w.closeLocked()
 	return true
 }
 
