@@ -23,12 +23,12 @@ type Gate interface {
 	// Identify reads the identity out of a finished handshake; the zero Identity
 	// for a peer without a certificate.
 	Identify(tls.ConnectionState) (Identity, error)
+	// Admit checks a tunnel that has just come up and notes that its certificate
+	// has been used; older ones of the same agent retire.
+	Admit(ctx context.Context, id Identity, remote string) error
 	// CheckIdentity fails if the agent was revoked, its certificate retired, or
 	// its organization disabled. It is called for every request.
 	CheckIdentity(context.Context, Identity) error
-	// ConfirmSerial notes that the certificate has been used; older ones of the
-	// same agent retire.
-	ConfirmSerial(context.Context, Identity) error
 }
 
 // Joiner makes agents and certificates.

@@ -40,6 +40,8 @@ var (
 	ErrNoHello = errors.New("said no hello in time")
 	// ErrRevoked is the cause when the agent was revoked.
 	ErrRevoked = errors.New("the agent was revoked")
+	// ErrDisabled is the cause when its organization was disabled.
+	ErrDisabled = errors.New("the organization was disabled")
 	// ErrStopping is the cause when this control plane stops.
 	ErrStopping = errors.New("the control plane is stopping")
 )
@@ -90,8 +92,8 @@ type peerListener struct {
 // Handle serves one tunnel until it ends. It is the tunnel server's handler.
 func (h *Hub) Handle(t *tunnel.Tunnel) {
 	id, err := h.cfg.Gate.Identify(t.PeerState())
-	if err == nil && id.Agent != "" && !id.Expired {
-		err = h.admit(id)
+	if err == nil && id.Agent != "" {
+		err = h.admit(id, t.RemoteAddr().String())
 	}
 	if err != nil {
 		h.log.Info("tunnel refused", "err", err, "remote", t.RemoteAddr().String())
@@ -124,14 +126,11 @@ func (h *Hub) Handle(t *tunnel.Tunnel) {
 	h.detach(p)
 }
 
-// admit checks a member before its first request.
-func (h *Hub) admit(id Identity) error {
+// admit checks a peer with a certificate before its first request.
+func (h *Hub) admit(id Identity, remote string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), helloTime)
 	defer cancel()
-	if err := h.cfg.Gate.CheckIdentity(ctx, id); err != nil {
-		return err
-	}
-	return h.cfg.Gate.ConfirmSerial(ctx, id)
+	return h.cfg.Gate.Admit(ctx, id, remote)
 }
 
 // refuse answers every request on t with reason for a moment, then closes it.
@@ -233,32 +232,22 @@ func (h *Hub) disconnect(match func(Identity) bool, cause error) {
 	}
 }
 
-// Recheck asks the gate about every attached agent again and ends the tunnels of
-// those it refuses: what another replica revoked ends here within its period.
-func (h *Hub) Recheck(ctx context.Context) {
-	h.mu.Lock()
-	links := make([]*Link, 0, len(h.agents))
-	for _, l := range h.agents {
-		links = append(links, l)
-	}
-	h.mu.Unlock()
-	for _, l := range links {
-		err := h.cfg.Gate.CheckIdentity(ctx, l.peer.id)
-		if ctx.Err() != nil {
-			return
-		}
-		switch proto.CodeOf(err) {
-		case proto.CodeAgentRevoked, proto.CodeOrganizationDisabled, proto.CodeIdentityExpired:
-			l.peer.tunnel.Close(err) //nolint:errcheck // it ends either way
-		}
-	}
-}
-
 // Online is the number of attached agents.
 func (h *Hub) Online() int {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return len(h.agents)
+}
+
+// OnlineIDs are the ids of the attached agents.
+func (h *Hub) OnlineIDs() []string {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	ids := make([]string, 0, len(h.agents))
+	for id := range h.agents {
+		ids = append(ids, id)
+	}
+	return ids
 }
 
 // Drain tells every agent to move within deadline; requests under way go on.

@@ -55,7 +55,7 @@ func causeLabel(cause error) string {
 		return "replaced"
 	case errors.Is(cause, ErrStopping):
 		return "stopping"
-	case errors.Is(cause, ErrRevoked):
+	case errors.Is(cause, ErrRevoked), errors.Is(cause, ErrDisabled):
 		return "revoked"
 	case errors.Is(cause, tunnel.ErrSilent):
 		return "silent"

@@ -1,0 +1,108 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+// Options are the flags of `controlplane serve`.
+type Options struct {
+	// Data is the directory of the CA's master key, the SQLite database and the
+	// first admin token.
+	Data string
+	// Listen is the address of API and tunnel endpoint.
+	Listen string
+	// TLSCert and TLSKey are PEM files; both or none.
+	TLSCert, TLSKey string
+	// Database is a PostgreSQL URL without a password; empty means SQLite.
+	Database string
+	// DatabasePasswordFile is read afresh whenever PostgreSQL refuses the
+	// password that was read last.
+	DatabasePasswordFile string
+	// DrainTimeout bounds how long requests under way may take to end at a stop.
+	DrainTimeout time.Duration
+	// LogLevel is debug, info, warn or error; LogFormat is text or json.
+	LogLevel, LogFormat string
+}
+
+// Validate reports the first mistake.
+func (o Options) Validate() error {
+	switch {
+	case o.Data == "":
+		return errors.New("--data is missing: name the directory to keep state in")
+	case (o.TLSCert == "") != (o.TLSKey == ""):
+		return errors.New("--tls-cert and --tls-key belong together")
+	case o.DatabasePasswordFile != "" && o.Database == "":
+		return errors.New("--database-password-file needs --database")
+	case o.DrainTimeout < 0:
+		return errors.New("--drain-timeout cannot be negative")
+	}
+	_, err := o.logger(os.Stderr)
+	return err
+}
+
+func (o Options) logger(out *os.File) (*slog.Logger, error) {
+	var level slog.Level
+	if err := level.UnmarshalText([]byte(o.LogLevel)); err != nil {
+		return nil, fmt.Errorf("--log-level %q is none of debug, info, warn, error", o.LogLevel)
+	}
+	options := &slog.HandlerOptions{Level: level}
+	switch o.LogFormat {
+	case "text":
+		return slog.New(slog.NewTextHandler(out, options)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(out, options)), nil
+	}
+	return nil, fmt.Errorf("--log-format %q is neither text nor json", o.LogFormat)
+}
+
+func serveCommand() *cobra.Command {
+	var o Options
+	cmd := &cobra.Command{
+		Use:   "serve --data DIR",
+		Short: "Run the control plane",
+		Long: `Run the control plane until SIGTERM or Ctrl-C.
+
+The first start makes the CA and writes DIR/admin.token (0600): the token of the
+first admin. State is kept in DIR; metadata in DIR/controlplane.db, or in the
+PostgreSQL that --database names.
+
+Without --tls-cert it speaks plain HTTP: put a TLS-terminating proxy in front of
+anything but a lab. Agents authenticate every byte by themselves either way, but
+API tokens and results of users need that TLS.`,
+		Example: `  controlplane serve --data /var/lib/postern
+  controlplane serve --data /var/lib/postern --listen 0.0.0.0:443 --tls-cert cert.pem --tls-key key.pem
+  controlplane serve --data /var/lib/postern --database postgres://postern@db/postern --database-password-file /etc/postern/db.pw`,
+		Args: usageArgs(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := o.Validate(); err != nil {
+				return usageError{err}
+			}
+			log, err := o.logger(os.Stderr)
+			if err != nil {
+				return usageError{err}
+			}
+			server, err := NewServer(cmd.Context(), o, log)
+			if err != nil {
+				return err
+			}
+			return server.Run(cmd.Context())
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Data, "data", "", "directory to keep state in; made if it is not there")
+	f.StringVar(&o.Listen, "listen", "127.0.0.1:8080", "address of the API and the tunnel endpoint")
+	f.StringVar(&o.TLSCert, "tls-cert", "", "certificate chain, PEM; read again when it changes")
+	f.StringVar(&o.TLSKey, "tls-key", "", "its private key, PEM")
+	f.StringVar(&o.Database, "database", "", "PostgreSQL for the metadata, postgres://user@host/db; default SQLite in --data")
+	f.StringVar(&o.DatabasePasswordFile, "database-password-file", "", "file with that database's password; may change at any time")
+	f.DurationVar(&o.DrainTimeout, "drain-timeout", 30*time.Second, "how long requests under way may take to end at a stop")
+	f.StringVar(&o.LogLevel, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&o.LogFormat, "log-format", "text", "text or json")
+	return cmd
+}

@@ -1,0 +1,326 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/postern-dev/postern/controlplane/api"
+	"github.com/postern-dev/postern/controlplane/audit"
+	"github.com/postern-dev/postern/controlplane/hub"
+	"github.com/postern-dev/postern/controlplane/pki"
+	"github.com/postern-dev/postern/controlplane/query"
+	"github.com/postern-dev/postern/controlplane/ratelimit"
+	"github.com/postern-dev/postern/controlplane/registration"
+	"github.com/postern-dev/postern/controlplane/store"
+	"github.com/postern-dev/postern/controlplane/token"
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/tunnel"
+)
+
+// Rates, each a bucket for one key: how many a second, and how many at once.
+const (
+	requestRate, requestBurst = 100, 200 // of one API token
+	failureRate, failureBurst = 1, 10    // failed authentications of one address
+	joinRate, joinBurst       = 1, 20    // failed joins of one address
+	renewRate, renewBurst     = 0.01, 20 // renewals of one agent
+)
+
+const (
+	// readHeaderTimeout bounds a request's header, also of connections that say
+	// nothing at all.
+	readHeaderTimeout = 10 * time.Second
+	idleTimeout       = 75 * time.Second
+	maxHeader         = 64 << 10
+	// recheckEvery is how soon another replica's revocations bite here.
+	recheckEvery = 500 * time.Millisecond
+	// housekeepEvery is how often the store is told who is online.
+	housekeepEvery = 30 * time.Second
+)
+
+// Server is the whole control plane; one field for each part.
+type Server struct {
+	options Options
+	log     *slog.Logger
+
+	store   *store.Store
+	ca      *pki.Authority
+	tokens  *token.Service
+	joins   *registration.Service
+	audit   *audit.Log
+	hub     *hub.Hub
+	queries *query.Runner
+	tunnels *tunnel.Server
+	events  *linkEvents
+	http    *http.Server
+
+	listener net.Listener
+	draining atomic.Bool
+}
+
+// NewServer opens the store and the CA and listens. Run serves; if Run is not
+// called, Close must be.
+func NewServer(ctx context.Context, o Options, log *slog.Logger) (*Server, error) {
+	s := &Server{options: o, log: log}
+	if err := s.open(ctx); err != nil {
+		return nil, errors.Join(err, s.Close())
+	}
+	return s, nil
+}
+
+func (s *Server) open(ctx context.Context) (err error) {
+	raiseFileLimit(s.log)
+	if err := os.MkdirAll(s.options.Data, 0o700); err != nil {
+		return fmt.Errorf("--data: %w", err)
+	}
+	if err := s.openStore(ctx); err != nil {
+		return err
+	}
+	if s.ca, err = pki.Open(ctx, pki.Config{Store: s.store, MasterKeyFile: filepath.Join(s.options.Data, "master.key")}); err != nil {
+		return err
+	}
+	s.tokens = token.New(token.Config{Store: s.store, Failures: ratelimit.New(failureRate, failureBurst), Logger: s.log})
+	adminToken := filepath.Join(s.options.Data, "admin.token")
+	made, err := s.tokens.Bootstrap(ctx, adminToken)
+	if err != nil {
+		return err
+	}
+	if made {
+		s.log.Info("first admin token written", "file", adminToken)
+	}
+	s.audit = audit.New(audit.Config{Store: s.store, DefaultOrganization: store.DefaultOrganizationID, Logger: s.log})
+	s.joins = registration.New(registration.Config{
+		Store: s.store, CA: s.ca, Audit: s.audit, Logger: s.log,
+		Failures: ratelimit.New(joinRate, joinBurst), Renewals: ratelimit.New(renewRate, renewBurst),
+	})
+	if err := recoverQueries(ctx, s.store, s.audit, s.log); err != nil {
+		return err
+	}
+	return s.wire()
+}
+
+func (s *Server) openStore(ctx context.Context) (err error) {
+	cfg := store.Config{PostgresDSN: s.options.Database, PasswordFile: s.options.DatabasePasswordFile, Logger: s.log}
+	if s.options.Database == "" {
+		cfg.SQLitePath = filepath.Join(s.options.Data, "controlplane.db")
+	}
+	if cfg.Replica, err = replicaName(s.options.Data); err != nil {
+		return err
+	}
+	s.store, err = store.Open(ctx, cfg)
+	return err
+}
+
+// wire makes the parts that serve and puts them together.
+func (s *Server) wire() error {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), buildInfo())
+	s.events = newLinkEvents(s.store, s.log)
+	s.hub = hub.New(hub.Config{
+		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins}, Events: s.events, Metrics: hub.NewMetrics(registry),
+	})
+	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
+		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
+		TLS:     s.ca.TLSConfig(),
+		Handler: s.hub.Handle,
+	})
+	s.queries = query.NewRunner(query.Config{
+		Logger: s.log, History: s.store, Audit: queryAudit{s.audit}, Metrics: query.NewMetrics(registry),
+		Find: s.store.FindAgent,
+		Connect: func(id string) (query.Agent, error) {
+			if s.draining.Load() {
+				return nil, errDraining
+			}
+			l, err := s.hub.Agent(id)
+			if err != nil {
+				return nil, err
+			}
+			return queryAgent{l}, nil
+		},
+	})
+	s.http = &http.Server{
+		Handler: api.New(api.Config{
+			Logger: s.log, Tokens: tokens{s.tokens}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
+			Agents: agents{s.hub, s.store, s.joins, s.tokens}, Queries: queries{s.queries},
+			Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: ratelimit.New(requestRate, requestBurst),
+		}),
+		ReadHeaderTimeout: readHeaderTimeout,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	return s.listen()
+}
+
+func (s *Server) listen() error {
+	listener, err := net.Listen("tcp", s.options.Listen)
+	if err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	s.listener = listener
+	if s.options.TLSCert != "" {
+		files, err := newCertificateFiles(s.options.TLSCert, s.options.TLSKey)
+		if err != nil {
+			return err
+		}
+		s.http.TLSConfig = &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: files.get}
+	}
+	return nil
+}
+
+// errDraining is what new statements get while the control plane stops.
+var errDraining = proto.Errorf(proto.CodeUnavailable, "this control plane is stopping: try again")
+
+// Addr is the address that it listens on.
+func (s *Server) Addr() net.Addr { return s.listener.Addr() }
+
+func (s *Server) ready(ctx context.Context) error {
+	if s.draining.Load() {
+		return errDraining
+	}
+	return s.store.Ping(ctx)
+}
+
+// Run serves until ctx ends, then drains and closes everything.
+func (s *Server) Run(ctx context.Context) error {
+	s.log.Info("control plane serving", "listen", s.Addr().String(), "tls", s.options.TLSCert != "", "store", s.store.Engine(), "version", proto.Software())
+	work, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	var group errgroup.Group
+	group.Go(func() error {
+		var err error
+		if s.http.TLSConfig != nil {
+			err = s.http.ServeTLS(s.listener, "", "")
+		} else {
+			err = s.http.Serve(s.listener)
+		}
+		if !errors.Is(err, http.ErrServerClosed) {
+			stop()
+			return fmt.Errorf("serve %s: %w", s.Addr(), err)
+		}
+		return nil
+	})
+	group.Go(func() error { s.housekeep(work); return nil })
+	select {
+	case <-ctx.Done():
+	case <-work.Done():
+	}
+	s.drain()
+	stop()
+	return errors.Join(group.Wait(), s.Close())
+}
+
+// drain lets requests under way end.
+func (s *Server) drain() {
+	s.draining.Store(true)
+	s.log.Info("control plane draining", "agents", s.hub.Online(), "queries", s.queries.Running())
+	s.hub.Drain(time.Second, s.options.DrainTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), s.options.DrainTimeout)
+	defer cancel()
+	if err := s.http.Shutdown(ctx); err != nil {
+		s.queries.CancelAll(errDraining)
+		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+		defer cancel()
+		s.http.Shutdown(ctx) //nolint:errcheck // Close follows
+	}
+	s.http.Close() //nolint:errcheck // nothing is left to lose
+}
+
+// housekeep runs what has to be done now and then.
+func (s *Server) housekeep(ctx context.Context) {
+	recheck, slow := time.NewTicker(recheckEvery), time.NewTicker(housekeepEvery)
+	defer recheck.Stop()
+	defer slow.Stop()
+	since := time.Now()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-recheck.C:
+			since = s.recheck(ctx, since)
+		case <-slow.C:
+			if err := s.store.TouchAgents(ctx, s.hub.OnlineIDs(), time.Now()); err != nil && ctx.Err() == nil {
+				s.log.Warn("last-seen times not written", "err", err)
+			}
+		}
+	}
+}
+
+// recheck cuts what another replica has revoked or disabled since a time.
+func (s *Server) recheck(ctx context.Context, since time.Time) time.Time {
+	now := time.Now()
+	agents, organizations, err := s.store.CutSince(ctx, since.Add(-time.Second))
+	if err != nil {
+		if ctx.Err() == nil {
+			s.log.Warn("revocations not read", "err", err)
+		}
+		return since // these are read next time
+	}
+	if len(agents)+len(organizations) > 0 {
+		s.joins.Forget()
+		s.tokens.Forget()
+	}
+	for _, id := range agents {
+		s.hub.Disconnect(id, hub.ErrRevoked)
+	}
+	for _, id := range organizations {
+		s.hub.DisconnectOrganization(id, hub.ErrDisabled)
+	}
+	return now
+}
+
+// Close ends what is left. It may be called more than once.
+func (s *Server) Close() error {
+	var err error
+	if s.listener != nil {
+		s.listener.Close() //nolint:errcheck // the server may have closed it
+	}
+	if s.hub != nil {
+		s.hub.Close()
+	}
+	if s.tunnels != nil {
+		s.tunnels.Close()
+	}
+	if s.events != nil {
+		s.events.close()
+		s.events = nil
+	}
+	if s.store != nil {
+		err = s.store.Close()
+		s.store = nil
+	}
+	return err
+}
+
+// raiseFileLimit allows as many connections as the system does.
+func raiseFileLimit(log *slog.Logger) {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		return
+	}
+	limit.Cur = limit.Max
+	if err := syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		log.Warn("limit of open files not raised", "err", err)
+	}
+}
+
+func buildInfo() prometheus.Collector {
+	g := prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "controlplane_build_info", Help: "Always 1; the version is a label.", ConstLabels: prometheus.Labels{"version": proto.Software()},
+	})
+	g.Set(1)
+	return g
+}

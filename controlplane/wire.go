@@ -1,0 +1,198 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"net/http"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/postern-dev/postern/controlplane/api"
+	"github.com/postern-dev/postern/controlplane/audit"
+	"github.com/postern-dev/postern/controlplane/hub"
+	"github.com/postern-dev/postern/controlplane/pki"
+	"github.com/postern-dev/postern/controlplane/query"
+	"github.com/postern-dev/postern/controlplane/registration"
+	"github.com/postern-dev/postern/controlplane/store"
+	"github.com/postern-dev/postern/controlplane/token"
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/auditchain"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/tunnel"
+)
+
+// Each consumer's interface, and who fills it.
+var (
+	_ hub.Gate      = gate{}
+	_ hub.Joiner    = joiner{}
+	_ hub.Events    = (*linkEvents)(nil)
+	_ query.Agent   = queryAgent{}
+	_ query.Audit   = queryAudit{}
+	_ query.History = (*store.Store)(nil)
+	_ api.Tokens    = tokens{}
+	_ api.Keys      = (*registration.Service)(nil)
+	_ api.Store     = (*store.Store)(nil)
+	_ api.Agents    = agents{}
+	_ api.Queries   = queries{}
+	_ api.Audit     = (*audit.Log)(nil)
+	_ api.CA        = (*pki.Authority)(nil)
+)
+
+// gate lets peers in: pki knows certificates, registration what became of them.
+type gate struct {
+	ca    *pki.Authority
+	joins *registration.Service
+}
+
+func (g gate) Identify(state tls.ConnectionState) (hub.Identity, error) {
+	id, err := g.ca.Identify(state)
+	return hub.Identity(id), err
+}
+
+func (g gate) Admit(ctx context.Context, id hub.Identity, remote string) error {
+	return g.joins.Admit(ctx, registration.Identity(id), remote)
+}
+
+func (g gate) CheckIdentity(ctx context.Context, id hub.Identity) error {
+	return g.joins.CheckIdentity(ctx, registration.Identity(id))
+}
+
+// joiner serves LinkService.
+type joiner struct{ *registration.Service }
+
+func (j joiner) Renew(ctx context.Context, id hub.Identity, req *posternv1.RenewRequest, remote string) (*posternv1.RenewResponse, error) {
+	return j.Service.Renew(ctx, registration.Identity(id), req, remote)
+}
+
+func (j joiner) Hello(ctx context.Context, id hub.Identity, req *posternv1.HelloRequest) (*posternv1.HelloResponse, error) {
+	return j.Service.Hello(ctx, registration.Identity(id), req)
+}
+
+func (j joiner) UpdateInventory(ctx context.Context, id hub.Identity, sources []*posternv1.SourceInfo) error {
+	return j.Service.UpdateInventory(ctx, registration.Identity(id), sources)
+}
+
+// tokens tells the API who calls.
+type tokens struct{ *token.Service }
+
+func (t tokens) Authenticate(ctx context.Context, bearer, remote string) (api.Caller, error) {
+	p, err := t.Service.Authenticate(ctx, bearer, remote)
+	return api.Caller(p), err
+}
+
+// agents are the tunnels for the API.
+type agents struct {
+	hub    *hub.Hub
+	store  *store.Store
+	joins  *registration.Service
+	tokens *token.Service
+}
+
+func (a agents) Agent(id string) (api.LiveAgent, error) {
+	l, err := a.hub.Agent(id)
+	if err != nil {
+		return nil, err
+	}
+	return liveAgent{l}, nil
+}
+
+func (a agents) AuditHead(ctx context.Context, id string) (auditchain.Head, error) {
+	return a.store.AgentAuditHead(ctx, id)
+}
+
+func (a agents) Disconnect(id string) {
+	a.joins.Forget()
+	a.hub.Disconnect(id, hub.ErrRevoked)
+}
+
+func (a agents) DisconnectOrganization(id string) {
+	a.joins.Forget()
+	a.tokens.Forget()
+	a.hub.DisconnectOrganization(id, hub.ErrDisabled)
+}
+
+// liveAgent calls an agent on the API's behalf.
+type liveAgent struct{ *hub.Link }
+
+func (l liveAgent) CheckSource(ctx context.Context, req *posternv1.CheckSourceRequest) (*posternv1.CheckSourceResponse, error) {
+	return unwrap(l.Link, func() (*connect.Response[posternv1.CheckSourceResponse], error) {
+		return l.Host().CheckSource(ctx, connect.NewRequest(req))
+	})
+}
+
+func (l liveAgent) ReadAudit(ctx context.Context, req *posternv1.ReadAuditRequest) (*posternv1.ReadAuditResponse, error) {
+	return unwrap(l.Link, func() (*connect.Response[posternv1.ReadAuditResponse], error) {
+		return l.Host().ReadAudit(ctx, connect.NewRequest(req))
+	})
+}
+
+func (l liveAgent) Get(ctx context.Context, path string) (*http.Response, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := l.HTTP(tunnel.Control).Do(req)
+	if lost := l.Err(); err != nil && lost != nil {
+		return nil, lost
+	}
+	return resp, err
+}
+
+// unwrap turns a Connect reply into its message, and a lost tunnel into the error
+// that says so.
+func unwrap[T any](l *hub.Link, call func() (*connect.Response[T], error)) (*T, error) {
+	resp, err := call()
+	if err == nil {
+		return resp.Msg, nil
+	}
+	err = proto.FromConnect(err)
+	if lost := l.Err(); lost != nil {
+		return nil, lost
+	}
+	return nil, err
+}
+
+// queryAgent runs statements on an agent.
+type queryAgent struct{ *hub.Link }
+
+func (q queryAgent) Do(r *http.Request) (*http.Response, error) { return q.HTTP(tunnel.Solo).Do(r) }
+
+func (q queryAgent) CancelQuery(ctx context.Context, req *posternv1.CancelQueryRequest) error {
+	_, err := unwrap(q.Link, func() (*connect.Response[posternv1.CancelQueryResponse], error) {
+		return q.Host().CancelQuery(ctx, connect.NewRequest(req))
+	})
+	return err
+}
+
+// queries runs statements for the API.
+type queries struct{ *query.Runner }
+
+func (q queries) Start(ctx context.Context, c api.Caller, agent, source string, statement *posternv1.RunSQLRequest) (api.Result, error) {
+	res, err := q.Runner.Start(ctx, query.Request{
+		Principal: c.Principal, Agent: agent, Source: source, Statement: statement, Remote: c.Remote,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return result{res}, nil
+}
+
+// result is a query.Result with the API's method names.
+type result struct{ *query.Result }
+
+func (r result) QueryID() string            { return r.Result.QueryID }
+func (r result) Read(p []byte) (int, error) { return r.Body.Read(p) }
+
+// queryAudit writes the entry of a finished query.
+type queryAudit struct{ log *audit.Log }
+
+func (a queryAudit) Append(ctx context.Context, e query.Entry) error {
+	q := e.Query
+	return a.log.Append(ctx, auditchain.Entry{
+		Time: time.Now(), Organization: e.Principal.Organization, Actor: "token " + e.Principal.TokenName, Role: e.Principal.Role,
+		Action: "sql.run", Agent: q.Agent, Source: q.Source, QueryID: q.Id, Verdict: e.Verdict, Statement: q.Sql,
+		Outcome: q.State, Error: q.Error.GetMessage(), Rows: q.Rows, Bytes: q.Bytes,
+		DurationMillis: q.Duration.AsDuration().Milliseconds(), Remote: e.Remote,
+	})
+}
