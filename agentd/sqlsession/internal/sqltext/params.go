@@ -53,8 +53,8 @@ func Bind(text string, given []string) (*Statement, error) {
 		numbers  = make(map[string]int)
 		brackets int
 		operand  bool // the token right before can end an expression
-		position int // characters of text so far
-		written  int // characters of out so far
+		position int  // characters of text so far
+		written  int  // characters of out so far
 		scan     = scanner{text: text}
 	)
 	for {

@@ -1,0 +1,76 @@
+package sqlsession
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// Check connects to a data source with a new session and looks at the
+// connection, the server and the role. It always returns at least one line.
+func (m *Manager) Check(ctx context.Context, name string) []*posternv1.Check {
+	m.mu.Lock()
+	src := m.sources[name]
+	closed := m.closed
+	if src != nil && !closed {
+		m.wg.Add(1)
+	}
+	m.mu.Unlock()
+	if src == nil {
+		return failed("configuration", fmt.Sprintf("no data source %q on this host", name), "declare it in agentd.yaml and reload agentd")
+	}
+	if closed {
+		return failed("reachable", "the agent is going away", "try again")
+	}
+	defer m.wg.Done()
+	s, err := m.start(ctx, src)
+	if err != nil {
+		return connectChecks(err)
+	}
+	defer m.drop(s)
+	stop := context.AfterFunc(ctx, func() { _ = s.conn.SetReadDeadline(time.Now().Add(-time.Second)) })
+	defer stop()
+	var reply frame.CheckedReply
+	err = s.send(frame.Check, nil)
+	if err == nil {
+		var t frame.Type
+		if t, err = s.frames.Next(); err == nil && t == frame.Checked {
+			err = s.frames.JSON(&reply)
+		}
+	}
+	if err != nil || len(reply.Checks) == 0 {
+		return failed("questions", "the SQL session did not answer", "look at agentd's log")
+	}
+	checks := make([]*posternv1.Check, len(reply.Checks))
+	for i, c := range reply.Checks {
+		checks[i] = &posternv1.Check{Name: c.Name, Result: c.Result, Message: c.Message, Remedy: c.Remedy}
+	}
+	return checks
+}
+
+func failed(name, message, remedy string) []*posternv1.Check {
+	return []*posternv1.Check{{Name: name, Result: "failed", Message: message, Remedy: remedy}}
+}
+
+// connectChecks explains why there is no connection.
+func connectChecks(err error) []*posternv1.Check {
+	var e *proto.Error
+	if !errors.As(err, &e) {
+		return failed("session", "the SQL session did not start", "look at agentd's log")
+	}
+	switch e.Code {
+	case proto.CodeSourceCredentials:
+		return append([]*posternv1.Check{{Name: "reachable", Result: "ok", Message: "PostgreSQL answers"}},
+			failed("credentials", e.Error(), "check user in the dsn, the password's file, and the server's pg_hba.conf")...)
+	case proto.CodeSourceUnreachable, proto.CodeTimeout, proto.CodeCancelled, proto.CodeOverloaded:
+		return failed("reachable", e.Error(), "check host and port in the dsn, the firewall, and that the server runs")
+	case proto.CodeSourceConfig:
+		return failed("configuration", e.Error(), "mend the data source in agentd.yaml and reload agentd")
+	}
+	return failed("session", e.Error(), "look at agentd's log")
+}

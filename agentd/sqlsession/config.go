@@ -1,0 +1,168 @@
+package sqlsession
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"time"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/child"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// ChildArg is the first argument of a SQL session's process by default.
+const ChildArg = "sql-session"
+
+// ChildMain is the main of a SQL session's process; it returns the exit code.
+// agentd's main calls it before anything else when os.Args[1] is ChildArg.
+func ChildMain() int { return child.Main() }
+
+// PasswordFunc reads a password; called afresh for each connection. Its error
+// is shown to the caller of the statement and must hold no secret.
+type PasswordFunc func(context.Context) (string, error)
+
+// Source is one data source.
+type Source struct {
+	Name string
+	// Engine is "postgres".
+	Engine string
+	// DSN names host, database, user and TLS, never a password: see ValidateDSN.
+	DSN string
+	// Password is optional; nil means that the server asks for none.
+	Password PasswordFunc
+	// MaxRows, MaxBytes and StatementTimeout bound every statement whatever
+	// the request says; 0 means DefaultMaxRows and so on.
+	MaxRows          uint64
+	MaxBytes         uint64
+	StatementTimeout time.Duration
+	// Concurrency is how many statements run at once; 0 means 8.
+	Concurrency int
+	// ReadWrite tells whether requests may write. A request that wants to and
+	// may not is refused.
+	ReadWrite bool
+}
+
+// What holds where a Source is silent.
+const (
+	DefaultMaxRows          uint64 = 1_000_000
+	DefaultMaxBytes         uint64 = 1 << 30
+	DefaultStatementTimeout        = 5 * time.Minute
+	DefaultConcurrency             = 8
+)
+
+// Config is how sessions are run.
+type Config struct {
+	// Executable is the program to start; "" means /proc/self/exe, which is
+	// ours even after an upgrade has replaced the file.
+	Executable string
+	// ChildArgs are its arguments; nil means ChildArg alone.
+	ChildArgs []string
+	// UIDBase is the first of UIDCount user and group ids that sessions get
+	// when we are root; 0 means 1,900,000,000 and 65,536. No account may have
+	// one of them.
+	UIDBase  int
+	UIDCount int
+	// Warm is how many connected processes without an owner are kept for each
+	// source in use; 0 means 1, below 0 none.
+	Warm int
+	// IdleTimeout is how long a process waits for its owner's next statement;
+	// 0 means 60 s. Warm ones wait ten times as long for the source's.
+	IdleTimeout time.Duration
+	// QueueTimeout is how long a statement waits for a place when Concurrency
+	// are running; 0 means 5 s. Then it fails with OVERLOADED.
+	QueueTimeout time.Duration
+	// Logger is optional; nil discards.
+	Logger *slog.Logger
+	// Metrics is optional.
+	Metrics *Metrics
+}
+
+func (c Config) withDefaults() Config {
+	if c.Executable == "" {
+		c.Executable = "/proc/self/exe"
+	}
+	if c.ChildArgs == nil {
+		c.ChildArgs = []string{ChildArg}
+	}
+	if c.UIDBase == 0 {
+		c.UIDBase = 1_900_000_000
+	}
+	if c.UIDCount == 0 {
+		c.UIDCount = 65_536
+	}
+	if c.Warm == 0 {
+		c.Warm = 1
+	}
+	c.Warm = max(c.Warm, 0)
+	if c.IdleTimeout == 0 {
+		c.IdleTimeout = time.Minute
+	}
+	if c.QueueTimeout == 0 {
+		c.QueueTimeout = 5 * time.Second
+	}
+	if c.Logger == nil {
+		c.Logger = slog.New(slog.DiscardHandler)
+	}
+	if c.Metrics == nil {
+		c.Metrics = NewMetrics(nil)
+	}
+	return c
+}
+
+func (s Source) withDefaults() Source {
+	if s.MaxRows == 0 {
+		s.MaxRows = DefaultMaxRows
+	}
+	if s.MaxBytes == 0 {
+		s.MaxBytes = DefaultMaxBytes
+	}
+	if s.StatementTimeout == 0 {
+		s.StatementTimeout = DefaultStatementTimeout
+	}
+	if s.Concurrency == 0 {
+		s.Concurrency = DefaultConcurrency
+	}
+	return s
+}
+
+// ValidateDSN checks a data source's engine and connection string without
+// connecting. The error is one line and shows no password.
+func ValidateDSN(engine, dsn string) error {
+	switch engine {
+	case "postgres":
+	case "mysql", "sqlite":
+		return fmt.Errorf("engine %s is not supported by this version: use postgres", engine)
+	default:
+		return fmt.Errorf("engine %q is none of postgres", engine)
+	}
+	_, err := child.ParseDSN(dsn)
+	return err
+}
+
+// Request is one statement. Zero limits mean the source's; larger ones are cut
+// to them.
+type Request struct {
+	// QueryID names the statement for Cancel; unique among those running.
+	QueryID string
+	Source  string
+	// Owner is on whose behalf it runs. Processes are kept for an owner's next
+	// statement; "" means that none is.
+	Owner      string
+	SQL        string
+	Parameters []*posternv1.Parameter
+	MaxRows    uint64
+	MaxBytes   uint64
+	Timeout    time.Duration
+	// ReadWrite runs the statement in a transaction that may write and is
+	// committed; else the server holds the transaction read-only and it is
+	// rolled back.
+	ReadWrite bool
+}
+
+// narrower returns the smaller of a limit and a wish; 0 is no wish.
+func narrower[T ~uint64 | ~int64](limit, wish T) T {
+	if wish <= 0 {
+		return limit
+	}
+	return min(limit, wish)
+}

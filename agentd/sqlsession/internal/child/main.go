@@ -1,0 +1,283 @@
+package child
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"time"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/proto"
+)
+
+// SocketFD is the descriptor of the socket to agentd.
+const SocketFD = 3
+
+// Exit codes: agentd logs them.
+const (
+	exitDone     = 0
+	exitUsage    = 2
+	exitDatabase = 3 // the database closed an idle connection, or was left unclean
+	exitProtocol = 4
+)
+
+// memoryLimit keeps the heap small (bytes): the buffers of a statement take
+// about 4 MiB. A larger value still works, at the price of more collections.
+const memoryLimit = 40 << 20
+
+// process is the state of the running process.
+type process struct {
+	sink     *sink
+	requests chan request // from the goroutine that reads agentd's frames
+	// session is set before Connected is sent, and so before any Run arrives.
+	session *session
+}
+
+// request is a frame of agentd's that main answers.
+type request struct {
+	kind    frame.Type
+	connect *frame.ConnectRequest
+	run     *frame.RunRequest
+	st      *statement
+}
+
+// Main runs the process of a SQL session and returns its exit code. Call it
+// before anything else: it expects descriptor 3 to be agentd's socket.
+func Main() int {
+	if err := harden(); err != nil {
+		fmt.Fprintln(os.Stderr, "sql session: cannot give up privileges:", err)
+		return exitUsage
+	}
+	debug.SetMemoryLimit(memoryLimit)
+	runtime.GOMAXPROCS(min(2, runtime.GOMAXPROCS(0)))
+	f := os.NewFile(SocketFD, "agentd")
+	if f == nil {
+		fmt.Fprintln(os.Stderr, "sql session: started without agentd's socket: this command is agentd's own")
+		return exitUsage
+	}
+	conn, err := net.FileConn(f)
+	_ = f.Close()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "sql session: started without agentd's socket: this command is agentd's own")
+		return exitUsage
+	}
+	return serve(conn)
+}
+
+// serve answers agentd until its socket closes.
+func serve(conn net.Conn) int {
+	p := &process{sink: newSink(conn), requests: make(chan request, 1)}
+	ended := make(chan int, 1)
+	go p.read(conn, ended)
+	code := make(chan int, 1)
+	go func() { code <- p.loop() }()
+	select {
+	case c := <-code:
+		p.sink.close()
+		_ = conn.Close()
+		return c
+	case c := <-ended:
+		// agentd is gone. The database has been told; nothing is left to do.
+		return c
+	}
+}
+
+// read takes agentd's frames. Cancel acts at once; the rest goes to main.
+func (p *process) read(conn net.Conn, ended chan<- int) {
+	d := frame.NewReader(conn)
+	var last *statement
+	for {
+		t, err := d.Next()
+		if err != nil {
+			p.abandon(last)
+			ended <- exitDone
+			return
+		}
+		r := request{kind: t}
+		switch t {
+		case frame.Connect:
+			r.connect = &frame.ConnectRequest{}
+			err = d.JSON(r.connect)
+		case frame.Run:
+			r.run = &frame.RunRequest{}
+			if err = d.JSON(r.run); err == nil {
+				// Frames come in order: a Cancel behind this one is for it,
+				// one before it was for the statement before.
+				last = newStatement(p.cancelRequest)
+				r.st = last
+			}
+		case frame.Cancel:
+			var reason []byte
+			if reason, err = d.Chunk(); err == nil && len(reason) == 1 && last != nil {
+				last.stop(frame.Reason(reason[0]))
+			}
+			if err == nil {
+				continue
+			}
+		case frame.Check:
+		default:
+			err = fmt.Errorf("%w: %q from agentd", frame.ErrMalformed, t)
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "sql session:", err)
+			p.abandon(last)
+			ended <- exitProtocol
+			return
+		}
+		p.requests <- r
+	}
+}
+
+// abandon cancels the statement under way, as agentd is gone.
+func (p *process) abandon(last *statement) {
+	if last == nil {
+		return
+	}
+	last.mu.Lock()
+	over := last.over
+	last.mu.Unlock()
+	if over {
+		return
+	}
+	last.stop(frame.Draining)
+	ctx, done := context.WithTimeout(context.Background(), cancelTimeout)
+	defer done()
+	// Not the goroutine of stop: this one's end is waited for.
+	_ = p.cancelRequest(ctx)
+}
+
+func (p *process) cancelRequest(ctx context.Context) error {
+	// A statement exists only once there is a session; see loop.
+	return p.session.canceler.CancelRequest(ctx)
+}
+
+// loop answers requests one by one.
+func (p *process) loop() int {
+	r := <-p.requests
+	if r.kind != frame.Connect {
+		return exitProtocol
+	}
+	ctx, done := context.WithTimeout(context.Background(), time.Duration(r.connect.TimeoutMillis)*time.Millisecond)
+	session, failure := connect(ctx, r.connect, p.sink)
+	done()
+	if failure != nil {
+		_ = p.sink.send(frame.Failed, frame.FailedReply{Error: frame.FromError(failure)})
+		return exitDone
+	}
+	p.session = session
+	if p.sink.send(frame.Connected, frame.ConnectedReply{Version: session.version, TLS: session.tls}) != nil {
+		return exitProtocol
+	}
+	for {
+		r, lost := p.await()
+		if lost != nil && r.kind == 0 {
+			fmt.Fprintln(os.Stderr, "sql session: the database closed the idle connection")
+			return exitDatabase
+		}
+		if lost != nil {
+			failure := proto.Errorf(proto.CodeSourceUnreachable, "the connection to PostgreSQL at %s was lost", session.network)
+			_ = p.sink.send(frame.Failed, frame.FailedReply{Error: frame.FromError(failure), Lost: true})
+			return exitDatabase
+		}
+		var ok bool
+		switch r.kind {
+		case frame.Run:
+			ok = p.run(r)
+		case frame.Check:
+			ok = p.check()
+		}
+		if !ok {
+			return exitDatabase
+		}
+		if err := session.reset(); err != nil {
+			fmt.Fprintln(os.Stderr, "sql session: cannot reset the database session:", clean(err.Error()))
+			return exitDatabase
+		}
+		if p.sink.send(frame.Idle, nil) != nil {
+			return exitProtocol
+		}
+	}
+}
+
+// run answers one Run; ok tells whether the database session may be used
+// again.
+func (p *process) run(r request) (ok bool) {
+	s := p.session
+	reply, lost := s.run(r.run, r.st)
+	if lost {
+		r.st.finish()
+		_ = p.sink.send(frame.Failed, frame.FailedReply{Error: reply.Error, Lost: true})
+		return false
+	}
+	if p.sink.send(frame.Done, reply) != nil {
+		return false
+	}
+	return r.st.finish()
+}
+
+func (p *process) check() (ok bool) {
+	checks, ok := p.session.check()
+	return p.sink.send(frame.Checked, frame.CheckedReply{Checks: checks}) == nil && ok
+}
+
+// await waits for a request and watches the idle connection meanwhile. An
+// error means that the connection is dead; the request is zero if none came.
+func (p *process) await() (request, error) {
+	c := p.session.wire
+	for {
+		watched := make(chan error, 1)
+		go func() {
+			c.room(5)
+			watched <- c.fill()
+		}()
+		select {
+		case r := <-p.requests:
+			_ = c.conn.SetReadDeadline(time.Now().Add(-time.Second))
+			err := <-watched
+			_ = c.conn.SetReadDeadline(time.Time{})
+			if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+				return r, err
+			}
+			return r, c.asides()
+		case err := <-watched:
+			if err == nil {
+				err = c.asides()
+			}
+			if err != nil {
+				return request{}, err
+			}
+		}
+	}
+}
+
+// asides takes the messages of an idle server that are whole in the buffer.
+func (c *wire) asides() error {
+	for c.w-c.r >= 5 {
+		t, size, err := c.header()
+		if err != nil {
+			return err
+		}
+		if size > maxMessage {
+			return fmt.Errorf("%w: a message of %d bytes while idle", errProtocol, size)
+		}
+		if c.w-c.r < 5+size {
+			c.room(5 + size)
+			return nil
+		}
+		body := c.in[c.r+5 : c.r+5+size]
+		c.r += 5 + size
+		if t == 'E' {
+			e := decodeError(body)
+			return fmt.Errorf("%s", clean(e.Message))
+		}
+		if !c.aside(t, body) {
+			return fmt.Errorf("%w: message %q while idle", errProtocol, t)
+		}
+	}
+	c.notices = c.notices[:0]
+	return nil
+}

@@ -1,0 +1,201 @@
+package child
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/proto"
+)
+
+// dsnKeys are the connection parameters that a data source may have. What
+// reads files or services of somebody's home, starts replication or sets
+// server options is left out.
+var dsnKeys = []string{
+	"host", "port", "dbname", "user", "sslmode", "sslrootcert", "sslnegotiation", "sslsni", "channel_binding", "require_auth",
+	"target_session_attrs", "connect_timeout", "application_name", "search_path", "timezone",
+}
+
+// ParseDSN checks a data source's connection string. The error is one line
+// and never holds a password, even where the DSN has one.
+func ParseDSN(dsn string) (*pgconn.Config, error) {
+	options := pgconn.ParseConfigOptions{ConnStringAllowedKeys: dsnKeys}
+	config, err := pgconn.ParseConfigWithOptions(dsn, options)
+	if err == nil {
+		return config, nil
+	}
+	message := err.Error()
+	const mark = `connection string key "`
+	if i := strings.Index(message, mark); i >= 0 {
+		key, _, _ := strings.Cut(message[i+len(mark):], `"`)
+		if key == "password" {
+			return nil, fmt.Errorf("a password in the dsn is not allowed: use password: {file: ...}")
+		}
+		return nil, fmt.Errorf("%q is not supported in the dsn (supported: %s)", key, strings.Join(dsnKeys, ", "))
+	}
+	// The rest of pgconn's text quotes the DSN.
+	if i := strings.LastIndex(message, "`: "); i >= 0 {
+		return nil, fmt.Errorf("the dsn is garbled: %s", clean(message[i+3:]))
+	}
+	return nil, fmt.Errorf("the dsn is garbled: write it as host=... dbname=... user=..., or as a postgres:// URL")
+}
+
+// session is the process's one connection to the database.
+type session struct {
+	wire      *wire
+	sink      *sink
+	canceler  *pgconn.PgConn
+	user      string
+	network   string
+	tls       bool
+	verified  bool
+	local     bool
+	version   string
+	validate  bool   // the server's encoding is SQL_ASCII
+	checkPeer string // SET LOCAL client_connection_check_interval where the server has it
+}
+
+// connect opens the connection. The error's message fits after the name of the
+// data source.
+func connect(ctx context.Context, r *frame.ConnectRequest, out *sink) (*session, *proto.Error) {
+	if r.Engine != "postgres" {
+		return nil, proto.Errorf(proto.CodeSourceConfig, "engine %q is not supported by this version", r.Engine)
+	}
+	config, err := ParseDSN(r.DSN)
+	if err != nil {
+		return nil, proto.Errorf(proto.CodeSourceConfig, "%w", err)
+	}
+	if config.User == "" {
+		return nil, proto.Errorf(proto.CodeSourceConfig, "the dsn names no user: add user=")
+	}
+	config.Password = r.Password
+	params := config.RuntimeParams
+	if params["application_name"] == "" {
+		params["application_name"] = r.ApplicationName
+	}
+	// What the text of values and the scanner of statements rely on. These are
+	// the session's defaults, which DISCARD ALL returns to.
+	params["client_encoding"] = "UTF8"
+	params["DateStyle"] = "ISO"
+	params["standard_conforming_strings"] = "on"
+	params["bytea_output"] = "hex"
+	where := address(config)
+	conn, err := pgconn.ConnectConfig(ctx, config)
+	if err != nil {
+		return nil, connectError(err, where)
+	}
+	if err := conn.SyncConn(ctx); err != nil {
+		return nil, connectError(err, where)
+	}
+	hijacked, err := conn.Hijack()
+	if err != nil {
+		return nil, connectError(err, where)
+	}
+	canceler, err := pgconn.Construct(hijacked)
+	if err != nil {
+		return nil, connectError(err, where)
+	}
+	s := &session{
+		wire: newWire(hijacked.Conn, hijacked.ParameterStatuses), sink: out, canceler: canceler, user: config.User, network: where,
+		tls: hijacked.TLSConfig != nil, version: hijacked.ParameterStatuses["server_version"],
+		validate: hijacked.ParameterStatuses["server_encoding"] == "SQL_ASCII",
+	}
+	s.verified = s.tls && !hijacked.TLSConfig.InsecureSkipVerify
+	s.local = isLocal(hijacked.Conn.RemoteAddr())
+	if s.majorVersion() >= 14 {
+		// A server whose platform can't do it refuses; then it stays off.
+		deadline, _ := ctx.Deadline()
+		_ = hijacked.Conn.SetDeadline(deadline)
+		_, refusal, err := s.wire.simple("SET client_connection_check_interval = '2s'; RESET client_connection_check_interval")
+		if err != nil {
+			return nil, connectError(err, where)
+		}
+		if refusal == nil {
+			s.checkPeer = "SET LOCAL client_connection_check_interval = '2s';"
+		}
+		_ = hijacked.Conn.SetDeadline(time.Time{})
+	}
+	return s, nil
+}
+
+func (s *session) majorVersion() int {
+	digits := s.version
+	for i, c := range digits {
+		if c < '0' || c > '9' {
+			digits = digits[:i]
+			break
+		}
+	}
+	n, _ := strconv.Atoi(digits)
+	return n
+}
+
+func address(config *pgconn.Config) string {
+	addresses := []string{hostPort(config.Host, config.Port)}
+	for _, f := range config.Fallbacks {
+		a := hostPort(f.Host, f.Port)
+		if a != addresses[len(addresses)-1] {
+			addresses = append(addresses, a)
+		}
+	}
+	return strings.Join(addresses, ", ")
+}
+
+func hostPort(host string, port uint16) string {
+	network, address := pgconn.NetworkAddress(host, port)
+	if network == "unix" {
+		return address
+	}
+	return net.JoinHostPort(host, strconv.Itoa(int(port)))
+}
+
+func isLocal(addr net.Addr) bool {
+	switch a := addr.(type) {
+	case *net.UnixAddr:
+		return true
+	case *net.TCPAddr:
+		return a.IP.IsLoopback()
+	}
+	return false
+}
+
+// resetTimeout bounds the clean-up between two statements.
+const resetTimeout = 10 * time.Second
+
+// reset brings the database session back to what it was after connecting:
+// nothing of a statement reaches the next one.
+func (s *session) reset() error {
+	_ = s.wire.conn.SetDeadline(time.Now().Add(resetTimeout))
+	for attempt := 0; s.wire.tx != 'I'; attempt++ {
+		if attempt == 3 {
+			return fmt.Errorf("the transaction does not end")
+		}
+		// A late cancel may hit the first ROLLBACK.
+		if _, _, err := s.wire.simple("ROLLBACK"); err != nil {
+			return err
+		}
+	}
+	for attempt := 0; ; attempt++ {
+		_, refusal, err := s.wire.simple("DISCARD ALL")
+		if err != nil {
+			return err
+		}
+		if refusal == nil {
+			break
+		}
+		if attempt == 2 {
+			return fmt.Errorf("DISCARD ALL: %s", clean(refusal.Message))
+		}
+	}
+	if s.wire.tx != 'I' {
+		return fmt.Errorf("%w: transaction status %q", errProtocol, s.wire.tx)
+	}
+	s.wire.notices = s.wire.notices[:0]
+	return s.wire.conn.SetDeadline(time.Time{})
+}

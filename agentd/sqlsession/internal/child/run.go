@@ -1,0 +1,589 @@
+package child
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgproto3"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/sqltext"
+	"github.com/postern-dev/postern/proto"
+)
+
+const (
+	// firstDelay and laterDelay are how long rows wait for more rows while
+	// the database pauses.
+	firstDelay = 2 * time.Millisecond
+	laterDelay = 20 * time.Millisecond
+	// maxLockTimeout is how long a statement waits for a lock at most.
+	maxLockTimeout = 30 * time.Second
+	// statementName and classifyName are our prepared statements'; DISCARD ALL
+	// removes them.
+	statementName = "postern"
+	classifyName  = "postern_class"
+)
+
+// execution is one statement on its way.
+type execution struct {
+	*session
+	request *frame.RunRequest
+	st      *statement
+	text    *sqltext.Statement
+	batch   *batch
+	tag     string
+	value   *valueError
+	// drained is set while, or after, another goroutine reads to the end of
+	// the cycle: see stalled.
+	drained chan cycleEnd
+}
+
+// cycleEnd is how the server's answer to Execute ended.
+type cycleEnd struct {
+	refusal *pgproto3.ErrorResponse
+	err     error
+}
+
+// run runs one statement and sends its rows. lost means that the connection
+// was dead before the statement was sent.
+func (s *session) run(r *frame.RunRequest, st *statement) (done frame.DoneReply, lost bool) {
+	x := &execution{session: s, request: r, st: st}
+	failure, lost := x.execute()
+	if lost {
+		return frame.DoneReply{Error: frame.FromError(failure)}, true
+	}
+	if x.batch != nil {
+		if failure != nil && s.sink.submitted == 0 && x.batch.total() == 0 {
+			s.sink.discard()
+		} else if err := x.batch.close(); err != nil && failure == nil {
+			failure = proto.Errorf(proto.CodeInternal, "encode the result: %w", err)
+		}
+		x.waitDrained()
+		done.Rows = x.batch.flushed
+	}
+	done.Tag = x.tag
+	done.Error = frame.FromError(failure)
+	for _, n := range s.wire.notices {
+		done.Notices = append(done.Notices, frame.Notice{
+			Severity: clean(n.Severity), SQLState: clean(n.Code), Message: frame.Clip(clean(n.Message), 1<<10),
+		})
+	}
+	return done, false
+}
+
+func (x *execution) execute() (failure *proto.Error, lost bool) {
+	r := x.request
+	names := make([]string, len(r.Parameters))
+	for i, p := range r.Parameters {
+		names[i] = p.Name
+	}
+	var err error
+	if x.text, err = sqltext.Bind(r.SQL, names); err != nil {
+		return proto.Errorf(proto.CodeInvalid, "%w", err), false
+	}
+	if refused := guard(r); refused != nil {
+		return refused, false
+	}
+	fields, failure, lost := x.prepare()
+	if failure != nil {
+		return failure, lost
+	}
+	types, failure := x.typeNames(fields)
+	if failure != nil {
+		return failure, false
+	}
+	x.sink.start()
+	x.batch = newBatch(fields, types, x.validate, x.sink)
+	if x.st.isStopped() {
+		return stopError(x.st.stopReason(), r), false
+	}
+	if err := x.sendExecute(); err != nil {
+		return x.broken(err), false
+	}
+	x.sink.wait = x.stalled
+	end := x.stream()
+	x.sink.wait = nil
+	if failure := x.verdict(end); failure != nil {
+		return failure, false
+	}
+	return x.commit(), false
+}
+
+// guard refuses by the text alone what needs no server to be refused.
+func guard(r *frame.RunRequest) *proto.Error {
+	keyword := sqltext.FirstKeyword(r.SQL)
+	if keyword == "" {
+		return proto.Errorf(proto.CodeInvalid, "the statement is empty")
+	}
+	if r.ReadWrite {
+		if reason := refusedInReadWrite[keyword]; reason != "" {
+			return denied(0, "%s is refused: %s", strings.ToUpper(keyword), reason)
+		}
+		return nil
+	}
+	if refusedInReadOnly[keyword] {
+		return denied(0, "%s is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT", strings.ToUpper(keyword))
+	}
+	if call, ok := sqltext.RefusedCall(r.SQL); ok {
+		return denied(call.Position, "the function %s is refused: the data source is read-only, and this one acts outside the transaction", call.Name)
+	}
+	return nil
+}
+
+// refusedInReadOnly are the keywords that start a statement of another kind
+// than those allowed: for these no server is asked. A word that is in neither
+// list is a syntax error, which the server explains best.
+var refusedInReadOnly = words(`abort alter analyze begin call checkpoint close cluster comment commit copy create deallocate declare
+	delete discard do drop end execute explain fetch grant import insert listen load lock merge move notify prepare reassign refresh
+	reindex release reset revoke rollback savepoint security set show start truncate unlisten update vacuum`)
+
+func words(text string) map[string]bool {
+	set := make(map[string]bool)
+	for _, word := range strings.Fields(text) {
+		set[word] = true
+	}
+	return set
+}
+
+const (
+	ownTransaction = "each statement runs in a transaction of its own"
+	ownSession     = "each statement runs in a session of its own, so this would have no effect"
+)
+
+// refusedInReadWrite are the statements that make no sense one by one.
+var refusedInReadWrite = map[string]string{
+	"begin": ownTransaction, "start": ownTransaction, "commit": ownTransaction, "end": ownTransaction, "rollback": ownTransaction,
+	"abort": ownTransaction, "savepoint": ownTransaction, "release": ownTransaction,
+	"set": ownSession, "reset": ownSession, "discard": ownSession, "prepare": ownSession, "execute": ownSession, "deallocate": ownSession,
+	"listen": ownSession, "unlisten": ownSession, "declare": ownSession, "fetch": ownSession, "move": ownSession, "close": ownSession,
+	"load": ownSession, "lock": ownTransaction,
+	"copy": "it is not supported: use INSERT, or SELECT with a result format",
+}
+
+// prepare opens the transaction, has the server parse the statement and, for a
+// read-only source, say whether it only reads. All of it is one round trip.
+func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *proto.Error, lost bool) {
+	r, c := x.request, x.wire
+	mode := "BEGIN READ ONLY;"
+	if r.ReadWrite {
+		mode = "BEGIN READ WRITE;"
+	}
+	lock := min(r.TimeoutMillis, maxLockTimeout.Milliseconds())
+	// The transaction must not be ended under a client that reads slowly:
+	// agentd ends it.
+	idle := r.TimeoutMillis + time.Minute.Milliseconds()
+	begin := fmt.Sprintf("%sSET LOCAL statement_timeout = %d;SET LOCAL lock_timeout = %d;SET LOCAL idle_in_transaction_session_timeout = %d;%s",
+		mode, r.TimeoutMillis, lock, idle, x.checkPeer)
+	err := c.send(
+		&pgproto3.Query{String: begin},
+		&pgproto3.Parse{Name: statementName, Query: x.text.Text},
+		&pgproto3.Describe{ObjectType: 'S', Name: statementName},
+		&pgproto3.Sync{},
+	)
+	if err == nil && !r.ReadWrite {
+		err = c.send(&pgproto3.Parse{Name: classifyName, Query: "DECLARE postern NO SCROLL CURSOR FOR\n" + x.text.Text}, &pgproto3.Sync{})
+	}
+	if err == nil {
+		err = c.flush()
+	}
+	if err != nil {
+		return nil, x.broken(err), true
+	}
+	refusal, err := c.untilReady(nil)
+	if err != nil || refusal != nil && isFatal(refusal) {
+		return nil, x.lostError(refusal, err), true
+	}
+	if refusal != nil {
+		return nil, x.refused(refusal), false
+	}
+	var parameters int
+	refusal, err = c.untilReady(func(t byte, body []byte) error {
+		switch t {
+		case 't':
+			var description pgproto3.ParameterDescription
+			if err := description.Decode(body); err != nil {
+				return fmt.Errorf("%w: %v", errProtocol, err)
+			}
+			parameters = len(description.ParameterOIDs)
+		case 'T':
+			var description pgproto3.RowDescription
+			if err := description.Decode(body); err != nil {
+				return fmt.Errorf("%w: %v", errProtocol, err)
+			}
+			fields = copyFields(description.Fields)
+		}
+		return nil
+	})
+	if err != nil || refusal != nil && isFatal(refusal) {
+		return nil, x.lostError(refusal, err), true
+	}
+	if refusal != nil {
+		failure = x.refused(refusal)
+	} else if parameters != len(x.text.Names) {
+		failure = proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, and %d values are given", parameters, len(x.text.Names))
+	}
+	if !r.ReadWrite {
+		class, err := c.untilReady(nil)
+		if err != nil || class != nil && isFatal(class) {
+			return nil, x.lostError(class, err), true
+		}
+		if failure == nil && class != nil {
+			failure = x.refusedClass(class)
+		}
+	}
+	return fields, failure, false
+}
+
+// copyFields copies the names out of the read buffer.
+func copyFields(fields []pgproto3.FieldDescription) []pgproto3.FieldDescription {
+	own := make([]pgproto3.FieldDescription, len(fields))
+	for i, f := range fields {
+		own[i] = f
+		own[i].Name = []byte(strings.ToValidUTF8(string(f.Name), "\uFFFD"))
+	}
+	return own
+}
+
+// refusedClass is for a statement that is right by itself but can't be the
+// query of a cursor.
+func (x *execution) refusedClass(e *pgproto3.ErrorResponse) *proto.Error {
+	if e.Code == stateQueryCanceled {
+		return x.refused(e)
+	}
+	position := 0
+	if e.Code != stateSyntaxError {
+		// Behind the line that we put in front.
+		const before = len("DECLARE postern NO SCROLL CURSOR FOR\n")
+		position = x.text.Position(int(e.Position) - before)
+	}
+	return denied(position, "the statement is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT, and nothing in them that writes or locks")
+}
+
+func isFatal(e *pgproto3.ErrorResponse) bool {
+	severity := e.SeverityUnlocalized
+	if severity == "" {
+		severity = e.Severity
+	}
+	return severity == "FATAL" || severity == "PANIC"
+}
+
+// lostError is for a connection that turned out dead before the statement ran.
+func (x *execution) lostError(e *pgproto3.ErrorResponse, err error) *proto.Error {
+	if e != nil {
+		return sqlError(e, nil)
+	}
+	return x.broken(err)
+}
+
+// broken is for a connection that ended under a statement.
+func (x *execution) broken(err error) *proto.Error {
+	if errors.Is(err, errProtocol) {
+		return proto.Errorf(proto.CodeSourceConfig, "PostgreSQL at %s: %w", x.network, err)
+	}
+	what := "closed the connection"
+	if !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+		what = last(err)
+	}
+	return proto.Errorf(proto.CodeSourceUnreachable, "the connection to PostgreSQL at %s was lost: the server %s", x.network, what)
+}
+
+// refused turns the server's error into ours.
+func (x *execution) refused(e *pgproto3.ErrorResponse) *proto.Error {
+	switch {
+	case e.Code == stateQueryCanceled && x.st.stopReason() != 0:
+		return stopError(x.st.stopReason(), x.request)
+	case e.Code == stateQueryCanceled && time.Since(x.st.started) >= time.Duration(x.request.TimeoutMillis)*time.Millisecond*9/10:
+		return timeoutError(x.request)
+	case e.Code == stateReadOnly && !x.request.ReadWrite:
+		return denied(x.text.Position(int(e.Position)), "the statement is refused: the data source is read-only: %s", clean(e.Message))
+	case e.Code == stateSyntaxError && e.Routine == "exec_parse_message":
+		return denied(0, "the text has more than one statement: send them one by one")
+	}
+	return sqlError(e, x.text)
+}
+
+// typeNames asks for the names of types that pgTypes does not have.
+func (x *execution) typeNames(fields []pgproto3.FieldDescription) (func(uint32) string, *proto.Error) {
+	names := make(map[uint32]string)
+	var unknown []string
+	for _, f := range fields {
+		if _, ok := pgTypes[f.DataTypeOID]; ok {
+			continue
+		}
+		if _, ok := names[f.DataTypeOID]; !ok {
+			names[f.DataTypeOID] = strconv.FormatUint(uint64(f.DataTypeOID), 10)
+			unknown = append(unknown, names[f.DataTypeOID])
+		}
+	}
+	name := func(oid uint32) string { return names[oid] }
+	if len(unknown) == 0 {
+		return name, nil
+	}
+	// Every name is qualified: the statement's search_path is not trusted.
+	rows, refusal, err := x.wire.simple("SELECT t.oid, n.nspname, t.typname FROM pg_catalog.pg_type t JOIN pg_catalog.pg_namespace n" +
+		" ON n.oid OPERATOR(pg_catalog.=) t.typnamespace WHERE t.oid OPERATOR(pg_catalog.=) ANY ('{" + strings.Join(unknown, ",") + "}'::pg_catalog.oid[])")
+	if err != nil {
+		return nil, x.broken(err)
+	}
+	if refusal != nil {
+		return nil, x.refused(refusal)
+	}
+	for _, row := range rows {
+		if len(row) != 3 {
+			continue
+		}
+		oid, _ := strconv.ParseUint(row[0], 10, 32)
+		full := row[2]
+		if row[1] != "pg_catalog" {
+			full = row[1] + "." + row[2]
+		}
+		names[uint32(oid)] = full
+	}
+	return name, nil
+}
+
+func (x *execution) sendExecute() error {
+	values := make(map[string]*string, len(x.request.Parameters))
+	for _, p := range x.request.Parameters {
+		values[p.Name] = p.Value
+	}
+	bound := make([][]byte, len(x.text.Names))
+	for i, name := range x.text.Names {
+		if v := values[name]; v != nil {
+			bound[i] = []byte(*v)
+			if bound[i] == nil {
+				bound[i] = []byte{} // an empty text is not NULL
+			}
+		}
+	}
+	err := x.wire.send(
+		&pgproto3.Bind{PreparedStatement: statementName, Parameters: bound, ResultFormatCodes: x.batch.formats()},
+		&pgproto3.Execute{},
+		&pgproto3.Sync{},
+	)
+	if err != nil {
+		return err
+	}
+	return x.wire.flush()
+}
+
+// stream takes the rows until the server is done with the statement.
+func (x *execution) stream() cycleEnd {
+	c, b := x.wire, x.batch
+	var refusal *pgproto3.ErrorResponse
+	for {
+		if x.drained != nil {
+			return x.waitDrained()
+		}
+		if err := x.ready(5); err != nil {
+			if refusal != nil {
+				return cycleEnd{refusal, nil}
+			}
+			return cycleEnd{nil, err}
+		}
+		if x.drained != nil {
+			continue
+		}
+		if c.in[c.r] == 'D' {
+			if err := x.row(); err != nil {
+				return cycleEnd{refusal, err}
+			}
+			continue
+		}
+		t, body, err := c.message()
+		if err != nil {
+			if refusal != nil {
+				return cycleEnd{refusal, nil}
+			}
+			return cycleEnd{nil, err}
+		}
+		switch t {
+		case 'Z':
+			return cycleEnd{refusal, nil}
+		case 'E':
+			refusal = decodeError(body)
+		case 'C':
+			var complete pgproto3.CommandComplete
+			if complete.Decode(body) == nil {
+				x.tag = clean(string(complete.CommandTag))
+			}
+		case 'G', 'W':
+			if err := c.send(&pgproto3.CopyFail{Message: "COPY is not supported"}, &pgproto3.Sync{}); err != nil {
+				return cycleEnd{refusal, err}
+			}
+			if err := c.flush(); err != nil {
+				return cycleEnd{refusal, err}
+			}
+		case '2', 'n', 'I', 's', 'H', 'c', 'd':
+		default:
+			return cycleEnd{refusal, fmt.Errorf("%w: message %q", errProtocol, t)}
+		}
+		if b.full() {
+			if err := b.flush(); err != nil {
+				return cycleEnd{refusal, err}
+			}
+		}
+	}
+}
+
+// ready makes n bytes available. While the database pauses, rows that wait
+// are sent on.
+func (x *execution) ready(n int) error {
+	c := x.wire
+	if c.w-c.r >= n {
+		return nil
+	}
+	c.room(n)
+	for c.w-c.r < n {
+		armed := x.batch.rows > 0 && !x.st.isStopped()
+		if armed {
+			delay := laterDelay
+			if x.batch.first {
+				delay = firstDelay
+			}
+			if err := c.conn.SetReadDeadline(time.Now().Add(delay)); err != nil {
+				return err
+			}
+		}
+		err := c.fill()
+		if armed {
+			if err := c.conn.SetReadDeadline(time.Time{}); err != nil {
+				return err
+			}
+		}
+		if armed && errors.Is(err, os.ErrDeadlineExceeded) {
+			if err = x.batch.flush(); err == nil && x.drained != nil {
+				return nil // somebody else reads now
+			}
+		}
+		if err != nil {
+			return err
+		}
+		c.room(n)
+	}
+	return nil
+}
+
+// row takes one DataRow, or passes over it when no more rows are wanted.
+func (x *execution) row() error {
+	c, b := x.wire, x.batch
+	_, size, err := c.header()
+	if err != nil {
+		return err
+	}
+	if !x.st.isStopped() {
+		switch {
+		case b.total() >= x.request.MaxRows:
+			x.st.stop(rowLimit)
+		case size >= giantRow:
+			if !b.fits(x.request.MaxBytes, size, nil) {
+				x.st.stop(byteLimit)
+				break
+			}
+			if err := b.flush(); err != nil || x.drained != nil {
+				return err
+			}
+			c.r += 5
+			if err := x.taken(b.addFrom(c, size)); err != nil {
+				return err
+			}
+			return b.flush()
+		default:
+			if err := x.ready(5 + size); err != nil || x.drained != nil {
+				return err
+			}
+			body := c.in[c.r+5 : c.r+5+size]
+			if !b.fits(x.request.MaxBytes, size, body) {
+				x.st.stop(byteLimit)
+				break
+			}
+			c.r += 5 + size
+			if err := x.taken(b.add(body)); err != nil {
+				return err
+			}
+			if b.full() {
+				return b.flush()
+			}
+			return nil
+		}
+	}
+	return c.skip(5 + size)
+}
+
+// taken looks at how a row was taken: a value that can't be held stops the
+// statement, and the rows before it stay good.
+func (x *execution) taken(err error) error {
+	if errors.As(err, &x.value) {
+		x.st.stop(badValue)
+		return nil
+	}
+	return err
+}
+
+// stalled is called when the result's reader is slow and the sink has no free
+// buffer. If the statement is stopped meanwhile, the database is freed at
+// once: a backend that waits for us to read sees no cancel.
+func (x *execution) stalled(free <-chan []byte) []byte {
+	if x.drained == nil {
+		select {
+		case b := <-free:
+			return b
+		case <-x.st.stopped:
+		}
+		x.drained = make(chan cycleEnd, 1)
+		go func() {
+			refusal, err := x.wire.untilReady(nil)
+			x.drained <- cycleEnd{refusal, err}
+		}()
+	}
+	return <-free
+}
+
+// waitDrained waits for the goroutine of stalled, if there is one.
+func (x *execution) waitDrained() cycleEnd {
+	if x.drained == nil {
+		return cycleEnd{}
+	}
+	end := <-x.drained
+	x.drained <- end
+	return end
+}
+
+// verdict says what is wrong with a statement whose cycle has ended.
+func (x *execution) verdict(end cycleEnd) *proto.Error {
+	switch reason := x.st.stopReason(); {
+	case end.err != nil:
+		return x.broken(end.err)
+	case x.value != nil:
+		return proto.Errorf(proto.CodeInvalid, "%w", x.value)
+	case end.refusal != nil:
+		return x.refused(end.refusal)
+	case reason != 0:
+		// The statement was over before the cancel arrived: its rows are not
+		// complete all the same.
+		return stopError(reason, x.request)
+	case x.wire.tx == 'I':
+		return denied(0, "the statement ended its own transaction")
+	}
+	return nil
+}
+
+// commit makes a read-write statement's changes last.
+func (x *execution) commit() *proto.Error {
+	if !x.request.ReadWrite {
+		return nil
+	}
+	_, refusal, err := x.wire.simple("COMMIT")
+	if err != nil {
+		return proto.Errorf(proto.CodeSourceUnreachable, "the connection to PostgreSQL at %s was lost during COMMIT: whether the statement took effect is unknown", x.network)
+	}
+	if refusal != nil {
+		return sqlError(refusal, nil)
+	}
+	return nil
+}

@@ -1,0 +1,322 @@
+package frame
+
+import (
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// Type is a frame's first byte.
+type Type byte
+
+// The types of frames.
+const (
+	Connect   Type = 'C' // ConnectRequest
+	Run       Type = 'R' // RunRequest
+	Cancel    Type = 'X' // one byte: Reason
+	Check     Type = 'K' // empty
+	Connected Type = 'c' // ConnectedReply
+	Failed    Type = 'e' // FailedReply
+	Data      Type = 'd' // bytes of an Arrow IPC stream
+	Progress  Type = 'p' // eight bytes: the rows sent so far, big endian
+	Done      Type = 'z' // DoneReply
+	Idle      Type = 'i' // empty
+	Checked   Type = 'k' // CheckedReply
+)
+
+// HeaderSize is the length of a frame's header in bytes.
+const HeaderSize = 5
+
+// MaxData is the largest payload of a Data frame in bytes.
+const MaxData = 256 << 10
+
+// limits bound payloads in bytes. A statement of 4 MiB may grow sixfold as
+// JSON.
+var limits = map[Type]int{
+	Connect:   256 << 10,
+	Run:       32 << 20,
+	Cancel:    1,
+	Check:     0,
+	Connected: 4 << 10,
+	Failed:    64 << 10,
+	Data:      MaxData,
+	Progress:  8,
+	Done:      256 << 10,
+	Idle:      0,
+	Checked:   64 << 10,
+}
+
+// ErrMalformed is returned for a frame that breaks the protocol.
+var ErrMalformed = errors.New("malformed frame")
+
+// Reason is why a statement is cancelled.
+type Reason byte
+
+// The reasons of Cancel frames.
+const (
+	Cancelled Reason = 'c'
+	TimedOut  Reason = 't'
+	Draining  Reason = 'd' // agentd or the data source goes away
+)
+
+// ConnectRequest holds the only credentials that a process ever gets.
+type ConnectRequest struct {
+	Engine          string
+	DSN             string
+	Password        string
+	ApplicationName string
+	TimeoutMillis   int64
+}
+
+// ConnectedReply says what the process is connected to.
+type ConnectedReply struct {
+	Version string
+	TLS     bool
+}
+
+// Parameter is a named value; nil is NULL.
+type Parameter struct {
+	Name  string
+	Value *string
+}
+
+// RunRequest is one statement. All limits are set.
+type RunRequest struct {
+	SQL           string
+	Parameters    []Parameter
+	MaxRows       uint64
+	MaxBytes      uint64
+	TimeoutMillis int64
+	ReadWrite     bool
+}
+
+// Error is a *proto.Error on its way between processes.
+type Error struct {
+	Code     int32
+	Message  string
+	SQL      bool
+	SQLState string
+	Position int32
+	Hint     string
+	Detail   string
+}
+
+// FromError makes an Error of a *proto.Error; nil of nil.
+func FromError(e *proto.Error) *Error {
+	if e == nil {
+		return nil
+	}
+	f := &Error{Code: int32(e.Code), Message: Clip(e.Error(), 8<<10)}
+	if e.SQL != nil {
+		f.SQL, f.SQLState, f.Position = true, Clip(e.SQL.Sqlstate, 16), e.SQL.Position
+		f.Hint, f.Detail = Clip(e.SQL.Hint, 4<<10), Clip(e.SQL.Detail, 4<<10)
+	}
+	return f
+}
+
+// Proto is the reverse of FromError.
+func (e *Error) Proto() *proto.Error {
+	if e == nil {
+		return nil
+	}
+	p := &proto.Error{Code: proto.Code(e.Code), Message: e.Message}
+	if e.SQL {
+		p.SQL = &posternv1.SQLErrorDetail{Sqlstate: e.SQLState, Position: e.Position, Hint: e.Hint, Detail: e.Detail}
+	}
+	return p
+}
+
+// FailedReply says that nothing was done. Lost means that the connection to
+// the database turned out dead before the statement was sent: another process
+// may try.
+type FailedReply struct {
+	Error *Error
+	Lost  bool
+}
+
+// Notice is what the database said aside.
+type Notice struct {
+	Severity, SQLState, Message string
+}
+
+// DoneReply is how a statement ended; the Data frames before it hold Rows rows.
+type DoneReply struct {
+	Rows    uint64
+	Tag     string
+	Error   *Error
+	Notices []Notice
+}
+
+// CheckResult is one line of a check.
+type CheckResult struct {
+	Name, Result, Message, Remedy string
+}
+
+// CheckedReply is the answer to Check.
+type CheckedReply struct {
+	Checks []CheckResult
+}
+
+// Clip cuts text to at most n bytes at a character's edge.
+func Clip(text string, n int) string {
+	if len(text) <= n {
+		return text
+	}
+	for n > 0 && text[n]&0xc0 == 0x80 {
+		n--
+	}
+	return text[:n]
+}
+
+// PutHeader writes a frame's header to b, which has HeaderSize bytes.
+func PutHeader(b []byte, t Type, size int) {
+	b[0] = byte(t)
+	binary.BigEndian.PutUint32(b[1:], uint32(size))
+}
+
+// ProgressRows is the number in a Progress frame's payload.
+func ProgressRows(payload []byte) uint64 {
+	if len(payload) != 8 {
+		return 0
+	}
+	return binary.BigEndian.Uint64(payload)
+}
+
+// Encode returns a whole frame; payload is a struct for JSON, a []byte, or nil.
+func Encode(t Type, payload any) ([]byte, error) {
+	var body []byte
+	switch p := payload.(type) {
+	case nil:
+	case []byte:
+		body = p
+	default:
+		var err error
+		if body, err = json.Marshal(p); err != nil {
+			return nil, err
+		}
+	}
+	if len(body) > limits[t] {
+		return nil, fmt.Errorf("%w: %q with %d bytes", ErrMalformed, t, len(body))
+	}
+	b := make([]byte, HeaderSize+len(body))
+	PutHeader(b, t, len(body))
+	copy(b[HeaderSize:], body)
+	return b, nil
+}
+
+// Reader reads frames. Payloads of Data frames are handed out piecemeal.
+type Reader struct {
+	src  io.Reader
+	buf  []byte
+	r, w int
+	// left is how much of the payload of the frame at hand was not read yet.
+	left int
+}
+
+// NewReader makes a Reader with a buffer of its own, which is the whole of its
+// memory but for the frames that ReadJSON decodes.
+func NewReader(src io.Reader) *Reader {
+	return &Reader{src: src, buf: make([]byte, MaxData+HeaderSize)}
+}
+
+// Next returns the type of the next frame; what is left of the one before is
+// passed over.
+func (d *Reader) Next() (Type, error) {
+	for d.left > 0 {
+		if _, err := d.Chunk(); err != nil {
+			return 0, err
+		}
+	}
+	for d.w-d.r < HeaderSize {
+		if err := d.fill(); err != nil {
+			if err == io.EOF && d.w > d.r {
+				err = io.ErrUnexpectedEOF
+			}
+			return 0, err
+		}
+	}
+	t := Type(d.buf[d.r])
+	size := binary.BigEndian.Uint32(d.buf[d.r+1:])
+	limit, ok := limits[t]
+	if !ok {
+		return 0, fmt.Errorf("%w: unknown type %#x", ErrMalformed, byte(t))
+	}
+	if int64(size) > int64(limit) {
+		return 0, fmt.Errorf("%w: %q with %d bytes", ErrMalformed, byte(t), size)
+	}
+	d.r += HeaderSize
+	d.left = int(size)
+	return t, nil
+}
+
+// Left is how many bytes of the payload were not read yet.
+func (d *Reader) Left() int { return d.left }
+
+// Chunk returns some of what is left of the payload, at least one byte, valid
+// until the next call; nil when nothing is left.
+func (d *Reader) Chunk() ([]byte, error) {
+	if d.left == 0 {
+		return nil, nil
+	}
+	if d.w == d.r {
+		if err := d.fill(); err != nil {
+			return nil, unexpected(err)
+		}
+	}
+	n := min(d.left, d.w-d.r)
+	chunk := d.buf[d.r : d.r+n]
+	d.r += n
+	d.left -= n
+	return chunk, nil
+}
+
+// JSON decodes the payload into v.
+func (d *Reader) JSON(v any) error {
+	payload := make([]byte, 0, min(d.left, 64<<10))
+	for d.left > 0 {
+		chunk, err := d.Chunk()
+		if err != nil {
+			return err
+		}
+		payload = append(payload, chunk...)
+	}
+	// The payload may hold a password: its copy does not outlive this call.
+	defer clear(payload)
+	if err := json.Unmarshal(payload, v); err != nil {
+		return fmt.Errorf("%w: payload is not what its type says", ErrMalformed)
+	}
+	return nil
+}
+
+// fill reads at least one byte more.
+func (d *Reader) fill() error {
+	if d.r > 0 && d.r == d.w {
+		d.r, d.w = 0, 0
+	}
+	if d.w == len(d.buf) {
+		copy(d.buf, d.buf[d.r:d.w])
+		d.w -= d.r
+		d.r = 0
+	}
+	n, err := d.src.Read(d.buf[d.w:])
+	d.w += n
+	if n > 0 {
+		return nil
+	}
+	if err == nil {
+		err = io.ErrNoProgress
+	}
+	return err
+}
+
+func unexpected(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}

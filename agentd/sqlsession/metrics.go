@@ -1,0 +1,61 @@
+package sqlsession
+
+import (
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/postern-dev/postern/proto"
+)
+
+// Metrics are the package's own; see docs/sql.md for the list.
+type Metrics struct {
+	sessions   prometheus.Gauge
+	running    prometheus.Gauge
+	starts     *prometheus.HistogramVec
+	statements *prometheus.CounterVec
+	seconds    prometheus.Histogram
+	rows       prometheus.Counter
+	bytes      prometheus.Counter
+}
+
+// NewMetrics makes the metrics and registers them; r may be nil.
+func NewMetrics(r prometheus.Registerer) *Metrics {
+	m := &Metrics{
+		sessions: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "agentd_sql_sessions", Help: "SQL session processes, warm, idle or busy.",
+		}),
+		running: prometheus.NewGauge(prometheus.GaugeOpts{
+			Name: "agentd_sql_statements_running", Help: "Statements under way, waiting ones included.",
+		}),
+		starts: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "agentd_sql_session_start_seconds", Help: "Time from the start of a process to its connection to the database.",
+			Buckets: prometheus.ExponentialBuckets(0.005, 2, 12),
+		}, []string{"result"}),
+		statements: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "agentd_sql_statements_total", Help: "Statements by how they ended: ok or an error code.",
+		}, []string{"result"}),
+		seconds: prometheus.NewHistogram(prometheus.HistogramOpts{
+			Name: "agentd_sql_statement_seconds", Help: "Time from a statement's arrival to its end.",
+			Buckets: prometheus.ExponentialBuckets(0.002, 4, 10),
+		}),
+		rows:  prometheus.NewCounter(prometheus.CounterOpts{Name: "agentd_sql_rows_total", Help: "Rows delivered."}),
+		bytes: prometheus.NewCounter(prometheus.CounterOpts{Name: "agentd_sql_result_bytes_total", Help: "Arrow IPC bytes delivered."}),
+	}
+	if r != nil {
+		r.MustRegister(m.sessions, m.running, m.starts, m.statements, m.seconds, m.rows, m.bytes)
+	}
+	return m
+}
+
+func (m *Metrics) started(since time.Time, err error) {
+	m.starts.WithLabelValues(resultOf(err)).Observe(time.Since(since).Seconds())
+}
+
+// resultOf is a label from a closed set: ok, or an error code's name.
+func resultOf(err error) string {
+	if err == nil {
+		return "ok"
+	}
+	return proto.CodeOf(err).String()
+}

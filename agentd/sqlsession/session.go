@@ -1,0 +1,281 @@
+package sqlsession
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/proto"
+)
+
+const (
+	// startTimeout bounds the start of a process and its connection.
+	startTimeout = 20 * time.Second
+	// connectTimeout bounds the connection to the database.
+	connectTimeout = 15 * time.Second
+	// resetTimeout bounds the wait for a process to be ready again.
+	resetTimeout = 20 * time.Second
+	// exitTimeout is how long a process may take to end by itself: it may have
+	// to cancel a statement in the database.
+	exitTimeout = 10 * time.Second
+	// sendTimeout bounds the write of a frame: the process always reads.
+	sendTimeout = 10 * time.Second
+	// maxStderr bounds what is logged of a process's standard error, in lines.
+	maxStderr = 50
+	// socketBuffer is the wish for the socket's buffer in bytes.
+	socketBuffer = 1 << 20
+)
+
+// session is one process and our end of its socket. Between its creation and
+// its end it has one user at a time: a Run, the wait for its reset, or nobody
+// while it is idle or warm.
+type session struct {
+	source *source
+	owner  string // set once, when the process gets its first statement
+	slot   int
+	cmd    *exec.Cmd
+	conn   *net.UnixConn
+	frames *frame.Reader
+
+	writeMu sync.Mutex // held while a frame is written
+
+	exited chan struct{} // closed when the process is gone and waited for
+	state  *os.ProcessState
+
+	// The rest belongs to the Manager, under its mu.
+	idleSince time.Time
+	ready     chan struct{} // closed when a reset ends; nil unless resetting
+	used      bool          // has run a statement
+}
+
+// spawn starts a process. The caller sends Connect.
+func (m *Manager) spawn(src *source, slot int) (*session, error) {
+	if err := closeOnExec(); err != nil {
+		return nil, fmt.Errorf("close_range: %w", err)
+	}
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("socketpair: %w", err)
+	}
+	theirs := os.NewFile(uintptr(pair[1]), "sql session")
+	defer func() { _ = theirs.Close() }()
+	// More than the usual limit needs root; less is slower and works.
+	if unix.SetsockoptInt(pair[1], unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, socketBuffer) != nil {
+		_ = unix.SetsockoptInt(pair[1], unix.SOL_SOCKET, unix.SO_SNDBUF, socketBuffer)
+	}
+	ours := os.NewFile(uintptr(pair[0]), "sql session")
+	conn, err := net.FileConn(ours)
+	_ = ours.Close()
+	if err != nil {
+		return nil, fmt.Errorf("socketpair: %w", err)
+	}
+	stderr, stderrChild, err := os.Pipe()
+	if err != nil {
+		_ = conn.Close()
+		return nil, fmt.Errorf("pipe: %w", err)
+	}
+	defer func() { _ = stderrChild.Close() }()
+	// Opened here: the thread that starts the process may not.
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
+		_ = conn.Close()
+		_ = stderr.Close()
+		return nil, err
+	}
+	defer func() { _ = null.Close() }()
+	cmd := &exec.Cmd{
+		Path:       m.config.Executable,
+		Args:       append([]string{"agentd"}, m.config.ChildArgs...),
+		Env:        []string{},
+		Dir:        "/",
+		Stdin:      null,
+		Stdout:     null,
+		Stderr:     stderrChild,
+		ExtraFiles: []*os.File{theirs},
+		SysProcAttr: &syscall.SysProcAttr{
+			Setsid: true,
+		},
+	}
+	if m.root {
+		id := uint32(m.config.UIDBase + slot)
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: id, Gid: id}
+	}
+	s := &session{
+		source: src, slot: slot, cmd: cmd, conn: conn.(*net.UnixConn), frames: frame.NewReader(conn), exited: make(chan struct{}),
+	}
+	if err := startConfined(cmd, src.confinement(m.config.Executable)); err != nil {
+		_ = conn.Close()
+		_ = stderr.Close()
+		return nil, fmt.Errorf("start the SQL session process: %w", err)
+	}
+	m.wg.Add(2)
+	go func() {
+		defer m.wg.Done()
+		m.drainStderr(s, stderr)
+	}()
+	go func() {
+		defer m.wg.Done()
+		// The exit status says what is to be said.
+		_ = cmd.Wait()
+		s.state = cmd.ProcessState
+		close(s.exited)
+		m.gone(s)
+	}()
+	return s, nil
+}
+
+// drainStderr logs what a process complains of. It never has secrets to tell.
+func (m *Manager) drainStderr(s *session, stderr *os.File) {
+	defer func() { _ = stderr.Close() }()
+	lines := bufio.NewScanner(stderr)
+	lines.Buffer(nil, 4<<10)
+	for n := 0; lines.Scan(); n++ {
+		if n < maxStderr {
+			m.log.Warn("sql session says", "source", s.source.Name, "sql_session", s.cmd.Process.Pid, "line", lines.Text())
+		}
+	}
+	// A line that is too long ends the scan, not the reading.
+	_, _ = io.Copy(io.Discard, stderr)
+}
+
+// send writes one frame.
+func (s *session) send(t frame.Type, payload any) error {
+	b, err := frame.Encode(t, payload)
+	if err != nil {
+		return err
+	}
+	s.writeMu.Lock()
+	defer s.writeMu.Unlock()
+	if err := s.conn.SetWriteDeadline(time.Now().Add(sendTimeout)); err != nil {
+		return err
+	}
+	_, err = s.conn.Write(b)
+	clear(b) // it may hold a password
+	return err
+}
+
+// kill ends the process at once.
+func (s *session) kill() { _ = s.cmd.Process.Kill() }
+
+// end closes the socket, which tells the process to go, and waits for it.
+func (s *session) end() {
+	_ = s.conn.Close()
+	select {
+	case <-s.exited:
+		return
+	case <-time.After(exitTimeout):
+	}
+	s.kill()
+	<-s.exited
+}
+
+// died says how the process ended, as far as that is known by now.
+func (s *session) died() *proto.Error {
+	select {
+	case <-s.exited:
+	case <-time.After(2 * time.Second):
+		return proto.Errorf(proto.CodeSQLSessionDied, "the SQL session process broke off")
+	}
+	status, ok := s.state.Sys().(syscall.WaitStatus)
+	if ok && status.Signaled() {
+		return proto.Errorf(proto.CodeSQLSessionDied, "the SQL session process was killed (signal %d)", int(status.Signal()))
+	}
+	return proto.Errorf(proto.CodeSQLSessionDied, "the SQL session process ended unexpectedly (exit status %d)", s.state.ExitCode())
+}
+
+// start starts a process and connects it to the database. ctx bounds the
+// start alone.
+func (m *Manager) start(ctx context.Context, src *source) (s *session, err error) {
+	began := time.Now()
+	defer func() { m.config.Metrics.started(began, err) }()
+	ctx, done := context.WithTimeout(ctx, startTimeout)
+	defer done()
+	m.mu.Lock()
+	source := src.Source
+	m.mu.Unlock()
+	password := ""
+	if source.Password != nil {
+		if password, err = source.Password(ctx); err != nil {
+			return nil, &proto.Error{Code: proto.CodeSourceConfig, Message: fmt.Sprintf("data source %q: %s", source.Name, err), Err: err}
+		}
+	}
+	slot, ok := m.takeSlot()
+	if !ok {
+		return nil, proto.Errorf(proto.CodeOverloaded, "all %d places for SQL sessions are taken: try again later", m.config.UIDCount)
+	}
+	s, err = m.spawn(src, slot)
+	if err != nil {
+		m.freeSlot(slot)
+		m.log.Error("cannot start a sql session", "source", source.Name, "err", err)
+		return nil, &proto.Error{Code: proto.CodeInternal, Err: err}
+	}
+	m.adopt(s)
+	err = s.handshake(ctx, source, password)
+	if err != nil {
+		s.kill()
+		_ = s.conn.Close()
+		return nil, err
+	}
+	m.log.Debug("sql session started", "source", source.Name, "sql_session", s.cmd.Process.Pid, "duration_seconds", time.Since(began).Seconds())
+	return s, nil
+}
+
+func (s *session) handshake(ctx context.Context, source Source, password string) error {
+	// The deadline wakes the read; a cancelled context does so at once.
+	stop := context.AfterFunc(ctx, func() { _ = s.conn.SetReadDeadline(time.Now().Add(-time.Second)) })
+	defer stop()
+	err := s.send(frame.Connect, frame.ConnectRequest{
+		Engine: source.Engine, DSN: source.DSN, Password: password,
+		ApplicationName: "postern " + source.Name, TimeoutMillis: connectTimeout.Milliseconds(),
+	})
+	if err != nil {
+		return s.died()
+	}
+	t, err := s.frames.Next()
+	if ctx.Err() != nil {
+		return contextError(ctx, "while connecting to the data source")
+	}
+	if err != nil {
+		return s.died()
+	}
+	switch t {
+	case frame.Connected:
+		var reply frame.ConnectedReply
+		return s.frames.JSON(&reply)
+	case frame.Failed:
+		var reply frame.FailedReply
+		if err := s.frames.JSON(&reply); err != nil {
+			return err
+		}
+		failure := reply.Error.Proto()
+		if failure == nil {
+			return s.died()
+		}
+		failure.Message = fmt.Sprintf("data source %q: %s", source.Name, failure.Message)
+		return failure
+	}
+	return fmt.Errorf("%w: %q before the connection", frame.ErrMalformed, byte(t))
+}
+
+// contextError names the end of a context in our codes.
+func contextError(ctx context.Context, where string) *proto.Error {
+	var cause *proto.Error
+	switch {
+	case errors.As(context.Cause(ctx), &cause):
+		return cause
+	case errors.Is(ctx.Err(), context.DeadlineExceeded):
+		return proto.Errorf(proto.CodeTimeout, "the time limit was reached %s", where)
+	}
+	return proto.Errorf(proto.CodeCancelled, "the statement was cancelled %s", where)
+}
