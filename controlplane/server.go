@@ -136,6 +136,8 @@ func (s *Server) wire() error {
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
 		TLS:     s.ca.TLSConfig(),
 		Handler: s.hub.Handle,
+		// Behind a proxy on this machine each host has its own share.
+		RemoteIP: api.RemoteAddress,
 	})
 	s.queries = query.NewRunner(query.Config{
 		Logger: s.log, History: s.store, Audit: queryAudit{s.audit}, Metrics: query.NewMetrics(registry),

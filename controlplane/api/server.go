@@ -118,18 +118,28 @@ func (a *API) authenticate(r *http.Request) (Caller, error) {
 	if !ok || bearer == "" {
 		return Caller{}, proto.Errorf(proto.CodeUnauthenticated, "no API token: send it as \"Authorization: Bearer TOKEN\" (run `postern login`, or set POSTERN_TOKEN)")
 	}
-	remote := remoteAddress(r)
+	remote := RemoteAddress(r)
 	c, err := a.cfg.Tokens.Authenticate(r.Context(), strings.TrimSpace(bearer), remote)
 	c.Remote = remote
 	return c, err
 }
 
-// remoteAddress is the peer's IP address. A proxy's X-Forwarded-For is not
-// believed: anybody can write one.
-func remoteAddress(r *http.Request) string {
+// RemoteAddress is the IP address that a request comes from: the peer's, or, of a
+// reverse proxy on this machine, the last one in X-Forwarded-For, which that proxy
+// wrote. What stands before it, and what other peers say, anybody can have written.
+func RemoteAddress(r *http.Request) string {
 	host, _, err := net.SplitHostPort(r.RemoteAddr)
 	if err != nil {
 		return r.RemoteAddr
+	}
+	if ip := net.ParseIP(host); !ip.IsLoopback() {
+		return host
+	}
+	if said := r.Header.Values("X-Forwarded-For"); len(said) > 0 {
+		last := said[len(said)-1]
+		if ip := net.ParseIP(strings.TrimSpace(last[strings.LastIndexByte(last, ',')+1:])); ip != nil {
+			return ip.String()
+		}
 	}
 	return host
 }
@@ -161,7 +171,7 @@ func (a *API) metricsHandler() http.Handler {
 		serve.ServeHTTP(w, r)
 	}, writeError)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		ip := net.ParseIP(remoteAddress(r))
+		ip := net.ParseIP(RemoteAddress(r))
 		proxied := r.Header.Get("X-Forwarded-For") != "" || r.Header.Get("Forwarded") != "" || r.Header.Get("Via") != ""
 		if ip.IsLoopback() && !proxied && r.Header.Get("Authorization") == "" {
 			serve.ServeHTTP(w, r)
