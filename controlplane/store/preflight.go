@@ -7,6 +7,8 @@ import (
 	"strings"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/postern-dev/postern/proto"
 )
 
 // tables are all tables but goose's own, in the order of their migrations.
@@ -123,11 +125,11 @@ func explainConnect(config *pgx.ConnConfig, passwordFile string, err error) erro
 		}
 		return fmt.Errorf("PostgreSQL refuses the password of role %s in %s: correct the file, or run ALTER ROLE %s PASSWORD '...'", role, passwordFile, role)
 	case "28000":
-		return fmt.Errorf("PostgreSQL lets role %s in from here neither with nor without a password: check that the role exists and may log in, and pg_hba.conf: %w", role, err)
+		return proto.Errorf(proto.CodeUnavailable, "PostgreSQL lets role %s in from here neither with nor without a password: check that the role exists and may log in, and pg_hba.conf: %w", role, err)
 	case "":
 		// Not PostgreSQL's word: no connection, no password file. pgx's text names
 		// the host and the cause, and hides passwords.
-		return fmt.Errorf("connect: %w", err)
+		return proto.Errorf(proto.CodeUnavailable, "connect: %w", err) // in one line
 	}
 	return err
 }

@@ -1,0 +1,38 @@
+package store
+
+import (
+	"context"
+	"fmt"
+)
+
+// Seams for tests alone.
+
+// HasPassword is hasPassword.
+var HasPassword = hasPassword
+
+// MaxQueries is maxQueries.
+const MaxQueries = maxQueries
+
+// LimitPages makes a SQLite store full: the file may not grow beyond its present
+// size and some pages.
+func (s *Store) LimitPages(ctx context.Context, more int) error {
+	var pages int
+	if err := s.durable.QueryRowContext(ctx, "PRAGMA page_count").Scan(&pages); err != nil {
+		return err
+	}
+	limit := fmt.Sprintf("PRAGMA max_page_count = %d", pages+more)
+	if _, err := s.durable.ExecContext(ctx, limit); err != nil {
+		return err
+	}
+	_, err := s.relaxed.ExecContext(ctx, limit)
+	return err
+}
+
+// Fail is fail.
+func (s *Store) Fail(ctx context.Context, op string, err error) error { return s.fail(ctx, op, err) }
+
+// Exec runs any statement.
+func (s *Store) Exec(ctx context.Context, statement string) error {
+	_, err := s.durable.ExecContext(ctx, statement)
+	return err
+}
