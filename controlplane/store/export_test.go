@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 )
 
@@ -35,4 +36,16 @@ func (s *Store) Fail(ctx context.Context, op string, err error) error { return s
 func (s *Store) Exec(ctx context.Context, statement string) error {
 	_, err := s.durable.ExecContext(ctx, statement)
 	return err
+}
+
+// Pragmas reads a setting of the durable, the relaxed and the reading
+// connections.
+func (s *Store) Pragmas(ctx context.Context, name string) ([3]string, error) {
+	var values [3]string
+	for i, db := range []*sql.DB{s.durable, s.relaxed, s.read} {
+		if err := db.QueryRowContext(ctx, "PRAGMA "+name).Scan(&values[i]); err != nil {
+			return values, err
+		}
+	}
+	return values, nil
 }

@@ -429,3 +429,19 @@ func TestHistoryIsBounded(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestSQLiteSettings: what durability and the single writer rest on.
+func TestSQLiteSettings(t *testing.T) {
+	s := storetest.SQLite(t)
+	for name, want := range map[string][3]string{
+		"journal_mode": {"wal", "wal", "wal"},
+		"synchronous":  {"2", "1", "2"}, // FULL, NORMAL, and the default of what does not write
+		"foreign_keys": {"1", "1", "1"},
+		"busy_timeout": {"10000", "10000", "10000"},
+		"query_only":   {"0", "0", "1"},
+	} {
+		if got, err := s.Pragmas(ctx, name); err != nil || got != want {
+			t.Errorf("%s: got %v, %v, want %v", name, got, err, want)
+		}
+	}
+}
