@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"mime"
 	"net"
 	"net/http"
@@ -143,8 +144,12 @@ func (t *roundTripper) unreachable(ctx context.Context, err error) error {
 	}
 	var op *net.OpError
 	cause := err
-	if errors.As(err, &op) && op.Op == "dial" {
+	switch {
+	case errors.As(err, &op) && op.Op == "dial":
 		cause = op.Err
+	case errors.Is(err, io.EOF):
+		// Not wrapped: package connect would make another error of it.
+		cause, err = errors.New("it closed the connection"), nil
 	}
 	return &proto.Error{
 		Code:    proto.CodeUnavailable,

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"strings"
 	"time"
 
 	"connectrpc.com/connect"
@@ -84,19 +85,23 @@ func (a *app) showQuery(q *posternv1.Query) error {
 			failure = state + ": " + failure
 		}
 	}
-	err := a.printFields(
-		[2]string{"id", q.GetId()},
-		[2]string{"state", q.GetState()},
-		[2]string{"source", q.GetAgent() + "/" + q.GetSource()},
-		[2]string{"by", q.GetTokenName()},
-		[2]string{"started", timeText(q.GetStarted())},
-		[2]string{"duration", durationText(q.GetDuration())},
-		[2]string{"rows", fmt.Sprint(q.GetRows())},
-		[2]string{"bytes", fmt.Sprint(q.GetBytes())},
-		[2]string{"error", failure},
-		[2]string{"sql", q.GetSql()},
-	)
-	return err
+	fields := [][2]string{
+		{"id", q.GetId()},
+		{"state", q.GetState()},
+		{"source", q.GetAgent() + "/" + q.GetSource()},
+		{"by", q.GetTokenName()},
+		{"started", timeText(q.GetStarted())},
+		{"duration", durationText(q.GetDuration())},
+		{"rows", fmt.Sprint(q.GetRows())},
+		{"bytes", fmt.Sprint(q.GetBytes())},
+		{"error", failure},
+	}
+	name := "sql"
+	for line := range strings.SplitSeq(strings.TrimSpace(q.GetSql()), "\n") {
+		fields = append(fields, [2]string{name, line})
+		name = ""
+	}
+	return a.printFields(fields...)
 }
 
 func (a *app) auditCommand() *cobra.Command {
