@@ -34,8 +34,8 @@ import (
 // Rates, each a bucket for one key: how many a second, and how many at once.
 const (
 	requestRate, requestBurst = 100, 200 // of one API token
-	failureRate, failureBurst = 1, 10    // failed authentications of one address
-	joinRate, joinBurst       = 1, 20    // failed joins of one address
+	failureRate, failureBurst = 20, 100  // failed authentications of one address, maybe a proxy's
+	joinRate, joinBurst       = 2, 200   // failed joins of one address, likewise
 	renewRate, renewBurst     = 0.01, 20 // renewals of one agent
 )
 
