@@ -2,16 +2,10 @@ package nginxtest
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"math/big"
 	"net"
 	"os"
 	"os/exec"
@@ -86,7 +80,7 @@ func (s *Server) start(o Options) error {
 		return err
 	}
 	s.URL, s.CAFile = "https://"+o.Listen, filepath.Join(s.dir, "ca.pem")
-	if err := s.certificates(host); err != nil {
+	if s.Roots, err = WriteCertificates(s.dir, host); err != nil {
 		return err
 	}
 	site, err := s.site(o)
@@ -265,55 +259,6 @@ func freeAddress() (string, error) {
 	}
 	defer l.Close() //nolint:errcheck // only its address is wanted
 	return l.Addr().String(), nil
-}
-
-// certificates writes ca.pem, fullchain.pem and key.pem.
-func (s *Server) certificates(host string) error {
-	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	ca := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "nginxtest CA"}, IsCA: true, BasicConstraintsValid: true,
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour), KeyUsage: x509.KeyUsageCertSign,
-	}
-	caDER, err := x509.CreateCertificate(rand.Reader, ca, ca, caKey.Public(), caKey)
-	if err != nil {
-		return err
-	}
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return err
-	}
-	leaf := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: host}, NotBefore: ca.NotBefore, NotAfter: ca.NotAfter,
-		KeyUsage: x509.KeyUsageDigitalSignature, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
-		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.ParseIP(host)},
-	}
-	leafDER, err := x509.CreateCertificate(rand.Reader, leaf, ca, key.Public(), caKey)
-	if err != nil {
-		return err
-	}
-	keyDER, err := x509.MarshalECPrivateKey(key)
-	if err != nil {
-		return err
-	}
-	s.Roots = x509.NewCertPool()
-	parsed, err := x509.ParseCertificate(caDER)
-	if err != nil {
-		return err
-	}
-	s.Roots.AddCert(parsed)
-	caPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: caDER})
-	leafPEM := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: leafDER})
-	for name, content := range map[string][]byte{
-		"ca.pem": caPEM, "fullchain.pem": append(leafPEM, caPEM...), "key.pem": pem.EncodeToMemory(&pem.Block{Type: "EC PRIVATE KEY", Bytes: keyDER}),
-	} {
-		if err := os.WriteFile(filepath.Join(s.dir, name), content, 0o600); err != nil {
-			return err
-		}
-	}
-	return nil
 }
 
 // TLS is a client's configuration that trusts this server.

@@ -14,10 +14,10 @@ import (
 type Agent struct {
 	Name    string
 	Process *Process
-	// Netns, URL and Env may be changed before Register and Start. URL is
-	// written into the configuration.
-	Netns, URL string
-	Env        []string
+	// Netns, URL, CAFile and Env may be changed before Register and Start. URL
+	// and CAFile are written into the configuration.
+	Netns, URL, CAFile string
+	Env                []string
 	// Config is the rest of agentd.yaml: sources and so on.
 	Config string
 
@@ -27,7 +27,7 @@ type Agent struct {
 
 // NewAgent prepares an agent; Register and Start it.
 func (s *Stack) NewAgent(name, config string) (*Agent, error) {
-	a := &Agent{Name: name, URL: s.URL, Config: config, stack: s, dir: filepath.Join(s.Dir, "agent-"+name)}
+	a := &Agent{Name: name, URL: s.URL, CAFile: s.CAFile, Config: config, stack: s, dir: filepath.Join(s.Dir, "agent-"+name)}
 	s.Agents = append(s.Agents, a)
 	return a, os.MkdirAll(a.StateDir(), 0o700)
 }
@@ -43,7 +43,11 @@ func (a *Agent) ConfigFile() string { return filepath.Join(a.dir, "agentd.yaml")
 
 // WriteConfig writes the configuration file.
 func (a *Agent) WriteConfig() error {
-	return os.WriteFile(a.ConfigFile(), []byte("url: "+a.URL+"\n"+a.Config), 0o600)
+	text := "url: " + a.URL + "\n"
+	if a.CAFile != "" {
+		text += "ca_file: " + a.CAFile + "\n"
+	}
+	return os.WriteFile(a.ConfigFile(), []byte(text+a.Config), 0o600)
 }
 
 // NewKey makes a registration key.
@@ -57,7 +61,11 @@ func (a *Agent) Register(ctx context.Context, key string) error {
 	if err := a.WriteConfig(); err != nil {
 		return err
 	}
-	_, err := a.Run(ctx, key+"\n", "register", "--url", a.URL, "--key-file", "-", "--name", a.Name, "--state", a.StateDir())
+	args := []string{"register", "--url", a.URL, "--key-file", "-", "--name", a.Name, "--state", a.StateDir()}
+	if a.CAFile != "" {
+		args = append(args, "--ca-file", a.CAFile)
+	}
+	_, err := a.Run(ctx, key+"\n", args...)
 	return err
 }
 

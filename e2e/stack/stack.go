@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 )
@@ -30,6 +31,9 @@ type Options struct {
 	URL string
 	// Args are further arguments of `controlplane serve`, Env further variables.
 	Args, Env []string
+	// CAFile is what agents and clients trust besides the system's CAs; may be
+	// empty.
+	CAFile string
 }
 
 // Stack is a control plane and what belongs to it.
@@ -149,6 +153,9 @@ func cleanEnv() []string {
 
 // Command is a postern command as the admin; its output is the caller's.
 func (s *Stack) Command(ctx context.Context, args ...string) *exec.Cmd {
+	if s.CAFile != "" {
+		args = append(slices.Clone(args), "--ca-file", s.CAFile)
+	}
 	cmd := s.command(ctx, "", "postern", args...)
 	cmd.Env = append(cleanEnv(), "POSTERN_URL="+s.URL, "XDG_CONFIG_HOME="+filepath.Join(s.Dir, "config"))
 	if token, err := os.ReadFile(s.TokenFile); err == nil {
