@@ -83,6 +83,7 @@ func Dial(ctx context.Context, cfg DialConfig) (*Tunnel, error) {
 	t.metrics.tunnelUp(t.RTT())
 	if err := l.startMux(); err != nil {
 		t.end(err)
+		t.laneEnded(l)
 		return nil, &DialError{Step: StepHello, Target: d.target(), Err: err}
 	}
 	t.spawn(t.tickLoop)

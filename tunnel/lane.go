@@ -34,6 +34,10 @@ type lane struct {
 	idle   time.Duration // by the tick: how long a bulk lane had no stream
 	stuck  time.Duration // by the tick: how long a solo lane moved no byte
 
+	heardRx uint64 // by checkBulk: the lane's own liveness
+	silent  time.Duration
+	asked   bool
+
 	counted              sync.Mutex // guards the bytes that metrics know of
 	countedRx, countedTx uint64
 
@@ -45,13 +49,16 @@ type lane struct {
 }
 
 func newLane(t *Tunnel, class Class, ws *wsConn, tc *tls.Conn) *lane {
-	return &lane{tunnel: t, class: class, ws: ws, tls: tc, done: make(chan struct{})}
+	l := &lane{tunnel: t, class: class, ws: ws, tls: tc, done: make(chan struct{})}
+	if class != Solo {
+		l.mux = newMux(l, tc, ws.wire)
+	}
+	return l
 }
 
 // startMux puts yamux on the lane and starts to accept.
 func (l *lane) startMux() error {
 	l.opens = make(chan struct{}, acceptBacklog)
-	l.mux = newMux(l, l.tls, l.ws.wire)
 	cfg := &yamux.Config{
 		AcceptBacklog:          acceptBacklog,
 		EnableKeepAlive:        false,                     // ours: liveness.go
@@ -183,9 +190,21 @@ func (l *lane) fail(cause error) {
 	}
 }
 
-// failAsync is fail for callers that hold a lock which fail takes.
+// readLast is how long the reader has, when a write failed, to find in what has
+// arrived why the peer closed.
+const readLast = 100 * time.Millisecond
+
+// failAsync is fail for a writer that holds a lock which fail takes.
 func (l *lane) failAsync(cause error) {
-	if !l.tunnel.spawn(func() { l.fail(cause) }) {
+	if !l.tunnel.spawn(func() {
+		timer := time.NewTimer(readLast)
+		defer timer.Stop()
+		select {
+		case <-timer.C:
+		case <-l.done:
+		}
+		l.fail(cause)
+	}) {
 		_ = l.ws.wire.Close()
 	}
 }

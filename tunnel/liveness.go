@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"fmt"
 	"sync"
 	"time"
 )
@@ -195,12 +196,34 @@ func (t *Tunnel) tickLane(l *lane, passed time.Duration) {
 	if l.mux.count() > 0 {
 		l.idle = 0
 		l.unretire()
+		t.checkBulk(l, passed)
 		return
 	}
 	l.idle += passed
 	if t.isDialer && l.idle >= t.cfg.BulkIdle {
 		l.idle = 0
 		l.retire()
+	}
+}
+
+// laneSilence is after how many DeadAfter a bulk lane with streams, asked for a
+// sign of life, counts as lost although the tunnel lives: its connection alone
+// died on the way. It is long, because the answer may stand behind the bulk of a
+// slow link; anything that moves on the lane is an answer.
+const laneSilence = 4
+
+func (t *Tunnel) checkBulk(l *lane, passed time.Duration) {
+	if rx := l.ws.wire.rx.Load(); rx != l.heardRx {
+		l.heardRx, l.silent, l.asked = rx, 0, false
+		return
+	}
+	l.silent += passed
+	switch {
+	case l.silent >= laneSilence*t.cfg.DeadAfter:
+		l.fail(fmt.Errorf("%w: lane silent", ErrLost))
+	case l.silent >= t.cfg.DeadAfter && !l.asked:
+		l.asked = true
+		_ = l.send(&message{typ: msgPing})
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -60,6 +61,8 @@ type mux struct {
 	msgTyp messageType
 	spill  [64]byte // see Read: for callers with tiny buffers
 	spillB []byte
+
+	shrinking atomic.Bool
 
 	mu      sync.Mutex
 	cond    sync.Cond // room in buf, or end of flushing, or closed
@@ -550,12 +553,25 @@ func (m *mux) drain(limit time.Duration) {
 	}
 }
 
-// shrink gives back the memory of streams that were not read lately.
+// shrink gives back the memory of streams that were not read lately. yamux holds
+// a stream's lock while a frame trickles in, so this must not run in the tick.
 func (m *mux) shrink() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for _, s := range m.streams {
-		s.shrink()
+	if m.shrinking.Swap(true) {
+		return
+	}
+	if !m.lane.tunnel.spawn(func() {
+		defer m.shrinking.Store(false)
+		m.mu.Lock()
+		all := make([]*stream, 0, len(m.streams))
+		for _, s := range m.streams {
+			all = append(all, s)
+		}
+		m.mu.Unlock()
+		for _, s := range all {
+			s.shrink()
+		}
+	}) {
+		m.shrinking.Store(false)
 	}
 }
 

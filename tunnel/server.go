@@ -6,9 +6,11 @@ import (
 	"crypto/subtle"
 	"crypto/tls"
 	"errors"
+	"maps"
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -305,12 +307,14 @@ func (s *Server) acceptTunnel(r *http.Request, wc *wsConn, tc *tls.Conn, he *hel
 	}
 	if err != nil {
 		t.end(lostError(err))
+		t.laneEnded(l)
 		return failHello, err
 	}
 	if anonymous {
 		timer := time.AfterFunc(s.cfg.AnonymousLife, func() { _ = t.Close(ErrDrained) })
 		context.AfterFunc(closingContext{t.done}, func() { timer.Stop() })
 	}
+	t.up.Store(true)
 	s.startTicking()
 	if s.cfg.Handler != nil {
 		go s.cfg.Handler(t)
@@ -447,9 +451,18 @@ func (s *Server) Tunnels() []*Tunnel {
 	defer s.mu.Unlock()
 	out := make([]*Tunnel, 0, len(s.tunnels))
 	for _, t := range s.tunnels {
-		out = append(out, t)
+		if t.up.Load() {
+			out = append(out, t)
+		}
 	}
 	return out
+}
+
+// all returns the tunnels that live or are coming up.
+func (s *Server) all() []*Tunnel {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Collect(maps.Values(s.tunnels))
 }
 
 // GoAway tells all tunnels to move and refuses new ones. Each dialer is given
@@ -496,7 +509,7 @@ func (s *Server) shut(cause error) {
 	}
 	s.mu.Unlock()
 	var wg sync.WaitGroup
-	for _, t := range s.Tunnels() {
+	for _, t := range s.all() {
 		wg.Go(func() { _ = t.Close(cause) })
 	}
 	wg.Wait()

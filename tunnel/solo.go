@@ -27,6 +27,9 @@ func (s *soloStream) Class() Class    { return Solo }
 func (s *soloStream) Tunnel() *Tunnel { return s.lane.tunnel }
 
 func (s *soloStream) Read(p []byte) (int, error) {
+	if s.closed.Load() { // Close holds rmu while it lingers
+		return 0, net.ErrClosed
+	}
 	s.rmu.Lock()
 	defer s.rmu.Unlock()
 	if s.closed.Load() {

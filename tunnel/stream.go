@@ -31,6 +31,7 @@ type stream struct {
 	ended  atomic.Bool // the peer closed or reset it
 	reset  atomic.Bool // the peer reset it
 	read   atomic.Bool // bytes were read since the last housekeeping
+	lean   atomic.Bool // its buffer was given back after the last read
 
 	wmu sync.Mutex // one Write at a time, so that its frames stay together
 
@@ -92,7 +93,9 @@ func (s *stream) Tunnel() *Tunnel { return s.lane.tunnel }
 func (s *stream) Read(p []byte) (int, error) {
 	n, err := s.ys.Read(p)
 	if n > 0 {
-		s.read.Store(true)
+		if !s.read.Load() {
+			s.read.Store(true)
+		}
 		if grant := s.flow.consume(n); grant > 0 {
 			_ = s.lane.mux.sendWindow(s.id, grant)
 		}
@@ -220,10 +223,14 @@ func (s *stream) SetWriteDeadline(t time.Time) error {
 
 // shrink gives back the memory of a stream whose reader has emptied it.
 func (s *stream) shrink() {
+	if s.read.Swap(false) {
+		s.lean.Store(false)
+		return
+	}
 	s.mu.Lock()
 	ys := s.ys
 	s.mu.Unlock()
-	if ys != nil && !s.read.Swap(false) {
+	if ys != nil && !s.lean.Swap(true) {
 		ys.Shrink()
 	}
 }

@@ -31,6 +31,7 @@ type Tunnel struct {
 	opened  atomic.Int64 // streams of this side
 	opening atomic.Int64 // Open calls under way
 
+	up   atomic.Bool // an accepted tunnel is ready for use
 	done chan struct{}
 
 	spawnMu     sync.Mutex
@@ -286,7 +287,7 @@ func (l *lane) received(m *message) error {
 	case msgGoAway:
 		t.receivedGoAway(GoAway{ReconnectAfter: m.reconnectAfter, Deadline: m.deadline, Reason: m.text})
 	case msgBye:
-		t.spawn(func() { t.end(byeCode(m.code).cause(m.text)) })
+		t.end(byeCode(m.code).cause(m.text))
 	}
 	return nil
 }

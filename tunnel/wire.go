@@ -1,7 +1,9 @@
 package tunnel
 
 import (
+	"crypto/tls"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -40,7 +42,7 @@ type wire struct {
 
 	dmu      sync.Mutex
 	deadline time.Time // as asked for
-	held     bool      // the connection's own deadline is lifted until the frame ends
+	held     bool      // the connection's own deadline is maxHold until the frame ends
 
 	wmu    sync.Mutex
 	out    *chunk
@@ -82,6 +84,9 @@ func (w *wire) Read(p []byte) (int, error) {
 		}
 		if !errors.Is(err, os.ErrDeadlineExceeded) || w.frames == nil || w.frames.boundary() {
 			return 0, err
+		}
+		if w.held { // the rest of the frame did not come
+			return 0, errTornFrame
 		}
 		w.holdDeadline()
 	}
@@ -156,11 +161,17 @@ func (w *wire) SetReadDeadline(t time.Time) error {
 	return w.conn.SetReadDeadline(t)
 }
 
+// maxHold is how long a read deadline waits for the end of a frame; then the lane
+// is broken.
+const maxHold = 5 * time.Second
+
+var errTornFrame = fmt.Errorf("%w: the rest of a frame did not come within %v", ErrLost, maxHold)
+
 func (w *wire) holdDeadline() {
 	w.dmu.Lock()
 	defer w.dmu.Unlock()
 	w.held = true
-	_ = w.conn.SetReadDeadline(time.Time{})
+	_ = w.conn.SetReadDeadline(time.Now().Add(maxHold))
 }
 
 func (w *wire) applyDeadline() {
@@ -235,8 +246,14 @@ func (w *wire) writeLocked(p []byte) (int, error) {
 	return n, err
 }
 
-// Close closes the connection; it unblocks Read and Write.
-func (w *wire) Close() error { return w.conn.Close() }
+// Close closes the connection; it unblocks Read and Write. It does not take leave
+// of an outer TLS, which could wait for a full socket.
+func (w *wire) Close() error {
+	if tc, ok := w.conn.(*tls.Conn); ok {
+		return tc.NetConn().Close()
+	}
+	return w.conn.Close()
+}
 
 func (w *wire) LocalAddr() net.Addr  { return w.conn.LocalAddr() }
 func (w *wire) RemoteAddr() net.Addr { return w.conn.RemoteAddr() }
