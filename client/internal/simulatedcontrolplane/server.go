@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"connectrpc.com/connect"
+	protobuf "google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -286,7 +287,7 @@ func (s *Server) GetQuery(_ context.Context, req *connect.Request[posternv1.GetQ
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if q := s.queries[req.Msg.QueryId]; q != nil {
-		return respond(&posternv1.GetQueryResponse{Query: q}, nil)
+		return respond(&posternv1.GetQueryResponse{Query: protobuf.CloneOf(q)}, nil)
 	}
 	return respond[posternv1.GetQueryResponse](nil, proto.Errorf(proto.CodeNotFound, "no query %q: see `postern query list`", req.Msg.QueryId))
 }
@@ -304,7 +305,7 @@ func (s *Server) CancelQuery(_ context.Context, req *connect.Request[posternv1.C
 	}
 	delete(s.cancelled, req.Msg.QueryId)
 	close(stop)
-	return respond(&posternv1.CancelOrganizationQueryResponse{Query: s.queries[req.Msg.QueryId]}, nil)
+	return respond(&posternv1.CancelOrganizationQueryResponse{Query: protobuf.CloneOf(s.queries[req.Msg.QueryId])}, nil)
 }
 
 // ListAudit implements AuditService.
