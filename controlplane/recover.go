@@ -21,17 +21,29 @@ import (
 // errKilled is how queries end whose control plane died.
 var errKilled = proto.Errorf(proto.CodeUnavailable, "the control plane died while the query was under way; its host cancelled it in the database")
 
-// recoverQueries ends what this control plane left running when it was killed,
-// with a word in the history and in the audit log.
+// recoverQueries ends what this control plane left running when it was killed:
+// each query gets the audit entry that it would have got at its end. The entries
+// come first, so a second kill may repeat one but never loses one.
 func recoverQueries(ctx context.Context, s *store.Store, log *audit.Log, logger *slog.Logger) error {
-	n, err := s.FailRunningQueries(ctx, proto.Detail(errKilled), time.Now())
-	if err != nil || n == 0 {
+	lost, err := s.LostQueries(ctx)
+	if err != nil || len(lost) == 0 {
 		return err
 	}
+	for organization, queries := range lost {
+		for _, q := range queries {
+			err := log.Append(ctx, auditchain.Entry{
+				Time: time.Now(), Organization: organization, Actor: "token " + q.TokenName, Action: "sql.run",
+				Agent: q.Agent, Source: q.Source, QueryID: q.Id, Statement: q.Sql, Outcome: "failed", Error: errKilled.Error(),
+				DurationMillis: time.Since(q.Started.AsTime()).Milliseconds(),
+			})
+			if err != nil {
+				return err
+			}
+		}
+	}
+	n, err := s.FailRunningQueries(ctx, proto.Detail(errKilled), time.Now())
 	logger.Warn("queries of a killed control plane ended", "queries", n)
-	return log.Append(ctx, auditchain.Entry{
-		Time: time.Now(), Actor: "system", Action: "sql.lost", Outcome: "failed", Rows: uint64(n), Error: errKilled.Error(),
-	})
+	return err
 }
 
 // replicaName tells this control plane from others on the same database, also

@@ -119,6 +119,25 @@ func (s *Store) FinishQuery(ctx context.Context, org string, q *posternv1.Query)
 	})
 }
 
+// LostQueries are the queries that an earlier process with the same
+// Config.Replica left running when it died, by organization; call it at start,
+// before the first query, and FailRunningQueries when they are dealt with.
+func (s *Store) LostQueries(ctx context.Context) (map[string][]*posternv1.Query, error) {
+	lost := map[string][]*posternv1.Query{}
+	rows, err := s.reader().query(ctx, "SELECT q.organization, "+queryColumns+" FROM queries q WHERE q.state = 'running' AND q.replica = ?", s.replica)
+	_, err = collect(ctx, s, "list lost queries", rows, err, func(rows *sql.Rows) (*posternv1.Query, error) {
+		var org string
+		var r queryRow
+		if err := rows.Scan(append([]any{&org}, r.into()...)...); err != nil {
+			return nil, err
+		}
+		q, err := r.value()
+		lost[org] = append(lost[org], q)
+		return q, err
+	})
+	return lost, err
+}
+
 // FailRunningQueries ends what an earlier process with the same Config.Replica
 // left running when it died; call it at start, before the first query. It
 // returns their number.

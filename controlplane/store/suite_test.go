@@ -445,6 +445,18 @@ func TestQueries(t *testing.T) {
 			t.Errorf("running: got %d", len(running))
 		}
 		why := &posternv1.ErrorDetail{Code: proto.CodeUnavailable, Message: "the control plane died"}
+		lost := 0
+		for owner, queries := range must(s.LostQueries(ctx))(t) {
+			for _, q := range queries {
+				lost++
+				if got := must(s.GetQuery(ctx, owner, "", q.Id))(t); got.State != "running" {
+					t.Errorf("lost query %v of %s is %s", q, owner, got.State)
+				}
+			}
+		}
+		if lost != 1 {
+			t.Errorf("%d lost queries, want 1", lost)
+		}
 		if n := must(s.FailRunningQueries(ctx, why, now.Add(3*time.Second)))(t); n != 1 {
 			t.Errorf("ended %d queries, want 1", n)
 		}
