@@ -135,6 +135,7 @@ func (k *keeper) run(ctx context.Context) error {
 			k.tell(slog.LevelError, "tunnel given up", err)
 			return err
 		}
+		k.tell(slog.LevelWarn, "tunnel down, retrying", err)
 		timer := time.NewTimer(k.b.Next(err))
 		select {
 		case <-timer.C:
@@ -150,9 +151,6 @@ func (k *keeper) run(ctx context.Context) error {
 func (k *keeper) once(ctx context.Context) error {
 	t, err := k.dial(ctx)
 	if err != nil {
-		if context.Cause(ctx) == nil {
-			k.tell(slog.LevelWarn, "tunnel down, retrying", err)
-		}
 		return err
 	}
 	u := k.start(ctx, t)
@@ -163,7 +161,6 @@ func (k *keeper) once(ctx context.Context) error {
 	for {
 		select {
 		case <-u.done:
-			k.tell(slog.LevelWarn, "tunnel down, retrying", u.err)
 			return u.err
 		case <-stable.C:
 			k.b.Reset()
