@@ -11,8 +11,8 @@ import (
 // HasPassword is hasPassword.
 var HasPassword = hasPassword
 
-// MaxQueries is maxQueries.
-const MaxQueries = maxQueries
+// KeepQueries replaces maxQueries.
+func (s *Store) KeepQueries(n int) { s.keep = n }
 
 // LimitPages makes a SQLite store full: the file may not grow beyond its present
 // size and some pages.

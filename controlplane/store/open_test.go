@@ -400,8 +400,9 @@ func TestHistoryIsBounded(t *testing.T) {
 	}
 	insert(org, "long runner", "running", now)
 	insert(other, "other", "done", now)
-	const more = 500
-	for i := range store.MaxQueries + more {
+	const keep, more = 1000, 500
+	s.KeepQueries(keep)
+	for i := range keep + more {
 		insert(org, fmt.Sprint("q", i), "done", now.Add(time.Duration(i+1)*time.Millisecond))
 	}
 	for {

@@ -219,7 +219,7 @@ func (s *Store) PruneQueries(ctx context.Context, org string, now time.Time) (in
 			return err
 		}
 		many, err := tx.exec(ctx, `DELETE FROM queries WHERE state <> 'running' AND id IN
-			(SELECT id FROM queries WHERE organization = ? ORDER BY started DESC, id DESC LIMIT ? OFFSET ?)`, org, pruneBatch, maxQueries)
+			(SELECT id FROM queries WHERE organization = ? ORDER BY started DESC, id DESC LIMIT ? OFFSET ?)`, org, pruneBatch, s.keep)
 		n = old + many
 		return err
 	})

@@ -60,6 +60,7 @@ type Store struct {
 
 	rebound sync.Map // statement with ? -> statement with $1
 
+	keep    int // queries kept of an organization: maxQueries but in tests
 	pruneMu sync.Mutex
 	inserts int // queries inserted since the last pruning; guarded by pruneMu
 }
