@@ -127,7 +127,8 @@ func Default() *Config {
 
 // Load reads and checks a configuration file. The error is a *Error that lists
 // every problem, or the operating system's.
-func Load(path string) (*Config, error) {
+// checkDSN looks at a source's engine and connection string; nil passes all.
+func Load(path string, checkDSN func(engine, dsn string) error) (*Config, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("configuration %s does not exist: write it or name another with --config (%w)", path, fs.ErrNotExist)
@@ -149,11 +150,11 @@ func Load(path string) (*Config, error) {
 	if len(raw) > maxFile {
 		return nil, fmt.Errorf("configuration %s has more than %d bytes", path, maxFile)
 	}
-	return Parse(path, raw)
+	return Parse(path, raw, checkDSN)
 }
 
-// Parse checks a configuration that was read from path.
-func Parse(path string, raw []byte) (*Config, error) {
+// Parse checks a configuration that was read from path; see Load.
+func Parse(path string, raw []byte, checkDSN func(engine, dsn string) error) (*Config, error) {
 	c := Default()
 	c.File = path
 	var in file
@@ -175,7 +176,7 @@ func Parse(path string, raw []byte) (*Config, error) {
 	}
 	c.CAFile = in.CAFile
 	if in.CAFile != "" {
-		pool, err := loadBundle(in.CAFile)
+		pool, err := LoadBundle(in.CAFile)
 		if err != nil {
 			p.add(at("ca_file"), "ca_file: %v", err)
 		}
@@ -185,7 +186,7 @@ func Parse(path string, raw []byte) (*Config, error) {
 	c.Metrics = p.metrics(in.Metrics.Listen, at("metrics", "listen"))
 	p.log(in, c, at)
 	p.sql(in, c, at)
-	p.sources(in, c, at)
+	p.sources(in, c, at, checkDSN)
 	if err := p.err(); err != nil {
 		return nil, err
 	}

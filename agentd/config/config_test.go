@@ -44,7 +44,7 @@ sources:
 `
 
 func TestWholeFile(t *testing.T) {
-	c, err := Parse("f.yaml", []byte(whole))
+	c, err := Parse("f.yaml", []byte(whole), nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +68,7 @@ func TestWholeFile(t *testing.T) {
 
 func TestEmptyFile(t *testing.T) {
 	for _, text := range []string{"", "# nothing\n", "---\n"} {
-		c, err := Parse("f.yaml", []byte(text))
+		c, err := Parse("f.yaml", []byte(text), nil)
 		if err != nil || c.SQL.Warm != DefaultWarm || c.Log.Format != "text" || c.Proxy != nil {
 			t.Errorf("%q: %+v, %v", text, c, err)
 		}
@@ -123,7 +123,7 @@ func TestProblems(t *testing.T) {
 		{"metadata", source + "    policy: {mode: metadata}\n", "f.yaml:5: source w: policy.mode: metadata is not supported"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := Parse("f.yaml", []byte(tt.text))
+			_, err := Parse("f.yaml", []byte(tt.text), nil)
 			var problems *Error
 			if !errors.As(err, &problems) {
 				t.Fatalf("got %v", err)
@@ -136,7 +136,7 @@ func TestProblems(t *testing.T) {
 }
 
 func TestAllProblemsAtOnce(t *testing.T) {
-	_, err := Parse("f.yaml", []byte("name: A\nlog: {level: loud}\nsources:\n  - {name: w, engine: mysql}\nx: 1\n"))
+	_, err := Parse("f.yaml", []byte("name: A\nlog: {level: loud}\nsources:\n  - {name: w, engine: mysql}\nx: 1\n"), nil)
 	var problems *Error
 	if !errors.As(err, &problems) || len(problems.Problems) != 4 {
 		t.Fatalf("got %v", err)
@@ -151,19 +151,19 @@ func TestAllProblemsAtOnce(t *testing.T) {
 
 func TestLoad(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "agentd.yaml")
-	if _, err := Load(path); err == nil || !strings.Contains(err.Error(), "--config") || !errors.Is(err, os.ErrNotExist) {
+	if _, err := Load(path, nil); err == nil || !strings.Contains(err.Error(), "--config") || !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("missing: %v", err)
 	}
 	if err := os.WriteFile(path, []byte(whole), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Load(path); err != nil {
+	if _, err := Load(path, nil); err != nil {
 		t.Error(err)
 	}
 	if err := os.Chmod(path, 0o666); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Load(path); err == nil || !strings.Contains(err.Error(), "chmod") {
+	if _, err := Load(path, nil); err == nil || !strings.Contains(err.Error(), "chmod") {
 		t.Errorf("writable: %v", err)
 	}
 }
@@ -180,7 +180,7 @@ func TestBundle(t *testing.T) {
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Parse("f.yaml", []byte("ca_file: "+path+"\n")); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := Parse("f.yaml", []byte("ca_file: "+path+"\n"), nil); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%q: got %v, want %q", text, err, want)
 		}
 	}
@@ -202,7 +202,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(whole))
 	f.Add([]byte("a: &a [*a]"))
 	f.Fuzz(func(t *testing.T, raw []byte) {
-		if _, err := Parse("f.yaml", raw); err != nil && strings.Contains(err.Error(), "\n") {
+		if _, err := Parse("f.yaml", raw, nil); err != nil && strings.Contains(err.Error(), "\n") {
 			t.Fatalf("more than one line: %q", err)
 		}
 	})

@@ -16,7 +16,7 @@ var (
 	dsnPassword = regexp.MustCompile(`(?i)(^|\s)(ssl)?password\s*=`)
 )
 
-func (p *problems) sources(in file, c *Config, at func(...any) int) {
+func (p *problems) sources(in file, c *Config, at func(...any) int, deeper func(engine, dsn string) error) {
 	if len(in.Sources) > maxSources {
 		p.add(at("sources"), "sources: %d are more than %d", len(in.Sources), maxSources)
 		return
@@ -39,7 +39,11 @@ func (p *problems) sources(in file, c *Config, at func(...any) int) {
 		seen[s.Name] = true
 		switch s.Engine {
 		case "postgres":
-			if err := checkDSN(s.DSN); err != nil {
+			err := checkDSN(s.DSN)
+			if err == nil && deeper != nil {
+				err = deeper(s.Engine, s.DSN)
+			}
+			if err != nil {
 				p.add(line("dsn"), "%s: dsn: %v", where, err)
 			}
 		case "mysql", "sqlite":
@@ -90,9 +94,9 @@ func checkDSN(dsn string) error {
 	return nil
 }
 
-// loadBundle reads PEM certificates. Every block must be a good certificate:
+// LoadBundle reads PEM certificates to trust beside the system's. Every block must be a good certificate:
 // x509.CertPool would pass over the others and trust less than the owner thinks.
-func loadBundle(path string) (*x509.CertPool, error) {
+func LoadBundle(path string) (*x509.CertPool, error) {
 	raw, err := os.ReadFile(path)
 	if err != nil {
 		return nil, err

@@ -1,0 +1,180 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// socketName is the socket's name in the runtime directory.
+const socketName = "agentd.sock"
+
+// maxPath is the longest path that a unix socket may have.
+const maxPath = len(unix.RawSockaddrUnix{}.Path) - 1
+
+// ErrNotRunning is returned when no agentd answers at the socket.
+var ErrNotRunning = errors.New("agentd is not running")
+
+// Path is the socket's in this runtime directory.
+func Path(runtimeDir string) string { return filepath.Join(runtimeDir, socketName) }
+
+// Config is what a Server needs.
+type Config struct {
+	Status func() Status
+	// Check looks at one data source; it may take as long as ctx.
+	Check func(ctx context.Context, source string) []Check
+}
+
+// Server answers at the socket.
+type Server struct {
+	path string
+	http *http.Server
+	wg   sync.WaitGroup
+}
+
+// Listen makes the runtime directory and the socket and answers until Close.
+// The caller makes sure that there is one agentd per runtime directory: a socket
+// that is there is one that a killed agentd left, and is replaced.
+func Listen(runtimeDir string, cfg Config) (*Server, error) {
+	path := Path(runtimeDir)
+	if len(path) > maxPath {
+		return nil, fmt.Errorf("the path of the status socket is longer than %d bytes: choose a shorter --runtime (%s)", maxPath, path)
+	}
+	if err := os.MkdirAll(runtimeDir, 0o700); err != nil {
+		return nil, fmt.Errorf("runtime directory: %w", err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("status socket: %w", err)
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fmt.Errorf("status socket: %w", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { write(w, cfg.Status()) })
+	mux.HandleFunc("GET /check", func(w http.ResponseWriter, r *http.Request) {
+		write(w, cfg.Check(r.Context(), r.URL.Query().Get("source")))
+	})
+	s := &Server{path: path, http: &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 5 * time.Second}}
+	s.wg.Go(func() {
+		s.http.Serve(ownUser{l}) //nolint:errcheck // it ends with Close
+	})
+	return s, nil
+}
+
+func write(w http.ResponseWriter, v any) {
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(v) //nolint:errcheck // the command has gone
+}
+
+// Close stops answering and removes the socket.
+func (s *Server) Close() error {
+	err := s.http.Close()
+	s.wg.Wait()
+	if rerr := os.Remove(s.path); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
+		err = errors.Join(err, rerr)
+	}
+	return err
+}
+
+// ownUser accepts connections of root and of agentd's own user alone, should the
+// file's mode ever be changed.
+type ownUser struct{ net.Listener }
+
+// Accept implements net.Listener.
+func (l ownUser) Accept() (net.Conn, error) {
+	for {
+		conn, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if uid, err := peerUser(conn); err == nil && (uid == 0 || int(uid) == os.Geteuid()) {
+			return conn, nil
+		}
+		conn.Close() //nolint:errcheck // it is not wanted
+	}
+}
+
+func peerUser(conn net.Conn) (uint32, error) {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var cerr error
+	if err := raw.Control(func(fd uintptr) {
+		cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+	}); err != nil {
+		return 0, err
+	}
+	if cerr != nil {
+		return 0, cerr
+	}
+	return cred.Uid, nil
+}
+
+// maxAnswer bounds what a command reads of agentd, in bytes.
+const maxAnswer = 16 << 20
+
+// Ask asks the agentd of this runtime directory for its status. ErrNotRunning
+// says that there is none.
+func Ask(ctx context.Context, runtimeDir string) (Status, error) {
+	var s Status
+	return s, ask(ctx, runtimeDir, "/status", &s)
+}
+
+// AskCheck has the agentd of this runtime directory check a data source.
+func AskCheck(ctx context.Context, runtimeDir, source string) ([]Check, error) {
+	var checks []Check
+	return checks, ask(ctx, runtimeDir, "/check?source="+url.QueryEscape(source), &checks)
+}
+
+func ask(ctx context.Context, runtimeDir, path string, answer any) error {
+	socket := Path(runtimeDir)
+	transport := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", socket)
+		},
+	}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agentd"+path, nil)
+	if err != nil {
+		return err
+	}
+	response, err := (&http.Client{Transport: transport}).Do(r)
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
+		return ErrNotRunning
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("status socket %s may be used by root alone: use sudo", socket)
+	case err != nil:
+		return fmt.Errorf("ask agentd at %s: %w", socket, err)
+	}
+	defer response.Body.Close() //nolint:errcheck // it is read to its end
+	body, err := io.ReadAll(io.LimitReader(response.Body, maxAnswer))
+	if err != nil {
+		return fmt.Errorf("ask agentd at %s: %w", socket, err)
+	}
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("agentd at %s answered %s: is it another version?", socket, response.Status)
+	}
+	if err := json.Unmarshal(body, answer); err != nil {
+		return fmt.Errorf("agentd at %s answered what this command does not understand: is it another version? (%w)", socket, err)
+	}
+	return nil
+}

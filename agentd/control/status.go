@@ -1,0 +1,94 @@
+package control
+
+import "time"
+
+// Status is what agentd says of itself; `agentd status -o json` prints it.
+type Status struct {
+	Software string    `json:"software"`
+	PID      int       `json:"pid"`
+	Started  time.Time `json:"started"`
+	// State is running or stopping.
+	State   string   `json:"state"`
+	Agent   Agent    `json:"agent"`
+	Link    Link     `json:"link"`
+	Config  File     `json:"config"`
+	Sources []Source `json:"sources"`
+	Queries []Query  `json:"queries"`
+	Audit   Audit    `json:"audit"`
+}
+
+// Agent is who the host is.
+type Agent struct {
+	ID                 string    `json:"id"`
+	Name               string    `json:"name"`
+	Organization       string    `json:"organization"`
+	URL                string    `json:"url"`
+	CertificateSerial  string    `json:"certificate_serial"`
+	CertificateExpires time.Time `json:"certificate_expires"`
+}
+
+// Link is the tunnel to the control plane.
+type Link struct {
+	Up    bool      `json:"up"`
+	Since time.Time `json:"since"`
+	URL   string    `json:"url"`
+	// Cause and Code say why it is down, Attempts how often it was tried.
+	Cause    string `json:"cause,omitempty"`
+	Code     string `json:"code,omitempty"`
+	Attempts int    `json:"attempts,omitempty"`
+
+	Tunnel           string  `json:"tunnel,omitempty"`
+	Remote           string  `json:"remote,omitempty"`
+	RoundTripSeconds float64 `json:"round_trip_seconds,omitempty"`
+	Streams          int     `json:"streams"`
+	PeerSoftware     string  `json:"peer_software,omitempty"`
+	// ClockSkewSeconds is this host's clock minus the control plane's.
+	ClockSkewSeconds float64 `json:"clock_skew_seconds"`
+}
+
+// File is the configuration in force.
+type File struct {
+	Path   string    `json:"path"`
+	Loaded time.Time `json:"loaded"`
+	// Error is why the last reload was refused.
+	Error string `json:"error,omitempty"`
+}
+
+// Source is a data source and its policy.
+type Source struct {
+	Name                    string  `json:"name"`
+	Engine                  string  `json:"engine"`
+	Mode                    string  `json:"mode"`
+	MaxRows                 uint64  `json:"max_rows"`
+	MaxBytes                uint64  `json:"max_bytes"`
+	StatementTimeoutSeconds float64 `json:"statement_timeout_seconds"`
+	Concurrency             int     `json:"concurrency"`
+	Running                 int     `json:"running"`
+}
+
+// Query is a statement under way.
+type Query struct {
+	ID      string    `json:"id"`
+	Source  string    `json:"source"`
+	Started time.Time `json:"started"`
+	Rows    uint64    `json:"rows"`
+}
+
+// Audit is the end of the host's log.
+type Audit struct {
+	Sequence uint64 `json:"sequence"`
+	Hash     string `json:"hash,omitempty"`
+	Bytes    int64  `json:"bytes"`
+	// Warning tells that the control plane knows another chain.
+	Warning string `json:"warning,omitempty"`
+}
+
+// Check is one line of doctor.
+type Check struct {
+	Name string `json:"name"`
+	// Result is ok, warning or failed.
+	Result  string `json:"result"`
+	Message string `json:"message"`
+	// Remedy is what to do about it.
+	Remedy string `json:"remedy,omitempty"`
+}

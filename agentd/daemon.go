@@ -1,0 +1,347 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/spf13/cobra"
+
+	"github.com/postern-dev/postern/agentd/audit"
+	"github.com/postern-dev/postern/agentd/config"
+	"github.com/postern-dev/postern/agentd/control"
+	"github.com/postern-dev/postern/agentd/host"
+	"github.com/postern-dev/postern/agentd/identity"
+	"github.com/postern-dev/postern/agentd/link"
+	"github.com/postern-dev/postern/agentd/secret"
+	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/proto/auditchain"
+	"github.com/postern-dev/postern/tunnel"
+)
+
+// The parts fit where they are wired.
+var (
+	_ link.Identity = (*identity.Identity)(nil)
+	_ host.Audit    = (*audit.Log)(nil)
+)
+
+const (
+	// drainTime is how long running statements may take to end when agentd stops;
+	// systemd's TimeoutStopSec is longer.
+	drainTime = 25 * time.Second
+	// abortTime is how long they may take after they were cancelled.
+	abortTime = 3 * time.Second
+)
+
+// Daemon is a running agentd: every subsystem is a field of it. Flags or its
+// places come first, then Validate, Run (once) and Close.
+type Daemon struct {
+	places
+	// Executable is started for SQL sessions; "" means this program. For tests.
+	Executable string
+	// Notify tells systemd; nil does nothing.
+	Notify func(state string)
+	// Backoff is how the link spaces its tries; zero values are the defaults.
+	Backoff tunnel.BackoffConfig
+	// Tunnel holds the tunnel's knobs for tests; zero values are the defaults.
+	Tunnel tunnel.Config
+
+	logger   *slog.Logger
+	level    *slog.LevelVar
+	started  time.Time
+	identity *identity.Identity
+	secrets  *secret.Environment
+	registry *prometheus.Registry
+
+	log      *audit.Log
+	sessions *sqlsession.Manager
+	host     *host.Host
+	link     *link.Keeper
+	control  *control.Server
+	metrics  *http.Server
+	unlock   func()
+
+	serving   sync.WaitGroup // the metrics server
+	countUp   atomic.Pointer[prometheus.Counter]
+	countDown atomic.Pointer[prometheus.Counter]
+
+	config   atomic.Pointer[config.Config]
+	stopping atomic.Bool
+	aborted  chan struct{}
+	abort    sync.Once
+
+	// mu guards the following.
+	mu           sync.Mutex
+	loaded       time.Time
+	reloadError  string
+	auditWarning string
+}
+
+// NewDaemon makes a daemon that logs to logger, whose level it sets.
+func NewDaemon(logger *slog.Logger, level *slog.LevelVar) *Daemon {
+	return &Daemon{logger: logger, level: level, started: time.Now(), aborted: make(chan struct{}), Notify: func(string) {}}
+}
+
+// Flags adds the daemon's flags to a command.
+func (d *Daemon) Flags(cmd *cobra.Command) { d.flags(cmd, "config", "state", "runtime") }
+
+// Validate reads configuration and identity and checks them. It changes nothing
+// but the identity's files, where a crash left a renewal half done.
+func (d *Daemon) Validate() error {
+	c, found, err := d.loadConfig()
+	if err != nil {
+		return err
+	}
+	if d.identity, err = identity.Open(d.state); errors.Is(err, identity.ErrNotRegistered) {
+		return fmt.Errorf("this host is not registered (no identity in %s): run agentd register --url URL", d.state)
+	} else if err != nil {
+		return err
+	}
+	if c.URL == "" {
+		c.URL = d.identity.Agent().URL
+	}
+	if _, err := config.TunnelURL(c.URL); err != nil {
+		return fmt.Errorf("the URL of the control plane: %w: set url in %s", err, d.places.config)
+	}
+	d.useConfig(c)
+	if !found {
+		d.logger.Warn("no configuration file, no data sources", "file", d.places.config)
+	}
+	return nil
+}
+
+func (d *Daemon) useConfig(c *config.Config) {
+	d.config.Store(c)
+	d.level.Set(c.Log.Level)
+	d.mu.Lock()
+	d.loaded, d.reloadError = time.Now(), ""
+	d.mu.Unlock()
+}
+
+// Run starts everything and serves until ctx ends; then it lets running
+// statements finish, for drainTime at most or until Abort, and returns. ready is
+// called when the daemon answers, last; it may be nil.
+func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
+	defer func() { err = errors.Join(err, d.Close()) }()
+	if err := d.open(); err != nil {
+		return err
+	}
+	// The link outlives ctx: statements that are under way answer through it.
+	linkCtx, cutLink := context.WithCancel(context.Background())
+	defer cutLink()
+	wake, err := tunnel.WatchNetwork(linkCtx)
+	if err != nil {
+		d.logger.Info("changes of the network are not watched", "err", err)
+	}
+	if err := d.newLink(wake); err != nil {
+		return err
+	}
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cutLink()
+	wg.Go(func() { d.link.Run(linkCtx) })
+
+	if ready != nil {
+		ready()
+	}
+	<-ctx.Done()
+	d.drain()
+	return nil
+}
+
+// open starts what works without a link.
+func (d *Daemon) open() (err error) {
+	if d.unlock, err = lockState(d.state); err != nil {
+		return err
+	}
+	c := d.config.Load()
+	var found audit.Recovery
+	d.log, found, err = audit.Open(d.state, audit.Config{Logger: d.logger})
+	if err != nil {
+		return err
+	}
+	if found.Torn != "" {
+		d.logger.Warn("half-written audit entry set aside", "file", found.Torn)
+	}
+	d.registry = prometheus.NewRegistry()
+	d.sessions = sqlsession.New(sqlsession.Config{
+		Executable: d.Executable, UIDBase: int(c.SQL.UIDBase), Warm: warm(c.SQL.Warm), IdleTimeout: c.SQL.IdleTimeout,
+		Logger: d.logger, Metrics: sqlsession.NewMetrics(d.registry),
+	})
+	d.sessions.SetSources(d.sources(c))
+	d.host = d.newHost()
+	if err := d.host.Recover(found.Begun); err != nil {
+		return err
+	}
+	if err := d.record(audit.ActionStart); err != nil {
+		return err
+	}
+	if d.control, err = control.Listen(d.runtimeDir(), control.Config{Status: d.status, Check: d.checkSource}); err != nil {
+		return err
+	}
+	d.registerMetrics()
+	return d.listenMetrics(c)
+}
+
+// record writes an entry of the host's own.
+func (d *Daemon) record(action string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	a := d.identity.Agent()
+	return d.log.Append(ctx, auditchain.Entry{Action: action, Actor: "host", Agent: a.Name, Organization: a.Organization, Outcome: "done"})
+}
+
+func (d *Daemon) newLink(wake <-chan struct{}) error {
+	c := d.config.Load()
+	target, err := config.TunnelURL(c.URL)
+	if err != nil {
+		return err
+	}
+	knobs := d.Tunnel
+	knobs.Logger, knobs.Metrics = d.logger, tunnel.NewMetrics(d.registry)
+	d.link = link.New(link.Config{
+		Logger: d.logger, URL: target, Proxy: c.Proxy, OuterRootCAs: c.OuterRootCAs, Tunnel: knobs,
+		Identity: d.identity, Handler: d.host, Hello: d.hello, Welcome: d.welcome, Changed: d.linkChanged, Renewed: d.renewed,
+		Wake: wake, Backoff: d.Backoff,
+	})
+	d.registerLinkMetrics()
+	return nil
+}
+
+// drain stops taking statements and waits for those under way.
+func (d *Daemon) drain() {
+	d.stopping.Store(true)
+	d.Notify("STOPPING=1\nSTATUS=stopping")
+	running := d.host.Running()
+	d.logger.Info("stopping", "queries", running)
+	d.link.Drain(drainTime + abortTime)
+	ctx, cancel := context.WithTimeout(context.Background(), drainTime)
+	defer cancel()
+	stop := context.AfterFunc(ctx, d.Abort)
+	defer stop()
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		select {
+		case <-d.aborted:
+			cancel()
+		case <-done:
+		}
+	})
+	if err := d.host.Drain(ctx); err != nil {
+		d.logger.Warn("statements cancelled", "queries", d.host.Running())
+		d.host.Abort()
+		ctx, cancel := context.WithTimeout(context.Background(), abortTime)
+		defer cancel()
+		if err := d.host.Drain(ctx); err != nil {
+			d.logger.Warn("statements cut", "queries", d.host.Running())
+		}
+	}
+	close(done)
+	wg.Wait()
+}
+
+// Abort ends a drain at once.
+func (d *Daemon) Abort() { d.abort.Do(func() { close(d.aborted) }) }
+
+// Close ends what Run started, in the reverse order. Run calls it.
+func (d *Daemon) Close() error {
+	var errs []error
+	if d.metrics != nil {
+		errs = append(errs, d.metrics.Close())
+		d.serving.Wait()
+	}
+	if d.control != nil {
+		errs = append(errs, d.control.Close())
+	}
+	if d.sessions != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), abortTime)
+		if err := d.sessions.Close(ctx); err != nil {
+			d.logger.Warn("sql sessions killed", "err", err)
+		}
+		cancel()
+	}
+	if d.log != nil {
+		if d.host != nil {
+			if err := d.record("host.stop"); err != nil && !errors.Is(err, audit.ErrClosed) {
+				d.logger.Error("stop not recorded", "err", err)
+			}
+		}
+		errs = append(errs, d.log.Close())
+	}
+	if d.unlock != nil {
+		d.unlock()
+	}
+	d.metrics, d.control, d.sessions, d.log, d.unlock = nil, nil, nil, nil, nil
+	return errors.Join(errs...)
+}
+
+// Reload reads the configuration again. A bad file changes nothing.
+func (d *Daemon) Reload() error {
+	old := d.config.Load()
+	c, _, err := d.loadConfig()
+	if err != nil {
+		d.mu.Lock()
+		d.reloadError = err.Error()
+		d.mu.Unlock()
+		d.logger.Error("configuration not reloaded, the old one stays in force", "err", err)
+		return err
+	}
+	if c.URL == "" {
+		c.URL = d.identity.Agent().URL
+	}
+	var later []string
+	for _, k := range []struct {
+		key     string
+		changed bool
+	}{
+		{"url", c.URL != old.URL}, {"ca_file", c.CAFile != old.CAFile}, {"metrics", c.Metrics != old.Metrics},
+		{"sql", c.SQL != old.SQL}, {"log.format", c.Log.Format != old.Log.Format}, {"proxy", (c.Proxy == nil) != (old.Proxy == nil)},
+	} {
+		if k.changed {
+			later = append(later, k.key)
+		}
+	}
+	d.sessions.SetSources(d.sources(c))
+	d.useConfig(c)
+	if err := d.record("config.reload"); err != nil {
+		d.logger.Error("reload not recorded", "err", err)
+	}
+	d.logger.Info("configuration reloaded", "file", c.File, "sources", len(c.Sources))
+	if len(later) > 0 {
+		d.logger.Warn("changed keys that need a restart of agentd", "keys", later)
+	}
+	d.updateInventory()
+	return nil
+}
+
+// newLogger makes the daemon's logger.
+func newLogger(format string, level *slog.LevelVar, w *os.File) *slog.Logger {
+	options := &slog.HandlerOptions{Level: level}
+	if format == "json" {
+		return slog.New(slog.NewJSONHandler(w, options))
+	}
+	if os.Getenv("JOURNAL_STREAM") != "" { // the journal has the time itself
+		options.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
+			if len(groups) == 0 && a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}
+	}
+	return slog.New(slog.NewTextHandler(w, options))
+}
+
+func warm(n int) int {
+	if n == 0 {
+		return -1
+	}
+	return n
+}

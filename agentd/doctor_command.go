@@ -1,0 +1,221 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/url"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/net/http/httpproxy"
+
+	"github.com/postern-dev/postern/agentd/audit"
+	"github.com/postern-dev/postern/agentd/config"
+	"github.com/postern-dev/postern/agentd/control"
+	"github.com/postern-dev/postern/agentd/doctor"
+	"github.com/postern-dev/postern/agentd/identity"
+	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/tunnel"
+)
+
+const (
+	doctorTimeout = 2 * time.Minute
+	// doctorUIDs is where doctor's own SQL sessions have their user ids: behind
+	// those of the running agentd.
+	doctorUIDs = 65_536
+	uidCount   = doctorUIDs + 256
+	// auditWarning is when the audit log is worth a thought, in bytes.
+	auditWarning = 4 << 30
+)
+
+func newDoctor() *cobra.Command {
+	var p places
+	var output string
+	cmd := &cobra.Command{
+		Use:   "doctor",
+		Short: "check everything that agentd needs on this host, and say how to mend what fails",
+		Long: `Check configuration, identity, state directory, clock, the way to the control plane, the
+audit log, the sandbox and each data source. It changes nothing and leaves a tunnel that is
+up alone. Exit code 1 if a check failed.`,
+		Example: "  sudo agentd doctor",
+		Args:    noArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := checkOutput(output); err != nil {
+				return err
+			}
+			ctx, cancel := context.WithTimeout(context.Background(), doctorTimeout)
+			defer cancel()
+			r := &doctor.Report{}
+			examine(ctx, r, &p)
+			if err := printReport(cmd.OutOrStdout(), r, output); err != nil {
+				return err
+			}
+			if r.Failed() {
+				return exitCode(proto.ExitFailed)
+			}
+			return nil
+		},
+	}
+	p.flags(cmd, "config", "state", "runtime")
+	outputFlag(cmd, &output)
+	return cmd
+}
+
+func printReport(w io.Writer, r *doctor.Report, output string) error {
+	if output == "json" {
+		return printJSON(w, r.Checks)
+	}
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, c := range r.Checks {
+		fmt.Fprintf(t, "%s\t%s\t%s\n", c.Result, c.Name, c.Message) //nolint:errcheck // Flush says it
+		if c.Remedy != "" {
+			fmt.Fprintf(t, "\t\t-> %s\n", c.Remedy) //nolint:errcheck // Flush says it
+		}
+	}
+	return t.Flush()
+}
+
+func examine(ctx context.Context, r *doctor.Report, p *places) {
+	c, found, err := p.loadConfig()
+	var problems *config.Error
+	switch {
+	case errors.As(err, &problems):
+		for _, line := range problems.Lines() {
+			r.Add("configuration", doctor.Failed, line, "mend the line; docs/agentd.md lists every key")
+		}
+	case err != nil:
+		r.Add("configuration", doctor.Failed, err.Error(), "")
+	case !found:
+		r.Add("configuration", doctor.Warning, "there is no "+p.config+": no data sources", "write it; docs/agentd.md lists every key")
+	default:
+		r.Add("configuration", doctor.OK, fmt.Sprintf("%s, %d data sources", c.File, len(c.Sources)), "")
+	}
+	if c == nil {
+		c = config.Default()
+	}
+	r.State(p.state)
+
+	status, err := control.Ask(ctx, p.runtimeDir())
+	running := err == nil
+	switch {
+	case running:
+		r.Add("agentd", doctor.OK, fmt.Sprintf("running, pid %d, %s", status.PID, status.Software), "")
+		if status.Config.Error != "" {
+			r.Add("agentd", doctor.Warning, "the configuration in force is an older one: "+status.Config.Error, "mend it and run systemctl reload agentd")
+		}
+	case errors.Is(err, control.ErrNotRunning):
+		r.Add("agentd", doctor.Warning, "not running", "run systemctl start agentd")
+	default:
+		r.Add("agentd", doctor.Warning, err.Error(), "")
+	}
+	examineLink(ctx, r, p, c, status, running)
+	examineAudit(r, p, status, running)
+	r.Sandbox(c.SQL.UIDBase, uidCount)
+	examineSources(ctx, r, p, c, running)
+}
+
+func examineLink(ctx context.Context, r *doctor.Report, p *places, c *config.Config, status control.Status, running bool) {
+	i, err := identity.Open(p.state)
+	if err != nil {
+		remedy := ""
+		if errors.Is(err, identity.ErrNotRegistered) {
+			remedy = "run agentd register --url URL with a key from postern key create"
+		}
+		r.Add("identity", doctor.Failed, err.Error(), remedy)
+		return
+	}
+	a := i.Agent()
+	r.Add("identity", doctor.OK, fmt.Sprintf("agent %s (%s) of %s", a.Name, a.AgentID, a.URL), "")
+	from, to := i.Validity()
+	r.Certificate(from, to, time.Now())
+	if running && status.Link.Up {
+		l := status.Link
+		r.Add("link", doctor.OK, fmt.Sprintf("up since %s, round trip %s", l.Since.Format(time.RFC3339), seconds(l.RoundTripSeconds)), "")
+		r.Skew(time.Duration(l.ClockSkewSeconds * float64(time.Second)))
+		return
+	}
+	if running {
+		r.Add("link", doctor.Failed, "down since "+status.Link.Since.Format(time.RFC3339)+": "+status.Link.Cause, "see the steps below; agentd retries by itself")
+	}
+	base := c.URL
+	if base == "" {
+		base = a.URL
+	}
+	target, err := config.TunnelURL(base)
+	if err != nil {
+		r.Add("url", doctor.Failed, err.Error(), "set url in "+p.config)
+		return
+	}
+	proxy := proxyOf(c, target)
+	if proxy != "" {
+		r.Add("proxy", doctor.OK, "the way leads through "+proxy, "")
+	}
+	inner, _, _ := i.Credential()
+	r.Dial(ctx, tunnel.DialConfig{URL: target, TLS: inner, OuterRootCAs: c.OuterRootCAs, Proxy: c.Proxy}, proxy != "")
+}
+
+// proxyOf is the proxy for the control plane, without its credentials.
+func proxyOf(c *config.Config, target string) string {
+	u, err := url.Parse(target)
+	if err != nil {
+		return ""
+	}
+	u.Scheme = map[string]string{"ws": "http", "wss": "https"}[u.Scheme]
+	choose := c.Proxy
+	if choose == nil {
+		choose = httpproxy.FromEnvironment().ProxyFunc()
+	}
+	proxy, err := choose(u)
+	if err != nil || proxy == nil {
+		return ""
+	}
+	return proxy.Host
+}
+
+func examineAudit(r *doctor.Report, p *places, status control.Status, running bool) {
+	head, _, err := audit.Verify(p.state)
+	if err != nil {
+		r.Add("audit log", doctor.Failed, err.Error(), "keep the directory as evidence and find out who could write to it")
+		return
+	}
+	if running && status.Audit.Warning != "" {
+		r.Add("audit log", doctor.Failed, status.Audit.Warning, "compare with postern audit list on the control plane")
+		return
+	}
+	if running && status.Audit.Bytes > auditWarning {
+		r.Add("audit log", doctor.Warning, fmt.Sprintf("%d entries take %d MiB", head.Sequence, status.Audit.Bytes>>20), "nothing is ever deleted from it: give the state directory room")
+		return
+	}
+	r.Add("audit log", doctor.OK, fmt.Sprintf("%d entries, the chain is whole", head.Sequence), "")
+}
+
+func examineSources(ctx context.Context, r *doctor.Report, p *places, c *config.Config, running bool) {
+	if len(c.Sources) == 0 {
+		return
+	}
+	check := func(name string) ([]control.Check, error) { return control.AskCheck(ctx, p.runtimeDir(), name) }
+	if !running {
+		m := sqlsession.New(sqlsession.Config{UIDBase: int(c.SQL.UIDBase) + doctorUIDs, UIDCount: 256, Warm: -1, Logger: slog.New(slog.DiscardHandler)})
+		defer m.Close(ctx) //nolint:errcheck // nothing of it is left either way
+		m.SetSources(mapSources(c, nil))
+		check = func(name string) ([]control.Check, error) { return plainChecks(m.Check(ctx, name)), nil }
+	}
+	for _, s := range c.Sources {
+		if !running && s.Password.Env != "" {
+			r.Add("source "+s.Name, doctor.Warning, "its password is in agentd's environment, which this command does not have", "start agentd, then run doctor again")
+			continue
+		}
+		checks, err := check(s.Name)
+		if err != nil {
+			r.Add("source "+s.Name, doctor.Failed, err.Error(), "")
+		}
+		for _, k := range checks {
+			r.Add("source "+s.Name+": "+k.Name, doctor.Result(k.Result), k.Message, k.Remedy)
+		}
+	}
+}

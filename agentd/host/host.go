@@ -1,0 +1,235 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"io"
+	"log/slog"
+	"net/http"
+	"sync"
+	"time"
+
+	"connectrpc.com/connect"
+
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/auditchain"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
+)
+
+// Statement is a statement that the policy allowed, with the limits to enforce.
+type Statement struct {
+	QueryID string
+	Source  string
+	// Owner is whose database session it runs in; sessions are never shared.
+	Owner      string
+	SQL        string
+	Parameters []*posternv1.Parameter
+	MaxRows    uint64
+	MaxBytes   uint64
+	Timeout    time.Duration
+	ReadWrite  bool
+}
+
+// SQL runs statements.
+type SQL interface {
+	// Run writes the rows to w as an Arrow IPC stream, with back-pressure, and
+	// says how it ended. An error with nothing written to w is one that came
+	// before the first row.
+	Run(ctx context.Context, s Statement, w io.Writer) (*posternv1.QueryOutcome, error)
+	// Check says what works of a source.
+	Check(ctx context.Context, source string) []*posternv1.Check
+	// Cancel ends a statement; false if it does not run.
+	Cancel(queryID string) bool
+	Running() []*posternv1.RunningQuery
+}
+
+// Audit is the host's log.
+type Audit interface {
+	// Append returns when the entry is on stable storage.
+	Append(ctx context.Context, entry auditchain.Entry) error
+	Read(from uint64, limit int) ([][]byte, error)
+}
+
+// Verdict is what the host's policy says to a statement.
+type Verdict struct {
+	// Known is false when there is no such source.
+	Known   bool
+	Allowed bool
+	// Reason is one line, when not allowed.
+	Reason string
+	// The limits to enforce, when allowed.
+	MaxRows   uint64
+	MaxBytes  uint64
+	Timeout   time.Duration
+	ReadWrite bool
+}
+
+// Config is what a Host needs.
+type Config struct {
+	Logger  *slog.Logger // nil discards
+	Metrics *Metrics     // nil keeps none
+	SQL     SQL
+	Audit   Audit
+	// Decide asks the policy of the source that the request names.
+	Decide func(*posternv1.SQLRequest) Verdict
+	// Sources lists the data sources; Status says what HostStatus answers.
+	Sources func() []*posternv1.SourceInfo
+	Status  func() *posternv1.HostStatusResponse
+	// Exposition serves the metrics.
+	Exposition http.Handler
+	// Agent and Organization stand in every audit entry.
+	Agent        func() (agent, organization string)
+	MaxChecks    int           // source checks at once; default 4
+	AuditTimeout time.Duration // bounds the wait for the log; default 30 s
+}
+
+// Host answers the control plane.
+type Host struct {
+	cfg    Config
+	logger *slog.Logger
+	mux    *http.ServeMux
+	checks chan struct{}
+
+	// abort ends every statement under way.
+	abort    context.Context
+	abortNow context.CancelCauseFunc
+
+	// mu guards the following; held for memory alone.
+	mu       sync.Mutex
+	draining bool
+	running  map[string]struct{} // query ids
+	idle     chan struct{}       // closed when draining and nothing runs
+	// unwritten are ends of statements that the log refused. Nothing new begins
+	// before they are written, so they are at most as many as may run at once.
+	unwritten []auditchain.Entry
+}
+
+// ErrAborted is the cause of statements that Abort ended.
+var ErrAborted = proto.Errorf(proto.CodeUnavailable, "agentd is stopping: run the statement again")
+
+// New makes a Host.
+func New(cfg Config) *Host {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Metrics == nil {
+		cfg.Metrics = NewMetrics(nil)
+	}
+	if cfg.MaxChecks == 0 {
+		cfg.MaxChecks = 4
+	}
+	if cfg.AuditTimeout == 0 {
+		cfg.AuditTimeout = 30 * time.Second
+	}
+	h := &Host{
+		cfg: cfg, logger: cfg.Logger, mux: http.NewServeMux(), checks: make(chan struct{}, cfg.MaxChecks),
+		running: map[string]struct{}{}, idle: make(chan struct{}),
+	}
+	h.abort, h.abortNow = context.WithCancelCause(context.Background())
+	h.mux.HandleFunc("POST "+proto.SQLPath, h.serveSQL)
+	if cfg.Exposition != nil {
+		h.mux.Handle("GET "+proto.MetricsPath, cfg.Exposition)
+	}
+	path, service := posternv1connect.NewHostServiceHandler(rpc{h}, connect.WithReadMaxBytes(64<<10))
+	h.mux.Handle(path, service)
+	h.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		proto.WriteHTTPError(w, proto.Errorf(proto.CodeNotFound, "the agent serves no such request: is it older than the control plane?"))
+	})
+	return h
+}
+
+// ServeHTTP implements http.Handler. A panic ends the request alone.
+func (h *Host) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	defer func() {
+		if v := recover(); v != nil {
+			if err, ok := v.(error); ok && errors.Is(err, http.ErrAbortHandler) {
+				panic(v) // the way to break a response off; net/http knows it
+			}
+			h.logger.Error("request panicked", "path", r.URL.Path, "panic", v)
+			panic(http.ErrAbortHandler)
+		}
+	}()
+	h.mux.ServeHTTP(w, r)
+}
+
+// Drain refuses new statements from now on and waits until none runs, or ctx
+// ends.
+func (h *Host) Drain(ctx context.Context) error {
+	h.mu.Lock()
+	if !h.draining {
+		h.draining = true
+		if len(h.running) == 0 {
+			close(h.idle)
+		}
+	}
+	h.mu.Unlock()
+	select {
+	case <-h.idle:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// Abort ends every statement under way, and those that come.
+func (h *Host) Abort() { h.abortNow(ErrAborted) }
+
+// Running is how many statements are under way.
+func (h *Host) Running() int {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return len(h.running)
+}
+
+// enter takes a statement in; leave lets it go.
+func (h *Host) enter(id string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.draining {
+		return proto.Errorf(proto.CodeUnavailable, "the agent is stopping: try again when it is back")
+	}
+	if _, there := h.running[id]; there {
+		return proto.Errorf(proto.CodeInvalid, "query %s runs already", id)
+	}
+	h.running[id] = struct{}{}
+	return nil
+}
+
+func (h *Host) leave(id string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.running, id)
+	if h.draining && len(h.running) == 0 {
+		close(h.idle)
+	}
+}
+
+// record appends an entry, on a context of its own: what was done is recorded
+// even when the caller has gone.
+func (h *Host) record(e auditchain.Entry) error {
+	ctx, cancel := context.WithTimeout(context.Background(), h.cfg.AuditTimeout)
+	defer cancel()
+	if e.Agent == "" && h.cfg.Agent != nil {
+		e.Agent, e.Organization = h.cfg.Agent()
+	}
+	err := h.cfg.Audit.Append(ctx, e)
+	if errors.Is(err, context.DeadlineExceeded) {
+		err = proto.Errorf(proto.CodeStorageFull, "the host's audit log cannot be written: its disk does not answer")
+	}
+	return err
+}
+
+// settle writes ends that the log refused earlier.
+func (h *Host) settle() error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for len(h.unwritten) > 0 {
+		// With mu held: whoever wants to begin has to wait for this anyway.
+		if err := h.record(h.unwritten[0]); err != nil {
+			return err
+		}
+		h.unwritten = h.unwritten[1:]
+	}
+	return nil
+}

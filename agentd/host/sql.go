@@ -1,0 +1,275 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"strings"
+	"time"
+
+	gproto "google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/auditchain"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// Actions in the audit log; package audit knows those of SQL by the same names.
+const (
+	actionBegin  = "sql.begin"
+	actionRun    = "sql.run"
+	actionLost   = "sql.lost"
+	actionCheck  = "source.check"
+	actionCancel = "query.cancel"
+)
+
+// maxIDLength bounds ids that come from outside, in bytes.
+const maxIDLength = 64
+
+// maxParameters bounds the parameters of a statement.
+const maxParameters = 1000
+
+// contentType of the rows.
+const contentType = "application/vnd.apache.arrow.stream"
+
+func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
+	request, err := readRequest(w, r)
+	if err != nil {
+		proto.WriteHTTPError(w, err)
+		return
+	}
+	id := request.QueryId
+	w.Header().Set(proto.QueryIDHeader, id)
+	if err := h.enter(id); err != nil {
+		proto.WriteHTTPError(w, err)
+		return
+	}
+	defer h.leave(id)
+	ctx, cancel := context.WithCancelCause(r.Context())
+	defer cancel(nil)
+	stop := context.AfterFunc(h.abort, func() { cancel(context.Cause(h.abort)) })
+	defer stop()
+
+	out := &resultWriter{w: w, control: http.NewResponseController(w), id: id}
+	// A write that nobody reads must not outlive the statement.
+	unblock := context.AfterFunc(h.abort, func() {
+		out.control.SetWriteDeadline(time.Now().Add(time.Second)) //nolint:errcheck // then the tunnel's end unblocks it
+	})
+	defer unblock()
+
+	entry := auditchain.Entry{
+		Actor: actor(request.Principal), Role: request.Principal.GetRole(), Source: request.Source, QueryID: id,
+		Verdict: "allowed", Statement: request.Sql,
+	}
+	began := time.Now()
+	outcome, err := h.run(ctx, request, &entry, out)
+	took := time.Since(began)
+	if err == nil && outcome.GetError() != nil {
+		err = proto.FromDetail(outcome.Error)
+	}
+	if cause := context.Cause(ctx); err != nil && errors.Is(cause, ErrAborted) {
+		err = ErrAborted
+	}
+	entry.Action = actionRun
+	entry.Rows, entry.Bytes, entry.DurationMillis = outcome.GetRows(), outcome.GetBytes(), took.Milliseconds()
+	entry.Outcome, entry.Time = ending(err), time.Time{}
+	if err != nil {
+		entry.Error = proto.Detail(err).Message
+	}
+	h.cfg.Metrics.queryEnded(entry.Outcome, outcome, took)
+	h.finish(entry)
+	if proto.CodeOf(err) == proto.CodeInternal {
+		h.logger.Error("statement failed", "query", id, "source", request.Source, "err", err)
+	} else {
+		h.logger.Debug("statement ended", "query", id, "source", request.Source, "outcome", entry.Outcome, "duration_seconds", took.Seconds(), "bytes", entry.Bytes, "err", err)
+	}
+
+	if !out.begun && err != nil {
+		proto.WriteHTTPError(w, err)
+		return
+	}
+	if outcome == nil {
+		outcome = &posternv1.QueryOutcome{}
+	}
+	outcome.QueryId = id
+	outcome.Error = proto.Detail(err)
+	if outcome.Duration == nil {
+		outcome.Duration = durationpb.New(took)
+	}
+	out.begin()
+	w.Header().Set(proto.OutcomeTrailer, proto.EncodeOutcome(outcome))
+}
+
+// run decides, records the intent and runs.
+func (h *Host) run(ctx context.Context, request *posternv1.SQLRequest, entry *auditchain.Entry, w io.Writer) (*posternv1.QueryOutcome, error) {
+	verdict := h.cfg.Decide(request)
+	switch {
+	case !verdict.Known:
+		entry.Verdict = "denied"
+		return nil, proto.Errorf(proto.CodeNotFound, "this agent has no data source %q: see postern source list", request.Source)
+	case !verdict.Allowed:
+		entry.Verdict = "denied"
+		return nil, proto.Errorf(proto.CodePolicyDenied, "source %s: %s", request.Source, verdict.Reason)
+	}
+	if err := h.settle(); err != nil {
+		return nil, err
+	}
+	intent := *entry
+	intent.Action = actionBegin
+	if err := h.record(intent); err != nil {
+		return nil, err
+	}
+	if err := context.Cause(ctx); err != nil {
+		return nil, err
+	}
+	h.cfg.Metrics.queryBegan()
+	defer h.cfg.Metrics.queryLeft()
+	return h.cfg.SQL.Run(ctx, Statement{
+		QueryID: request.QueryId, Source: request.Source, Owner: owner(request.Principal),
+		SQL: request.Sql, Parameters: request.Parameters,
+		MaxRows: verdict.MaxRows, MaxBytes: verdict.MaxBytes, Timeout: verdict.Timeout, ReadWrite: verdict.ReadWrite,
+	}, w)
+}
+
+// finish records how a statement ended; what the log refuses now is kept, and
+// holds up the next statement until it is written.
+func (h *Host) finish(entry auditchain.Entry) {
+	err := h.record(entry)
+	if err == nil {
+		return
+	}
+	h.logger.Error("end of a statement not recorded yet", "query", entry.QueryID, "err", err)
+	if entry.Verdict != "allowed" {
+		return // nothing was done
+	}
+	entry.Time = time.Now()
+	h.mu.Lock()
+	h.unwritten = append(h.unwritten, entry)
+	h.mu.Unlock()
+}
+
+// Recover writes the end of statements that were under way when agentd died.
+func (h *Host) Recover(begun []auditchain.Entry) error {
+	for _, e := range begun {
+		lost := e
+		lost.Action, lost.Outcome, lost.Time = actionLost, "failed", time.Time{}
+		lost.Error = "agentd died while the statement ran: the database was told to cancel it; whether it had finished is not known"
+		if err := h.record(lost); err != nil {
+			return err
+		}
+		h.logger.Warn("statement lost", "query", e.QueryID, "source", e.Source)
+	}
+	return nil
+}
+
+func readRequest(w http.ResponseWriter, r *http.Request) (*posternv1.SQLRequest, error) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, proto.MaxSQLRequest))
+	var large *http.MaxBytesError
+	if errors.As(err, &large) {
+		return nil, proto.Errorf(proto.CodeBodyTooLarge, "the statement and its parameters take more than %d bytes", int64(proto.MaxSQLRequest))
+	} else if err != nil {
+		return nil, proto.Errorf(proto.CodeInvalid, "the request ended early")
+	}
+	var request posternv1.SQLRequest
+	if err := gproto.Unmarshal(body, &request); err != nil {
+		return nil, proto.Errorf(proto.CodeInvalid, "the request is not a SQLRequest")
+	}
+	switch {
+	case !validID(request.QueryId):
+		return nil, proto.Errorf(proto.CodeInvalid, "the request has no good query id")
+	case request.Source == "" || len(request.Source) > maxIDLength:
+		return nil, proto.Errorf(proto.CodeInvalid, "the request names no data source")
+	case strings.TrimSpace(request.Sql) == "":
+		return nil, proto.Errorf(proto.CodeInvalid, "the statement is empty")
+	case len(request.Parameters) > maxParameters:
+		return nil, proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, more than %d", len(request.Parameters), maxParameters)
+	case request.Timeout != nil && !request.Timeout.IsValid():
+		return nil, proto.Errorf(proto.CodeInvalid, "the request's timeout is out of range")
+	}
+	return &request, nil
+}
+
+func validID(id string) bool {
+	if id == "" || len(id) > maxIDLength {
+		return false
+	}
+	for _, c := range []byte(id) {
+		if (c < 'a' || c > 'z') && (c < 'A' || c > 'Z') && (c < '0' || c > '9') && c != '_' && c != '-' {
+			return false
+		}
+	}
+	return true
+}
+
+// actor is who asks, for the log.
+func actor(p *posternv1.Principal) string {
+	switch {
+	case p.GetTokenName() != "":
+		return "token " + clip(p.TokenName)
+	case p.GetTokenId() != "":
+		return "token " + clip(p.TokenId)
+	}
+	return "control plane"
+}
+
+// owner keeps the database sessions of different tokens and tenants apart.
+func owner(p *posternv1.Principal) string {
+	return fmt.Sprintf("%q/%q", clip(p.GetOrganization()), clip(p.GetTokenId()))
+}
+
+func clip(s string) string {
+	if len(s) > 2*maxIDLength {
+		return s[:2*maxIDLength]
+	}
+	return s
+}
+
+// ending is how a statement ended, in the log's words.
+func ending(err error) string {
+	switch proto.CodeOf(err) {
+	case posternv1.ErrorCode_ERROR_CODE_UNSPECIFIED:
+		return "done"
+	case proto.CodePolicyDenied, proto.CodeRoleDenied:
+		return "denied"
+	case proto.CodeCancelled:
+		return "cancelled"
+	}
+	return "failed"
+}
+
+// resultWriter sends the header with the first byte, and each write at once: the
+// sender batches already.
+type resultWriter struct {
+	w       http.ResponseWriter
+	control *http.ResponseController
+	id      string
+	begun   bool
+}
+
+func (r *resultWriter) begin() {
+	if r.begun {
+		return
+	}
+	r.begun = true
+	h := r.w.Header()
+	h.Set("Content-Type", contentType)
+	h.Set("Trailer", proto.OutcomeTrailer)
+	h.Set("X-Content-Type-Options", "nosniff")
+	r.w.WriteHeader(http.StatusOK)
+}
+
+// Write implements io.Writer.
+func (r *resultWriter) Write(p []byte) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	r.begin()
+	n, err := r.w.Write(p)
+	if err == nil {
+		err = r.control.Flush()
+	}
+	return n, err
+}

@@ -1,0 +1,313 @@
+package link
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"sync"
+	"time"
+
+	"github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
+	"github.com/postern-dev/postern/tunnel"
+)
+
+// Identity is the host's. Its methods are called by one goroutine at a time,
+// but for Credential and Validity.
+type Identity interface {
+	// Credential is what to dial with: the next pair, if there is one.
+	Credential() (config *tls.Config, notAfter time.Time, next bool)
+	// Validity is that of the current certificate.
+	Validity() (notBefore, notAfter time.Time)
+	// Request makes a new key and returns the request for its certificate.
+	Request() (csr []byte, err error)
+	// Accept keeps the answer as the next pair.
+	Accept(certificate []byte, authorities [][]byte) error
+	// Promote makes the next pair the current one, Discard drops it.
+	Promote() error
+	Discard() error
+	// SetAuthorities replaces the CAs to trust.
+	SetAuthorities(authorities [][]byte) error
+}
+
+// Config is what a Keeper needs.
+type Config struct {
+	Logger *slog.Logger // nil discards
+	// URL of the tunnel endpoint: wss://cp.example.com/tunnel.
+	URL string
+	// Proxy and OuterRootCAs are the tunnel's; may be nil.
+	Proxy        func(*url.URL) (*url.URL, error)
+	OuterRootCAs *x509.CertPool
+	Tunnel       tunnel.Config
+	Identity     Identity
+	// Handler answers what the control plane asks.
+	Handler http.Handler
+	// Hello makes the first request of each tunnel.
+	Hello func() *posternv1.HelloRequest
+	// Welcome is told the answer; optional.
+	Welcome func(*posternv1.HelloResponse)
+	// Changed is told each change of state, from one goroutine at a time; optional.
+	Changed func(State)
+	// Renewed is told that a new certificate is in use; optional.
+	Renewed func()
+	// Wake ends a wait at once and has a live tunnel probed: the network changed.
+	Wake <-chan struct{}
+	// Backoff is how failures are spaced; its zero values are tunnel's defaults.
+	Backoff tunnel.BackoffConfig
+	// HelloTimeout bounds each call to the control plane. Default 15 s.
+	HelloTimeout time.Duration
+	// DrainFor is how long the streams of a tunnel whose place was taken may go
+	// on. Default 24 h, the longest statement.
+	DrainFor time.Duration
+}
+
+// State is what the link is like.
+type State struct {
+	// Up tells whether a tunnel is up; Since when it is so.
+	Up    bool
+	Since time.Time
+	// Cause is why it is down, one line; Code the error's.
+	Cause string
+	Code  proto.Code
+	// Attempts are the dials since it was up last.
+	Attempts int
+	// URL of the tunnel endpoint.
+	URL string
+	// What follows is known while it is up.
+	TunnelID  string
+	RoundTrip time.Duration
+	Streams   int
+	Remote    string
+	// PeerSoftware and Minor are the control plane's, and the version spoken.
+	PeerSoftware string
+	Minor        uint32
+	// Skew is this host's clock minus the control plane's, as of the hello.
+	Skew time.Duration
+}
+
+// Keeper keeps a link up.
+type Keeper struct {
+	cfg    Config
+	logger *slog.Logger
+	kick   chan struct{} // renew now; capacity 1, more are the same
+
+	// mu guards the following; held for memory alone.
+	mu       sync.Mutex
+	state    State
+	current  *session
+	retired  []*session
+	draining bool
+}
+
+// New makes a Keeper; Run starts it.
+func New(cfg Config) *Keeper {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.HelloTimeout == 0 {
+		cfg.HelloTimeout = 15 * time.Second
+	}
+	if cfg.DrainFor == 0 {
+		cfg.DrainFor = 24 * time.Hour
+	}
+	if cfg.Backoff.StableAfter == 0 {
+		cfg.Backoff.StableAfter = 10 * time.Second
+	}
+	return &Keeper{
+		cfg: cfg, logger: cfg.Logger, kick: make(chan struct{}, 1),
+		state: State{Since: time.Now(), URL: cfg.URL, Cause: "not dialed yet"},
+	}
+}
+
+// State is what the link is like now.
+func (k *Keeper) State() State {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	s := k.state
+	if k.current != nil && s.Up {
+		s.RoundTrip = k.current.t.RTT()
+		s.Streams = k.current.t.Streams()
+	}
+	return s
+}
+
+// Run keeps the link up until ctx ends, then closes every tunnel and waits for
+// the requests that they carry to end.
+func (k *Keeper) Run(ctx context.Context) {
+	defer k.closeAll()
+	backoff := tunnel.NewBackoff(k.cfg.Backoff)
+	failures := 0
+	for ctx.Err() == nil {
+		t, welcome, err := k.dial(ctx)
+		if err == nil {
+			failures = 0
+			next := k.adopt(t, welcome)
+			err = k.stay(ctx, next, backoff)
+			if err == nil {
+				continue // a planned move: dial the next while this one works
+			}
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		failures++
+		k.failed(err)
+		k.wait(ctx, pause(backoff, err, failures))
+	}
+}
+
+// slow codes are those that only a person can mend. They are asked again all
+// the same: revocations are lifted, versions upgraded.
+func slow(code proto.Code) (first, most time.Duration) {
+	switch code {
+	case proto.CodeAgentRevoked:
+		return 30 * time.Second, 30 * time.Second
+	case proto.CodeVersionMismatch, proto.CodeOrganizationDisabled, proto.CodeIdentityExpired,
+		proto.CodeUnauthenticated, proto.CodeWrongControlPlane:
+		return 5 * time.Second, 5 * time.Minute
+	}
+	return 0, 0
+}
+
+// pause is how long to wait after the nth failure in a row.
+func pause(backoff *tunnel.Backoff, err error, n int) time.Duration {
+	d := backoff.Next(err)
+	first, most := slow(proto.CodeOf(err))
+	if first == 0 {
+		return d
+	}
+	bound := min(most, first<<min(n-1, 10))
+	return bound/2 + jitter(bound/2)
+}
+
+// wait waits for d, or for a sign that waiting longer makes no sense. A tunnel
+// that is being left is watched meanwhile.
+func (k *Keeper) wait(ctx context.Context, d time.Duration) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+	case <-k.cfg.Wake:
+	case <-ctx.Done():
+	}
+}
+
+// stay keeps a tunnel until it is lost (an error) or the next one shall be
+// dialed (nil): the control plane goes away, or a renewed certificate waits for
+// its proof.
+func (k *Keeper) stay(ctx context.Context, s *session, backoff *tunnel.Backoff) error {
+	stable := time.NewTimer(k.cfg.Backoff.StableAfter)
+	defer stable.Stop()
+	renew := time.NewTimer(k.renewIn())
+	defer renew.Stop()
+	try := 0
+	for {
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-s.t.Done():
+			return lost(s.t.Err())
+		case <-stable.C:
+			backoff.Reset()
+		case <-k.cfg.Wake:
+			s.t.Probe()
+		case g := <-s.t.GoneAway():
+			k.logger.Info("control plane going away, moving", "reason", g.Reason, "duration_seconds", g.ReconnectAfter.Seconds())
+			k.wait(ctx, g.ReconnectAfter)
+			return nil
+		case <-k.kick:
+			renew.Reset(0)
+		case <-renew.C:
+			if err := k.renew(ctx, s.t); err == nil {
+				return nil
+			} else if ctx.Err() == nil && s.t.Err() == nil {
+				try++
+				again := k.renewAgainIn(try)
+				k.logger.Warn("identity not renewed, retrying", "err", err, "duration_seconds", again.Seconds())
+				renew.Reset(again)
+			}
+		}
+	}
+}
+
+// lost says why a tunnel that was up ended.
+func lost(err error) error {
+	switch {
+	case errors.Is(err, tunnel.ErrRevoked):
+		return &proto.Error{Code: proto.CodeAgentRevoked, Message: "the agent was revoked: register it again with a new key", Err: err}
+	case errors.Is(err, tunnel.ErrReplaced):
+		return &proto.Error{Code: proto.CodeUnavailable, Message: "another tunnel took this one's place: is a second agentd running with a copy of this identity?", Err: err}
+	case err == nil:
+		return tunnel.ErrClosed
+	}
+	return err
+}
+
+// failed records a failure and logs the first of its kind.
+func (k *Keeper) failed(err error) {
+	k.mu.Lock()
+	if k.current != nil && k.current.t.Err() == nil {
+		k.mu.Unlock()
+		k.logger.Warn("next tunnel not up, retrying with the old one still there", "err", err)
+		return
+	}
+	was := k.state
+	now := State{Since: was.Since, URL: k.cfg.URL, Cause: err.Error(), Code: codeOf(err), Attempts: was.Attempts + 1, Skew: was.Skew}
+	if was.Up || was.Attempts == 0 {
+		now.Since = time.Now()
+	}
+	if was.Up {
+		now.Attempts = 0
+	}
+	k.state = now
+	changed := was.Up || was.Cause != now.Cause
+	k.mu.Unlock()
+	if !changed {
+		return
+	}
+	level := slog.LevelWarn
+	if first, _ := slow(now.Code); first > 0 {
+		level = slog.LevelError
+	}
+	k.logger.Log(context.Background(), level, "link down, retrying", "err", err)
+	if k.cfg.Changed != nil {
+		k.cfg.Changed(now)
+	}
+}
+
+// codeOf is UNAVAILABLE for what has no code: the network.
+func codeOf(err error) proto.Code {
+	var e *proto.Error
+	if errors.As(err, &e) {
+		return e.Code
+	}
+	return proto.CodeUnavailable
+}
+
+// Renew asks for a new certificate now rather than when it is due.
+func (k *Keeper) Renew() {
+	select {
+	case k.kick <- struct{}{}:
+	default: // asked already
+	}
+}
+
+// Client is the control plane's end of the tunnel that is up; AGENT_OFFLINE if
+// there is none.
+func (k *Keeper) Client() (posternv1connect.LinkServiceClient, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.current == nil || k.current.t.Err() != nil {
+		return nil, proto.Errorf(proto.CodeAgentOffline, "the link to the control plane is down")
+	}
+	return client(k.current.t), nil
+}
+
+func client(t *tunnel.Tunnel) posternv1connect.LinkServiceClient {
+	return posternv1connect.NewLinkServiceClient(&http.Client{Transport: t.Transport(tunnel.Control)}, "http://controlplane")
+}

@@ -1,0 +1,254 @@
+package main
+
+import (
+	"context"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"connectrpc.com/connect"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/postern-dev/postern/agentd/config"
+	"github.com/postern-dev/postern/agentd/control"
+	"github.com/postern-dev/postern/agentd/host"
+	"github.com/postern-dev/postern/agentd/link"
+	"github.com/postern-dev/postern/agentd/policy"
+	"github.com/postern-dev/postern/agentd/secret"
+	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/auditchain"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// sqlRunner makes the SQL sessions what the host asks for.
+type sqlRunner struct{ *sqlsession.Manager }
+
+var _ host.SQL = sqlRunner{}
+
+// Run implements host.SQL.
+func (r sqlRunner) Run(ctx context.Context, s host.Statement, w io.Writer) (*posternv1.QueryOutcome, error) {
+	return r.Manager.Run(ctx, sqlsession.Request{
+		QueryID: s.QueryID, Source: s.Source, Owner: s.Owner, SQL: s.SQL, Parameters: s.Parameters,
+		MaxRows: s.MaxRows, MaxBytes: s.MaxBytes, Timeout: s.Timeout, ReadWrite: s.ReadWrite,
+	}, w)
+}
+
+// sources maps the configuration to what the SQL sessions need.
+func (d *Daemon) sources(c *config.Config) []sqlsession.Source { return mapSources(c, d.secrets) }
+
+func mapSources(c *config.Config, env *secret.Environment) []sqlsession.Source {
+	var out []sqlsession.Source
+	for _, s := range c.Sources {
+		source := sqlsession.Source{
+			Name: s.Name, Engine: s.Engine, DSN: s.DSN,
+			MaxRows: s.Policy.MaxRows, MaxBytes: s.Policy.MaxBytes, StatementTimeout: s.Policy.StatementTimeout,
+			Concurrency: s.Policy.Concurrency, ReadWrite: s.Policy.Mode == policy.ModeReadWrite,
+		}
+		if ref := s.Password; !ref.IsZero() {
+			source.Password = func(ctx context.Context) (string, error) {
+				value, err := ref.Load(ctx, env)
+				return value.Reveal(), err
+			}
+		}
+		out = append(out, source)
+	}
+	return out
+}
+
+func (d *Daemon) newHost() *host.Host {
+	return host.New(host.Config{
+		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions}, Audit: d.log,
+		Decide: d.decide, Sources: d.inventory, Status: d.hostStatus,
+		Exposition: promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}),
+		Agent: func() (string, string) {
+			a := d.identity.Agent()
+			return a.Name, a.Organization
+		},
+	})
+}
+
+// decide holds a request against the policy of its source.
+func (d *Daemon) decide(r *posternv1.SQLRequest) host.Verdict {
+	for _, s := range d.config.Load().Sources {
+		if s.Name != r.Source {
+			continue
+		}
+		v := policy.Decide(s.Policy, policy.Request{MaxRows: r.MaxRows, MaxBytes: r.MaxBytes, Timeout: r.Timeout.AsDuration()})
+		return host.Verdict{
+			Known: true, Allowed: v.Allowed, Reason: v.Reason,
+			MaxRows: v.MaxRows, MaxBytes: v.MaxBytes, Timeout: v.Timeout, ReadWrite: v.ReadWrite,
+		}
+	}
+	return host.Verdict{}
+}
+
+// inventory is what the control plane is told of the data sources: no DSN, no
+// host, no user.
+func (d *Daemon) inventory() []*posternv1.SourceInfo {
+	var out []*posternv1.SourceInfo
+	for _, s := range d.config.Load().Sources {
+		out = append(out, &posternv1.SourceInfo{
+			Name: s.Name, Engine: s.Engine, Mode: string(s.Policy.Mode), MaxRows: s.Policy.MaxRows, MaxBytes: s.Policy.MaxBytes,
+			StatementTimeout: durationpb.New(s.Policy.StatementTimeout), Concurrency: uint32(s.Policy.Concurrency),
+		})
+	}
+	return out
+}
+
+func (d *Daemon) hostStatus() *posternv1.HostStatusResponse {
+	_, expires := d.identity.Validity()
+	return &posternv1.HostStatusResponse{
+		Started: timestamppb.New(d.started), Software: proto.Software(), Sources: d.inventory(), Queries: d.sessions.Running(),
+		CertificateExpires: timestamppb.New(expires),
+	}
+}
+
+func (d *Daemon) hello() *posternv1.HelloRequest {
+	return &posternv1.HelloRequest{Host: hostFacts(), Sources: d.inventory(), AuditHead: d.log.Head().Proto()}
+}
+
+// welcome takes the control plane's answer: the agent's name may have changed,
+// and its memory of our audit log must fit the log.
+func (d *Daemon) welcome(r *posternv1.HelloResponse) {
+	if r.Name != "" && r.Organization != "" {
+		if err := d.identity.SetAgent(r.Name, r.Organization); err != nil {
+			d.logger.Error("agent's name not kept", "err", err)
+		}
+	}
+	warning := d.compareHeads(r.KnownAuditHead)
+	d.mu.Lock()
+	said := d.auditWarning
+	d.auditWarning = warning
+	d.mu.Unlock()
+	if warning != "" && warning != said {
+		d.logger.Error("audit log differs from what the control plane knows", "err", warning)
+	}
+}
+
+// compareHeads says what is wrong with our log in the eyes of the control plane;
+// "" if nothing.
+func (d *Daemon) compareHeads(known *posternv1.AuditHead) string {
+	theirs, err := auditchain.HeadFromProto(known)
+	if err != nil || theirs.Sequence == 0 {
+		return ""
+	}
+	ours := d.log.Head()
+	if theirs.Sequence > ours.Sequence {
+		return fmt.Sprintf("the control plane knows entry %d of this host's audit log, which ends at %d: entries were removed from its end", theirs.Sequence, ours.Sequence)
+	}
+	page, err := d.log.Read(theirs.Sequence, 1)
+	if err != nil || len(page) != 1 {
+		return fmt.Sprintf("entry %d of this host's audit log cannot be read: run agentd audit verify", theirs.Sequence)
+	}
+	e, err := auditchain.Decode(page[0])
+	if err != nil || e.Hash != hex.EncodeToString(theirs.Hash[:]) {
+		return fmt.Sprintf("entry %d of this host's audit log is not the one that the control plane knows: the log was rewritten", theirs.Sequence)
+	}
+	return ""
+}
+
+func (d *Daemon) renewed() {
+	if err := d.record("agent.renew"); err != nil {
+		d.logger.Error("renewal not recorded", "err", err)
+	}
+}
+
+func (d *Daemon) linkChanged(s link.State) {
+	d.countTransition(s.Up)
+	if d.stopping.Load() {
+		return
+	}
+	if s.Up {
+		d.Notify("STATUS=link up to " + s.URL)
+	} else {
+		d.Notify("STATUS=link down: " + oneLine(s.Cause))
+	}
+}
+
+// updateInventory tells the control plane of new sources; the next hello does,
+// if the link is down.
+func (d *Daemon) updateInventory() {
+	client, err := d.link.Client()
+	if err != nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	if _, err := client.UpdateInventory(ctx, connect.NewRequest(&posternv1.UpdateInventoryRequest{Sources: d.inventory()})); err != nil {
+		d.logger.Warn("control plane not told of the new sources", "err", proto.FromConnect(err))
+	}
+}
+
+// checkSource is for commands on this host.
+func (d *Daemon) checkSource(ctx context.Context, name string) []control.Check {
+	return plainChecks(d.sessions.Check(ctx, name))
+}
+
+func plainChecks(in []*posternv1.Check) []control.Check {
+	var out []control.Check
+	for _, c := range in {
+		out = append(out, control.Check{Name: c.Name, Result: c.Result, Message: c.Message, Remedy: c.Remedy})
+	}
+	return out
+}
+
+// status is for commands on this host.
+func (d *Daemon) status() control.Status {
+	a := d.identity.Agent()
+	_, expires := d.identity.Validity()
+	c := d.config.Load()
+	s := control.Status{
+		Software: proto.Software(), PID: os.Getpid(), Started: d.started.UTC(), State: "running",
+		Agent: control.Agent{
+			ID: a.AgentID, Name: a.Name, Organization: a.Organization, URL: c.URL,
+			CertificateSerial: d.identity.Serial(), CertificateExpires: expires.UTC(),
+		},
+		Sources: []control.Source{}, Queries: []control.Query{},
+	}
+	if d.stopping.Load() {
+		s.State = "stopping"
+	}
+	running := map[string]int{}
+	for _, q := range d.sessions.Running() {
+		running[q.Source]++
+		s.Queries = append(s.Queries, control.Query{ID: q.QueryId, Source: q.Source, Started: q.Started.AsTime(), Rows: q.Rows})
+	}
+	for _, src := range c.Sources {
+		s.Sources = append(s.Sources, control.Source{
+			Name: src.Name, Engine: src.Engine, Mode: string(src.Policy.Mode), MaxRows: src.Policy.MaxRows, MaxBytes: src.Policy.MaxBytes,
+			StatementTimeoutSeconds: src.Policy.StatementTimeout.Seconds(), Concurrency: src.Policy.Concurrency, Running: running[src.Name],
+		})
+	}
+	head := d.log.Head()
+	s.Audit.Sequence = head.Sequence
+	_, s.Audit.Bytes = d.log.Stats()
+	if head.Sequence > 0 {
+		s.Audit.Hash = hex.EncodeToString(head.Hash[:])
+	}
+	d.mu.Lock()
+	s.Config = control.File{Path: c.File, Loaded: d.loaded.UTC(), Error: d.reloadError}
+	s.Audit.Warning = d.auditWarning
+	d.mu.Unlock()
+	s.Link = d.linkStatus()
+	return s
+}
+
+func (d *Daemon) linkStatus() control.Link {
+	if d.link == nil {
+		return control.Link{Cause: "starting"}
+	}
+	l := d.link.State()
+	out := control.Link{
+		Up: l.Up, Since: l.Since.UTC(), URL: l.URL, Cause: l.Cause, Attempts: l.Attempts, Tunnel: l.TunnelID, Remote: l.Remote,
+		RoundTripSeconds: l.RoundTrip.Seconds(), Streams: l.Streams, PeerSoftware: l.PeerSoftware, ClockSkewSeconds: l.Skew.Seconds(),
+	}
+	if !l.Up && l.Code != 0 {
+		out.Code = l.Code.String()[len("ERROR_CODE_"):]
+	}
+	return out
+}
