@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"time"
@@ -71,19 +72,28 @@ func (a *Agent) Register(ctx context.Context, key string) error {
 
 // Run runs another agentd command to its end and returns its standard output.
 func (a *Agent) Run(ctx context.Context, stdin string, args ...string) (string, error) {
-	cmd := a.stack.command(ctx, a.Netns, "agentd", args...)
-	cmd.Env = append(cleanEnv(), a.Env...)
+	cmd := a.Command(ctx, args...)
 	cmd.Stdin = strings.NewReader(stdin)
 	return output(cmd)
 }
+
+// Command is an agentd command; its input and output are the caller's.
+func (a *Agent) Command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := a.stack.command(ctx, a.Netns, "agentd", args...)
+	cmd.Env = append(cleanEnv(), a.Env...)
+	return cmd
+}
+
+// RuntimeDir is what --runtime names.
+func (a *Agent) RuntimeDir() string { return filepath.Join(a.dir, "run") }
 
 // Start runs agentd. It does not wait for the tunnel: see Online.
 func (a *Agent) Start() error {
 	if err := a.WriteConfig(); err != nil {
 		return err
 	}
-	cmd := a.stack.command(context.Background(), a.Netns, "agentd", "run",
-		"--config", a.ConfigFile(), "--state", a.StateDir(), "--runtime", filepath.Join(a.dir, "run"))
+	cmd := a.Command(context.Background(), "run",
+		"--config", a.ConfigFile(), "--state", a.StateDir(), "--runtime", a.RuntimeDir())
 	cmd.Env = append(cleanEnv(), a.Env...)
 	p, err := start("agentd "+a.Name, filepath.Join(a.dir, "agentd.log"), cmd)
 	a.Process = p
