@@ -47,6 +47,8 @@ const (
 	maxHeader         = 64 << 10
 	// recheckEvery is how soon another replica's revocations bite here.
 	recheckEvery = 500 * time.Millisecond
+	// clockSlack is how far apart the replicas' clocks may be for that.
+	clockSlack = 10 * time.Second
 	// housekeepEvery is how often the store is told who is online.
 	housekeepEvery = 30 * time.Second
 )
@@ -67,6 +69,7 @@ type Server struct {
 	events  *linkEvents
 	http    *http.Server
 
+	lock     *os.File // held on DATA for as long as this runs
 	listener net.Listener
 	draining atomic.Bool
 }
@@ -85,6 +88,9 @@ func (s *Server) open(ctx context.Context) (err error) {
 	raiseFileLimit(s.log)
 	if err := os.MkdirAll(s.options.Data, 0o700); err != nil {
 		return fmt.Errorf("--data: %w", err)
+	}
+	if s.lock, err = lockData(s.options.Data); err != nil {
+		return err
 	}
 	if err := s.openStore(ctx); err != nil {
 		return err
@@ -264,7 +270,7 @@ func (s *Server) housekeep(ctx context.Context) {
 // recheck cuts what another replica has revoked or disabled since a time.
 func (s *Server) recheck(ctx context.Context, since time.Time) time.Time {
 	now := time.Now()
-	agents, organizations, err := s.store.CutSince(ctx, since.Add(-time.Second))
+	agents, organizations, err := s.store.CutSince(ctx, since.Add(-clockSlack))
 	if err != nil {
 		if ctx.Err() == nil {
 			s.log.Warn("revocations not read", "err", err)
@@ -304,7 +310,25 @@ func (s *Server) Close() error {
 		err = s.store.Close()
 		s.store = nil
 	}
+	if s.lock != nil {
+		s.lock.Close() //nolint:errcheck // closing it is what unlocks
+		s.lock = nil
+	}
 	return err
+}
+
+// lockData keeps a second control plane out of the same directory; the kernel
+// drops the lock with the process.
+func lockData(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("--data: %w", err)
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+		f.Close() //nolint:errcheck // it was only for the lock
+		return nil, fmt.Errorf("--data %s: another control plane runs on it: stop that one, or give this one a directory of its own", dir)
+	}
+	return f, nil
 }
 
 // raiseFileLimit allows as many connections as the system does.

@@ -509,3 +509,13 @@ func TestKilledControlPlane(t *testing.T) {
 		t.Errorf("admin.token: %v, %v", info, err)
 	}
 }
+
+func TestOneControlPlaneOnOneDirectory(t *testing.T) {
+	s := startServer(t)
+	o := s.options
+	o.Listen = "127.0.0.1:0"
+	_, err := NewServer(t.Context(), o, s.log)
+	if err == nil || !strings.Contains(err.Error(), "another control plane") {
+		t.Errorf("got %v", err)
+	}
+}

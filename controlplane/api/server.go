@@ -61,6 +61,12 @@ func New(cfg Config) *API {
 	}
 	mux.Handle("POST /api/v1/sql/{agent}/{source}", a.authenticated(a.serveSQL, writeError))
 	mux.Handle("GET /api/v1/agents/{agent}/metrics", a.authenticated(a.serveAgentMetrics, writeError))
+	for path, method := range map[string]string{"/api/v1/sql/{agent}/{source}": http.MethodPost, "/api/v1/agents/{agent}/metrics": http.MethodGet} {
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Allow", method)
+			plain(w, http.StatusMethodNotAllowed, r.Method+" is not understood here: use "+method)
+		})
+	}
 	mux.Handle("/tunnel", cfg.Tunnel)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { plain(w, http.StatusOK, "ok") })
 	mux.HandleFunc("GET /readyz", a.serveReady)
