@@ -94,7 +94,6 @@ func (a *Agent) Start() error {
 	}
 	cmd := a.Command(context.Background(), "run",
 		"--config", a.ConfigFile(), "--state", a.StateDir(), "--runtime", a.RuntimeDir())
-	cmd.Env = append(cleanEnv(), a.Env...)
 	p, err := start("agentd "+a.Name, filepath.Join(a.dir, "agentd.log"), cmd)
 	a.Process = p
 	return err
