@@ -31,8 +31,9 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	err := run(ctx, *bin)
+	interrupted := ctx.Err() != nil // stop ends it too
 	stop()
-	if err != nil && ctx.Err() == nil {
+	if err != nil && !interrupted {
 		fmt.Fprintln(os.Stderr, "demo:", err)
 		os.Exit(1)
 	}
@@ -60,7 +61,7 @@ var sample = []string{
 		placed timestamptz not null, amount numeric(12,2) not null, status text not null)`,
 	fmt.Sprintf(`insert into orders
 		select i, 1 + (i * 31 %% %d), timestamptz '2024-01-01' + i * interval '2 minutes',
-		       ((i * 7919 %% 100000) / 100.0)::numeric(12,2),
+		       ((i::int8 * 7919 %% 100000) / 100.0)::numeric(12,2),
 		       (array['paid','paid','paid','shipped','returned'])[1 + i %% 5]
 		from generate_series(1, %d) i`, customers, orders),
 	`grant select on all tables in schema public to reader`,
