@@ -1,37 +1,586 @@
 package sqlsession_test
 
 import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
 	"reflect"
+	"slices"
+	"strings"
 	"testing"
+	"time"
 
+	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
 func TestRun(t *testing.T) {
-	m := newManager(t, sqlsessionConfig())
+	m := newManager(t, sqlsession.Config{})
 	got, outcome := query(t, m, request("SELECT id, name FROM things WHERE id < 3 ORDER BY id"))
 	if want := [][]string{{"1", "thing 1"}, {"2", "thing 2"}}; !reflect.DeepEqual(got.rows, want) {
 		t.Errorf("got %v, want %v", got.rows, want)
 	}
-	if outcome.CommandTag != "SELECT 2" {
-		t.Errorf("tag: got %q, want SELECT 2", outcome.CommandTag)
+	if outcome.CommandTag != "SELECT 2" || outcome.Duration.AsDuration() <= 0 {
+		t.Errorf("got %v, want SELECT 2 and a duration", outcome)
 	}
 	got, _ = query(t, m, request("SELECT i FROM generate_series(1, 300000) i"))
-	if len(got.rows) != 300000 || got.rows[299999][0] != "300000" {
+	for i, row := range got.rows {
+		if row[0] != fmt.Sprint(i+1) {
+			t.Fatalf("row %d: got %s, want %d", i, row[0], i+1)
+		}
+	}
+	if len(got.rows) != 300000 {
 		t.Errorf("got %d rows, want 300000", len(got.rows))
 	}
-	value := "2"
-	r := request("SELECT name FROM things WHERE id = {{id}} AND :absent::text IS NULL")
-	r.Parameters = []*posternv1.Parameter{{Name: "id", Value: &value}, {Name: "absent"}}
-	if got, _ := query(t, m, r); !reflect.DeepEqual(got.rows, [][]string{{"thing 2"}}) {
-		t.Errorf("with parameters: got %v, want thing 2", got.rows)
+}
+
+func TestParameters(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	with := func(sql string, values map[string]string, absent ...string) sqlsession.Request {
+		r := request(sql)
+		for name, value := range values {
+			r.Parameters = append(r.Parameters, &posternv1.Parameter{Name: name, Value: &value})
+		}
+		for _, name := range absent {
+			r.Parameters = append(r.Parameters, &posternv1.Parameter{Name: name})
+		}
+		return r
 	}
-	e := refuse(t, m, request("SELECT 'é', oops FROM things"), proto.CodeSQL)
-	if e.SQL.GetSqlstate() != "42703" || e.SQL.GetPosition() != 13 {
-		t.Errorf("got %v, want 42703 at 13", e.SQL)
+	nasty := `'; DROP TABLE things; -- {{id}} :id`
+	tests := []struct {
+		name string
+		r    sqlsession.Request
+		want []string
+	}{
+		{"inferred type", with("SELECT name FROM things WHERE id = {{id}}", map[string]string{"id": "2"}), []string{"thing 2"}},
+		{"both forms, repeated", with("SELECT :a::int + {{a}}, {{b}}::text", map[string]string{"a": "4", "b": "x"}), []string{"8", "x"}},
+		{"NULL", with("SELECT :a::text IS NULL", nil, "a"), []string{"true"}},
+		{"empty is not NULL", with("SELECT :a::text = ''", map[string]string{"a": ""}), []string{"true"}},
+		{"never pasted", with("SELECT {{a}}::text", map[string]string{"a": nasty}), []string{nasty}},
+		{"in an array", with("SELECT id FROM things WHERE id = ANY(:ids) AND id > 1", map[string]string{"ids": "{1,3}"}), []string{"3"}},
+		{"limit", with("SELECT id FROM things ORDER BY id LIMIT {{n}}", map[string]string{"n": "1"}), []string{"1"}},
 	}
-	refuse(t, m, request("INSERT INTO things VALUES (5000)"), proto.CodePolicyDenied)
-	refuse(t, m, request("WITH x AS (DELETE FROM things RETURNING *) SELECT * FROM x"), proto.CodePolicyDenied)
-	refuse(t, m, request("SELECT 1; SELECT 2"), proto.CodePolicyDenied)
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			got, _ := query(t, m, test.r)
+			if !reflect.DeepEqual(got.rows, [][]string{test.want}) {
+				t.Fatalf("got %q, want %q", got.rows, test.want)
+			}
+		})
+	}
+	refused := []struct {
+		name, says string
+		r          sqlsession.Request
+		code       proto.Code
+	}{
+		{"unknown", `no value is given for parameter "x"`, request("SELECT {{x}}"), proto.CodeInvalid},
+		{"unused", `does not use parameter "x"`, with("SELECT 1", map[string]string{"x": "1"}), proto.CodeInvalid},
+		{"native", "$1 is not supported", request("SELECT $1"), proto.CodeInvalid},
+		{"bad value", "22P02", with("SELECT name FROM things WHERE id = {{id}}", map[string]string{"id": "two"}), proto.CodeSQL},
+		{"zero byte", "not UTF-8", with("SELECT :x::text", map[string]string{"x": "a\x00b"}), proto.CodeInvalid},
+		{"no type", "parameter {{x}}: cast it", with("SELECT {{x}} IS NULL", map[string]string{"x": "1"}), proto.CodeSQL},
+	}
+	for _, test := range refused {
+		t.Run(test.name, func(t *testing.T) {
+			if e := refuse(t, m, test.r, test.code); !strings.Contains(e.Error(), test.says) {
+				t.Fatalf("got %v, want %q in it", e, test.says)
+			}
+		})
+	}
+}
+
+func TestErrors(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	value := "1"
+	r := request("SELECT 'é', {{long_name}}::int, oops FROM things")
+	r.Parameters = []*posternv1.Parameter{{Name: "long_name", Value: &value}}
+	tests := []struct {
+		name, state, says string
+		r                 sqlsession.Request
+		position          int32
+	}{
+		{"position", "42703", "position 13", request("SELECT 'é', oops FROM things"), 13},
+		{"position behind a placeholder", "42703", "oops", r, 33},
+		{"syntax", "42601", "syntax error", request("SELEC 1"), 1},
+		{"table", "42P01", "nope", request("SELECT * FROM nope"), 15},
+		{"run time", "22012", "division by zero", request("SELECT 1/(id-500) FROM things"), 0},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			e := refuse(t, m, test.r, proto.CodeSQL)
+			if e.SQL.GetSqlstate() != test.state || e.SQL.GetPosition() != test.position || !strings.Contains(e.Error(), test.says) || strings.Contains(e.Error(), "\n") {
+				t.Fatalf("got %v, %v, want %s at %d with %q", e, e.SQL, test.state, test.position, test.says)
+			}
+		})
+	}
+
+	t.Run("rows before an error", func(t *testing.T) {
+		var out bytes.Buffer
+		// More rows than the first batch, so that some are out by then.
+		outcome, err := m.Run(t.Context(), request("SELECT i, 1/(i-50000) FROM generate_series(1, 60000) i"), &out)
+		if proto.CodeOf(err) != proto.CodeSQL || outcome.Rows != 49999 {
+			t.Fatalf("got %d rows, %v, want 49999 and an SQL error", outcome.Rows, err)
+		}
+		if got := decode(t, out.Bytes()); len(got.rows) != 49999 {
+			t.Fatalf("got %d rows in the stream, want 49999", len(got.rows))
+		}
+	})
+	t.Run("nothing written before an early error", func(t *testing.T) {
+		var out bytes.Buffer
+		if _, err := m.Run(t.Context(), request("SELECT 1/0"), &out); err == nil || out.Len() > 0 {
+			t.Fatalf("got %v, %d bytes, want an error and none", err, out.Len())
+		}
+	})
+	r = request("SELECT 1")
+	r.Source = "nope"
+	refuse(t, m, r, proto.CodeNotFound)
+	refuse(t, m, request(" ; -- nothing\n"), proto.CodeInvalid)
+	refuse(t, m, request("SELECT '\xff'"), proto.CodeInvalid)
+	refuse(t, m, request("SELECT '"+strings.Repeat("x", sqlsession.MaxSQL)+"'"), proto.CodeBodyTooLarge)
+	if got, _ := query(t, m, request("SELECT length('"+strings.Repeat("\x01", sqlsession.MaxSQL-100)+"')")); got.rows[0][0] != fmt.Sprint(sqlsession.MaxSQL-100) {
+		t.Errorf("the longest statement: got %v", got.rows)
+	}
+}
+
+func TestNotices(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	r := request("DO $$ BEGIN FOR i IN 1..200 LOOP RAISE NOTICE 'number %', i; END LOOP; RAISE WARNING '%', repeat('x', 1000000); END $$")
+	r.ReadWrite = true
+	_, outcome := query(t, m, r)
+	if n := len(outcome.Notices); n != 50 || outcome.Notices[0].Message != "number 1" || outcome.Notices[0].Severity != "NOTICE" {
+		t.Errorf("got %d notices, the first %v, want 50 and number 1", n, outcome.Notices[0])
+	}
+	if _, outcome := query(t, m, request("SELECT 1")); len(outcome.Notices) != 0 {
+		t.Errorf("the next statement has %d notices, want none", len(outcome.Notices))
+	}
+}
+
+func TestLimits(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	tests := []struct {
+		name     string
+		sql      string
+		maxRows  uint64
+		maxBytes uint64
+		rows     uint64
+		code     proto.Code
+	}{
+		{name: "exactly", sql: "SELECT generate_series(1, 10)", maxRows: 10, rows: 10},
+		{name: "one more", sql: "SELECT generate_series(1, 11)", maxRows: 10, rows: 10, code: proto.CodeRowLimit},
+		{name: "many more", sql: "SELECT generate_series(1, 100000000)", maxRows: 123456, rows: 123456, code: proto.CodeRowLimit},
+		{name: "bytes", sql: "SELECT repeat('x', 1000) FROM generate_series(1, 100000000)", maxBytes: 3_000_000, rows: 2985, code: proto.CodeByteLimit},
+		{name: "bytes of numbers", sql: "SELECT i::int8, NULL::int8 FROM generate_series(1, 100000000) i", maxBytes: 3_000_000, rows: 170_000, code: proto.CodeByteLimit},
+		{name: "a value too large", sql: "SELECT repeat('x', 2000000) UNION ALL SELECT 'y'", maxBytes: 1_000_000, code: proto.CodeByteLimit},
+		{name: "hardly any bytes", sql: "SELECT 1", maxBytes: 10, code: proto.CodeByteLimit},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			r := request(test.sql)
+			r.MaxRows, r.MaxBytes = test.maxRows, test.maxBytes
+			var out bytes.Buffer
+			outcome, err := m.Run(t.Context(), r, &out)
+			if proto.CodeOf(err) != test.code {
+				t.Fatalf("got %v, want %v", err, test.code)
+			}
+			if test.maxBytes > 0 {
+				// As many rows as fit, give or take what the batches cost.
+				if uint64(out.Len()) > test.maxBytes || outcome.Rows < test.rows*95/100 || outcome.Rows > test.rows*11/10 {
+					t.Fatalf("got %d rows in %d bytes, want about %d in at most %d", outcome.Rows, out.Len(), test.rows, test.maxBytes)
+				}
+			} else if outcome.Rows != test.rows {
+				t.Fatalf("got %d rows, want %d", outcome.Rows, test.rows)
+			}
+			if got := decode(t, out.Bytes()); uint64(len(got.rows)) != outcome.Rows {
+				t.Fatalf("got %d rows in the stream, want %d", len(got.rows), outcome.Rows)
+			}
+		})
+	}
+	// The sessions are good for the next statement, and the database is idle.
+	query(t, m, request("SELECT 1"))
+	eventually(t, "the backends to be idle", func() bool {
+		return one(t, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND state <> 'idle'") == "0"
+	})
+}
+
+func TestSourceLimitsHold(t *testing.T) {
+	s := source("db")
+	s.MaxRows, s.StatementTimeout, s.ReadWrite = 5, 300*time.Millisecond, false
+	m := newManager(t, sqlsession.Config{}, s)
+	r := request("SELECT generate_series(1, 100)")
+	r.MaxRows = 50
+	refuse(t, m, r, proto.CodeRowLimit)
+	r = request("SELECT pg_sleep(60)")
+	r.Timeout = time.Hour
+	refuse(t, m, r, proto.CodeTimeout)
+	r = request("DELETE FROM things")
+	r.ReadWrite = true
+	refuse(t, m, r, proto.CodePolicyDenied)
+}
+
+func TestTimeout(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	for _, sql := range []string{"SELECT pg_sleep(60)", "SELECT count(*) FROM generate_series(1, 10000000000) i, generate_series(1, 1000) j"} {
+		r := request(sql)
+		r.Timeout = 200 * time.Millisecond
+		if e := refuse(t, m, r, proto.CodeTimeout); !strings.Contains(e.Error(), "200ms") {
+			t.Errorf("got %v, want the limit in it", e)
+		}
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	defer cancel()
+	if _, err := m.Run(ctx, request("SELECT pg_sleep(60)"), io.Discard); proto.CodeOf(err) != proto.CodeTimeout {
+		t.Errorf("a deadline: got %v, want TIMEOUT", err)
+	}
+	// A reader that stops does not stop the clock.
+	w := newGate()
+	defer w.open()
+	r := request("SELECT repeat('x', 1000), generate_series(1, 10000000)")
+	r.Timeout = 500 * time.Millisecond
+	result := make(chan error, 1)
+	go func() {
+		_, err := m.Run(context.Background(), r, w)
+		result <- err
+	}()
+	eventually(t, "the backend to be free", func() bool {
+		return w.waiting() && one(t, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND state = 'active'") == "0"
+	})
+	w.open()
+	if err := <-result; proto.CodeOf(err) != proto.CodeTimeout {
+		t.Errorf("a slow reader: got %v, want TIMEOUT", err)
+	}
+}
+
+func TestReadOnlyRefuses(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	before := one(t, "SELECT string_agg(t::text, ',' ORDER BY id) FROM things t")
+	for _, sql := range []string{
+		"INSERT INTO things VALUES (5000)", "UPDATE things SET name = 'x'", "DELETE FROM things", "TRUNCATE things", "DROP TABLE things",
+		"MERGE INTO things t USING things u ON t.id = u.id WHEN MATCHED THEN DELETE",
+		"WITH x AS (DELETE FROM things RETURNING *) SELECT * FROM x", "/* c */ (( WITH x AS (INSERT INTO things VALUES (1)) SELECT 1 ))",
+		"SELECT * INTO other FROM things", "CREATE TABLE other AS SELECT 1", "CREATE TEMP TABLE other (i int)",
+		"SELECT 1; DELETE FROM things", "COMMIT; DELETE FROM things", ";;DELETE FROM things", "-- \n delete from things",
+		"BEGIN", "COMMIT", "ROLLBACK", "SET default_transaction_read_only = off", "SET TRANSACTION READ WRITE", "RESET ALL",
+		"COPY things TO STDOUT", "COPY things FROM STDIN", "COPY (SELECT 1) TO PROGRAM 'id'", "DO $$ BEGIN DELETE FROM things; END $$",
+		"CALL nothing()", "EXPLAIN ANALYZE DELETE FROM things", "EXPLAIN SELECT 1", "SHOW all", "LISTEN x", "NOTIFY x", "LOCK things",
+		"PREPARE x AS DELETE FROM things", "EXECUTE x", "DECLARE c CURSOR FOR SELECT 1", "FETCH c", "VACUUM things", "ANALYZE things",
+		"SELECT * FROM things FOR UPDATE", "SELECT * FROM things FOR SHARE",
+		"SELECT pg_terminate_backend(1)", "SELECT lo_create(0)", "SELECT lo_unlink(1)", "SELECT pg_notify('x', 'y')",
+		"SELECT query_to_xml('DELETE FROM things', true, true, '')",
+		"SELECT set_config('transaction_read_only', 'off', false)",
+	} {
+		r := request(sql)
+		var out bytes.Buffer
+		_, err := m.Run(t.Context(), r, &out)
+		if code := proto.CodeOf(err); code != proto.CodePolicyDenied && (code != proto.CodeSQL || !strings.HasPrefix(sql, "SELECT set_config")) {
+			t.Errorf("%s: got %v, want POLICY_DENIED", sql, err)
+		}
+		if out.Len() > 0 {
+			t.Errorf("%s: %d bytes came out, want none", sql, out.Len())
+		}
+	}
+	if after := one(t, "SELECT string_agg(t::text, ',' ORDER BY id) FROM things t"); after != before {
+		t.Error("something was changed")
+	}
+	for _, sql := range []string{
+		"SELECT 1", "VALUES (1)", "TABLE things", "WITH x AS (SELECT 1) SELECT * FROM x", "(SELECT 1)", " /* a */ select 1 ; -- b", "SELECT 1;;",
+		"WITH RECURSIVE n AS (SELECT 1 i UNION ALL SELECT i + 1 FROM n WHERE i < 5) SELECT * FROM n",
+	} {
+		query(t, m, request(sql))
+	}
+	e := refuse(t, m, request("SELECT * INTO other FROM things"), proto.CodePolicyDenied)
+	if e.SQL.GetPosition() != 15 || !strings.Contains(e.Error(), "read-only") {
+		t.Errorf("got %v at %d, want read-only at 15", e, e.SQL.GetPosition())
+	}
+}
+
+func TestReadWrite(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	write := func(sql string) sqlsession.Request {
+		r := request(sql)
+		r.ReadWrite = true
+		return r
+	}
+	query(t, m, write("CREATE TABLE written (i int PRIMARY KEY DEFERRABLE INITIALLY DEFERRED)"))
+	t.Cleanup(func() {
+		if err := server.SQL(context.Background(), "DROP TABLE written"); err != nil {
+			t.Error(err)
+		}
+	})
+	got, outcome := query(t, m, write("INSERT INTO written SELECT generate_series(1, 5) RETURNING i"))
+	if outcome.CommandTag != "INSERT 0 5" || len(got.rows) != 5 {
+		t.Errorf("got %q, %d rows, want INSERT 0 5 and 5", outcome.CommandTag, len(got.rows))
+	}
+	got, outcome = query(t, m, write("UPDATE written SET i = i + 10"))
+	if outcome.CommandTag != "UPDATE 5" || got.schema == nil || got.schema.NumFields() != 0 {
+		t.Errorf("got %q, %v, want UPDATE 5 and a schema without fields", outcome.CommandTag, got.schema)
+	}
+	count := func() string { return one(t, "SELECT string_agg(i::text, ',' ORDER BY i) FROM written") }
+	if got := count(); got != "11,12,13,14,15" {
+		t.Errorf("got %s", got)
+	}
+	// A constraint that is checked at COMMIT.
+	if e := refuse(t, m, write("INSERT INTO written VALUES (11)"), proto.CodeSQL); e.SQL.GetSqlstate() != "23505" {
+		t.Errorf("got %v, want 23505", e.SQL)
+	}
+	// What is cut off or cancelled changes nothing.
+	r := write("INSERT INTO written SELECT generate_series(100, 200000) RETURNING i")
+	r.MaxRows = 10
+	if e := refuse(t, m, r, proto.CodeRowLimit); !strings.Contains(e.Error(), "rolled back") {
+		t.Errorf("got %v, want rolled back in it", e)
+	}
+	r = write("INSERT INTO written SELECT 100 FROM pg_sleep(60)")
+	r.Timeout = 100 * time.Millisecond
+	refuse(t, m, r, proto.CodeTimeout)
+	refuse(t, m, write("DELETE FROM written; DELETE FROM things"), proto.CodePolicyDenied)
+	for _, sql := range []string{
+		"BEGIN", "COMMIT", "ROLLBACK", "COPY things TO STDOUT", "COPY things FROM STDIN", "SET ROLE postgres", "RESET ROLE", "PREPARE x AS SELECT 1", "LISTEN x", "DISCARD ALL", "; ; commit",
+	} {
+		refuse(t, m, write(sql), proto.CodePolicyDenied)
+	}
+	if got := count(); got != "11,12,13,14,15" {
+		t.Errorf("got %s, want it unchanged", got)
+	}
+	got, _ = query(t, m, write("EXPLAIN SELECT 1"))
+	if len(got.rows) != 1 {
+		t.Errorf("EXPLAIN: got %d rows, want 1", len(got.rows))
+	}
+}
+
+// gate is a writer that blocks until it is opened.
+type gate struct {
+	opened chan struct{}
+	wrote  chan struct{}
+}
+
+func newGate() *gate { return &gate{opened: make(chan struct{}), wrote: make(chan struct{})} }
+
+func (g *gate) Write(p []byte) (int, error) {
+	select {
+	case <-g.wrote:
+	default:
+		close(g.wrote)
+	}
+	<-g.opened
+	return len(p), nil
+}
+
+func (g *gate) waiting() bool {
+	select {
+	case <-g.wrote:
+		return true
+	default:
+		return false
+	}
+}
+
+func (g *gate) open() {
+	select {
+	case <-g.opened:
+	default:
+		close(g.opened)
+	}
+}
+
+// failing is a writer that fails from some byte on.
+type failing struct{ left int }
+
+func (f *failing) Write(p []byte) (int, error) {
+	if f.left < len(p) {
+		return f.left, errors.New("the reader has gone")
+	}
+	f.left -= len(p)
+	return len(p), nil
+}
+
+func TestCancel(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	active := func() string {
+		return one(t, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND state = 'active' AND query LIKE '%cancel me%'")
+	}
+	ways := map[string]func(r sqlsession.Request, cancel context.CancelFunc){
+		"by id":         func(r sqlsession.Request, _ context.CancelFunc) { m.Cancel(r.QueryID) },
+		"by hanging up": func(_ sqlsession.Request, cancel context.CancelFunc) { cancel() },
+	}
+	for name, way := range ways {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			r := request("SELECT pg_sleep(60) -- cancel me")
+			result := make(chan error, 1)
+			go func() {
+				_, err := m.Run(ctx, r, io.Discard)
+				result <- err
+			}()
+			eventually(t, "the statement to run", func() bool { return active() == "1" })
+			if running := m.Running(); len(running) != 1 || running[0].QueryId != r.QueryID || running[0].Source != "db" || running[0].Started == nil {
+				t.Errorf("Running: got %v, want %s", running, r.QueryID)
+			}
+			way(r, cancel)
+			if err := <-result; proto.CodeOf(err) != proto.CodeCancelled {
+				t.Errorf("got %v, want CANCELLED", err)
+			}
+			if got := active(); got != "0" {
+				t.Errorf("%s statements still run in the database, want 0", got)
+			}
+			// The session survives a cancel.
+			query(t, m, request("SELECT 1"))
+		})
+	}
+	t.Run("by a failing writer", func(t *testing.T) {
+		_, err := m.Run(t.Context(), request("SELECT repeat('x', 100) FROM generate_series(1, 100000000) -- cancel me"), &failing{left: 3 << 20})
+		if proto.CodeOf(err) != proto.CodeCancelled || active() != "0" {
+			t.Errorf("got %v, %s active, want CANCELLED and none", err, active())
+		}
+	})
+	t.Run("under a stopped reader", func(t *testing.T) {
+		w := newGate()
+		defer w.open()
+		r := request("SELECT i, repeat('x', 1000) FROM generate_series(1, 10000000) i -- cancel me")
+		result := make(chan error, 1)
+		var outcome *posternv1.QueryOutcome
+		var out bytes.Buffer
+		go func() {
+			var err error
+			outcome, err = m.Run(context.Background(), r, io.MultiWriter(w, &out))
+			result <- err
+		}()
+		eventually(t, "the backend to wait for its reader", func() bool {
+			return one(t, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND wait_event = 'ClientWrite'") == "1"
+		})
+		if !m.Cancel(r.QueryID) {
+			t.Fatal("Cancel: got false, want true")
+		}
+		// The database is free although nobody reads.
+		eventually(t, "the backend to be free", func() bool { return active() == "0" })
+		w.open()
+		if err := <-result; proto.CodeOf(err) != proto.CodeCancelled {
+			t.Errorf("got %v, want CANCELLED", err)
+		}
+		// What came before is whole.
+		if got := decode(t, out.Bytes()); uint64(len(got.rows)) != outcome.Rows || outcome.Rows == 0 {
+			t.Errorf("got %d rows in the stream, want %d", len(got.rows), outcome.Rows)
+		}
+	})
+	if m.Cancel("qry_unknown") {
+		t.Error("Cancel of nothing: got true, want false")
+	}
+	t.Run("many at odd moments", func(t *testing.T) {
+		for i := range 60 {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*100*time.Microsecond)
+			_, err := m.Run(ctx, request("SELECT i FROM generate_series(1, 2000) i -- cancel me"), io.Discard)
+			cancel()
+			if code := proto.CodeOf(err); err != nil && code != proto.CodeTimeout {
+				t.Fatalf("got %v, want TIMEOUT or nothing", err)
+			}
+			query(t, m, request("SELECT 1")) // a late cancel must not hit this one
+		}
+	})
+}
+
+func TestConcurrency(t *testing.T) {
+	s := source("db")
+	s.Concurrency = 2
+	m := newManager(t, sqlsession.Config{QueueTimeout: 200 * time.Millisecond}, s)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	results := make(chan error, 2)
+	for range 2 {
+		go func() {
+			_, err := m.Run(ctx, request("SELECT pg_sleep(60)"), io.Discard)
+			results <- err
+		}()
+	}
+	eventually(t, "two statements", func() bool {
+		return one(t, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND query = 'SELECT pg_sleep(60)'") == "2"
+	})
+	if e := refuse(t, m, request("SELECT 1"), proto.CodeOverloaded); !strings.Contains(e.Error(), "runs 2 statements") {
+		t.Errorf("got %v, want the limit in it", e)
+	}
+	// One that waits gets the place that becomes free.
+	third := make(chan error, 1)
+	r := request("SELECT 1")
+	go func() {
+		_, err := m.Run(t.Context(), r, io.Discard)
+		third <- err
+	}()
+	eventually(t, "the third to wait", func() bool {
+		return slices.ContainsFunc(m.Running(), func(q *posternv1.RunningQuery) bool { return q.QueryId == r.QueryID })
+	})
+	cancel()
+	if err := <-third; err != nil {
+		t.Errorf("the third: %v", err)
+	}
+	for range 2 {
+		if err := <-results; proto.CodeOf(err) != proto.CodeCancelled {
+			t.Errorf("got %v, want CANCELLED", err)
+		}
+	}
+	// The same id twice.
+	w := newGate()
+	r = request("SELECT 1")
+	go func() {
+		_, err := m.Run(t.Context(), r, w)
+		results <- err
+	}()
+	<-w.wrote
+	refuse(t, m, r, proto.CodeAlreadyExists)
+	w.open()
+	if err := <-results; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestManyAtOnce(t *testing.T) {
+	m := newManager(t, sqlsession.Config{QueueTimeout: time.Minute})
+	results := make(chan error, 60)
+	for i := range cap(results) {
+		go func() {
+			r := request("SELECT i, repeat('x', 100) FROM generate_series(1, 20000) i")
+			r.Owner = fmt.Sprintf("tok_%d", i%7)
+			var out bytes.Buffer
+			outcome, err := m.Run(context.Background(), r, &out)
+			if err == nil && outcome.Rows != 20000 {
+				err = fmt.Errorf("got %d rows, want 20000", outcome.Rows)
+			}
+			results <- err
+		}()
+	}
+	for range cap(results) {
+		if err := <-results; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// arrivals notes when something was written.
+type arrivals struct{ times []time.Time }
+
+func (a *arrivals) Write(p []byte) (int, error) {
+	a.times = append(a.times, time.Now())
+	return len(p), nil
+}
+
+func TestRowsArriveWhenTheyAreThere(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	query(t, m, request("SELECT 1"))
+	a := &arrivals{}
+	r := request("SELECT i, pg_sleep(0.3) FROM generate_series(1, 4) i")
+	result := make(chan error, 1)
+	// The server sends a row only when its own buffer of 8 KiB is full, so
+	// the rows are large.
+	r.SQL = "SELECT repeat('x', 9000), pg_sleep(0.3) FROM generate_series(1, 4) i"
+	go func() {
+		_, err := m.Run(t.Context(), r, a)
+		result <- err
+	}()
+	if err := <-result; err != nil {
+		t.Fatal(err)
+	}
+	// Not all at the end: the first came at least two pauses before the last.
+	if n := len(a.times); n < 4 || a.times[n-1].Sub(a.times[0]) < 500*time.Millisecond {
+		t.Errorf("got %d writes over %s, want one for each row", n, a.times[len(a.times)-1].Sub(a.times[0]))
+	}
 }

@@ -52,7 +52,7 @@ type batch struct {
 // newBatch describes a result. fields may be empty: a statement without rows
 // has a schema without fields. name gives the name of a type that pgTypes does
 // not have. Nothing is written before the first flush.
-func newBatch(fields []pgproto3.FieldDescription, name func(oid uint32) string, validate bool, out *sink) *batch {
+func newBatch(fields []pgproto3.FieldDescription, name func(oid uint32) string, out *sink) *batch {
 	b := &batch{columns: make([]column, len(fields)), sink: out, target: firstBatchBytes, first: true}
 	b.overhead = 1024 + 256*len(fields)
 	arrowFields := make([]arrow.Field, len(fields))
@@ -63,7 +63,6 @@ func newBatch(fields []pgproto3.FieldDescription, name func(oid uint32) string, 
 		}
 		c := &b.columns[i]
 		*c = column{layout: t.layout, binary: t.binary, name: string(f.Name), arrow: t.arrow}
-		c.validate = validate && t.arrow.ID() == arrow.STRING
 		c.reset()
 		switch c.layout {
 		case layoutUUID:
@@ -236,11 +235,6 @@ func (b *batch) addFrom(c *wire, size int) error {
 			}
 		default:
 			if err := b.addLarge(c, column, length); err != nil {
-				b.undo(i)
-				var value *valueError
-				if errors.As(err, &value) {
-					return errors.Join(err, c.skip(left))
-				}
 				return err
 			}
 		}
@@ -269,11 +263,6 @@ func (b *batch) addLarge(c *wire, column *column, length int) error {
 	c.r += n
 	if _, err := io.ReadFull(c.conn, column.data[at+n:]); err != nil {
 		return err
-	}
-	if column.validate {
-		if err := validText(column, column.data[at:]); err != nil {
-			return err
-		}
 	}
 	column.endValue()
 	return nil

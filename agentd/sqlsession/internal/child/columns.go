@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"math"
-	"unicode/utf8"
 
 	"github.com/apache/arrow-go/v18/arrow"
 	"github.com/apache/arrow-go/v18/arrow/array"
@@ -16,14 +15,16 @@ import (
 type layout uint8
 
 const (
-	layoutText      layout = iota // offsets and bytes, as the server sends them
-	layoutUUID                    // 16 bytes on the wire, 36 characters in Arrow
-	layoutBool                    // one bit
-	layout16                      // big endian on the wire, little endian in Arrow
-	layout32                      //
-	layout64                      //
-	layoutDate                    // days from 2000 on the wire, from 1970 in Arrow
-	layoutTimestamp               // microseconds from 2000 on the wire, from 1970 in Arrow
+	// layoutText is offsets and bytes, as the server sends them. Text is valid
+	// UTF-8: the server checks that even where its own encoding is SQL_ASCII.
+	layoutText      layout = iota
+	layoutUUID             // 16 bytes on the wire, 36 characters in Arrow
+	layoutBool             // one bit
+	layout16               // big endian on the wire, little endian in Arrow
+	layout32               //
+	layout64               //
+	layoutDate             // days from 2000 on the wire, from 1970 in Arrow
+	layoutTimestamp        // microseconds from 2000 on the wire, from 1970 in Arrow
 )
 
 const (
@@ -104,8 +105,6 @@ type column struct {
 	offsets []byte // little-endian int32, layoutText and layoutUUID only
 	valid   []byte // bitmap; in use from the first NULL of a batch on
 	nulls   int
-	// validate is set when the server doesn't know its own encoding.
-	validate bool
 }
 
 func (c *column) reset() {
@@ -169,9 +168,6 @@ func (c *column) set(n int, v []byte) error {
 	}
 	switch c.layout {
 	case layoutText:
-		if c.validate && !utf8.Valid(v) {
-			return &valueError{c.name, "the value is not UTF-8 (the database's encoding is SQL_ASCII): convert it, or cast it to bytea"}
-		}
 		c.data = append(c.data, v...)
 		c.endValue()
 		return nil
@@ -276,10 +272,3 @@ type valueError struct {
 }
 
 func (e *valueError) Error() string { return fmt.Sprintf("column %q: %s", e.column, e.what) }
-
-func validText(c *column, v []byte) error {
-	if !utf8.Valid(v) {
-		return &valueError{c.name, "the value is not UTF-8 (the database's encoding is SQL_ASCII): convert it, or cast it to bytea"}
-	}
-	return nil
-}

@@ -148,6 +148,11 @@ func (p *process) abandon(last *statement) {
 	defer done()
 	// Not the goroutine of stop: this one's end is waited for.
 	_ = p.cancelRequest(ctx)
+	// It may have come between two messages; stop's goroutine repeats it.
+	select {
+	case <-last.finished:
+	case <-ctx.Done():
+	}
 }
 
 func (p *process) cancelRequest(ctx context.Context) error {

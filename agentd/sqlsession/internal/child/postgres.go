@@ -57,7 +57,6 @@ type session struct {
 	verified  bool
 	local     bool
 	version   string
-	validate  bool   // the server's encoding is SQL_ASCII
 	checkPeer string // SET LOCAL client_connection_check_interval where the server has it
 }
 
@@ -104,7 +103,6 @@ func connect(ctx context.Context, r *frame.ConnectRequest, out *sink) (*session,
 	s := &session{
 		wire: newWire(hijacked.Conn, hijacked.ParameterStatuses), sink: out, canceler: canceler, user: config.User, network: where,
 		tls: hijacked.TLSConfig != nil, version: hijacked.ParameterStatuses["server_version"],
-		validate: hijacked.ParameterStatuses["server_encoding"] == "SQL_ASCII",
 	}
 	s.verified = s.tls && !hijacked.TLSConfig.InsecureSkipVerify
 	s.local = isLocal(hijacked.Conn.RemoteAddr())

@@ -27,6 +27,10 @@ const (
 	// removes them.
 	statementName = "postern"
 	classifyName  = "postern_class"
+	// classifyPrefix makes the statement the query of a cursor, which the
+	// server accepts of nothing but SELECT, VALUES, TABLE and WITH without DML.
+	// The statement itself is what runs: a cursor forbids parallel plans.
+	classifyPrefix = "DECLARE postern NO SCROLL CURSOR FOR\n"
 )
 
 // execution is one statement on its way.
@@ -98,7 +102,7 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 		return failure, false
 	}
 	x.sink.start()
-	x.batch = newBatch(fields, types, x.validate, x.sink)
+	x.batch = newBatch(fields, types, x.sink)
 	if x.st.isStopped() {
 		return stopError(x.st.stopReason(), r), false
 	}
@@ -186,7 +190,7 @@ func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *prot
 		&pgproto3.Sync{},
 	)
 	if err == nil && !r.ReadWrite {
-		err = c.send(&pgproto3.Parse{Name: classifyName, Query: "DECLARE postern NO SCROLL CURSOR FOR\n" + x.text.Text}, &pgproto3.Sync{})
+		err = c.send(&pgproto3.Parse{Name: classifyName, Query: classifyPrefix + x.text.Text}, &pgproto3.Sync{})
 	}
 	if err == nil {
 		err = c.flush()
@@ -255,12 +259,8 @@ func (x *execution) refusedClass(e *pgproto3.ErrorResponse) *proto.Error {
 	if e.Code == stateQueryCanceled {
 		return x.refused(e)
 	}
-	position := 0
-	if e.Code != stateSyntaxError {
-		// Behind the line that we put in front.
-		const before = len("DECLARE postern NO SCROLL CURSOR FOR\n")
-		position = x.text.Position(int(e.Position) - before)
-	}
+	// Behind the line that we put in front.
+	position := x.text.Position(int(e.Position) - len(classifyPrefix))
 	return denied(position, "the statement is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT, and nothing in them that writes or locks")
 }
 

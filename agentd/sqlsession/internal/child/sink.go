@@ -11,12 +11,16 @@ import (
 // three, rows are gathered while one frame is on its way.
 const sinkBuffers = 3
 
+// queueLength leaves room for a Progress frame behind each Data frame, and for
+// what ends a statement: queueing itself never waits.
+const queueLength = 4 * sinkBuffers
+
 // sink writes frames to agentd from a goroutine of its own. Write gathers
 // bytes into Data frames. When all buffers are full it waits; that is the
 // back-pressure.
 type sink struct {
 	conn  net.Conn
-	queue chan []byte // what the goroutine writes; sinkBuffers at most
+	queue chan []byte // what the goroutine writes; queueLength at most
 	free  chan []byte // empty buffers
 	done  sync.WaitGroup
 
@@ -29,7 +33,7 @@ type sink struct {
 }
 
 func newSink(conn net.Conn) *sink {
-	s := &sink{conn: conn, queue: make(chan []byte, sinkBuffers), free: make(chan []byte, sinkBuffers)}
+	s := &sink{conn: conn, queue: make(chan []byte, queueLength), free: make(chan []byte, sinkBuffers)}
 	for range sinkBuffers {
 		s.free <- nil // made when needed: most statements are small
 	}
