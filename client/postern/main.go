@@ -20,7 +20,16 @@ func run() int {
 	// A reader that went away (| head) is an error of write, not a signal: the
 	// query is to be cancelled first.
 	signal.Ignore(syscall.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	var signals []os.Signal
+	for _, s := range []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP} {
+		if !signal.Ignored(s) { // nohup, and background jobs of a script
+			signals = append(signals, s)
+		}
+	}
+	ctx, stop := context.Background(), context.CancelFunc(func() {})
+	if len(signals) > 0 { // none would mean all
+		ctx, stop = signal.NotifyContext(ctx, signals...)
+	}
 	defer stop()
 	// The first Ctrl-C ends the work in order, the second one the process.
 	context.AfterFunc(ctx, stop)

@@ -227,7 +227,7 @@ func (r *sqlRun) do(ctx context.Context) error {
 		return r.cancelled(outcome)
 	}
 	var public *proto.Error
-	if errors.As(err, &public) && public.Code == proto.CodeSQL {
+	if errors.As(err, &public) && (public.Code == proto.CodeSQL || public.SQL.GetPosition() > 0) {
 		return &statementError{err: public, text: r.statement.Sql}
 	}
 	if err != nil {

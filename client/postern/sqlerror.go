@@ -9,7 +9,8 @@ import (
 	"github.com/postern-dev/postern/proto/rowfmt"
 )
 
-// statementError is what the database said of a statement, with its text.
+// statementError is what the database or the host's policy said of a statement,
+// with its text.
 type statementError struct {
 	err  *proto.Error
 	text string
@@ -23,13 +24,14 @@ func (e *statementError) Unwrap() error { return e.err }
 func (e *statementError) render() string {
 	var b strings.Builder
 	state := e.err.SQL.GetSqlstate()
-	text := safe(e.err.Error())
+	text := e.err.Error()
 	switch {
+	case e.err.Code != proto.CodeSQL: // the host's word, not the database's
+		fmt.Fprintf(&b, "%s\n", safe(text))
 	case state == "":
-		fmt.Fprintf(&b, "ERROR: %s\n", strings.TrimPrefix(text, "ERROR: "))
+		fmt.Fprintf(&b, "ERROR: %s\n", safe(text))
 	default:
-		text = strings.TrimPrefix(strings.TrimPrefix(text, "ERROR: "), "ERROR "+state+": ")
-		fmt.Fprintf(&b, "ERROR %s: %s\n", safe(state), text)
+		fmt.Fprintf(&b, "ERROR %s: %s\n", safe(state), safe(bare(text, state)))
 	}
 	b.WriteString(pointAt(e.text, int(e.err.SQL.GetPosition())))
 	if d := e.err.SQL.GetDetail(); d != "" {
@@ -39,6 +41,15 @@ func (e *statementError) render() string {
 		fmt.Fprintf(&b, "HINT:  %s\n", safe(h))
 	}
 	return b.String()
+}
+
+// bare is the database's own words in a message that, for those who see it
+// alone, says around them who spoke, the SQLSTATE and the position.
+func bare(message, state string) string {
+	if i := strings.LastIndex(message, " (SQLSTATE "+state); i > 0 && strings.HasSuffix(message, ")") {
+		message = message[:i]
+	}
+	return strings.TrimPrefix(message, "the database refused the statement: ")
 }
 
 const (

@@ -166,7 +166,7 @@ func (a *app) keyCommand() *cobra.Command {
 		},
 	}
 	revoke := &cobra.Command{
-		Use: "revoke KEY", Short: "Revoke a registration key, by id", Example: "  postern key revoke key_01k…", Args: cobra.ExactArgs(1),
+		Use: "revoke KEY", Short: "Revoke a registration key, by id", Example: "  postern key revoke uqhrycvruuybyonm", Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.with(func(c *client.Client) error {
 				resp, err := c.Keys.RevokeKey(cmd.Context(), connect.NewRequest(&posternv1.RevokeKeyRequest{KeyId: args[0]}))

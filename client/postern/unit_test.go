@@ -66,7 +66,8 @@ func TestStatementError(t *testing.T) {
 			"all there is", &proto.Error{Code: proto.CodeSQL, Message: "no", SQL: &posternv1.SQLErrorDetail{Sqlstate: "42703", Position: 1, Detail: "why\nso", Hint: "do"}},
 			"ERROR 42703: no\nLINE 1: x\n        ^\nDETAIL:  why so\nHINT:  do\n",
 		},
-		{"as psql says it", &proto.Error{Code: proto.CodeSQL, Message: "ERROR: no", SQL: &posternv1.SQLErrorDetail{Sqlstate: "42703"}}, "ERROR 42703: no\n"},
+		{"as the host says it", &proto.Error{Code: proto.CodeSQL, Message: "the database refused the statement: no (x) (SQLSTATE 42703, position 8)", SQL: &posternv1.SQLErrorDetail{Sqlstate: "42703"}}, "ERROR 42703: no (x)\n"},
+		{"the host's policy", &proto.Error{Code: proto.CodePolicyDenied, Message: "refused", SQL: &posternv1.SQLErrorDetail{Position: 1}}, "refused\nLINE 1: x\n        ^\n"},
 		{"no detail", &proto.Error{Code: proto.CodeSQL, Message: "no"}, "ERROR: no\n"},
 	}
 	for _, test := range tests {

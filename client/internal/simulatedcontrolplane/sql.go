@@ -48,9 +48,9 @@ func (s *Server) serveSQL(w http.ResponseWriter, r *http.Request) {
 	case r.PathValue("source") != "warehouse":
 		err = proto.Errorf(proto.CodeNotFound, "agent %s has no data source %q: see `postern source list`", g.Name, r.PathValue("source"))
 	case strings.HasPrefix(text, "refused"):
-		err = proto.Errorf(proto.CodePolicyDenied, "the host's policy for edge-1/warehouse is read-only: DELETE is refused")
+		err = &proto.Error{Code: proto.CodePolicyDenied, Message: "the host's policy for edge-1/warehouse is read-only: DELETE is refused", SQL: &posternv1.SQLErrorDetail{Position: 1}}
 	case strings.HasPrefix(text, "bad column"):
-		err = &proto.Error{Code: proto.CodeSQL, Message: `column "foo" does not exist`, SQL: &posternv1.SQLErrorDetail{Sqlstate: "42703", Position: int32(strings.Index(text, "foo") + 1), Hint: `Perhaps you meant "fob".`}}
+		err = &proto.Error{Code: proto.CodeSQL, Message: `the database refused the statement: column "foo" does not exist (SQLSTATE 42703, position 12)`, SQL: &posternv1.SQLErrorDetail{Sqlstate: "42703", Position: int32(strings.Index(text, "foo") + 1), Hint: `Perhaps you meant "fob".`}}
 	}
 	if err != nil {
 		proto.WriteHTTPError(w, err)
