@@ -138,6 +138,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if !s.gate.enter(r.Context(), ip) {
 		s.cfg.Metrics.handshakeFailed(failBusy)
 		w.Header().Set("Retry-After", "2")
+		w.Header().Set("Connection", "close") // who floods us gets no connection to keep
 		http.Error(w, "too many handshakes", http.StatusServiceUnavailable)
 		return
 	}

@@ -3,6 +3,7 @@ package api
 import (
 	"context"
 	"errors"
+	"io"
 	"net"
 	"net/http"
 	"strings"
@@ -81,8 +82,39 @@ func New(cfg Config) *API {
 	return a
 }
 
+// bodyTime is how long a request's body may be silent. What nobody reads, the
+// body of a refused request say, must have come within it altogether: without a
+// limit net/http would wait for it forever.
+const bodyTime = 15 * time.Second
+
 // ServeHTTP implements http.Handler.
-func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) { a.handler.ServeHTTP(w, r) }
+func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.ContentLength != 0 {
+		body := &timedBody{ReadCloser: r.Body, control: http.NewResponseController(w)}
+		body.control.SetReadDeadline(time.Now().Add(bodyTime)) //nolint:errcheck // a test's recorder knows no deadlines
+		r.Body = body
+	}
+	a.handler.ServeHTTP(w, r)
+}
+
+// timedBody is a request's body that is being waited for only so long.
+type timedBody struct {
+	io.ReadCloser
+	control *http.ResponseController
+}
+
+// Read implements io.Reader.
+func (b *timedBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	next := time.Now().Add(bodyTime)
+	if err != nil { // what follows on the connection is not the body's
+		next = time.Time{}
+	}
+	if n > 0 || errors.Is(err, io.EOF) {
+		b.control.SetReadDeadline(next) //nolint:errcheck // see ServeHTTP
+	}
+	return n, err
+}
 
 func writeConnectError(w http.ResponseWriter, r *http.Request, err error) {
 	connect.NewErrorWriter().Write(w, r, proto.ConnectError(err)) //nolint:errcheck // the caller has gone
