@@ -52,7 +52,7 @@ var sample = []string{
 		country text not null, joined timestamptz not null)`,
 	fmt.Sprintf(`insert into customers
 		select i, 'Customer ' || i, 'customer' || i || '@example.com',
-		       lpad((9000000000000000 + (i * 7919 %% 1000000000))::text, 16, '9'),
+		       lpad((9000000000000000 + (i::int8 * 7919 %% 1000000000))::text, 16, '9'),
 		       (array['DE','FR','NL','PL','ES','IT','SE','US'])[1 + i %% 8],
 		       timestamptz '2020-01-01' + i * interval '47 minutes'
 		from generate_series(1, %d) i`, customers),
@@ -60,7 +60,7 @@ var sample = []string{
 		id int8 primary key, customer_id int8 not null references customers,
 		placed timestamptz not null, amount numeric(12,2) not null, status text not null)`,
 	fmt.Sprintf(`insert into orders
-		select i, 1 + (i * 31 %% %d), timestamptz '2024-01-01' + i * interval '2 minutes',
+		select i, 1 + (i::int8 * 31 %% %d), timestamptz '2024-01-01' + i * interval '2 minutes',
 		       ((i::int8 * 7919 %% 100000) / 100.0)::numeric(12,2),
 		       (array['paid','paid','paid','shipped','returned'])[1 + i %% 5]
 		from generate_series(1, %d) i`, customers, orders),
