@@ -29,6 +29,7 @@ type streamFlow struct {
 	lastGrant time.Time
 	epoch     time.Time // start of the growth measurement
 	epochFrom int64     // consumed at that time
+	round     uint32    // of the tunnel's windows, as this stream last saw it
 	released  bool
 }
 
@@ -72,16 +73,24 @@ func (f *streamFlow) receive(n uint32) error {
 
 // consume counts n bytes that the reader took and returns the credit to grant.
 func (f *streamFlow) consume(n int) uint32 {
+	t := f.s.lane.tunnel
+	share := int64(maxWindow)
+	if f.s.lane.class == Bulk {
+		var ping bool
+		if share, ping = t.windows.consumed(int64(n), &f.round, t.RTT()); ping {
+			t.measureQueue()
+		}
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.consumed += int64(n)
 	if f.released {
 		return 0
 	}
-	limit := f.window
 	if f.s.lane.class == Bulk {
-		limit = f.adaptLocked()
+		f.adaptLocked()
 	}
+	limit := min(f.window, share)
 	missing := limit - (f.granted - f.consumed)
 	if missing < limit/4 {
 		if missing < 4<<10 {
@@ -108,17 +117,16 @@ func (f *streamFlow) release() {
 }
 
 // adaptLocked grows the window of a bulk stream that used up half of it in less
-// than two round trips (the rule of QUIC implementations), and returns what the
-// tunnel's share allows.
-func (f *streamFlow) adaptLocked() int64 {
+// than two round trips (the rule of QUIC implementations).
+func (f *streamFlow) adaptLocked() {
 	taken := f.consumed - f.epochFrom
-	if taken*2 >= f.window {
-		now := time.Now()
-		took := now.Sub(f.epoch)
-		if !f.epoch.IsZero() && time.Duration(float64(took)*float64(f.window)) < time.Duration(float64(4*f.s.lane.tunnel.RTT())*float64(taken)) {
-			f.growLocked(2 * f.window)
-		}
-		f.epoch, f.epochFrom = now, f.consumed
+	if taken*2 < f.window {
+		return
 	}
-	return min(f.window, f.s.lane.tunnel.windows.limit())
+	now := time.Now()
+	took := now.Sub(f.epoch)
+	if !f.epoch.IsZero() && float64(took)*float64(f.window) < float64(4*f.s.lane.tunnel.RTT())*float64(taken) {
+		f.growLocked(2 * f.window)
+	}
+	f.epoch, f.epochFrom = now, f.consumed
 }

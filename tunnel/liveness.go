@@ -75,16 +75,25 @@ func (v *liveness) ping(again time.Duration) (uint64, bool) {
 	return v.nonce, true
 }
 
-// pong takes the answer to a ping; only that to the newest counts.
-func (v *liveness) pong(nonce uint64) {
+// pong takes the answer to a ping; only that to the newest counts. It returns
+// the round trip, 0 if it does not count.
+func (v *liveness) pong(nonce uint64) time.Duration {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	if nonce != v.nonce || v.sentAt.IsZero() {
-		return
+		return 0
 	}
 	now := time.Now()
 	v.sampleLocked(now.Sub(v.sentAt), now)
 	v.sentAt = time.Time{}
+	return v.last
+}
+
+// measureQueue sends the ping that measures the queue of the path; see windows.
+func (t *Tunnel) measureQueue() {
+	if nonce, ok := t.live.ping(t.cfg.DeadAfter); ok {
+		_ = t.control.send(&message{typ: msgPing, nonce: nonce})
+	}
 }
 
 // mayPong limits the pings that are answered.

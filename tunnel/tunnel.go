@@ -266,7 +266,9 @@ func (l *lane) received(m *message) error {
 			return l.send(&message{typ: msgPong, nonce: m.nonce})
 		}
 	case msgPong:
-		t.live.pong(m.nonce)
+		if rtt := t.live.pong(m.nonce); rtt > 0 {
+			t.windows.measure(rtt, t.live.minRTT())
+		}
 	case msgRetire:
 		if l.class == Bulk {
 			l.peerRetires()

@@ -9,12 +9,53 @@ import (
 // stay below half of yamuxWindowMax.
 const maxWindow = 32 << 20
 
-// windows is a tunnel's budget of receive windows beyond the 256 KiB that every
-// stream has.
+// bulkWindow is what a bulk stream starts with.
+const bulkWindow = 512 << 10
+
+// firstWindow is the window that a stream of this lane starts with.
+func (l *lane) firstWindow() int64 {
+	if l.class == Bulk {
+		return bulkWindow
+	}
+	return yamuxWindowStart
+}
+
+// windows is what the bulk streams of a tunnel share on the receiving side.
+//
+// The budget bounds memory: windows beyond the 256 KiB that every stream has.
+//
+// The total bounds delay: bytes under way in excess of what the path holds stand
+// in a queue before its bottleneck, and everything else, control lane included,
+// waits behind them. While bulk flows, pings on the control lane measure that
+// queue; when it holds more than queueTarget, the credit of all bulk streams
+// together follows rate x (shortest round trip + queueTarget), else it grows.
 type windows struct {
 	mu   sync.Mutex
-	left int64
+	left int64 // of the budget
+
+	total   int64 // credit of all bulk streams together; 0 is no limit
+	share   int64 // of one stream; 0 is no limit
+	round   uint32
+	active  int       // streams that consumed in this round
+	bytes   int64     // consumed in this round
+	began   time.Time // of this round
+	asked   bool      // this round's ping is under way
+	delayed int       // rounds in a row that were
+	rate    float64   // bytes per second of late rounds, the largest decaying
 }
+
+const (
+	queueTarget = 4 * time.Millisecond
+	// roundMin and roundBytes are what makes a round long enough to be measured.
+	roundMin   = 50 * time.Millisecond
+	roundBytes = 128 << 10
+	// The total does not go below these: a share of a stream must hold a few
+	// frames, and on a local path what looks like a queue is a busy processor.
+	shareMin    = 48 << 10
+	totalMin    = 128 << 10
+	totalMinLAN = 1 << 20
+	lanRTT      = 2 * time.Millisecond
+)
 
 func (w *windows) reserve(n int64) int64 {
 	w.mu.Lock()
@@ -30,16 +71,80 @@ func (w *windows) release(n int64) {
 	w.left += n
 }
 
-// limit is the credit that one bulk stream may have now.
-func (w *windows) limit() int64 { return maxWindow }
-
-// firstWindow is the window that a stream of this lane starts with.
-func (l *lane) firstWindow() int64 {
-	switch {
-	case l.class != Bulk:
-		return yamuxWindowStart
-	case l.tunnel.RTT() < 2*time.Millisecond:
-		return 512 << 10
+// consumed counts n bytes that a bulk stream took; seen is the stream's memory of
+// the round. It returns the credit that one stream may have now, and whether a
+// ping should be sent to measure the queue.
+func (w *windows) consumed(n int64, seen *uint32, rtt time.Duration) (limit int64, ping bool) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.round == 0 {
+		w.round, w.began = 1, time.Now()
 	}
-	return 1 << 20
+	if *seen != w.round {
+		*seen = w.round
+		w.active++
+	}
+	w.bytes += n
+	if !w.asked && w.bytes >= roundBytes {
+		if time.Since(w.began) >= max(roundMin, rtt) {
+			w.asked, ping = true, true
+		}
+	}
+	if w.share == 0 {
+		return maxWindow, ping
+	}
+	return w.share, ping
+}
+
+// measure ends a round with the round trip that its ping saw.
+func (w *windows) measure(rtt, shortest time.Duration) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.asked {
+		return
+	}
+	now := time.Now()
+	took := max(now.Sub(w.began), time.Millisecond)
+	rate := float64(w.bytes) / took.Seconds()
+	w.rate = max(rate, w.rate*0.9)
+	active := max(w.active, 1)
+	w.round++
+	if w.round == 0 {
+		w.round = 1
+	}
+	w.active, w.bytes, w.began, w.asked = 0, 0, now, false
+
+	queue := rtt - shortest
+	floor := int64(max(totalMin, shareMin*active))
+	if shortest < lanRTT {
+		floor = totalMinLAN
+	}
+	fits := int64(w.rate * (shortest + queueTarget).Seconds())
+	switch {
+	case queue > queueTarget+shortest/16:
+		if w.delayed++; w.delayed < 2 && queue < 4*queueTarget {
+			break // one late answer may be the processor's
+		}
+		if w.total == 0 {
+			w.total = fits
+		} else {
+			w.total = min(w.total, max(fits, w.total/2))
+		}
+	case w.total > 0:
+		w.delayed = 0
+		if fits*2 > w.total { // it is the total that limits
+			w.total += w.total / 8
+		}
+		if w.total > int64(active)*maxWindow {
+			w.total = 0
+		}
+	default:
+		w.delayed = 0
+	}
+	if w.total > 0 {
+		w.total = max(w.total, floor)
+		w.share = w.total / int64(active)
+	} else {
+		w.share = 0
+	}
 }

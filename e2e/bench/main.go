@@ -52,9 +52,9 @@ type measurement struct {
 }
 
 // measurements in the order they run; each file adds its own here.
-var measurements = []measurement{
-	{"sql", measureSQL},
-}
+var measurements = append(tunnelMeasurements,
+	measurement{"sql", measureSQL},
+)
 
 // roles are what this binary does when it is started as a child of itself, by the
 // value of roleVariable.
