@@ -145,6 +145,9 @@ func (r *registerCommand) agentName(c *config.Config) (string, error) {
 		if given == "" {
 			continue
 		}
+		if strings.Contains(given, "prk1_") {
+			return "", usagef("--name wants a name, not the key: a command line can be read by everybody on this host, so revoke that key")
+		}
 		if !config.ValidName(given) {
 			return "", usagef("--name: %q is not 1 to 63 of a-z, 0-9 and -, beginning and ending with a letter or digit", given)
 		}
@@ -174,9 +177,7 @@ func (r *registerCommand) readKey() (regkey.Key, error) {
 		if !term.IsTerminal(int(r.in.Fd())) {
 			return regkey.Key{}, usagef("register: no key: give --key-file FILE, or --key-file - for standard input")
 		}
-		fmt.Fprint(r.errs, "registration key: ") //nolint:errcheck // a prompt
-		text, err = term.ReadPassword(int(r.in.Fd()))
-		fmt.Fprintln(r.errs) //nolint:errcheck // a prompt
+		text, err = r.ask("registration key: ")
 	case "-":
 		text, err = io.ReadAll(io.LimitReader(r.in, maxKeyFile))
 	default:
@@ -197,6 +198,26 @@ func (r *registerCommand) readKey() (regkey.Key, error) {
 	}
 	defer clear(text)
 	return regkey.Parse(string(text))
+}
+
+// ask reads a line from the terminal without echo. The echo is off before the
+// prompt is there: a key that is pasted at once would be shown otherwise.
+func (r *registerCommand) ask(prompt string) ([]byte, error) {
+	fd := int(r.in.Fd())
+	was, err := unix.IoctlGetTermios(fd, unix.TCGETS)
+	if err != nil {
+		return nil, err
+	}
+	silent := *was
+	silent.Lflag &^= unix.ECHO
+	if err := unix.IoctlSetTermios(fd, unix.TCSETS, &silent); err != nil {
+		return nil, err
+	}
+	defer unix.IoctlSetTermios(fd, unix.TCSETS, was) //nolint:errcheck // it was set before
+	fmt.Fprint(r.errs, prompt)                       //nolint:errcheck // a prompt
+	text, err := term.ReadPassword(fd)
+	fmt.Fprintln(r.errs) //nolint:errcheck // a prompt
+	return text, err
 }
 
 // lockState keeps a second agentd off the state directory until unlock.
