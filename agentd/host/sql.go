@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -65,7 +66,7 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 		Verdict: "allowed", Statement: request.Sql,
 	}
 	began := time.Now()
-	outcome, err := h.run(ctx, request, &entry, out)
+	outcome, begun, err := h.run(ctx, request, &entry, out)
 	took := time.Since(began)
 	if err == nil && outcome.GetError() != nil {
 		err = proto.FromDetail(outcome.Error)
@@ -79,8 +80,11 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		entry.Error = proto.Detail(err).Message
 	}
+	if entry.Outcome == "denied" { // by the class that the database gave it
+		entry.Verdict = "denied"
+	}
 	h.cfg.Metrics.queryEnded(entry.Outcome, outcome, took)
-	h.finish(entry)
+	h.finish(entry, begun)
 	if proto.CodeOf(err) == proto.CodeInternal {
 		h.logger.Error("statement failed", "query", id, "source", request.Source, "err", err)
 	} else {
@@ -103,47 +107,56 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set(proto.OutcomeTrailer, proto.EncodeOutcome(outcome))
 }
 
-// run decides, records the intent and runs.
-func (h *Host) run(ctx context.Context, request *posternv1.SQLRequest, entry *auditchain.Entry, w io.Writer) (*posternv1.QueryOutcome, error) {
+// run decides, records the intent and runs; begun tells that the intent is in
+// the log. A panic below is an error of this statement alone.
+func (h *Host) run(ctx context.Context, request *posternv1.SQLRequest, entry *auditchain.Entry, w io.Writer) (outcome *posternv1.QueryOutcome, begun bool, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			h.logger.Error("statement panicked", "query", request.QueryId, "panic", v, "stack", string(debug.Stack()))
+			err = proto.Errorf(proto.CodeInternal, "internal error: the detail is in agentd's log on the host")
+		}
+	}()
 	verdict := h.cfg.Decide(request)
 	switch {
 	case !verdict.Known:
 		entry.Verdict = "denied"
-		return nil, proto.Errorf(proto.CodeNotFound, "this agent has no data source %q: see postern source list", request.Source)
+		return nil, false, proto.Errorf(proto.CodeNotFound, "this agent has no data source %q: see postern source list", request.Source)
 	case !verdict.Allowed:
 		entry.Verdict = "denied"
-		return nil, proto.Errorf(proto.CodePolicyDenied, "source %s: %s", request.Source, verdict.Reason)
+		return nil, false, proto.Errorf(proto.CodePolicyDenied, "source %s: %s", request.Source, verdict.Reason)
 	}
 	if err := h.settle(); err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	intent := *entry
 	intent.Action = actionBegin
 	if err := h.record(intent); err != nil {
-		return nil, err
+		return nil, false, err
 	}
+	begun = true
 	if err := context.Cause(ctx); err != nil {
-		return nil, err
+		return nil, true, err
 	}
 	h.cfg.Metrics.queryBegan()
 	defer h.cfg.Metrics.queryLeft()
-	return h.cfg.SQL.Run(ctx, Statement{
+	outcome, err = h.cfg.SQL.Run(ctx, Statement{
 		QueryID: request.QueryId, Source: request.Source, Owner: owner(request.Principal),
 		SQL: request.Sql, Parameters: request.Parameters,
 		MaxRows: verdict.MaxRows, MaxBytes: verdict.MaxBytes, Timeout: verdict.Timeout, ReadWrite: verdict.ReadWrite,
 	}, w)
+	return outcome, true, err
 }
 
 // finish records how a statement ended; what the log refuses now is kept, and
 // holds up the next statement until it is written.
-func (h *Host) finish(entry auditchain.Entry) {
+func (h *Host) finish(entry auditchain.Entry, begun bool) {
 	err := h.record(entry)
 	if err == nil {
 		return
 	}
 	h.logger.Error("end of a statement not recorded yet", "query", entry.QueryID, "err", err)
-	if entry.Verdict != "allowed" {
-		return // nothing was done
+	if !begun {
+		return // nothing was done, and nothing waits for its end
 	}
 	entry.Time = time.Now()
 	h.mu.Lock()
