@@ -25,9 +25,11 @@ const (
 	// timeoutGrace is how long after the timeout we step in: the server's own
 	// timer comes first and can say where the statement was.
 	timeoutGrace = time.Second
-	// killAfter is how long a process may take to end a stopped statement.
-	killAfter = 10 * time.Second
 )
+
+// killAfter is how long a process may take to end a stopped statement. Tests
+// shorten it.
+var killAfter = 10 * time.Second
 
 // run is one statement from its arrival to its end.
 type run struct {

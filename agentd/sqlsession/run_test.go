@@ -171,8 +171,8 @@ func TestLimits(t *testing.T) {
 		{name: "exactly", sql: "SELECT generate_series(1, 10)", maxRows: 10, rows: 10},
 		{name: "one more", sql: "SELECT generate_series(1, 11)", maxRows: 10, rows: 10, code: proto.CodeRowLimit},
 		{name: "many more", sql: "SELECT generate_series(1, 100000000)", maxRows: 123456, rows: 123456, code: proto.CodeRowLimit},
-		{name: "bytes", sql: "SELECT repeat('x', 1000) FROM generate_series(1, 100000000)", maxBytes: 3_000_000, rows: 2985, code: proto.CodeByteLimit},
-		{name: "bytes of numbers", sql: "SELECT i::int8, NULL::int8 FROM generate_series(1, 100000000) i", maxBytes: 3_000_000, rows: 170_000, code: proto.CodeByteLimit},
+		{name: "bytes", sql: "SELECT repeat('x', 1000) FROM generate_series(1, 1000000)", maxBytes: 3_000_000, rows: 2985, code: proto.CodeByteLimit},
+		{name: "bytes of numbers", sql: "SELECT i::int8, NULL::int8 FROM generate_series(1, 1000000) i", maxBytes: 3_000_000, rows: 170_000, code: proto.CodeByteLimit},
 		{name: "a value too large", sql: "SELECT repeat('x', 2000000) UNION ALL SELECT 'y'", maxBytes: 1_000_000, code: proto.CodeByteLimit},
 		{name: "hardly any bytes", sql: "SELECT 1", maxBytes: 10, code: proto.CodeByteLimit},
 	}
@@ -430,7 +430,7 @@ func TestCancel(t *testing.T) {
 		})
 	}
 	t.Run("by a failing writer", func(t *testing.T) {
-		_, err := m.Run(t.Context(), request("SELECT repeat('x', 100) FROM generate_series(1, 100000000) -- cancel me"), &failing{left: 3 << 20})
+		_, err := m.Run(t.Context(), request("SELECT repeat('x', 100) FROM generate_series(1, 1000000) -- cancel me"), &failing{left: 3 << 20})
 		if proto.CodeOf(err) != proto.CodeCancelled || active() != "0" {
 			t.Errorf("got %v, %s active, want CANCELLED and none", err, active())
 		}
@@ -438,7 +438,7 @@ func TestCancel(t *testing.T) {
 	t.Run("under a stopped reader", func(t *testing.T) {
 		w := newGate()
 		defer w.open()
-		r := request("SELECT i, repeat('x', 1000) FROM generate_series(1, 10000000) i -- cancel me")
+		r := request("SELECT i, repeat('x', 1000) FROM generate_series(1, 300000) i -- cancel me")
 		result := make(chan error, 1)
 		var outcome *posternv1.QueryOutcome
 		var out bytes.Buffer

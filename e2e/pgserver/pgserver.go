@@ -222,10 +222,11 @@ func (s *Server) configure(options Options) error {
 		"port":                    strconv.Itoa(s.Port),
 		"unix_socket_directories": s.Host,
 		"fsync":                   "off",
-		"synchronous_commit":      "off",
-		"full_page_writes":        "off",
-		"logging_collector":       "off",
-		"password_encryption":     "scram-sha-256",
+		// A commit must survive Kill, which is not a power cut: no fsync.
+		"synchronous_commit":  "on",
+		"full_page_writes":    "off",
+		"logging_collector":   "off",
+		"password_encryption": "scram-sha-256",
 	}
 	if options.TLS {
 		settings["ssl"] = "on"
