@@ -30,13 +30,13 @@ type BackoffConfig struct {
 	Stop func(error) bool
 }
 
-// refusedMax bounds the waits while the host answers but nothing listens: the
+// absentMax bounds the waits while the host answers but nothing serves there: the
 // control plane is restarting. Asking is cheap then, and who asks often is back
-// soon; refusedFor later it is down rather than restarting.
+// soon; absentFor later it is down rather than restarting.
 const (
-	refusedMax    = 800 * time.Millisecond
-	refusedFor    = 5 * time.Minute
-	refusedMaxOld = 5 * time.Second
+	absentMax    = 800 * time.Millisecond
+	absentFor    = 5 * time.Minute
+	absentMaxOld = 5 * time.Second
 )
 
 // Backoff counts failures and tells how long to wait: full jitter, that is
@@ -44,7 +44,11 @@ const (
 type Backoff struct {
 	cfg      BackoffConfig
 	failures int
-	since    time.Time // of the first failure in a row
+	// absences are the failures in a row, since a time, at which nothing served.
+	// They are no failures otherwise: a long restart must not make the wait after
+	// the next one long.
+	absences int
+	since    time.Time
 	rand     func() float64
 }
 
@@ -61,27 +65,40 @@ func NewBackoff(cfg BackoffConfig) *Backoff {
 
 // Next returns the next wait after a failure with err.
 func (b *Backoff) Next(err error) time.Duration {
+	if !absent(err) {
+		b.absences = 0
+		b.failures++
+		return b.wait(b.failures, b.cfg.Max)
+	}
 	now := time.Now()
-	if b.failures == 0 {
+	if b.absences == 0 {
 		b.since = now
 	}
-	bound := b.cfg.Max
-	if b.failures < 32 {
-		bound = min(bound, b.cfg.Min<<b.failures)
+	b.absences++
+	if now.Sub(b.since) < absentFor {
+		return b.wait(b.absences, absentMax)
 	}
-	b.failures++
-	if errors.Is(err, syscall.ECONNREFUSED) {
-		if now.Sub(b.since) < refusedFor {
-			bound = min(bound, refusedMax)
-		} else {
-			bound = min(bound, refusedMaxOld)
-		}
+	return b.wait(b.absences, absentMaxOld)
+}
+
+// wait is the wait after the nth failure.
+func (b *Backoff) wait(n int, bound time.Duration) time.Duration {
+	bound = min(bound, b.cfg.Max)
+	if n < 32 {
+		bound = min(bound, b.cfg.Min<<(n-1))
 	}
 	return time.Duration(b.rand() * float64(bound))
 }
 
+// absent reports that the host answers but nothing serves there: the kernel
+// refuses the connection, or a reverse proxy finds no server behind it.
+func absent(err error) bool {
+	var d *DialError
+	return errors.Is(err, syscall.ECONNREFUSED) || errors.As(err, &d) && d.Step == StepUpgrade && d.Status == http.StatusBadGateway
+}
+
 // Reset forgets the failures; call it when success proved stable.
-func (b *Backoff) Reset() { b.failures = 0 }
+func (b *Backoff) Reset() { b.failures, b.absences = 0, 0 }
 
 // KeepUp keeps a tunnel up until ctx ends: it dials, calls use in a goroutine for
 // each new tunnel, and dials again when the tunnel is lost, after a wait that

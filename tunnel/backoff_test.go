@@ -50,6 +50,24 @@ func TestBackoffBounds(t *testing.T) {
 		if w := b.Next(refused); w > 5*time.Second {
 			t.Errorf("refused for long: %v", w)
 		}
+		// However long the restart took, the next loss is but the second failure.
+		for range 20 {
+			b.Reset()
+			b.Next(errors.New("x"))
+			for range 50 {
+				b.Next(refused)
+			}
+			if w := b.Next(tunnel.ErrLost); w > 400*time.Millisecond {
+				t.Fatalf("lost after a restart: %v", w)
+			}
+		}
+		// A reverse proxy says the same in its own way.
+		b.Reset()
+		for range 50 {
+			if w := b.Next(&tunnel.DialError{Step: tunnel.StepUpgrade, Status: 502, Err: errors.New("x")}); w > 800*time.Millisecond {
+				t.Fatalf("bad gateway: %v", w)
+			}
+		}
 	})
 }
 
