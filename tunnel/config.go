@@ -77,6 +77,11 @@ type Config struct {
 	// BulkIdle is how long a bulk lane without streams is kept. Default 5 min.
 	BulkIdle time.Duration
 
+	// SoloQuiet is after how much silence a WebSocket ping passes over a solo
+	// lane in use: reverse proxies commonly end a connection that is silent for
+	// 60 s. Default 20 s.
+	SoloQuiet time.Duration
+
 	// TestHookConn, if not nil, may wrap the connection beneath each lane's
 	// WebSocket: tests inject faults here.
 	TestHookConn func(class Class, conn net.Conn) net.Conn
@@ -96,6 +101,7 @@ func (c Config) withDefaults() Config {
 	def(&c.MaxSolo, 4)
 	def(&c.LaneTimeout, 10*time.Second)
 	def(&c.BulkIdle, 5*time.Minute)
+	def(&c.SoloQuiet, 20*time.Second)
 	return c
 }
 

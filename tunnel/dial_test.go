@@ -214,6 +214,7 @@ func TestDialErrors(t *testing.T) {
 			c.OuterRootCAs.AddCert(secure.Certificate())
 		}, tunnel.StepUpgrade, []string{"404"}},
 		{"proxy wants credentials", proxy(0), tunnel.StepProxy, []string{"407", "credentials"}},
+		{"proxy refuses credentials with the wrong code", proxy(401), tunnel.StepProxy, []string{"401", "other credentials", "407", "HTTPS_PROXY"}},
 		{"proxy refuses", proxy(403), tunnel.StepProxy, []string{"403", "refuses CONNECT"}},
 		{"proxy cannot reach", proxy(502), tunnel.StepProxy, []string{"502", "cannot reach"}},
 		{"proxy down", func(_ *testing.T, c *tunnel.DialConfig) {

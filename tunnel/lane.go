@@ -33,6 +33,7 @@ type lane struct {
 	lastTx uint64
 	idle   time.Duration // by the tick: how long a bulk lane had no stream
 	stuck  time.Duration // by the tick: how long a solo lane moved no byte
+	quiet  time.Duration // by the tick: the same, since the last ping
 
 	heardRx uint64 // by checkBulk: the lane's own liveness
 	silent  time.Duration
@@ -212,11 +213,11 @@ func (l *lane) failAsync(cause error) {
 // failure is nil while the lane lives.
 func (l *lane) failure() error {
 	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.err == nil {
+	cause := l.err
+	l.mu.Unlock()
+	if cause == nil {
 		return nil
 	}
-	cause := l.err
 	if terr := l.tunnel.Err(); terr != nil {
 		cause = terr
 	}

@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"context"
 	"fmt"
 	"sync"
 	"time"
@@ -149,10 +150,11 @@ func (t *Tunnel) tick(passed time.Duration) {
 		rx, tx := l.ws.wire.rx.Load(), l.ws.wire.tx.Load()
 		if rx == l.lastRx && tx == l.lastTx {
 			l.stuck += passed
+			l.quiet += passed
 		} else {
 			t.metrics.moved(l)
 			any = any || rx != l.lastRx
-			l.lastRx, l.lastTx, l.stuck = rx, tx, 0
+			l.lastRx, l.lastTx, l.stuck, l.quiet = rx, tx, 0, 0
 		}
 		if l.class != Control {
 			busy = true
@@ -199,6 +201,10 @@ func (t *Tunnel) tickLane(l *lane, passed time.Duration) {
 				l.endSolo(ErrLost)
 			}
 		}
+		if l.quiet >= t.cfg.SoloQuiet {
+			l.quiet = 0
+			l.keepOpen()
+		}
 		return
 	}
 	l.mux.shrink()
@@ -213,6 +219,25 @@ func (t *Tunnel) tickLane(l *lane, passed time.Duration) {
 		l.idle = 0
 		l.retire()
 	}
+}
+
+// pingTime is how long a WebSocket ping may take to be written.
+const pingTime = time.Second
+
+// keepOpen sends a WebSocket ping over a quiet solo lane, below its TLS, where
+// nothing else of ours can pass; for what stands between the two ends (nginx ends
+// a connection after 60 s of silence). It is not answered. Where sent bytes still
+// wait for the peer's window it would wait behind them: the reader is slow, not
+// the lane quiet.
+func (l *lane) keepOpen() {
+	if unacknowledged(l.ws.wire.conn) {
+		return
+	}
+	l.tunnel.spawn(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), pingTime)
+		defer cancel()
+		_ = l.ws.ws.Ping(ctx) // ends with ctx, for want of a pong
+	})
 }
 
 // laneSilence is after how many DeadAfter a bulk lane with streams, asked for a

@@ -39,8 +39,10 @@ const maxQueued = 256 << 10
 // the connection; it reads and rewrites yamux's frames as they pass:
 //
 //   - link messages are put between frames and taken out again;
-//   - writes go to a chunk that one goroutine, started on demand, flushes: many
-//     small frames become one TLS record and one system call;
+//   - data is sent past yamux, whose hand-over of each frame to its send loop
+//     costs more than the frame: stream.Write puts whole frames into a chunk that
+//     one goroutine, started on demand, flushes, so that many small frames become
+//     one TLS record and one system call; yamux itself sends only SYN, ACK, FIN;
 //   - streams are counted, a peer's stream over the limit is reset before yamux
 //     learns of it, a stray or late frame is dropped instead of logged, pings
 //     (each would start a goroutine in yamux) are dropped;
@@ -64,14 +66,16 @@ type mux struct {
 
 	shrinking atomic.Bool
 
+	whdr [yamuxHeader]byte // of the frame being written by yamux's send loop
+	wn   int
+
 	mu      sync.Mutex
-	cond    sync.Cond // room in buf, or end of flushing, or closed
-	buf     *chunk    // appended to by yamux; nil when empty
-	whdr    [yamuxHeader]byte
-	wn      int
-	wbody   uint32 // body bytes of the frame being written by yamux
-	queue   []byte // whole frames of ours, to go out at the next frame boundary
-	busy    bool   // someone is writing to inner
+	cond    sync.Cond // end of a write to inner
+	buf     *chunk    // whole frames to be flushed; nil when empty
+	queue   []byte    // small frames that go before further data; never waits
+	busy    bool      // someone is writing to inner
+	waiters []*roomWaiter
+	granted int // waiters that were woken and have not appended yet
 	closed  bool
 	streams map[uint32]*stream
 	inbound int // streams opened by the peer and not yet gone
@@ -247,6 +251,14 @@ func (m *mux) inboundHeader() (pass bool, err error) {
 			return false, err
 		}
 	}
+	if typ == yamuxWindow && length > 0 {
+		s.credit = min(s.credit+int64(length), 1<<40)
+		s.wakeWriter()
+		if flags == 0 {
+			return false, nil
+		}
+		binary.BigEndian.PutUint32(m.rhdr[8:], 0)
+	}
 	closed := s.closed.Load()
 	if flags&(flagFIN|flagRST) != 0 {
 		if s.ended.Load() && flags&flagRST == 0 {
@@ -283,7 +295,8 @@ func (m *mux) removeLocked(s *stream) {
 	s.flow.release()
 }
 
-// Write takes yamux's frames: a header and a body in separate calls.
+// Write takes yamux's frames, which are headers only: data is sent by writeData.
+// It never waits for the lane.
 func (m *mux) Write(p []byte) (int, error) {
 	total := len(p)
 	m.mu.Lock()
@@ -292,121 +305,154 @@ func (m *mux) Write(p []byte) (int, error) {
 		if m.werr != nil {
 			return total - len(p), m.werr
 		}
-		if m.wbody > 0 {
-			n := int(min(uint64(m.wbody), uint64(len(p))))
-			if err := m.bodyLocked(p[:n]); err != nil {
+		n := copy(m.whdr[m.wn:], p)
+		m.wn += n
+		p = p[n:]
+		if m.wn < yamuxHeader {
+			break
+		}
+		m.wn = 0
+		if m.outboundHeaderLocked() {
+			if err := m.queueLocked(m.whdr[:]); err != nil {
+				m.failLocked(err)
 				return total - len(p), err
 			}
-			m.wbody -= uint32(n)
-			p = p[n:]
-		} else {
-			n := copy(m.whdr[m.wn:], p)
-			m.wn += n
-			p = p[n:]
-			if m.wn < yamuxHeader {
-				continue
-			}
-			m.wn = 0
-			if m.outboundHeaderLocked() {
-				if err := m.appendLocked(m.whdr[:]); err != nil {
-					return total - len(p), err
-				}
-			}
 		}
-		if m.wbody == 0 {
-			m.takeQueueLocked()
-		}
-	}
-	if m.wbody == 0 { // after a header with a body, the body follows at once
-		m.kickLocked()
 	}
 	return total, m.werr
 }
 
 // outboundHeaderLocked rewrites the header that yamux wrote; false drops it.
 func (m *mux) outboundHeaderLocked() bool {
-	typ, flags := m.whdr[1], binary.BigEndian.Uint16(m.whdr[2:])
-	id, length := binary.BigEndian.Uint32(m.whdr[4:]), binary.BigEndian.Uint32(m.whdr[8:])
-	switch typ {
-	case yamuxData:
-		m.wbody = length
-	case yamuxWindow:
-		if flags == 0 {
-			return false
-		}
-		s := m.streams[id]
-		if flags&flagSYN != 0 && s == nil {
-			s = newStream(m.lane, id, false)
-			m.streams[id] = s
-		}
-		var grant uint32
-		if s != nil && flags&(flagSYN|flagACK) != 0 && flags&(flagFIN|flagRST) == 0 {
-			grant = s.flow.start()
-		}
-		binary.BigEndian.PutUint32(m.whdr[8:], grant)
-		if s != nil && flags&(flagFIN|flagRST) != 0 {
-			s.closed.Store(true)
-			if s.ended.Load() || flags&flagRST != 0 {
-				m.removeLocked(s)
-			}
+	flags := binary.BigEndian.Uint16(m.whdr[2:])
+	id := binary.BigEndian.Uint32(m.whdr[4:])
+	if m.whdr[1] != yamuxWindow {
+		return m.whdr[1] == yamuxGoAway
+	}
+	if flags == 0 {
+		return false
+	}
+	s := m.streams[id]
+	if flags&flagSYN != 0 && s == nil {
+		s = newStream(m.lane, id, false)
+		m.streams[id] = s
+	}
+	var grant uint32
+	if s != nil && flags&(flagSYN|flagACK) != 0 && flags&(flagFIN|flagRST) == 0 {
+		grant = s.flow.start()
+	}
+	binary.BigEndian.PutUint32(m.whdr[8:], grant)
+	if s != nil && flags&(flagFIN|flagRST) != 0 {
+		s.closed.Store(true)
+		if s.ended.Load() || flags&flagRST != 0 {
+			m.removeLocked(s)
 		}
 	}
 	return true
 }
 
-// inlineBody is the size of a body that is written past the chunk if nobody
-// else is writing: one copy less.
+// inlineBody is the size of a body that its writer sends itself, past the chunk,
+// if nobody else is writing: one copy and one hand-over less.
 const inlineBody = 16 << 10
 
-func (m *mux) bodyLocked(p []byte) error {
-	if len(p) < inlineBody || m.busy {
-		return m.appendLocked(p)
+// roomWaiter waits for its turn to append a frame.
+type roomWaiter struct {
+	need int
+	ok   chan struct{}
+}
+
+// writeData sends one data frame of s with as much of p as its credit and the cap
+// allow, and returns how much that was. 0 without an error means that there is no
+// credit. Frames of several streams take turns.
+func (m *mux) writeData(s *stream, p []byte, limit int) (int, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := s.writable(); err != nil {
+		return 0, err
 	}
+	n := int(min(int64(min(len(p), limit)), s.credit))
+	if n <= 0 || m.werr != nil {
+		return 0, m.werr
+	}
+	m.takeQueueLocked()
+	need := yamuxHeader + n
+	if len(m.waiters)+m.granted > 0 || !m.roomLocked(need) {
+		w := &roomWaiter{need, make(chan struct{})}
+		m.waiters = append(m.waiters, w)
+		m.mu.Unlock()
+		<-w.ok // closed by wakeLocked when there is room, or by the lane's end
+		m.mu.Lock()
+		m.granted--
+		m.takeQueueLocked()
+		if m.werr != nil {
+			return 0, m.werr
+		}
+		if err := s.writable(); err != nil {
+			m.wakeLocked()
+			return 0, err
+		}
+		if n = int(min(int64(n), s.credit)); n <= 0 {
+			m.wakeLocked()
+			return 0, nil
+		}
+	}
+	s.credit -= int64(n)
+	if m.buf == nil {
+		m.buf = getChunk()
+	}
+	hdr := appendYamux(m.buf.data[m.buf.n:m.buf.n], yamuxData, 0, s.id, uint32(n))
+	m.buf.n += len(hdr)
+	if n >= inlineBody && !m.busy {
+		return n, m.inlineLocked(p[:n])
+	}
+	m.buf.append(p[:n])
+	m.kickLocked()
+	m.wakeLocked()
+	return n, nil
+}
+
+// roomLocked reports whether a frame of that size may be appended now.
+func (m *mux) roomLocked(need int) bool {
+	return len(m.queue) == 0 && (m.buf == nil || m.buf.free() >= need)
+}
+
+// wakeLocked gives the next waiter its turn if there is room for it.
+func (m *mux) wakeLocked() {
+	for len(m.waiters) > 0 && (m.werr != nil || m.granted == 0 && m.roomLocked(m.waiters[0].need)) {
+		w := m.waiters[0]
+		m.waiters[0] = nil
+		m.waiters = m.waiters[1:]
+		m.granted++
+		close(w.ok)
+	}
+	if len(m.waiters) == 0 {
+		m.waiters = nil
+	}
+}
+
+// inlineLocked writes the chunk, which ends in a header, and the body behind it.
+func (m *mux) inlineLocked(body []byte) error {
 	m.busy = true
 	c := m.buf
 	m.buf = nil
 	m.mu.Unlock()
 	m.wire.cork()
-	var err error
-	if c != nil {
-		_, err = m.inner.Write(c.data[:c.n])
-		putChunk(c)
-	}
+	_, err := m.inner.Write(c.data[:c.n])
+	putChunk(c)
 	if err == nil {
-		_, err = m.inner.Write(p)
+		_, err = m.inner.Write(body)
 	}
 	if uerr := m.wire.uncork(); err == nil {
 		err = uerr
 	}
 	m.mu.Lock()
 	m.busy = false
-	m.cond.Broadcast()
 	m.failLocked(err)
+	m.takeQueueLocked()
+	m.wakeLocked()
+	m.kickLocked()
+	m.cond.Broadcast()
 	return m.werr
-}
-
-// appendLocked copies p into the chunk and waits for room while it is full.
-func (m *mux) appendLocked(p []byte) error {
-	for {
-		if m.werr != nil {
-			return m.werr
-		}
-		if m.buf == nil {
-			m.buf = getChunk()
-		}
-		if m.buf.n == 0 || m.buf.free() >= len(p) {
-			p = p[m.buf.append(p):]
-			if len(p) == 0 {
-				return nil
-			}
-		}
-		if m.busy {
-			m.cond.Wait()
-			continue
-		}
-		m.busy = true
-		m.flushLocked()
-	}
 }
 
 // send queues whole frames of ours. It never waits for the lane.
@@ -433,10 +479,9 @@ func (m *mux) queueLocked(frame []byte) error {
 	return nil
 }
 
-// takeQueueLocked moves the queue to the chunk if a frame of ours may stand
-// there now and there is room.
+// takeQueueLocked moves the queue to the chunk as far as there is room.
 func (m *mux) takeQueueLocked() {
-	if len(m.queue) == 0 || m.wbody > 0 || m.wn > 0 {
+	if len(m.queue) == 0 {
 		return
 	}
 	if m.buf == nil {
@@ -479,8 +524,8 @@ func (m *mux) flushLocked() {
 		putChunk(c)
 		m.mu.Lock()
 		m.failLocked(err)
-		m.cond.Broadcast()
 		m.takeQueueLocked()
+		m.wakeLocked()
 	}
 	m.busy = false
 	m.cond.Broadcast()
@@ -491,6 +536,7 @@ func (m *mux) failLocked(err error) {
 		return
 	}
 	m.werr = err
+	m.wakeLocked()
 	m.cond.Broadcast()
 	m.lane.failAsync(lostError(err))
 }
@@ -514,8 +560,9 @@ func (m *mux) shut() {
 	}
 	for _, s := range m.streams {
 		m.removeLocked(s)
-		s.laneGone()
+		s.wakeWriter()
 	}
+	m.wakeLocked()
 	m.cond.Broadcast()
 }
 

@@ -182,8 +182,8 @@ func (d *dialer) throughProxy(a *attempt, proxy *url.URL, target string) (net.Co
 	}
 	hint := "ask the proxy's operator to allow CONNECT to " + target
 	switch resp.StatusCode {
-	case http.StatusProxyAuthRequired:
-		hint = "the proxy wants other credentials: set user and password in HTTPS_PROXY"
+	case http.StatusProxyAuthRequired, http.StatusUnauthorized: // tinyproxy says 401 to a wrong password, and means 407
+		hint = "the proxy wants other credentials (407): set user and password in HTTPS_PROXY"
 		if proxy.User == nil {
 			hint = "the proxy wants credentials: set user and password in HTTPS_PROXY"
 		}

@@ -55,6 +55,21 @@ func deadPath(conn net.Conn, limit time.Duration) bool {
 	return dead
 }
 
+// unacknowledged reports whether sent bytes wait to be sent or acknowledged.
+func unacknowledged(conn net.Conn) bool {
+	tcp := tcpBelow(conn)
+	if tcp == nil {
+		return false
+	}
+	raw, err := tcp.SyscallConn()
+	if err != nil {
+		return true
+	}
+	n := 0
+	_ = raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ) })
+	return err != nil || n > 0
+}
+
 func tcpBelow(conn net.Conn) *net.TCPConn {
 	for {
 		switch c := conn.(type) {

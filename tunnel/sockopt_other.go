@@ -11,3 +11,5 @@ import (
 func tuneTCP(net.Conn, Class) {}
 
 func deadPath(net.Conn, time.Duration) bool { return false }
+
+func unacknowledged(net.Conn) bool { return false }

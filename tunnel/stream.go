@@ -16,7 +16,7 @@ import (
 // else on the lane would wait for it.
 const (
 	maxControlWrite = 16 << 10
-	maxBulkWrite    = 32 << 10
+	maxBulkWrite    = 64 << 10
 )
 
 // stream is a multiplexed stream: yamux's, with the meanings of the package
@@ -35,14 +35,19 @@ type stream struct {
 
 	wmu sync.Mutex // one Write at a time, so that its frames stay together
 
-	mu sync.Mutex // guards the setting of ys and of its write deadline
-	ys *yamux.Stream
+	credit int64         // bytes that the peer lets us send; guarded by mux.mu
+	wake   chan struct{} // capacity 1: something changed for a writer
+
+	ys atomic.Pointer[yamux.Stream] // its sending half is not used
+
+	mu            sync.Mutex
+	writeDeadline time.Time
 }
 
 var _ net.Conn = (*stream)(nil)
 
 func newStream(l *lane, id uint32, accepted bool) *stream {
-	s := &stream{lane: l, id: id, accepted: accepted}
+	s := &stream{lane: l, id: id, accepted: accepted, credit: yamuxWindowStart, wake: make(chan struct{}, 1)}
 	s.flow.s = s
 	s.flow.window, s.flow.granted = yamuxWindowStart, yamuxWindowStart
 	if !accepted {
@@ -51,15 +56,8 @@ func newStream(l *lane, id uint32, accepted bool) *stream {
 	return s
 }
 
-// attach gives the stream its yamux half.
-func (s *stream) attach(ys *yamux.Stream) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.ys = ys
-	if s.ended.Load() {
-		_ = ys.SetWriteDeadline(past)
-	}
-}
+// attach gives the stream its yamux half, before anybody else knows it.
+func (s *stream) attach(ys *yamux.Stream) { s.ys.Store(ys) }
 
 // past is a deadline that has passed.
 var past = time.Unix(1, 0)
@@ -73,16 +71,13 @@ func (s *stream) peerEnded(reset bool) {
 	s.wakeWriter()
 }
 
+// wakeWriter makes a blocked Write look again.
 func (s *stream) wakeWriter() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.ys != nil {
-		_ = s.ys.SetWriteDeadline(past)
+	select {
+	case s.wake <- struct{}{}:
+	default:
 	}
 }
-
-// laneGone is called when the lane is lost; yamux wakes readers and writers.
-func (s *stream) laneGone() { s.wakeWriter() }
 
 // Class returns the class that the opener chose.
 func (s *stream) Class() Class { return s.lane.class }
@@ -91,7 +86,7 @@ func (s *stream) Class() Class { return s.lane.class }
 func (s *stream) Tunnel() *Tunnel { return s.lane.tunnel }
 
 func (s *stream) Read(p []byte) (int, error) {
-	n, err := s.ys.Read(p)
+	n, err := s.ys.Load().Read(p)
 	if n > 0 {
 		if !s.read.Load() {
 			s.read.Store(true)
@@ -101,7 +96,7 @@ func (s *stream) Read(p []byte) (int, error) {
 		}
 	}
 	if err != nil {
-		err = s.mapError(err, false)
+		err = s.mapError(err)
 	}
 	return n, err
 }
@@ -113,24 +108,61 @@ func (s *stream) Write(p []byte) (int, error) {
 	}
 	s.wmu.Lock()
 	defer s.wmu.Unlock()
-	total := 0
-	for {
-		if s.closed.Load() {
-			return total, net.ErrClosed
-		}
-		if s.ended.Load() {
-			return total, s.endError()
-		}
-		if len(p) == 0 {
-			return total, nil
-		}
-		n, err := s.ys.Write(p[:min(len(p), limit)])
-		total += n
-		if err != nil {
-			return total, s.mapError(err, true)
-		}
-		p = p[n:]
+	if len(p) == 0 {
+		return 0, s.writable()
 	}
+	total := 0
+	for len(p) > 0 {
+		n, err := s.lane.mux.writeData(s, p, limit)
+		total += n
+		p = p[n:]
+		if err != nil {
+			if lerr := s.lane.failure(); lerr != nil && !s.closed.Load() {
+				err = lerr
+			}
+			return total, err
+		}
+		if n == 0 {
+			if err := s.waitCredit(); err != nil {
+				return total, err
+			}
+		}
+	}
+	return total, nil
+}
+
+// writable is nil unless nothing more can be written.
+func (s *stream) writable() error {
+	switch {
+	case s.closed.Load():
+		return net.ErrClosed
+	case s.ended.Load():
+		return s.endError()
+	}
+	return s.lane.failure()
+}
+
+// waitCredit waits until something changed for a writer, or its deadline.
+func (s *stream) waitCredit() error {
+	s.mu.Lock()
+	deadline := s.writeDeadline
+	s.mu.Unlock()
+	var late <-chan time.Time
+	if !deadline.IsZero() {
+		left := time.Until(deadline)
+		if left <= 0 {
+			return os.ErrDeadlineExceeded
+		}
+		timer := time.NewTimer(left)
+		defer timer.Stop()
+		late = timer.C
+	}
+	select {
+	case <-s.wake:
+	case <-late:
+		return os.ErrDeadlineExceeded
+	}
+	return nil
 }
 
 func (s *stream) endError() error {
@@ -142,21 +174,13 @@ func (s *stream) endError() error {
 
 // mapError turns yamux's errors into ours. yamux ends every stream of a lost
 // connection in io.EOF; here EOF is only what the peer sent.
-func (s *stream) mapError(err error, write bool) error {
+func (s *stream) mapError(err error) error {
 	switch {
 	case s.closed.Load():
 		return net.ErrClosed
 	case errors.Is(err, yamux.ErrConnectionReset):
 		return ErrStreamReset
 	case errors.Is(err, yamux.ErrTimeout):
-		if write {
-			if s.ended.Load() {
-				return s.endError()
-			}
-			if err := s.lane.failure(); err != nil {
-				return err
-			}
-		}
 		return os.ErrDeadlineExceeded
 	case err == io.EOF && s.ended.Load():
 		if s.reset.Load() {
@@ -179,12 +203,13 @@ func (s *stream) Close() error {
 	if s.closed.Swap(true) {
 		return net.ErrClosed
 	}
-	_ = s.ys.SetReadDeadline(past)
+	ys := s.ys.Load()
+	_ = ys.SetReadDeadline(past)
 	s.wakeWriter()
 	s.lane.mux.dropIfEnded(s)
 	// yamux waits until its FIN is written, which a slow lane delays.
-	if !s.lane.tunnel.spawn(func() { _ = s.ys.Close() }) {
-		_ = s.ys.Close()
+	if !s.lane.tunnel.spawn(func() { _ = ys.Close() }) {
+		_ = ys.Close()
 	}
 	return nil
 }
@@ -200,9 +225,10 @@ func (s *stream) SetReadDeadline(t time.Time) error {
 	if s.closed.Load() {
 		return net.ErrClosed
 	}
-	err := s.ys.SetReadDeadline(t)
+	ys := s.ys.Load()
+	err := ys.SetReadDeadline(t)
 	if s.closed.Load() { // Close came between
-		_ = s.ys.SetReadDeadline(past)
+		_ = ys.SetReadDeadline(past)
 	}
 	return err
 }
@@ -210,15 +236,14 @@ func (s *stream) SetReadDeadline(t time.Time) error {
 // SetWriteDeadline bounds the wait for the peer's window, not that for the lane,
 // which the tunnel's liveness bounds.
 func (s *stream) SetWriteDeadline(t time.Time) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if s.closed.Load() {
 		return net.ErrClosed
 	}
-	if s.ended.Load() || s.lane.failure() != nil {
-		return nil
-	}
-	return s.ys.SetWriteDeadline(t)
+	s.mu.Lock()
+	s.writeDeadline = t
+	s.mu.Unlock()
+	s.wakeWriter()
+	return nil
 }
 
 // shrink gives back the memory of a stream whose reader has emptied it.
@@ -227,10 +252,7 @@ func (s *stream) shrink() {
 		s.lean.Store(false)
 		return
 	}
-	s.mu.Lock()
-	ys := s.ys
-	s.mu.Unlock()
-	if ys != nil && !s.lean.Swap(true) {
+	if ys := s.ys.Load(); ys != nil && !s.lean.Swap(true) {
 		ys.Shrink()
 	}
 }
