@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -18,9 +19,11 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-dev/postern/client"
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/e2e/stack"
 	"github.com/postern-dev/postern/proto/auditchain"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
 // ended is a command that has ended.
@@ -340,4 +343,50 @@ func fillDisk(t *testing.T, dir string) (free func()) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// allEntries are all entries of a log, however many: see auditEntries.
+func allEntries(t *testing.T, s *stack.Stack, agent string) []auditchain.Entry {
+	t.Helper()
+	var all []auditchain.Entry
+	for {
+		args := []string{"audit", "list", "--from", strconv.Itoa(len(all) + 1), "--limit", "1000"}
+		if agent != "" {
+			args = append(args, "--agent", agent)
+		}
+		page := mustJSON[[]auditchain.Entry](t, s, args...)
+		if len(page) == 0 {
+			return all
+		}
+		all = append(all, page...)
+	}
+}
+
+// ends are the outcomes of each query, by its id, as a log has them.
+func ends(t *testing.T, s *stack.Stack, agent string) map[string][]string {
+	t.Helper()
+	found := map[string][]string{}
+	for _, e := range allEntries(t, s, agent) {
+		if e.Action == "sql.run" || e.Action == "sql.lost" {
+			found[e.QueryID] = append(found[e.QueryID], e.Outcome)
+		}
+	}
+	return found
+}
+
+// insert runs insertion(n) and returns the query's id once it is acknowledged.
+func insert(ctx context.Context, c *client.Client, n int) (string, error) {
+	rows, err := c.SQL(ctx, "host", "db", &posternv1.RunSQLRequest{Sql: insertion(n)})
+	if err != nil {
+		return "", err
+	}
+	defer rows.Close()
+	if _, err := io.Copy(io.Discard, rows); err != nil {
+		return "", err
+	}
+	outcome, err := rows.Outcome()
+	if err != nil {
+		return "", err
+	}
+	return outcome.GetQueryId(), nil
 }
