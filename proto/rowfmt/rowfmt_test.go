@@ -185,7 +185,7 @@ func TestJSONProperty(t *testing.T) {
 		rows := [][]any{}
 		for _, s := range append(texts, string(raw)) {
 			if long {
-				s = strings.Repeat(s+"é", 1+100_000/(len(s)+2))
+				s = strings.Repeat(s+"é", 1+70_000/(len(s)+2))
 			}
 			rows = append(rows, []any{s, f, s})
 		}
@@ -211,7 +211,7 @@ func TestJSONProperty(t *testing.T) {
 		}
 		return true
 	}
-	if err := quick.Check(check, &quick.Config{MaxCount: 50}); err != nil {
+	if err := quick.Check(check, &quick.Config{MaxCount: 25}); err != nil {
 		t.Error(err)
 	}
 }
@@ -273,9 +273,6 @@ func TestTableStreamsAfterSizing(t *testing.T) {
 	if len(lines) != 1503 || lines[1502] != "(1500 rows)" {
 		t.Fatalf("%d lines, the last %q", len(lines), lines[len(lines)-1])
 	}
-	for _, i := range []int{0, 1, 2, 12, 301, 1402} {
-		t.Logf("%q", lines[i])
-	}
 	if lines[0] != "  n  |  t" || lines[1] != "-----+-----" || lines[2] != "   0 | " || lines[302] != " 300 | x" {
 		t.Errorf("header and rows:\n%s", strings.Join(lines[:4], "\n"))
 	}
@@ -311,9 +308,6 @@ func TestErrors(t *testing.T) {
 				if f == rowfmt.JSON && json.Valid(dst.Bytes()) {
 					t.Fatalf("half a result is valid JSON: %s", dst.Bytes())
 				}
-				if err := rowfmt.Convert(context.Background(), io.Discard, bytes.NewReader(src[:n]), f, rowfmt.Options{}); err == nil && f == rowfmt.CSV {
-					t.Logf("%d bytes end between two messages", n)
-				}
 			}
 			err := rowfmt.Convert(context.Background(), &limitedWriter{n: 10}, bytes.NewReader(src), f, rowfmt.Options{})
 			if !errors.Is(err, errFull) {
@@ -330,7 +324,7 @@ func TestErrors(t *testing.T) {
 			if err := rowfmt.Convert(ctx, io.Discard, bytes.NewReader(src), f, rowfmt.Options{}); !errors.Is(err, context.Canceled) {
 				t.Errorf("cancelled: %v", err)
 			}
-			if err := rowfmt.Convert(context.Background(), io.Discard, bytes.NewReader(src), f, rowfmt.Options{MaxMessage: 100}); err == nil || !strings.Contains(err.Error(), "cannot") && !strings.Contains(err.Error(), "can be converted") {
+			if err := rowfmt.Convert(context.Background(), io.Discard, bytes.NewReader(src), f, rowfmt.Options{MaxMessage: 100}); err == nil || !strings.Contains(err.Error(), "more than the 0 MiB that can be converted") {
 				t.Errorf("batch over the limit: %v", err)
 			}
 		})
@@ -351,7 +345,8 @@ func encodeList(t *testing.T) []byte {
 
 func TestRowsArriveAtOnce(t *testing.T) {
 	src := sample(t)
-	for _, f := range []rowfmt.Format{rowfmt.CSV, rowfmt.NDJSON, rowfmt.JSON} {
+	last := map[rowfmt.Format]string{rowfmt.CSV: ",w\n", rowfmt.NDJSON: `"t_2":"w"}`, rowfmt.JSON: `"t_2":"w"}`}
+	for f, row := range last {
 		pr, pw := io.Pipe()
 		or, ow := io.Pipe()
 		done := make(chan error, 1)
@@ -362,17 +357,19 @@ func TestRowsArriveAtOnce(t *testing.T) {
 		}()
 		// All but the end of the stream: the rows must come without it.
 		go pw.Write(src[:len(src)-8])
-		seen := 0
+		var seen []byte
 		buf := make([]byte, 4096)
-		for seen < 7 {
+		for !bytes.Contains(seen, []byte(row)) {
 			n, err := or.Read(buf)
 			if err != nil {
 				t.Fatal(err)
 			}
-			seen += bytes.Count(buf[:n], []byte("6f1d")) + bytes.Count(buf[:n], []byte(`,w`)) + 6*bytes.Count(buf[:n], []byte(`"w"`)) + 5*bytes.Count(buf[:n], []byte(",w\n"))
+			seen = append(seen, buf[:n]...)
 		}
 		pw.Close()
-		io.Copy(io.Discard, or)
+		if _, err := io.Copy(io.Discard, or); err != nil {
+			t.Error(err)
+		}
 		if err := <-done; err != nil {
 			t.Errorf("%s: %v", f, err)
 		}
@@ -402,7 +399,8 @@ func TestNoAllocationPerValue(t *testing.T) {
 	}
 }
 
-// TestMemoryIsConstant converts 1 GB of rows from a source that has one batch.
+// TestMemoryIsConstant converts 2 million rows from a source that repeats one
+// batch.
 func TestMemoryIsConstant(t *testing.T) {
 	fields, rows := benchRows(10_000)
 	one := encode(t, fields, rows, len(rows))
@@ -411,9 +409,9 @@ func TestMemoryIsConstant(t *testing.T) {
 	body := one[len(head) : len(one)-8]
 	for _, f := range []rowfmt.Format{rowfmt.CSV, rowfmt.Parquet} {
 		t.Run(string(f), func(t *testing.T) {
-			count := 400
+			count := 200
 			if f == rowfmt.Parquet {
-				count = 100
+				count = 60
 			}
 			src := io.MultiReader(bytes.NewReader(head), &repeat{body: body, n: count})
 			var peak uint64
@@ -463,13 +461,15 @@ func TestClaimsCostNothing(t *testing.T) {
 	var stats runtime.MemStats
 	runtime.ReadMemStats(&stats)
 	before := stats.TotalAlloc
-	for i := range len(src) {
+	count := 0
+	for i := 0; i < len(src); i += 3 { // the high bytes of sizes among them
+		count++
 		bad := bytes.Clone(src)
 		bad[i] = 0x7f
 		_ = rowfmt.Convert(context.Background(), io.Discard, bytes.NewReader(bad), rowfmt.CSV, rowfmt.Options{})
 	}
 	runtime.ReadMemStats(&stats)
-	if each := (stats.TotalAlloc - before) / uint64(len(src)); each > 4<<20 {
+	if each := (stats.TotalAlloc - before) / uint64(count); each > 4<<20 {
 		t.Errorf("%d bytes allocated for each garbled stream of %d", each, len(src))
 	}
 }
