@@ -390,3 +390,13 @@ func insert(ctx context.Context, c *client.Client, n int) (string, error) {
 	}
 	return outcome.GetQueryId(), nil
 }
+
+// localEntries are the lines of a host's log, read on the host.
+func localEntries(t *testing.T, a *stack.Agent) []string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join(a.StateDir(), "audit", "000001.jsonl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strings.Split(strings.TrimSpace(string(text)), "\n")
+}

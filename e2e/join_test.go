@@ -266,7 +266,12 @@ func TestKeyIsNeverOnTheCommandLine(t *testing.T) {
 	s := newStack(t, stack.Options{})
 	key := must(t, s, "key", "create", "--uses", "3")
 	for _, args := range [][]string{
-		{key}, {"--key", key}, {"--key=" + key}, {"--key-file", key}, {"--key-file=" + key}, {"--name", key, "--key-file", "-"},
+		{key},
+		{"--key", key},
+		{"--key=" + key},
+		{"--key-file", key},
+		{"--key-file=" + key},
+		{"--name", key, "--key-file", "-"},
 		{"--" + key},
 	} {
 		cmd := registerCommand(t, hostNamed(t, s, "argv"), args...)
