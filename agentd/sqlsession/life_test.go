@@ -19,9 +19,7 @@ import (
 )
 
 func TestRotatedPassword(t *testing.T) {
-	if err := server.CreateRole(t.Context(), "rotated", "one"); err != nil {
-		t.Fatal(err)
-	}
+	createRole(t, "rotated", "one")
 	var current atomic.Value
 	current.Store("wrong")
 	s := source("db")
@@ -302,12 +300,8 @@ func TestTLS(t *testing.T) {
 }
 
 func TestCheck(t *testing.T) {
-	if err := server.CreateRole(t.Context(), "plain", "p"); err != nil {
-		t.Fatal(err)
-	}
-	if err := server.CreateRole(t.Context(), "mighty", "p", "BYPASSRLS CREATEROLE"); err != nil {
-		t.Fatal(err)
-	}
+	createRole(t, "plain", "p")
+	createRole(t, "mighty", "p", "BYPASSRLS CREATEROLE")
 	if err := server.SQL(t.Context(), "GRANT pg_read_server_files, pg_execute_server_program TO mighty"); err != nil {
 		t.Fatal(err)
 	}

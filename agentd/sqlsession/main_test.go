@@ -252,3 +252,22 @@ func itoas(numbers []int) string {
 	}
 	return strings.Join(texts, " ")
 }
+
+// createRole makes a role for one test.
+func createRole(t *testing.T, name, secret string, attributes ...string) {
+	t.Helper()
+	if err := server.CreateRole(t.Context(), name, secret, attributes...); err != nil {
+		t.Fatal(err)
+	}
+	cleanUp(t, "DROP ROLE "+name)
+}
+
+// cleanUp runs statements as superuser at the end of the test.
+func cleanUp(t *testing.T, statements ...string) {
+	t.Helper()
+	t.Cleanup(func() {
+		if err := server.SQL(context.Background(), statements...); err != nil {
+			t.Error(err)
+		}
+	})
+}

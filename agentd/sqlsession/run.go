@@ -280,7 +280,7 @@ func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.
 	}
 	timer := time.AfterFunc(time.Duration(request.TimeoutMillis)*time.Millisecond+timeoutGrace, func() { r.stop(frame.TimedOut) })
 	defer timer.Stop()
-	reply, failed, err := m.copyFrames(ctx, r, s, w, outcome)
+	begun, reply, failed, err := m.copyFrames(ctx, r, s, w, outcome)
 	r.detach()
 	switch {
 	case err != nil:
@@ -291,10 +291,11 @@ func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.
 		if errors.Is(err, frame.ErrMalformed) {
 			return false, err
 		}
-		// The process may have found its connection dead before it saw the
-		// statement; one that was killed is not tried again.
+		// A process that ended before the statement went to the database is
+		// replaced. Begun may have been lost with the process, so that is not
+		// certain; then only what changes nothing is tried again.
 		died := s.died()
-		return outcome.Bytes == 0 && s.exitedIdle(), died
+		return !begun && (!request.ReadWrite || s.exitedIdle()), died
 	case failed != nil:
 		m.drop(s)
 		e := failed.Error.Proto()
@@ -341,20 +342,23 @@ func (m *Manager) drop(s *session) {
 	m.endLocked(s)
 }
 
-// copyFrames copies the result to w until the process says how it ended.
-func (m *Manager) copyFrames(ctx context.Context, r *run, s *session, w io.Writer, outcome *posternv1.QueryOutcome) (*frame.DoneReply, *frame.FailedReply, error) {
+// copyFrames copies the result to w until the process says how it ended. begun
+// tells whether the statement is known to have gone to the database.
+func (m *Manager) copyFrames(ctx context.Context, r *run, s *session, w io.Writer, outcome *posternv1.QueryOutcome) (begun bool, done *frame.DoneReply, failed *frame.FailedReply, err error) {
 	broken := false
 	for {
 		t, err := s.frames.Next()
 		if err != nil {
-			return nil, nil, err
+			return begun, nil, nil, err
 		}
 		switch t {
+		case frame.Begun:
+			begun = true
 		case frame.Data:
 			for s.frames.Left() > 0 {
 				chunk, err := s.frames.Chunk()
 				if err != nil {
-					return nil, nil, err
+					return begun, nil, nil, err
 				}
 				if broken || ctx.Err() != nil {
 					continue // nobody wants it: the process is being stopped
@@ -369,23 +373,23 @@ func (m *Manager) copyFrames(ctx context.Context, r *run, s *session, w io.Write
 		case frame.Progress:
 			chunk, err := s.frames.Chunk()
 			if err != nil {
-				return nil, nil, err
+				return begun, nil, nil, err
 			}
 			r.rows.Store(frame.ProgressRows(chunk))
 		case frame.Done:
 			var reply frame.DoneReply
 			if err := s.frames.JSON(&reply); err != nil {
-				return nil, nil, err
+				return begun, nil, nil, err
 			}
-			return &reply, nil, nil
+			return begun, &reply, nil, nil
 		case frame.Failed:
 			var reply frame.FailedReply
 			if err := s.frames.JSON(&reply); err != nil {
-				return nil, nil, err
+				return begun, nil, nil, err
 			}
-			return nil, &reply, nil
+			return begun, nil, &reply, nil
 		default:
-			return nil, nil, fmt.Errorf("%w: %q during a statement", frame.ErrMalformed, byte(t))
+			return begun, nil, nil, fmt.Errorf("%w: %q during a statement", frame.ErrMalformed, byte(t))
 		}
 	}
 }

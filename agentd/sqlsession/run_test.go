@@ -304,11 +304,7 @@ func TestReadWrite(t *testing.T) {
 		return r
 	}
 	query(t, m, write("CREATE TABLE written (i int PRIMARY KEY DEFERRABLE INITIALLY DEFERRED)"))
-	t.Cleanup(func() {
-		if err := server.SQL(context.Background(), "DROP TABLE written"); err != nil {
-			t.Error(err)
-		}
-	})
+	cleanUp(t, "DROP TABLE written")
 	got, outcome := query(t, m, write("INSERT INTO written SELECT generate_series(1, 5) RETURNING i"))
 	if outcome.CommandTag != "INSERT 0 5" || len(got.rows) != 5 {
 		t.Errorf("got %q, %d rows, want INSERT 0 5 and 5", outcome.CommandTag, len(got.rows))

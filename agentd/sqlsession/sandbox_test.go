@@ -142,9 +142,7 @@ func TestSecretsStayHidden(t *testing.T) {
 	s.Password = password(marked)
 	m := newManager(t, sqlsession.Config{Logger: textLogger(&log)}, s)
 	e := refuse(t, m, request("SELECT 1"), proto.CodeSourceCredentials)
-	if err := server.CreateRole(t.Context(), "marked", marked); err != nil {
-		t.Fatal(err)
-	}
+	createRole(t, "marked", marked)
 	s.DSN = server.DSN("marked", "postgres")
 	m.SetSources([]sqlsession.Source{s})
 	query(t, m, request("SELECT 1"))

@@ -20,11 +20,7 @@ func TestTypes(t *testing.T) {
 	); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		if err := server.SQL(t.Context(), "DROP TYPE mood, pair", "DROP DOMAIN small"); err != nil && t.Context().Err() == nil {
-			t.Error(err)
-		}
-	})
+	cleanUp(t, "DROP TYPE mood, pair", "DROP DOMAIN small")
 	m := newManager(t, sqlsession.Config{})
 	tests := []struct{ expression, arrow, pg, want string }{
 		{"true", "bool", "bool", "true"},
@@ -230,6 +226,7 @@ func TestSQLASCII(t *testing.T) {
 	if err := server.SQL(t.Context(), "CREATE DATABASE ascii TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE 'C'"); err != nil {
 		t.Fatal(err)
 	}
+	cleanUp(t, "DROP DATABASE ascii WITH (FORCE)")
 	s := source("db")
 	s.DSN = server.DSN("reader", "ascii")
 	m := newManager(t, sqlsession.Config{}, s)

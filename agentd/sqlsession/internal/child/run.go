@@ -106,6 +106,9 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	if x.st.isStopped() {
 		return stopError(x.st.stopReason(), r), false
 	}
+	if err := x.sink.send(frame.Begun, nil); err != nil {
+		return proto.Errorf(proto.CodeInternal, "%w", err), false
+	}
 	if err := x.sendExecute(); err != nil {
 		return x.broken(err), false
 	}

@@ -10,7 +10,7 @@
 //	          <------   Connected | Failed
 //	Run       ------>
 //	Cancel    ------>   (any number, before Done)
-//	          <------   Data, Progress ... Done | Failed (the statement was not run)
+//	          <------   Begun, Data, Progress ... Done | Failed (it was not run)
 //	          <------   Idle (the database session is reset)
 //	Check     ------>
 //	          <------   Checked, Idle

@@ -22,6 +22,7 @@ const (
 	Check     Type = 'K' // empty
 	Connected Type = 'c' // ConnectedReply
 	Failed    Type = 'e' // FailedReply
+	Begun     Type = 'b' // empty: the statement goes to the database now
 	Data      Type = 'd' // bytes of an Arrow IPC stream
 	Progress  Type = 'p' // eight bytes: the rows sent so far, big endian
 	Done      Type = 'z' // DoneReply
@@ -44,6 +45,7 @@ var limits = map[Type]int{
 	Check:     0,
 	Connected: 4 << 10,
 	Failed:    64 << 10,
+	Begun:     0,
 	Data:      MaxData,
 	Progress:  8,
 	Done:      256 << 10,

@@ -1,0 +1,5 @@
+//go:build race
+
+package sqlsession_test
+
+const raceEnabled = true
