@@ -152,6 +152,9 @@ func (k *Keeper) Run(ctx context.Context) {
 				continue // a planned move: dial the next while this one works
 			}
 		}
+		if ctx.Err() == nil && k.leaving() {
+			<-ctx.Done() // the last tunnel is gone: no other is wanted
+		}
 		if ctx.Err() != nil {
 			return
 		}
@@ -159,6 +162,12 @@ func (k *Keeper) Run(ctx context.Context) {
 		k.failed(err)
 		k.wait(ctx, pause(backoff, err, failures))
 	}
+}
+
+func (k *Keeper) leaving() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.draining
 }
 
 // slow codes are those that only a person can mend. They are asked again all

@@ -89,25 +89,62 @@ func live(all []*session) []*session {
 	return left
 }
 
+// farewell is how long, once the last answer was sent, the control plane may take
+// to read it and to close a tunnel that was told to go away.
+const farewell = 30 * time.Second
+
 // retire lets a tunnel's streams finish, and then closes it.
 func (s *session) retire(within time.Duration) {
 	if s.t.Err() != nil {
 		return
 	}
 	s.t.GoAway(0, within, "agentd has a newer tunnel")
+	s.wg.Go(func() { s.finish(within, farewell) })
+}
+
+// finish waits until the requests under way have been answered and the answers
+// read, and closes the tunnel. Closing it earlier would cut what is on its way,
+// and only the reader knows when that has come: it closes its end then.
+func (s *session) finish(within, patience time.Duration) {
 	ctx, cancel := context.WithTimeout(context.Background(), within)
+	defer cancel()
+	watched := make(chan struct{})
 	s.wg.Go(func() {
-		defer cancel()
-		s.server.Shutdown(ctx)        //nolint:errcheck // what is left by then is cut
-		s.t.Close(tunnel.ErrReplaced) //nolint:errcheck // it may have ended by itself
-	})
-	s.wg.Go(func() {
+		defer close(watched)
 		select {
 		case <-s.t.Done(): // nothing is left to wait for
 			cancel()
 		case <-ctx.Done():
 		}
 	})
+	s.server.Shutdown(ctx) //nolint:errcheck // what is left by then is cut
+	s.settle(patience)
+	s.t.Close(tunnel.ErrReplaced) //nolint:errcheck // it may have ended by itself
+	cancel()
+	<-watched
+}
+
+// settle waits for the control plane to close the tunnel, or, should it not do
+// that, until no stream is left and a moment has passed.
+func (s *session) settle(patience time.Duration) {
+	end := time.NewTimer(patience)
+	defer end.Stop()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	quiet, enough := 0, 10+int(4*s.t.RTT()/(20*time.Millisecond))
+	for quiet < enough {
+		select {
+		case <-s.t.Done():
+			return
+		case <-end.C:
+			return
+		case <-tick.C:
+		}
+		quiet++
+		if s.t.Streams() > 0 {
+			quiet = 0
+		}
+	}
 }
 
 // Drain tells the control plane that this host is about to stop; requests that
@@ -122,13 +159,19 @@ func (k *Keeper) Drain(within time.Duration) {
 	}
 }
 
+// lastWord is farewell when agentd stops: nothing is running any more.
+const lastWord = 3 * time.Second
+
 // closeAll closes every tunnel and waits.
 func (k *Keeper) closeAll() {
 	k.mu.Lock()
-	all := k.retired
+	all, current := k.retired, k.current
 	k.retired, k.current = nil, nil
 	k.state.Up = false
 	k.mu.Unlock()
+	if current != nil {
+		current.finish(lastWord, lastWord)
+	}
 	for _, s := range all {
 		s.t.Close(tunnel.ErrClosed) //nolint:errcheck // it may have ended by itself
 		s.cancel()

@@ -42,6 +42,8 @@ var (
 	ErrRevoked = errors.New("the agent was revoked")
 	// ErrDisabled is the cause when its organization was disabled.
 	ErrDisabled = errors.New("the organization was disabled")
+	// ErrLeaving is the cause when the agent said that it goes away.
+	ErrLeaving = errors.New("the agent is stopping or has moved")
 	// ErrStopping is the cause when this control plane stops.
 	ErrStopping = errors.New("the control plane is stopping")
 )
@@ -118,12 +120,31 @@ func (h *Hub) Handle(t *tunnel.Tunnel) {
 	h.peers[p] = struct{}{}
 	h.mu.Unlock()
 
+	go h.follow(p)                                      // ends with the tunnel
 	err = h.server.Serve(peerListener{t.Listener(), p}) // returns when the tunnel ends
 	if t.Err() == nil {
 		t.Close(err) //nolint:errcheck // likewise
 	}
 	<-t.Done()
 	h.detach(p)
+}
+
+// follow ends the tunnel of an agent that goes away as soon as what it answered
+// has been read here: the agent itself cannot know when that is.
+func (h *Hub) follow(p *peer) {
+	select {
+	case <-p.tunnel.Done():
+		return
+	case <-p.tunnel.GoneAway():
+	}
+	h.mu.Lock()
+	l := p.link
+	h.mu.Unlock()
+	if l == nil {
+		p.tunnel.Close(ErrLeaving) //nolint:errcheck // it ends either way
+		return
+	}
+	l.retire(ErrLeaving)
 }
 
 // admit checks a peer with a certificate before its first request.

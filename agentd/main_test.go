@@ -1,0 +1,39 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"go.uber.org/goleak"
+
+	"github.com/postern-dev/postern/agentd/sqlsession"
+)
+
+// TestMain is also the main of SQL sessions, and of the commands in testdata.
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == sqlsession.ChildArg {
+		os.Exit(sqlsession.ChildMain())
+	}
+	testscript.Main(leaks{m}, map[string]func(){"agentd": main})
+}
+
+// leaks fails the tests when goroutines are left behind.
+type leaks struct{ *testing.M }
+
+// Run implements testscript.TestingM.
+func (l leaks) Run() int {
+	code := l.M.Run()
+	if code == 0 {
+		if err := goleak.Find(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+	}
+	return code
+}
+
+func TestCommandLine(t *testing.T) {
+	testscript.Run(t, testscript.Params{Dir: "testdata"})
+}
