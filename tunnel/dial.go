@@ -304,7 +304,7 @@ func (d *dialer) dialLane(a *attempt, t *Tunnel, class Class, opener uint8, toke
 	}
 	rtt := time.Since(began)
 
-	wc := newWSConn(ws, w)
+	wc := newWSConn(ws, w, true)
 	tc := tls.Client(wc, d.inner)
 	l := newLane(t, class, wc, tc)
 	a.step(wc)

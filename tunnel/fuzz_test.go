@@ -165,7 +165,7 @@ func FuzzWebSocket(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		c := newWSConn(ws, w)
+		c := newWSConn(ws, w, false)
 		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
 		n, err := io.Copy(io.Discard, c)
 		if n > int64(len(b)) {

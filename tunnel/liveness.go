@@ -184,9 +184,6 @@ func (t *Tunnel) tick(passed time.Duration) {
 	for _, l := range check {
 		t.tickLane(l, passed)
 	}
-	if busy {
-		control.mux.shrink()
-	}
 }
 
 // pathTimeout is how long sent bytes of a solo lane may stay unacknowledged.
@@ -207,7 +204,6 @@ func (t *Tunnel) tickLane(l *lane, passed time.Duration) {
 		}
 		return
 	}
-	l.mux.shrink()
 	if l.mux.count() > 0 {
 		l.idle = 0
 		l.unretire()

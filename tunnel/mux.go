@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -43,6 +42,8 @@ const maxQueued = 256 << 10
 //     costs more than the frame: stream.Write puts whole frames into a chunk that
 //     one goroutine, started on demand, flushes, so that many small frames become
 //     one TLS record and one system call; yamux itself sends only SYN, ACK, FIN;
+//   - data is received past yamux as well, into the stream's inbox (receive.go),
+//     where no lock is held while a frame trickles in;
 //   - streams are counted, a peer's stream over the limit is reset before yamux
 //     learns of it, a stray or late frame is dropped instead of logged, pings
 //     (each would start a goroutine in yamux) are dropped;
@@ -56,15 +57,13 @@ type mux struct {
 
 	// Read side: used by yamux's receive loop only.
 	rhdr   [yamuxHeader]byte
-	rn     int    // bytes of rhdr filled
-	body   uint64 // bytes of the current frame's body to come
-	drop   bool   // the current body is not for yamux
-	msg    []byte // payload of a link message being gathered
+	rn     int     // bytes of rhdr filled
+	body   uint64  // bytes of the current frame's body to come
+	into   *stream // whose data the current body is; nil drops it
+	msg    []byte  // payload of a link message being gathered
 	msgTyp messageType
 	spill  [64]byte // see Read: for callers with tiny buffers
 	spillB []byte
-
-	shrinking atomic.Bool
 
 	whdr [yamuxHeader]byte // of the frame being written by yamux's send loop
 	wn   int
@@ -102,6 +101,13 @@ func (m *mux) Read(p []byte) (int, error) {
 			m.spillB = m.spillB[n:]
 			return n, nil
 		}
+		if m.body > 0 && m.into != nil {
+			if err := m.readBody(); err != nil {
+				m.lane.fail(lostError(err))
+				return 0, err
+			}
+			continue
+		}
 		dst := p
 		if len(p) < len(m.spill) { // yamux never does; filter needs room for a held header
 			dst = m.spill[:]
@@ -128,6 +134,19 @@ func (m *mux) Read(p []byte) (int, error) {
 	}
 }
 
+// readBody reads the rest of a data frame's body straight into its inbox.
+func (m *mux) readBody() error {
+	q := &m.into.inbox
+	for m.body > 0 {
+		n, err := m.inner.Read(q.space(int(min(m.body, largeBlock))))
+		q.commit(n)
+		if m.body -= uint64(n); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // filter moves those bytes of in that are for yamux to the front of dst and
 // returns how many. A header is given away only when it is whole and judged;
 // dst has yamuxHeader bytes before in for one held from before.
@@ -139,8 +158,8 @@ func (m *mux) filter(dst, in []byte) (int, error) {
 			switch {
 			case m.msgTyp != 0:
 				m.msg = append(m.msg, in[:n]...)
-			case !m.drop:
-				out += copy(dst[out:], in[:n])
+			case m.into != nil:
+				m.into.inbox.put(in[:n])
 			}
 			in = in[n:]
 			if m.body -= uint64(n); m.body == 0 && m.msgTyp != 0 {
@@ -158,7 +177,7 @@ func (m *mux) filter(dst, in []byte) (int, error) {
 			if m.rn < messageHeader {
 				continue
 			}
-			m.rn = 0
+			m.rn, m.into = 0, nil
 			m.body = uint64(binary.BigEndian.Uint16(m.rhdr[2:]))
 			m.msgTyp = messageType(m.rhdr[1])
 			if m.body > maxMessage || m.msgTyp == 0 {
@@ -207,8 +226,8 @@ func (m *mux) endMessage() error {
 	return m.lane.received(&msg)
 }
 
-// inboundHeader judges the yamux header in rhdr: whether yamux may see it. It
-// sets body and drop.
+// inboundHeader judges the yamux header in rhdr: whether yamux may see it, which
+// then has no body. It sets body and into.
 func (m *mux) inboundHeader() (pass bool, err error) {
 	typ, flags := m.rhdr[1], binary.BigEndian.Uint16(m.rhdr[2:])
 	id, length := binary.BigEndian.Uint32(m.rhdr[4:]), binary.BigEndian.Uint32(m.rhdr[8:])
@@ -223,8 +242,9 @@ func (m *mux) inboundHeader() (pass bool, err error) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.into = nil
 	if typ == yamuxData {
-		m.body, m.drop = uint64(length), true
+		m.body = uint64(length)
 	}
 	s := m.streams[id]
 	if flags&flagSYN != 0 {
@@ -254,30 +274,25 @@ func (m *mux) inboundHeader() (pass bool, err error) {
 	if typ == yamuxWindow && length > 0 {
 		s.credit = min(s.credit+int64(length), 1<<40)
 		s.wakeWriter()
-		if flags == 0 {
-			return false, nil
-		}
-		binary.BigEndian.PutUint32(m.rhdr[8:], 0)
 	}
 	closed := s.closed.Load()
+	if typ == yamuxData && !closed {
+		m.into = s
+	}
 	if flags&(flagFIN|flagRST) != 0 {
 		if s.ended.Load() && flags&flagRST == 0 {
 			return false, fmt.Errorf("%w: stream %d ended twice", ErrProtocol, id)
+		}
+		if flags&flagRST == 0 && typ == yamuxData && length > 0 {
+			return false, fmt.Errorf("%w: stream %d ended with a body", ErrProtocol, id)
 		}
 		s.peerEnded(flags&flagRST != 0)
 		if closed || flags&flagRST != 0 {
 			m.removeLocked(s)
 		}
 	}
-	if typ == yamuxData && closed {
-		if flags == 0 {
-			return false, nil
-		}
-		binary.BigEndian.PutUint32(m.rhdr[8:], 0)
-		return true, nil
-	}
-	m.drop = false
-	return true, nil
+	binary.BigEndian.PutUint32(m.rhdr[8:], 0)
+	return flags != 0, nil
 }
 
 // removeLocked forgets a stream that both sides have ended.
@@ -560,7 +575,7 @@ func (m *mux) shut() {
 	}
 	for _, s := range m.streams {
 		m.removeLocked(s)
-		s.wakeWriter()
+		s.laneGone()
 	}
 	m.wakeLocked()
 	m.cond.Broadcast()
@@ -597,28 +612,6 @@ func (m *mux) drain(limit time.Duration) {
 	defer m.mu.Unlock()
 	for !late && m.werr == nil && (m.busy || m.buf != nil && m.buf.n > 0 || len(m.queue) > 0) {
 		m.cond.Wait()
-	}
-}
-
-// shrink gives back the memory of streams that were not read lately. yamux holds
-// a stream's lock while a frame trickles in, so this must not run in the tick.
-func (m *mux) shrink() {
-	if m.shrinking.Swap(true) {
-		return
-	}
-	if !m.lane.tunnel.spawn(func() {
-		defer m.shrinking.Store(false)
-		m.mu.Lock()
-		all := make([]*stream, 0, len(m.streams))
-		for _, s := range m.streams {
-			all = append(all, s)
-		}
-		m.mu.Unlock()
-		for _, s := range all {
-			s.shrink()
-		}
-	}) {
-		m.shrinking.Store(false)
 	}
 }
 

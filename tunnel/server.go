@@ -185,7 +185,7 @@ func (s *Server) handshake(w http.ResponseWriter, r *http.Request) {
 		s.cfg.Metrics.handshakeFailed(failUpgrade)
 		return
 	}
-	wc := newWSConn(ws, h.wire)
+	wc := newWSConn(ws, h.wire, false)
 	timer := time.AfterFunc(s.cfg.HandshakeTimeout, func() { _ = h.wire.Close() })
 	stop := context.AfterFunc(closingContext{s.closing}, func() { _ = h.wire.Close() })
 	reason, err := s.accept(r, wc, func() bool { stop(); return timer.Stop() })

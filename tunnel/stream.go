@@ -30,15 +30,16 @@ type stream struct {
 	closed atomic.Bool // this side closed it
 	ended  atomic.Bool // the peer closed or reset it
 	reset  atomic.Bool // the peer reset it
-	read   atomic.Bool // bytes were read since the last housekeeping
-	lean   atomic.Bool // its buffer was given back after the last read
+
+	inbox inbox
+	rmu   sync.Mutex // one Read at a time
 
 	wmu sync.Mutex // one Write at a time, so that its frames stay together
 
 	credit int64         // bytes that the peer lets us send; guarded by mux.mu
 	wake   chan struct{} // capacity 1: something changed for a writer
 
-	ys atomic.Pointer[yamux.Stream] // its sending half is not used
+	ys atomic.Pointer[yamux.Stream] // opens and closes; data goes past it
 
 	mu            sync.Mutex
 	writeDeadline time.Time
@@ -49,6 +50,7 @@ var _ net.Conn = (*stream)(nil)
 func newStream(l *lane, id uint32, accepted bool) *stream {
 	s := &stream{lane: l, id: id, accepted: accepted, credit: yamuxWindowStart, wake: make(chan struct{}, 1)}
 	s.flow.s = s
+	s.inbox.class, s.inbox.wake = l.class, make(chan struct{}, 1)
 	s.flow.window, s.flow.granted = yamuxWindowStart, yamuxWindowStart
 	if !accepted {
 		l.tunnel.opened.Add(1)
@@ -66,8 +68,18 @@ var past = time.Unix(1, 0)
 func (s *stream) peerEnded(reset bool) {
 	if reset {
 		s.reset.Store(true)
+		s.inbox.finish(ErrStreamReset, false)
+	} else {
+		s.inbox.finish(io.EOF, true)
 	}
 	s.ended.Store(true)
+	s.wakeWriter()
+}
+
+// laneGone ends both halves in the lane's error. yamux would end the reading half
+// in io.EOF; here that is only what the peer sent.
+func (s *stream) laneGone() {
+	s.inbox.finish(s.lane.failure(), true)
 	s.wakeWriter()
 }
 
@@ -86,17 +98,13 @@ func (s *stream) Class() Class { return s.lane.class }
 func (s *stream) Tunnel() *Tunnel { return s.lane.tunnel }
 
 func (s *stream) Read(p []byte) (int, error) {
-	n, err := s.ys.Load().Read(p)
+	s.rmu.Lock()
+	defer s.rmu.Unlock()
+	n, err := s.inbox.read(p)
 	if n > 0 {
-		if !s.read.Load() {
-			s.read.Store(true)
-		}
 		if grant := s.flow.consume(n); grant > 0 {
 			_ = s.lane.mux.sendWindow(s.id, grant)
 		}
-	}
-	if err != nil {
-		err = s.mapError(err)
 	}
 	return n, err
 }
@@ -172,31 +180,6 @@ func (s *stream) endError() error {
 	return ErrPeerGone
 }
 
-// mapError turns yamux's errors into ours. yamux ends every stream of a lost
-// connection in io.EOF; here EOF is only what the peer sent.
-func (s *stream) mapError(err error) error {
-	switch {
-	case s.closed.Load():
-		return net.ErrClosed
-	case errors.Is(err, yamux.ErrConnectionReset):
-		return ErrStreamReset
-	case errors.Is(err, yamux.ErrTimeout):
-		return os.ErrDeadlineExceeded
-	case err == io.EOF && s.ended.Load():
-		if s.reset.Load() {
-			return ErrStreamReset
-		}
-		return io.EOF
-	}
-	if lerr := s.lane.failure(); lerr != nil {
-		return lerr
-	}
-	if err == io.EOF {
-		return io.ErrUnexpectedEOF
-	}
-	return err
-}
-
 // Close ends both directions. What was written before still reaches the peer.
 // It does not wait for the lane.
 func (s *stream) Close() error {
@@ -204,7 +187,7 @@ func (s *stream) Close() error {
 		return net.ErrClosed
 	}
 	ys := s.ys.Load()
-	_ = ys.SetReadDeadline(past)
+	s.inbox.finish(net.ErrClosed, false)
 	s.wakeWriter()
 	s.lane.mux.dropIfEnded(s)
 	// yamux waits until its FIN is written, which a slow lane delays.
@@ -225,12 +208,8 @@ func (s *stream) SetReadDeadline(t time.Time) error {
 	if s.closed.Load() {
 		return net.ErrClosed
 	}
-	ys := s.ys.Load()
-	err := ys.SetReadDeadline(t)
-	if s.closed.Load() { // Close came between
-		_ = ys.SetReadDeadline(past)
-	}
-	return err
+	s.inbox.setDeadline(t)
+	return nil
 }
 
 // SetWriteDeadline bounds the wait for the peer's window, not that for the lane,
@@ -244,15 +223,4 @@ func (s *stream) SetWriteDeadline(t time.Time) error {
 	s.mu.Unlock()
 	s.wakeWriter()
 	return nil
-}
-
-// shrink gives back the memory of a stream whose reader has emptied it.
-func (s *stream) shrink() {
-	if s.read.Swap(false) {
-		s.lean.Store(false)
-		return
-	}
-	if ys := s.ys.Load(); ys != nil && !s.lean.Swap(true) {
-		ys.Shrink()
-	}
 }

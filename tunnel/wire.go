@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"crypto/subtle"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -210,6 +211,60 @@ func (w *wire) Write(p []byte) (int, error) {
 	}
 	return len(p), nil
 }
+
+// writeFrame writes a frame's header and payload, masked with key unless that is
+// nil, in one piece: nothing of another writer comes between.
+func (w *wire) writeFrame(hdr, p, key []byte) (int, error) {
+	w.wmu.Lock()
+	defer w.wmu.Unlock()
+	if w.wrErr != nil {
+		return 0, w.wrErr
+	}
+	var pattern [maskBlock]byte
+	if key != nil {
+		for n := copy(pattern[:], key); n < min(maskBlock, len(p)+len(key)); n *= 2 {
+			copy(pattern[n:], pattern[:n])
+		}
+	}
+	if w.out == nil {
+		w.out = getChunk()
+	}
+	if w.out.free() < len(hdr) {
+		if err := w.flushLocked(); err != nil {
+			return 0, err
+		}
+		w.out = getChunk()
+	}
+	w.out.append(hdr)
+	for done := 0; done < len(p); {
+		if w.out == nil {
+			w.out = getChunk()
+		}
+		c := w.out
+		n := min(c.free(), len(p)-done)
+		if key == nil {
+			copy(c.data[c.n:], p[done:done+n])
+		} else {
+			// Blocks start at multiples of the key's length.
+			n = min(n, maskBlock-done%maskBlock)
+			at := done % maskBlock
+			subtle.XORBytes(c.data[c.n:c.n+n], p[done:done+n], pattern[at:at+n])
+		}
+		c.n += n
+		if done += n; c.free() == 0 {
+			if err := w.flushLocked(); err != nil {
+				return done, err
+			}
+		}
+	}
+	if w.corked {
+		return len(p), nil
+	}
+	return len(p), w.flushLocked()
+}
+
+// maskBlock is how many bytes are masked at a time.
+const maskBlock = 1 << 10
 
 func (w *wire) cork() {
 	w.wmu.Lock()

@@ -98,7 +98,7 @@ func benchForward(ctx context.Context, o Options, r *Report) error {
 	if o.Short {
 		n, total = 2, 1<<29
 	}
-	kinds := []string{"copy", "solo", "bulk"}
+	kinds := []string{"copy", "tls", "solo", "bulk"}
 	cpus, speeds := map[string][]float64{}, map[string][]float64{}
 	for range n {
 		for _, kind := range kinds {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -42,7 +43,7 @@ func (r relayRunning) close()                 { r.Close() }
 // forwardRole forwards a TCP port to a target by two ends with a link between
 // them: both in one process, whose CPU is then that of the link's two ends.
 type forwardRole struct {
-	Kind   string // copy: bare TCP between the ends; bulk or solo: a tunnel
+	Kind   string // between the ends: copy is bare TCP, tls TLS 1.3; bulk or solo a tunnel
 	Target string
 }
 
@@ -69,7 +70,10 @@ func newForwardRole(c forwardRole) (part, error) {
 	}
 	var open func(context.Context) (net.Conn, error)
 	switch c.Kind {
-	case "copy":
+	case "copy", "tls":
+		ca := tunneltest.NewCA()
+		inner, outer := ca.ClientTLS("agent"), ca.ServerTLS()
+		inner.DynamicRecordSizingDisabled, outer.DynamicRecordSizingDisabled = true, true
 		mid, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			return nil, err
@@ -81,10 +85,19 @@ func newForwardRole(c forwardRole) (part, error) {
 				if err != nil {
 					return
 				}
+				if c.Kind == "tls" {
+					s = tls.Server(s, outer)
+				}
 				go far(s)
 			}
 		}()
-		open = func(context.Context) (net.Conn, error) { return net.Dial("tcp", mid.Addr().String()) }
+		open = func(context.Context) (net.Conn, error) {
+			s, err := net.Dial("tcp", mid.Addr().String())
+			if err == nil && c.Kind == "tls" {
+				s = tls.Client(s, inner)
+			}
+			return s, err
+		}
 	default:
 		class := tunnel.Bulk
 		if c.Kind == "solo" {
