@@ -14,7 +14,7 @@ GO       ?= go
 RELEASE  ?= 0.1.0-dev
 FUZZTIME ?= 5m
 LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
-export PATH := $(PATH):/usr/local/go/bin
+export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
 .PHONY: build demo test race lint fuzz bench proto clean deps
 

@@ -30,20 +30,38 @@ install() {
 	[ $code = 0 ] || die "apt-get install $* failed"
 }
 
-# go_ok: is there a go that can build this module? An older go (1.21 or newer)
-# fetches the right toolchain from the Go module proxy by itself.
+# go_ok: is there a go that can build this module?
 go_ok() {
 	command -v go >/dev/null 2>&1 && go list -m >/dev/null 2>&1
+}
+
+# borrow_go: an old go (Debian 12 has 1.19) cannot switch toolchains by itself, but
+# can fetch one as the module that it is; its files lack the mode bits.
+borrow_go() {
+	want=$(sed -n 's/^go //p' go.mod)
+	module=golang.org/toolchain@v0.0.1-go$want.linux-$(dpkg --print-architecture)
+	say "fetching $module from the Go module proxy into .go"
+	empty=$(mktemp -d)
+	dir=$(cd "$empty" && GO111MODULE=on GOFLAGS=-mod=mod go mod download -json "$module" | sed -n 's/^\t"Dir": "\(.*\)",*$/\1/p')
+	rm -rf "$empty"
+	[ -n "$dir" ] || return 1
+	rm -rf .go && mkdir .go && cp -R "$dir/." .go/ && chmod -R u+w .go && chmod 755 .go/bin/* .go/pkg/tool/*/*
+	hash -r # forget where the old go was
 }
 
 for name in "$@"; do
 	case $name in
 	go)
-		PATH=$PATH:/usr/local/go/bin
+		PATH=$PWD/.go/bin:$PATH:/usr/local/go/bin
 		go_ok && continue
 		command -v go >/dev/null 2>&1 || install golang-go ca-certificates
 		go_ok && continue
-		GOTOOLCHAIN=auto go_ok && { go env -w GOTOOLCHAIN=auto; say "go fetches the toolchain that go.mod asks for"; continue; }
+		if (export GOTOOLCHAIN=auto && go_ok); then
+			go env -w GOTOOLCHAIN=auto
+			say "go fetches the toolchain that go.mod asks for from the Go module proxy"
+			continue
+		fi
+		borrow_go && go_ok && continue
 		die "go $(sed -n 's/^go //p' go.mod) or newer is needed, here is $(go version 2>/dev/null || echo none): see https://go.dev/dl"
 		;;
 	gcc) command -v gcc >/dev/null 2>&1 || install gcc libc6-dev ;;

@@ -4,7 +4,7 @@
 # TEST_FUZZTIME overrides the 20 s, TEST_RUN limits the tests by name.
 set -eu
 cd "$(dirname "$0")/../.."
-PATH=$PATH:/usr/local/go/bin:/usr/sbin:/sbin
+PATH=$PWD/.go/bin:$PATH:/usr/local/go/bin:/usr/sbin:/sbin
 export PATH
 packaging/dev/deps.sh go gcc postgresql nginx tinyproxy
 [ "$(id -u)" != 0 ] || packaging/dev/deps.sh netns
