@@ -52,18 +52,18 @@ func (c *impatient) Close() error {
 // A stream that is in use and silent outlives what ends silent connections on the
 // way, whatever its class.
 func TestSilentStreamsAreKeptOpen(t *testing.T) {
-	const patience = 500 * time.Millisecond
+	const patience = time.Second // more than DeadAfter, when a bulk lane is asked
 	for _, class := range classes {
 		t.Run(class.String(), func(t *testing.T) {
 			d, a := tunneltest.Pair(t, tunneltest.WithConfig(func(c *tunnel.Config) {
-				c.Heartbeat, c.DeadAfter, c.SoloQuiet = 40*time.Millisecond, 160*time.Millisecond, 100*time.Millisecond
+				c.Heartbeat, c.DeadAfter, c.SoloQuiet = 80*time.Millisecond, 400*time.Millisecond, 100*time.Millisecond
 			}), tunneltest.WithDial(func(c *tunnel.DialConfig) {
 				c.TestHookConn = func(_ tunnel.Class, conn net.Conn) net.Conn { return newImpatient(conn, patience) }
 			}))
 			echoOn(t, a)
 			conn := open(t, d, class)
 			exchange(t, conn, 1000)
-			time.Sleep(4 * patience) // the silence itself
+			time.Sleep(3 * patience) // the silence itself
 			exchange(t, conn, 1000)
 			if err := d.Err(); err != nil {
 				t.Errorf("the tunnel ended: %v", err)
