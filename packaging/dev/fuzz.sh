@@ -1,27 +1,29 @@
 #!/bin/sh
-# fuzz.sh TIME - run every fuzz target for TIME each. Found inputs stay in
-# testdata/fuzz and are to be committed with the fix. Minimizing is kept short: by
-# default each new input of a few KB may take a minute in which nothing is tried.
+# fuzz.sh TIME - run every fuzz target for TIME each, two at a time with a worker
+# each. Found inputs stay in testdata/fuzz and are to be committed with the fix.
+# Minimizing is kept short: by default each new input of a few KB may take a minute
+# in which nothing is tried.
 set -eu
 cd "$(dirname "$0")/../.."
-time=$1
-failed=
-count=0
-for file in $(git ls-files '*_test.go' | xargs grep -l '^func Fuzz' | sort); do
-	dir=./$(dirname "$file")
-	for target in $(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' "$file"); do
-		count=$((count + 1))
-		echo "fuzz: $dir $target for $time"
-		log=$(mktemp)
-		if ! go test -run '^$' -fuzz "^$target\$" -fuzztime "$time" -fuzzminimizetime 20x "$dir" >"$log" 2>&1; then
-			cat "$log"
-			failed="$failed $dir:$target"
-		else
-			grep -E '^fuzz: elapsed' "$log" | tail -n 1
-		fi
-		rm -f "$log"
-	done
-done
+list=$(mktemp -d)
+trap 'rm -rf "$list"' EXIT
+git ls-files '*_test.go' | xargs grep -l '^func Fuzz' | sort | while read -r file; do
+	sed -n "s|^func \(Fuzz[A-Za-z0-9_]*\)(.*|./$(dirname "$file") \1|p" "$file"
+done >"$list/targets"
+count=$(wc -l <"$list/targets")
 [ "$count" -gt 0 ] || { echo "fuzz: no target found" >&2; exit 1; }
-[ -z "$failed" ] || { echo "fuzz: failed:$failed" >&2; exit 1; }
+
+# one TIME LIST DIR TARGET
+one='
+	log=$1/$(echo "$2.$3" | tr / _).log
+	if go test -run "^\$" -fuzz "^$3\$" -fuzztime "$0" -fuzzminimizetime 20x -parallel 1 "$2" >"$log" 2>&1; then
+		echo "fuzz: $2 $3: $(grep -E "^fuzz: elapsed" "$log" | tail -n 1 | sed "s/^fuzz: //")"
+	else
+		echo "fuzz: $2 $3 FAILED"
+		cat "$log"
+		echo "$2:$3" >>"$1/failed"
+	fi
+'
+xargs -P 2 -n 2 sh -c "$one" "$1" "$list" <"$list/targets"
+[ ! -e "$list/failed" ] || { echo "fuzz: failed: $(cat "$list/failed")" >&2; exit 1; }
 echo "fuzz: $count targets, none failed"
