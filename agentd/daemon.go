@@ -302,8 +302,12 @@ func (d *Daemon) Reload() error {
 		key     string
 		changed bool
 	}{
-		{"url", c.URL != old.URL}, {"ca_file", c.CAFile != old.CAFile}, {"metrics", c.Metrics != old.Metrics},
-		{"sql", c.SQL != old.SQL}, {"log.format", c.Log.Format != old.Log.Format}, {"proxy", (c.Proxy == nil) != (old.Proxy == nil)},
+		{"url", c.URL != old.URL},
+		{"ca_file", c.CAFile != old.CAFile},
+		{"metrics", c.Metrics != old.Metrics},
+		{"sql", c.SQL != old.SQL},
+		{"log.format", c.Log.Format != old.Log.Format},
+		{"proxy", (c.Proxy == nil) != (old.Proxy == nil)},
 	} {
 		if k.changed {
 			later = append(later, k.key)

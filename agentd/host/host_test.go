@@ -30,6 +30,7 @@ type fakeSQL struct {
 func (f fakeSQL) Run(ctx context.Context, s Statement, w io.Writer) (*posternv1.QueryOutcome, error) {
 	return f.run(ctx, s, w)
 }
+
 func (f fakeSQL) Check(context.Context, string) []*posternv1.Check {
 	return []*posternv1.Check{{Name: "reachable", Result: "ok"}}
 }

@@ -1,0 +1,233 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// process is agentd as systemd would start it.
+type process struct {
+	t      *testing.T
+	cmd    *exec.Cmd
+	log    *syncBuffer
+	notify *net.UnixConn
+	told   []string
+}
+
+func startProcess(t *testing.T, l *lab, env ...string) *process {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "notify")
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{t: t, log: &syncBuffer{}, notify: conn}
+	p.cmd = exec.Command(os.Args[0], "run", "--config", l.path("agentd.yaml"), "--state", l.path("state"), "--runtime", l.path("run"))
+	p.cmd.Env = append([]string{"POSTERN_TEST_AGENTD=1", "NOTIFY_SOCKET=" + socket, "WATCHDOG_USEC=400000"}, env...)
+	p.cmd.Stderr = p.log
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if p.cmd.ProcessState == nil {
+			p.cmd.Process.Kill() //nolint:errcheck // it may have ended
+			p.cmd.Wait()         //nolint:errcheck // it was killed
+		}
+		conn.Close() //nolint:errcheck // a test's
+		if t.Failed() {
+			t.Log(p.log.String())
+		}
+	})
+	return p
+}
+
+// await reads what systemd is told until a message begins with want.
+func (p *process) await(want string) string {
+	p.t.Helper()
+	p.notify.SetReadDeadline(time.Now().Add(30 * time.Second)) //nolint:errcheck // a test's
+	buf := make([]byte, 4096)
+	for {
+		n, err := p.notify.Read(buf)
+		if err != nil {
+			p.t.Fatalf("systemd was not told %q but %q: %v", want, p.told, err)
+		}
+		p.told = append(p.told, string(buf[:n]))
+		if strings.HasPrefix(string(buf[:n]), want) {
+			return string(buf[:n])
+		}
+	}
+}
+
+func (p *process) signal(s os.Signal) {
+	p.t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+func (p *process) proc(name string) string {
+	p.t.Helper()
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", p.cmd.Process.Pid, name))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return string(raw)
+}
+
+// TestUnderSystemd goes through the life of the service: ready, watchdog,
+// reload, stop; and looks at the process from outside.
+func TestUnderSystemd(t *testing.T) {
+	_, source := database(t, "")
+	source = regexp.MustCompile(`password: .*`).ReplaceAllString(source, "password: {env: WAREHOUSE_PW}")
+	c := newTestControl(t)
+	l := newLab(t, c, source)
+	p := startProcess(t, l, "WAREHOUSE_PW="+marked, "OTHER=stays")
+	p.await("READY=1")
+	up := c.awaitHello(1)
+	if r := c.ask(t.Context(), up, "q1", "shop", "select 1"); r.err != nil {
+		t.Errorf("a password from the environment: %v", r.err)
+	}
+	p.await("WATCHDOG=1")
+	p.await("WATCHDOG=1")
+	if os.Geteuid() == 0 { // the process hides from its own user
+		if env := p.proc("environ"); strings.Contains(env, marked) || !strings.Contains(env, "OTHER=stays") {
+			t.Errorf("environment %q", env)
+		}
+		if limits := p.proc("limits"); !regexp.MustCompile(`Max core file size +0 +0`).MatchString(limits) {
+			t.Errorf("limits %s", limits)
+		}
+		if listening := listeningTCP(t, p.cmd.Process.Pid); len(listening) > 0 {
+			t.Errorf("it listens: %v", listening)
+		}
+	}
+	if strings.Contains(p.proc("cmdline"), marked) {
+		t.Error("the command line shows the password")
+	}
+
+	p.signal(syscall.SIGHUP)
+	if told := p.await("RELOADING=1"); !regexp.MustCompile(`\nMONOTONIC_USEC=\d+$`).MatchString(told) {
+		t.Errorf("told %q", told)
+	}
+	p.await("READY=1")
+	if r := c.ask(t.Context(), up, "q2", "shop", "select 1"); r.err != nil {
+		t.Errorf("after a reload: %v", r.err)
+	}
+
+	p.signal(syscall.SIGTERM)
+	p.await("STOPPING=1")
+	if err := p.cmd.Wait(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+	if !slices.ContainsFunc(p.told, func(s string) bool { return strings.HasPrefix(s, "STATUS=link up") }) {
+		t.Errorf("told %q", p.told)
+	}
+	if strings.Contains(p.log.String(), marked) {
+		t.Error("the log shows the password")
+	}
+	if got := l.actions(); !strings.HasSuffix(got, "host.stop done") {
+		t.Errorf("recorded %s", got)
+	}
+}
+
+// TestKilled: after kill -9 with a statement under way the next start closes the
+// chain, and no process is left.
+func TestKilled(t *testing.T) {
+	_, source := database(t, "")
+	c := newTestControl(t)
+	l := newLab(t, c, source)
+	for n := 1; n <= 3; n++ {
+		p := startProcess(t, l)
+		up := c.awaitHello(n)
+		running := make(chan result, 1)
+		go func() { running <- c.ask(t.Context(), up, fmt.Sprintf("q%d", n), "shop", "select pg_sleep(60)") }()
+		poll(t, "the statement to run", func() bool {
+			return len(childrenOf(p.cmd.Process.Pid)) > 0 && strings.Contains(l.actions(), "sql.begin")
+		})
+		children := childrenOf(p.cmd.Process.Pid)
+		p.signal(syscall.SIGKILL)
+		p.cmd.Wait() //nolint:errcheck // it was killed
+		if r := <-running; r.err == nil {
+			t.Error("the statement ended well")
+		}
+		for _, pid := range children {
+			poll(t, fmt.Sprintf("session %d to end", pid), func() bool { return !runs(pid) })
+		}
+	}
+	l.start()
+	c.awaitHello(4)
+	l.stop()
+	if got := l.actions(); strings.Count(got, "sql.lost failed") != 3 {
+		t.Errorf("recorded %s", got)
+	}
+}
+
+// childrenOf lists the direct children of a process.
+func childrenOf(pid int) []int {
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat") //nolint:errcheck // the pattern is good
+	var out []int
+	for _, stat := range stats {
+		raw, err := os.ReadFile(stat)
+		if err != nil {
+			continue // it has ended
+		}
+		var child, parent int
+		var state string
+		if _, err := fmt.Sscanf(string(raw), "%d", &child); err != nil {
+			continue
+		}
+		rest := raw[bytes.LastIndexByte(raw, ')')+1:]
+		if _, err := fmt.Sscanf(string(rest), "%s %d", &state, &parent); err == nil && parent == pid {
+			out = append(out, child)
+		}
+	}
+	return out
+}
+
+// runs reports whether a process exists and is no zombie.
+func runs(pid int) bool {
+	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	state := strings.TrimSpace(string(raw[bytes.LastIndexByte(raw, ')')+1:]))
+	return !strings.HasPrefix(state, "Z")
+}
+
+// listeningTCP lists the listening TCP sockets of a process.
+func listeningTCP(t *testing.T, pid int) []string {
+	t.Helper()
+	var inodes []string
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", pid))
+	if err != nil || len(fds) == 0 {
+		t.Fatalf("no descriptors: %v", err)
+	}
+	for _, fd := range fds {
+		if target, err := os.Readlink(fd); err == nil && strings.HasPrefix(target, "socket:[") {
+			inodes = append(inodes, strings.TrimSuffix(strings.TrimPrefix(target, "socket:["), "]"))
+		}
+	}
+	var out []string
+	for _, table := range []string{"tcp", "tcp6"} {
+		raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/net/%s", pid, table))
+		if err != nil {
+			continue // no IPv6
+		}
+		for line := range strings.Lines(string(raw)) {
+			fields := strings.Fields(line)
+			if len(fields) > 9 && fields[3] == "0A" && slices.Contains(inodes, fields[9]) {
+				out = append(out, fields[1])
+			}
+		}
+	}
+	return out
+}
