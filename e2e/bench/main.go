@@ -54,6 +54,7 @@ type measurement struct {
 // measurements in the order they run; each file adds its own here.
 var measurements = append(tunnelMeasurements,
 	measurement{"sql", measureSQL},
+	measurement{"agent-sql", measureSQLAgent},
 )
 
 // roles are what this binary does when it is started as a child of itself, by the

@@ -2,8 +2,10 @@ package child
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -25,9 +27,14 @@ var dsnKeys = []string{
 // ParseDSN checks a data source's connection string. The error is one line
 // and never holds a password, even where the DSN has one.
 func ParseDSN(dsn string) (*pgconn.Config, error) {
-	options := pgconn.ParseConfigOptions{ConnStringAllowedKeys: dsnKeys}
-	config, err := pgconn.ParseConfigWithOptions(dsn, options)
+	config, err := pgconn.ParseConfigWithOptions(dsn, pgconn.ParseConfigOptions{ConnStringAllowedKeys: dsnKeys})
 	if err == nil {
+		// Without a user pgconn takes the environment's or the process's own,
+		// which is neither's business.
+		others := slices.DeleteFunc(slices.Clone(dsnKeys), func(key string) bool { return key == "user" })
+		if _, err := pgconn.ParseConfigWithOptions(dsn, pgconn.ParseConfigOptions{ConnStringAllowedKeys: others}); err == nil || config.User == "" {
+			return nil, errors.New("the dsn names no user: add user=")
+		}
 		return config, nil
 	}
 	message := err.Error()
@@ -35,7 +42,7 @@ func ParseDSN(dsn string) (*pgconn.Config, error) {
 	if i := strings.Index(message, mark); i >= 0 {
 		key, _, _ := strings.Cut(message[i+len(mark):], `"`)
 		if key == "password" {
-			return nil, fmt.Errorf("a password in the dsn is not allowed: use password: {file: ...}")
+			return nil, errors.New("a password in the dsn is not allowed: use password: {file: ...}")
 		}
 		return nil, fmt.Errorf("%q is not supported in the dsn (supported: %s)", key, strings.Join(dsnKeys, ", "))
 	}
@@ -43,7 +50,7 @@ func ParseDSN(dsn string) (*pgconn.Config, error) {
 	if i := strings.LastIndex(message, "`: "); i >= 0 {
 		return nil, fmt.Errorf("the dsn is garbled: %s", clean(message[i+3:]))
 	}
-	return nil, fmt.Errorf("the dsn is garbled: write it as host=... dbname=... user=..., or as a postgres:// URL")
+	return nil, errors.New("the dsn is garbled: write it as host=... dbname=... user=..., or as a postgres:// URL")
 }
 
 // session is the process's one connection to the database.
@@ -69,9 +76,6 @@ func connect(ctx context.Context, r *frame.ConnectRequest, out *sink) (*session,
 	config, err := ParseDSN(r.DSN)
 	if err != nil {
 		return nil, proto.Errorf(proto.CodeSourceConfig, "%w", err)
-	}
-	if config.User == "" {
-		return nil, proto.Errorf(proto.CodeSourceConfig, "the dsn names no user: add user=")
 	}
 	config.Password = r.Password
 	params := config.RuntimeParams
