@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"regexp"
 	"strings"
@@ -47,6 +48,7 @@ plane has proved that it is the one that made the key.`,
 		Example: "  postern key create --ttl 1h | sudo agentd register --url https://cp.example.com --key-file -",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			harden(slog.New(slog.DiscardHandler)) // it holds the key
 			r.in, r.out, r.errs = os.Stdin, cmd.OutOrStdout(), cmd.ErrOrStderr()
 			return r.run(cmd.Context())
 		},

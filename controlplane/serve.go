@@ -87,6 +87,7 @@ API tokens and results of users need that TLS.`,
 			if err != nil {
 				return usageError{err}
 			}
+			harden(log)
 			server, err := NewServer(cmd.Context(), o, log)
 			if err != nil {
 				return err
