@@ -331,3 +331,19 @@ func sockets(t *testing.T, pid int) int {
 	}
 	return n
 }
+
+// runningQuery finds the id of the query with a mark in its text.
+func runningQuery(t *testing.T, list, mark string) string {
+	t.Helper()
+	var queries []struct{ ID, SQL, State string }
+	if err := json.Unmarshal([]byte(list), &queries); err != nil {
+		t.Fatalf("%v: %s", err, list)
+	}
+	for _, q := range queries {
+		if strings.Contains(q.SQL, mark) && q.State == "running" {
+			return q.ID
+		}
+	}
+	t.Fatalf("no query with %s runs: %s", mark, list)
+	return ""
+}
