@@ -368,8 +368,13 @@ func testSecrets(t *testing.T, engine string) {
 	crash(t, "control plane", s.ControlPlane)
 	startControlPlane(t, s)
 	stop(t, s.ControlPlane)
-	if cores, _ := filepath.Glob("core*"); len(cores) != 0 {
-		t.Errorf("core files are left: %v", cores)
+	cores, err := filepath.Glob("core*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, core := range cores {
+		t.Errorf("a core file is left: %s", core)
+		os.Remove(core) //nolint:errcheck // the test has failed already
 	}
 	addAuthority(t, s, wanted, engine)
 
