@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -430,17 +431,21 @@ func TestFullDiskOfTheHost(t *testing.T) {
 		t.Errorf("with room again: exit code %d: %s", e.code, e.stderr)
 	}
 	auditVerifies(t, s)
-	begun := map[string]bool{}
+	begun, begins := map[string]bool{}, 0
 	for _, e := range auditEntries(t, s, "host") {
 		switch e.Action {
 		case "sql.begin":
 			begun[e.QueryID] = true
+			begins++
 		case "sql.run":
 			delete(begun, e.QueryID)
 		}
 	}
 	if len(begun) != 0 {
 		t.Errorf("%d statements have no end in the host's log", len(begun))
+	}
+	if ran := value(t, "hostfull", "select last_value from runs"); ran != strconv.Itoa(begins) {
+		t.Errorf("the database did %s statements, and %d began in the host's log", ran, begins)
 	}
 	stop(t, a.Process)
 }
