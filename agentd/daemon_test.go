@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -230,6 +232,15 @@ func TestRegisterRunQuery(t *testing.T) {
 	} {
 		if !strings.Contains(string(text), want) {
 			t.Errorf("metrics lack %s", want)
+		}
+	}
+	documented, err := os.ReadFile("../docs/metrics.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range regexp.MustCompile(`(?m)^# TYPE ((agentd|postern)_\w+)`).FindAllStringSubmatch(string(text), -1) {
+		if !regexp.MustCompile("`" + m[1] + `[{\x60]`).Match(documented) {
+			t.Errorf("docs/metrics.md does not name %s", m[1])
 		}
 	}
 	s, err := control.Ask(ctx, l.path("run"))
@@ -485,6 +496,39 @@ func TestReload(t *testing.T) {
 	}
 	if l.d.level.Level() != slog.LevelWarn || l.d.status().Config.Error != "" {
 		t.Error("level or error not taken over")
+	}
+}
+
+// TestHeadsAreCompared: the control plane's memory of our log is held against it.
+func TestHeadsAreCompared(t *testing.T) {
+	c := newTestControl(t)
+	l := newLab(t, c, "")
+	first := l.entries()[0]
+	var hash [32]byte
+	if _, err := hex.Decode(hash[:], []byte(first.Hash)); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name string
+		head auditchain.Head
+		want string
+	}{
+		{"nothing known", auditchain.Head{}, ""},
+		{"the first entry", auditchain.Head{Sequence: 1, Hash: hash}, ""},
+		{"another first entry", auditchain.Head{Sequence: 1, Hash: [32]byte{1}}, "rewritten"},
+		{"more than there is", auditchain.Head{Sequence: 99, Hash: hash}, "removed from its end"},
+	} {
+		c.mu.Lock()
+		c.known = tt.head
+		n := len(c.hellos)
+		c.mu.Unlock()
+		l.start()
+		c.awaitHello(n + 1)
+		poll(t, "the link", func() bool { return l.d.link.State().Up })
+		if got := l.d.status().Audit.Warning; (got == "") != (tt.want == "") || !strings.Contains(got, tt.want) {
+			t.Errorf("%s: %q", tt.name, got)
+		}
+		l.stop()
 	}
 }
 

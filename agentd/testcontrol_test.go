@@ -28,6 +28,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/auditchain"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
 	"github.com/postern-dev/postern/proto/regkey"
@@ -54,6 +55,7 @@ type testControl struct {
 	retired   map[string]bool
 	hellos    []*posternv1.HelloRequest
 	rejoins   int
+	known     auditchain.Head // what Hello says of the agent's log
 	inventory []*posternv1.SourceInfo
 	current   *tunnel.Tunnel
 	asking    map[*tunnel.Tunnel]int
@@ -325,7 +327,7 @@ func (s testLink) Hello(ctx context.Context, r *connect.Request[posternv1.HelloR
 	c.changed = make(chan struct{})
 	return connect.NewResponse(&posternv1.HelloResponse{
 		Version: proto.Version(), Features: proto.Features(), AgentId: "agt_test", Name: "renamed", Organization: "default",
-		ServerTime: timestamppb.Now(), Authorities: [][]byte{c.ca.Raw},
+		ServerTime: timestamppb.Now(), Authorities: [][]byte{c.ca.Raw}, KnownAuditHead: c.known.Proto(),
 	}), nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/url"
@@ -102,6 +103,7 @@ type Keeper struct {
 	current  *session
 	retired  []*session
 	draining bool
+	told     string // the kind of failure that was logged last
 }
 
 // New makes a Keeper; Run starts it.
@@ -274,7 +276,9 @@ func (k *Keeper) failed(err error) {
 		now.Attempts = 0
 	}
 	k.state = now
-	changed := was.Up || was.Cause != now.Cause
+	kind := kindOf(err)
+	changed := was.Up || k.told != kind
+	k.told = kind
 	k.mu.Unlock()
 	if !changed {
 		return
@@ -287,6 +291,17 @@ func (k *Keeper) failed(err error) {
 	if k.cfg.Changed != nil {
 		k.cfg.Changed(now)
 	}
+}
+
+// kindOf tells failures apart for the log: by code and step, for the text may
+// name another port each time.
+func kindOf(err error) string {
+	kind := codeOf(err).String()
+	var d *tunnel.DialError
+	if errors.As(err, &d) {
+		kind += fmt.Sprintf(" %s %d %v", d.Step, d.Status, d.Refusal)
+	}
+	return kind
 }
 
 // codeOf is UNAVAILABLE for what has no code: the network.
