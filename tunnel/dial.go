@@ -90,16 +90,32 @@ func Dial(ctx context.Context, cfg DialConfig) (*Tunnel, error) {
 	return t, nil
 }
 
-// tickLoop drives a dialed tunnel.
+// tickSlots is how many slots a tick interval has; see tickLoop.
+const tickSlots = 5
+
+// tickLoop drives a dialed tunnel. Ticks keep to slots of the wall clock, so that
+// the heartbeats of many agents reach the acceptor in batches: waking up costs it
+// more than a heartbeat.
 func (t *Tunnel) tickLoop() {
-	ticker := time.NewTicker(t.cfg.tickEvery())
+	every := t.cfg.tickEvery()
+	slot := every / tickSlots * time.Duration(t.id[0]%tickSlots)
+	now := time.Now()
+	first := time.NewTimer(now.Truncate(every).Add(every + slot).Sub(now))
+	defer first.Stop()
+	select {
+	case <-first.C:
+	case <-t.done:
+		return
+	}
+	ticker := time.NewTicker(every)
 	defer ticker.Stop()
-	last := time.Now()
+	var w watch
 	for {
+		now := clock()
+		w.tick(now, every)
+		t.tick(now, w.woke)
 		select {
-		case now := <-ticker.C:
-			t.tick(now.Sub(last))
-			last = now
+		case <-ticker.C:
 		case <-t.done:
 			return
 		}

@@ -17,7 +17,7 @@ import (
 
 // acceptBacklog is how many opened and not yet acknowledged streams a lane has
 // room for; the opener waits at the same number, so it is never exceeded.
-const acceptBacklog = 256
+const acceptBacklog = 128
 
 // lane is one connection of a tunnel.
 type lane struct {

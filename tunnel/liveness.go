@@ -9,12 +9,9 @@ import (
 
 // liveness decides whether a tunnel lives. Any byte received on any lane is a
 // sign of life; a ping on the control lane asks for one when there was none for
-// a heartbeat. Silence is counted in ticks that really passed, so a process that
-// was stopped itself does not take its own sleep for the peer's.
+// a heartbeat.
 type liveness struct {
 	mu       sync.Mutex
-	silent   time.Duration // since the last byte, as ticks saw it
-	toPing   time.Duration // silence at which the next ping is due
 	nonce    uint64
 	sentAt   time.Time // of the ping that is under way; zero if none is
 	rtts     [2]time.Duration
@@ -111,49 +108,34 @@ func (v *liveness) mayPong() bool {
 	return true
 }
 
-// heard counts silence; it returns whether a ping is due and whether the tunnel
-// is dead. The dialer asks first, the acceptor a little later, so that one
-// exchange usually serves both.
-func (v *liveness) heard(any bool, passed, heartbeat, deadAfter, tick time.Duration) (ping, dead bool) {
-	v.mu.Lock()
-	defer v.mu.Unlock()
-	if any {
-		v.silent, v.toPing = 0, heartbeat
-		return false, false
-	}
-	v.silent += passed
-	if v.silent >= deadAfter {
-		return false, true
-	}
-	if v.toPing == 0 {
-		v.toPing = heartbeat
-	}
-	if v.silent+tick/2 >= v.toPing {
-		v.toPing = v.silent + tick
-		return true, false
-	}
-	return false, false
-}
+// clock is the time since the process started, by the monotonic clock.
+func clock() time.Duration { return time.Since(started) }
 
-// tick is called every Config.tickEvery, passed being the time since the last
-// call.
-func (t *Tunnel) tick(passed time.Duration) {
+var started = time.Now()
+
+// tick looks after a tunnel. now is clock(), woke the time at which this process
+// last found that it had been stopped itself: silence before that is its own, not
+// the peer's. It returns when to look again.
+func (t *Tunnel) tick(now, woke time.Duration) (next time.Duration) {
 	every := t.cfg.tickEvery()
 	t.mu.Lock()
 	if t.err != nil {
 		t.mu.Unlock()
-		return
+		return now + time.Hour
 	}
-	any, busy := false, t.inbound.Load()+t.opened.Load() > 0
+	passed := now - t.ticked
+	t.ticked = now
+	busy := t.inbound.Load()+t.opened.Load() > 0
+	heard := woke
 	var check []*lane
 	for _, l := range t.lanes {
+		heard = max(heard, time.Duration(l.ws.wire.rxAt.Load()))
 		rx, tx := l.ws.wire.rx.Load(), l.ws.wire.tx.Load()
 		if rx == l.lastRx && tx == l.lastTx {
 			l.stuck += passed
 			l.quiet += passed
 		} else {
 			t.metrics.moved(l)
-			any = any || rx != l.lastRx
 			l.lastRx, l.lastTx, l.stuck, l.quiet = rx, tx, 0, 0
 		}
 		if l.class != Control {
@@ -169,14 +151,15 @@ func (t *Tunnel) tick(passed time.Duration) {
 		heartbeat = t.cfg.Heartbeat
 	}
 	if !t.isDialer {
+		// The dialer asks first, so that one exchange usually serves both.
 		heartbeat += every
 	}
-	ping, dead := t.live.heard(any, min(passed, 2*every), heartbeat, t.cfg.DeadAfter, every)
+	silent := now - heard
 	switch {
-	case dead:
+	case silent >= t.cfg.DeadAfter:
 		t.end(ErrSilent)
-		return
-	case ping:
+		return now + time.Hour
+	case silent+every/8 >= heartbeat:
 		if nonce, ok := t.live.ping(every / 2); ok {
 			_ = control.send(&message{typ: msgPing, nonce: nonce})
 		}
@@ -184,6 +167,20 @@ func (t *Tunnel) tick(passed time.Duration) {
 	for _, l := range check {
 		t.tickLane(l, passed)
 	}
+	if busy {
+		return now + every
+	}
+	return max(now+every, heard+heartbeat)
+}
+
+// watch finds out when this process was stopped: ticks came late.
+type watch struct{ last, woke time.Duration }
+
+func (w *watch) tick(now, every time.Duration) {
+	if w.last > 0 && now-w.last > 3*every+50*time.Millisecond {
+		w.woke = now
+	}
+	w.last = now
 }
 
 // pathTimeout is how long sent bytes of a solo lane may stay unacknowledged.

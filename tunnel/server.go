@@ -68,6 +68,7 @@ type Server struct {
 	draining  bool
 	closed    bool
 	ticking   bool
+	fresh     []ticking      // not known to tickLoop yet
 	wg        sync.WaitGroup // handshakes and the ticker
 	closing   chan struct{}
 }
@@ -316,7 +317,7 @@ func (s *Server) acceptTunnel(r *http.Request, wc *wsConn, tc *tls.Conn, he *hel
 		context.AfterFunc(closingContext{t.done}, func() { timer.Stop() })
 	}
 	t.up.Store(true)
-	s.startTicking()
+	s.startTicking(t)
 	if s.cfg.Handler != nil {
 		go s.cfg.Handler(t)
 	}
@@ -399,51 +400,62 @@ func (s *Server) forget(t *Tunnel) {
 	}
 }
 
-// startTicking drives all tunnels by one goroutine while there are any.
-func (s *Server) startTicking() {
+// ticking is a tunnel and when to look after it next.
+type ticking struct {
+	next time.Duration
+	t    *Tunnel
+}
+
+// startTicking takes a tunnel into the care of the one goroutine that drives all
+// tunnels while there are any.
+func (s *Server) startTicking(t *Tunnel) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.fresh = append(s.fresh, ticking{clock() + s.cfg.tickEvery(), t})
 	if s.ticking || s.closed {
 		return
 	}
 	s.ticking = true
 	s.wg.Add(1)
-	go func() {
-		defer s.wg.Done()
-		ticker := time.NewTicker(s.cfg.tickEvery())
-		defer ticker.Stop()
-		last := time.Now()
-		var all []*Tunnel
-		for {
-			select {
-			case <-s.closing:
-				return
-			case now := <-ticker.C:
-				all = s.list(all[:0])
-				if len(all) == 0 {
-					return
-				}
-				for i, t := range all {
-					t.tick(now.Sub(last))
-					all[i] = nil
-				}
-				last = now
-			}
-		}
-	}()
+	go s.tickLoop()
 }
 
-// list appends the live tunnels to dst. With none it also ends the ticking.
-func (s *Server) list(dst []*Tunnel) []*Tunnel {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for _, t := range s.tunnels {
-		dst = append(dst, t)
+func (s *Server) tickLoop() {
+	defer s.wg.Done()
+	every := s.cfg.tickEvery()
+	ticker := time.NewTicker(every)
+	defer ticker.Stop()
+	var all []ticking
+	var w watch
+	for {
+		select {
+		case <-s.closing:
+			return
+		case <-ticker.C:
+		}
+		s.mu.Lock()
+		all = append(all, s.fresh...)
+		s.fresh = s.fresh[:0]
+		if len(all) == 0 {
+			s.ticking, s.fresh = false, nil
+			s.mu.Unlock()
+			return
+		}
+		s.mu.Unlock()
+		now := clock()
+		w.tick(now, every)
+		keep := all[:0]
+		for _, x := range all {
+			if x.next <= now+every/4 {
+				if x.next = x.t.tick(now, w.woke); x.t.Err() != nil {
+					continue
+				}
+			}
+			keep = append(keep, x)
+		}
+		clear(all[len(keep):])
+		all = keep
 	}
-	if len(dst) == 0 {
-		s.ticking = false
-	}
-	return dst
 }
 
 // Tunnels returns the tunnels that live.

@@ -52,6 +52,7 @@ type Tunnel struct {
 	transports [3]*http.Transport
 	gone       *GoAway // received
 	sentGoAway *time.Timer
+	ticked     time.Duration // clock at the last tick
 	goneCh     chan GoAway
 }
 
@@ -263,7 +264,8 @@ func (l *lane) received(m *message) error {
 	switch m.typ {
 	case msgPing:
 		if t.live.mayPong() {
-			return l.send(&message{typ: msgPong, nonce: m.nonce})
+			var b [32]byte
+			return l.mux.answer((&message{typ: msgPong, nonce: m.nonce}).append(b[:0]))
 		}
 	case msgPong:
 		if rtt := t.live.pong(m.nonce); rtt > 0 {

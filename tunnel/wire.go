@@ -31,7 +31,8 @@ type wire struct {
 	conn net.Conn
 	raw  syscall.RawConn // nil if conn is not bare TCP
 
-	rx, tx atomic.Uint64 // bytes on the connection; rx is what liveness looks at
+	rx, tx atomic.Uint64 // bytes on the connection
+	rxAt   atomic.Int64  // clock when the last arrived: what liveness looks at
 
 	// Read side; one reader at a time.
 	early  []byte // read together with the HTTP header
@@ -53,6 +54,7 @@ type wire struct {
 
 func newWire(conn net.Conn) *wire {
 	w := &wire{conn: conn}
+	w.rxAt.Store(int64(clock()))
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		if raw, err := tcp.SyscallConn(); err == nil {
 			w.raw = raw
@@ -105,7 +107,7 @@ func (w *wire) read(p []byte) (int, error) {
 	w.applyDeadline()
 	if w.raw == nil {
 		n, err := w.conn.Read(p)
-		w.rx.Add(uint64(n))
+		w.received(n)
 		return n, err
 	}
 	if w.in == nil {
@@ -116,7 +118,7 @@ func (w *wire) read(p []byte) (int, error) {
 		if w.readE != nil {
 			return 0, w.readE
 		}
-		w.rx.Add(uint64(w.readN))
+		w.received(w.readN)
 	}
 	n := copy(p, w.in.data[w.in.r:w.in.n])
 	if w.in.r += n; w.in.r == w.in.n {
@@ -124,6 +126,13 @@ func (w *wire) read(p []byte) (int, error) {
 		w.in = nil
 	}
 	return n, nil
+}
+
+func (w *wire) received(n int) {
+	if n > 0 {
+		w.rx.Add(uint64(n))
+		w.rxAt.Store(int64(clock()))
+	}
 }
 
 // tryRead runs inside RawConn.Read: false means wait until readable.

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -265,6 +266,11 @@ func benchIdle(ctx context.Context, o Options, r *Report) error {
 		return err
 	}
 	r.Printf("%d agents up after %.1f s", n, took.Seconds())
+	if path := os.Getenv("POSTERN_BENCH_HEAP"); path != "" {
+		if err := errors.Join(p.ask("profile "+path, nil), p.ask("cpuprofile "+path+".cpu", nil)); err != nil {
+			return err
+		}
+	}
 	var after bytes.Buffer
 	settle := 150 * time.Second // the runtime collects every 2 minutes by itself
 	if o.Short {
