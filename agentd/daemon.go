@@ -76,6 +76,7 @@ type Daemon struct {
 	stopping atomic.Bool
 	aborted  chan struct{}
 	abort    sync.Once
+	closing  sync.Once
 
 	// mu guards the following.
 	mu           sync.Mutex
@@ -130,17 +131,10 @@ func (d *Daemon) useConfig(c *config.Config) {
 // called when the daemon answers, last; it may be nil.
 func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	defer func() { err = errors.Join(err, d.Close()) }()
-	if err := d.open(); err != nil {
-		return err
-	}
 	// The link outlives ctx: statements that are under way answer through it.
 	linkCtx, cutLink := context.WithCancel(context.Background())
 	defer cutLink()
-	wake, err := tunnel.WatchNetwork(linkCtx)
-	if err != nil {
-		d.logger.Info("changes of the network are not watched", "err", err)
-	}
-	if err := d.newLink(wake); err != nil {
+	if err := d.open(linkCtx); err != nil {
 		return err
 	}
 	var wg sync.WaitGroup
@@ -156,8 +150,9 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	return nil
 }
 
-// open starts what works without a link.
-func (d *Daemon) open() (err error) {
+// open starts everything but the link, which it makes. linkCtx bounds the
+// watching of the network alone.
+func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if d.unlock, err = lockState(d.state); err != nil {
 		return err
 	}
@@ -181,6 +176,13 @@ func (d *Daemon) open() (err error) {
 		return err
 	}
 	if err := d.record(audit.ActionStart); err != nil {
+		return err
+	}
+	wake, err := tunnel.WatchNetwork(linkCtx)
+	if err != nil {
+		d.logger.Info("changes of the network are not watched", "err", err)
+	}
+	if err := d.newLink(wake); err != nil {
 		return err
 	}
 	if d.control, err = control.Listen(d.runtimeDir(), control.Config{Status: d.status, Check: d.checkSource}); err != nil {
@@ -251,9 +253,15 @@ func (d *Daemon) drain() {
 // Abort ends a drain at once.
 func (d *Daemon) Abort() { d.abort.Do(func() { close(d.aborted) }) }
 
-// Close ends what Run started, in the reverse order. Run calls it.
+// Close ends what Run started, in the reverse order. Run calls it; the second
+// time it does nothing.
 func (d *Daemon) Close() error {
 	var errs []error
+	d.closing.Do(func() { errs = d.close() })
+	return errors.Join(errs...)
+}
+
+func (d *Daemon) close() (errs []error) {
 	if d.metrics != nil {
 		errs = append(errs, d.metrics.Close())
 		d.serving.Wait()
@@ -269,8 +277,8 @@ func (d *Daemon) Close() error {
 		cancel()
 	}
 	if d.log != nil {
-		if d.host != nil {
-			if err := d.record("host.stop"); err != nil && !errors.Is(err, audit.ErrClosed) {
+		if d.control != nil { // it had started
+			if err := d.record("host.stop"); err != nil {
 				d.logger.Error("stop not recorded", "err", err)
 			}
 		}
@@ -279,8 +287,7 @@ func (d *Daemon) Close() error {
 	if d.unlock != nil {
 		d.unlock()
 	}
-	d.metrics, d.control, d.sessions, d.log, d.unlock = nil, nil, nil, nil, nil
-	return errors.Join(errs...)
+	return errs
 }
 
 // Reload reads the configuration again. A bad file changes nothing.

@@ -239,9 +239,6 @@ func (d *Daemon) status() control.Status {
 }
 
 func (d *Daemon) linkStatus() control.Link {
-	if d.link == nil {
-		return control.Link{Cause: "starting"}
-	}
 	l := d.link.State()
 	out := control.Link{
 		Up: l.Up, Since: l.Since.UTC(), URL: l.URL, Cause: l.Cause, Attempts: l.Attempts, Tunnel: l.TunnelID, Remote: l.Remote,

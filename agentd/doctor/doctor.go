@@ -177,10 +177,11 @@ func (r *Report) Dial(ctx context.Context, cfg tunnel.DialConfig, proxied bool) 
 	defer t.Close(nil) //nolint:errcheck // it served its turn
 	probe := connect.NewClient[emptypb.Empty, emptypb.Empty](&http.Client{Transport: t.Transport(tunnel.Control)}, "http://controlplane/postern.v1.LinkService/Probe")
 	_, err = probe.CallUnary(ctx, connect.NewRequest(&emptypb.Empty{}))
-	switch code := proto.CodeOf(proto.FromConnect(err)); code {
-	case proto.CodeNotFound: // a member may ask, and this does not exist
+	code := proto.CodeOf(proto.FromConnect(err))
+	switch {
+	case code == proto.CodeNotFound, connect.CodeOf(err) == connect.CodeUnimplemented: // a member may ask, and this does not exist
 		r.Add("admission", OK, "the control plane knows this host", "")
-	case proto.CodeIdentityExpired:
+	case code == proto.CodeIdentityExpired:
 		r.Add("admission", Warning, proto.FromConnect(err).Error(), "start agentd: it rejoins by itself")
 	default:
 		r.Add("admission", Failed, proto.FromConnect(err).Error(), "register again with a new key, or ask who runs the control plane")
