@@ -67,6 +67,7 @@ func TestOutboundOnly(t *testing.T) {
 			cancelReachesTheDatabase(t, s)
 			nobodyListens(t, lab)
 			cutIsNoticedAndMended(t, s, lab, a)
+			controlPlaneDies(t, s, "host")
 			nobodyListens(t, lab)
 			if strings.Contains(a.Process.Log()+s.ControlPlane.Log(), proxyPassword) {
 				t.Error("the proxy's password is in a log")

@@ -109,4 +109,5 @@ func TestBehindNginx(t *testing.T) {
 	if log := front.Log(); strings.Contains(log, "timed out") {
 		t.Errorf("nginx says:\n%s", log)
 	}
+	t.Run("the control plane dies", func(t *testing.T) { controlPlaneDies(t, s, "host") })
 }

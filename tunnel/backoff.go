@@ -91,10 +91,23 @@ func (b *Backoff) wait(n int, bound time.Duration) time.Duration {
 }
 
 // absent reports that the host answers but nothing serves there: the kernel
-// refuses the connection, or a reverse proxy finds no server behind it.
+// refuses the connection, or a reverse proxy or a forward one finds no server
+// behind it (tinyproxy says 500 then, others 502 or 503).
 func absent(err error) bool {
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return true
+	}
 	var d *DialError
-	return errors.Is(err, syscall.ECONNREFUSED) || errors.As(err, &d) && d.Step == StepUpgrade && d.Status == http.StatusBadGateway
+	if !errors.As(err, &d) {
+		return false
+	}
+	switch d.Status {
+	case http.StatusBadGateway:
+		return d.Step == StepUpgrade || d.Step == StepProxy
+	case http.StatusInternalServerError, http.StatusServiceUnavailable:
+		return d.Step == StepProxy
+	}
+	return false
 }
 
 // Reset forgets the failures; call it when success proved stable.

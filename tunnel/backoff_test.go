@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"os"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -204,4 +205,33 @@ func TestWatchNetworkEnds(t *testing.T) {
 		t.Fatal("no channel")
 	}
 	cancel()
+}
+
+// While the control plane restarts, an agent asks often, also through proxies.
+func TestAbsentServersAreAskedOften(t *testing.T) {
+	refused := &tunnel.DialError{Step: tunnel.StepTCP, Err: syscall.ECONNREFUSED}
+	for _, tc := range []struct {
+		name  string
+		err   error
+		often bool
+	}{
+		{"refused", refused, true},
+		{"no server behind a reverse proxy", &tunnel.DialError{Step: tunnel.StepUpgrade, Status: 502}, true},
+		{"no server behind a proxy", &tunnel.DialError{Step: tunnel.StepProxy, Status: 503}, true},
+		{"no server behind tinyproxy", &tunnel.DialError{Step: tunnel.StepProxy, Status: 500}, true},
+		{"overloaded", &tunnel.DialError{Step: tunnel.StepUpgrade, Status: 503}, false},
+		{"wrong credentials for the proxy", &tunnel.DialError{Step: tunnel.StepProxy, Status: 407}, false},
+		{"silence", &tunnel.DialError{Step: tunnel.StepTCP, Err: os.ErrDeadlineExceeded}, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			b := tunnel.NewBackoff(tunnel.BackoffConfig{})
+			var longest time.Duration
+			for range 200 {
+				longest = max(longest, b.Next(tc.err))
+			}
+			if often := longest < time.Second; often != tc.often {
+				t.Errorf("it waits up to %s", longest)
+			}
+		})
+	}
 }
