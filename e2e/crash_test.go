@@ -398,7 +398,11 @@ func TestFullDiskOfTheHost(t *testing.T) {
 		t.Fatal(e.stderr)
 	}
 	free := fillDisk(t, log)
-	// The log's last block has room for a few entries.
+	// The log's last block has room for a few entries, but not for this one's.
+	postern(t, s, "sql", "host/db", "select nextval('runs') -- "+strings.Repeat("x", 6000)).said(t, 1, "no space is left in "+log)
+	if ran := value(t, "hostfull", "select last_value from runs"); ran != "1" {
+		t.Errorf("a statement that could not be audited was run: the sequence is at %s", ran)
+	}
 	ran := 1
 	for ; ; ran++ {
 		e := run()
