@@ -9,7 +9,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 )
@@ -19,7 +18,6 @@ type Process struct {
 	// Name is for messages; LogFile has its standard output and error.
 	Name, LogFile string
 
-	mu   sync.Mutex
 	cmd  *exec.Cmd
 	done chan struct{}
 	err  error
