@@ -304,29 +304,13 @@ func (d *Daemon) Reload() error {
 	if c.URL == "" {
 		c.URL = d.identity.Agent().URL
 	}
-	var later []string
-	for _, k := range []struct {
-		key     string
-		changed bool
-	}{
-		{"url", c.URL != old.URL},
-		{"ca_file", c.CAFile != old.CAFile},
-		{"metrics", c.Metrics != old.Metrics},
-		{"sql", c.SQL != old.SQL},
-		{"log.format", c.Log.Format != old.Log.Format},
-		{"proxy", (c.Proxy == nil) != (old.Proxy == nil)},
-	} {
-		if k.changed {
-			later = append(later, k.key)
-		}
-	}
 	d.sessions.SetSources(d.sources(c))
 	d.useConfig(c)
 	if err := d.record("config.reload"); err != nil {
 		d.logger.Error("reload not recorded", "err", err)
 	}
 	d.logger.Info("configuration reloaded", "file", c.File, "sources", len(c.Sources))
-	if len(later) > 0 {
+	if later := c.NeedRestart(old); len(later) > 0 {
 		d.logger.Warn("changed keys that need a restart of agentd", "keys", later)
 	}
 	d.updateInventory()

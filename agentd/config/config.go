@@ -54,6 +54,39 @@ type Config struct {
 	Log     Log
 	SQL     SQL
 	Sources []Source
+
+	proxy, noProxy string // as written; proxy may hold a password
+}
+
+// NeedRestart names the keys whose change from old counts from the next start on.
+func (c *Config) NeedRestart(old *Config) []string {
+	var keys []string
+	for _, k := range []struct {
+		key     string
+		changed bool
+	}{
+		{"url", c.URL != old.URL},
+		{"ca_file", c.CAFile != old.CAFile},
+		{"proxy", c.proxy != old.proxy || c.noProxy != old.noProxy},
+		{"metrics", c.Metrics != old.Metrics},
+		{"sql", c.SQL != old.SQL},
+		{"log.format", c.Log.Format != old.Log.Format},
+	} {
+		if k.changed {
+			keys = append(keys, k.key)
+		}
+	}
+	return keys
+}
+
+// passwordInside reports whether the file itself holds a password.
+func (c *Config) passwordInside() bool {
+	u, err := url.Parse(c.proxy)
+	if err != nil || u.User == nil {
+		return false
+	}
+	_, has := u.User.Password()
+	return has
 }
 
 // Metrics says where metrics are served besides the tunnel. Both empty: nowhere.
@@ -150,7 +183,11 @@ func Load(path string, checkDSN func(engine, dsn string) error) (*Config, error)
 	if len(raw) > maxFile {
 		return nil, fmt.Errorf("configuration %s has more than %d bytes", path, maxFile)
 	}
-	return Parse(path, raw, checkDSN)
+	c, err := Parse(path, raw, checkDSN)
+	if err == nil && c.passwordInside() && st.Mode().Perm()&0o004 != 0 {
+		return nil, fmt.Errorf("configuration %s holds the proxy's password and can be read by everybody (mode %04o): run chmod 0600 %s", path, st.Mode().Perm(), path)
+	}
+	return c, err
 }
 
 // Parse checks a configuration that was read from path; see Load.
@@ -182,7 +219,7 @@ func Parse(path string, raw []byte, checkDSN func(engine, dsn string) error) (*C
 		}
 		c.OuterRootCAs = pool
 	}
-	c.Proxy = p.proxy(in, at)
+	c.Proxy, c.proxy, c.noProxy = p.proxy(in, at), in.Proxy, in.NoProxy
 	c.Metrics = p.metrics(in.Metrics.Listen, at("metrics", "listen"))
 	p.log(in, c, at)
 	p.sql(in, c, at)

@@ -157,6 +157,12 @@ func TestLoad(t *testing.T) {
 	if err := os.WriteFile(path, []byte(whole), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	if _, err := Load(path, nil); err == nil || !strings.Contains(err.Error(), "proxy's password") || strings.Contains(err.Error(), "marked") {
+		t.Errorf("a password that everybody may read: %v", err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := Load(path, nil); err != nil {
 		t.Error(err)
 	}
@@ -165,6 +171,28 @@ func TestLoad(t *testing.T) {
 	}
 	if _, err := Load(path, nil); err == nil || !strings.Contains(err.Error(), "chmod") {
 		t.Errorf("writable: %v", err)
+	}
+}
+
+func TestNeedRestart(t *testing.T) {
+	parse := func(text string) *Config {
+		t.Helper()
+		c, err := Parse("f.yaml", []byte(text), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	base := parse("url: https://a\nproxy: http://p:1\n")
+	for text, want := range map[string]string{
+		"url: https://a\nproxy: http://p:1\nlog: {level: debug}\nsources: [{name: w, engine: postgres, dsn: host=h}]\n": "",
+		"url: https://b\nproxy: http://p:1\n": "url",
+		"url: https://a\nproxy: http://q:1\n": "proxy",
+		"url: https://a\nproxy: http://p:1\nno_proxy: x\nsql: {warm: 3}\nlog: {format: json}\nmetrics: {listen: '127.0.0.1:1'}\n": "proxy metrics sql log.format",
+	} {
+		if got := strings.Join(parse(text).NeedRestart(base), " "); got != want {
+			t.Errorf("%q: got %q, want %q", text, got, want)
+		}
 	}
 }
 
