@@ -91,7 +91,9 @@ func runShifted(seconds string, args []string) (int, error) {
 		signal := int(status.StopSignal())
 		switch {
 		case signal == int(syscall.SIGTRAP)|0x80:
-			if inside[tid] = !inside[tid]; !inside[tid] {
+			if inside[tid] = !inside[tid]; inside[tid] {
+				keepDumpable(tid)
+			} else {
 				shiftAnswer(tid, shift)
 			}
 			signal = 0
@@ -121,6 +123,17 @@ func shiftAnswer(tid int, shift int64) {
 	}
 	binary.LittleEndian.PutUint64(word[:], binary.LittleEndian.Uint64(word[:])+uint64(shift))
 	syscall.PtracePokeData(tid, at, word[:]) //nolint:errcheck // then the test fails
+}
+
+// keepDumpable makes another system call of prctl(PR_SET_DUMPABLE): a tracer that
+// is not root could not write to the program any more.
+func keepDumpable(tid int) {
+	var regs syscall.PtraceRegs
+	if syscall.PtraceGetRegs(tid, &regs) != nil || regs.Orig_rax != unix.SYS_PRCTL || regs.Rdi != unix.PR_SET_DUMPABLE {
+		return
+	}
+	regs.Orig_rax = unix.SYS_GETPID
+	syscall.PtraceSetRegs(tid, &regs) //nolint:errcheck // then the test fails
 }
 
 // hideVDSO crosses the vDSO out of the auxiliary vector of a process that has not
