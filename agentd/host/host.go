@@ -95,6 +95,8 @@ type Host struct {
 	abort    context.Context
 	abortNow context.CancelCauseFunc
 
+	settling sync.Mutex // one settle at a time; taken before mu
+
 	// mu guards the following; held for memory alone.
 	mu       sync.Mutex
 	draining bool
@@ -166,6 +168,9 @@ func (h *Host) Drain(ctx context.Context) error {
 	h.mu.Unlock()
 	select {
 	case <-h.idle:
+		if err := h.settle(); err != nil {
+			h.logger.Error("ends of statements not recorded: they count as lost at the next start", "err", err)
+		}
 		return nil
 	case <-ctx.Done():
 		return context.Cause(ctx)
@@ -222,14 +227,21 @@ func (h *Host) record(e auditchain.Entry) error {
 
 // settle writes ends that the log refused earlier.
 func (h *Host) settle() error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	for len(h.unwritten) > 0 {
-		// With mu held: whoever wants to begin has to wait for this anyway.
-		if err := h.record(h.unwritten[0]); err != nil {
+	h.settling.Lock()
+	defer h.settling.Unlock()
+	for {
+		h.mu.Lock()
+		if len(h.unwritten) == 0 {
+			h.mu.Unlock()
+			return nil
+		}
+		e := h.unwritten[0]
+		h.mu.Unlock()
+		if err := h.record(e); err != nil {
 			return err
 		}
+		h.mu.Lock()
 		h.unwritten = h.unwritten[1:]
+		h.mu.Unlock()
 	}
-	return nil
 }

@@ -2,6 +2,7 @@ package link
 
 import (
 	"context"
+	"log/slog"
 	"net"
 	"net/http"
 	"sync"
@@ -34,7 +35,7 @@ func (k *Keeper) adopt(t *tunnel.Tunnel, welcome *posternv1.HelloResponse) *sess
 		ReadHeaderTimeout: readHeaderTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ErrorLog:          nil,
+		ErrorLog:          slog.NewLogLogger(k.logger.Handler(), slog.LevelDebug),
 	}
 	s.wg.Go(func() {
 		s.server.Serve(t.Listener()) //nolint:errcheck // it ends with the tunnel, whose cause says more
