@@ -7,7 +7,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
@@ -32,7 +34,7 @@ type app struct {
 
 func (a *app) run(ctx context.Context, args []string) int {
 	root := a.root()
-	root.SetArgs(args)
+	root.SetArgs(commentLast(args))
 	root.SetIn(a.stdin)
 	root.SetOut(a.stdout)
 	root.SetErr(a.stderr)
@@ -44,6 +46,20 @@ func (a *app) run(ctx context.Context, args []string) int {
 		err = &usageError{err}
 	}
 	return a.report(ctx, err)
+}
+
+// commentLast moves a query that begins with a comment ("-- …") behind "--", where
+// it is not taken for a flag.
+func commentLast(args []string) []string {
+	for i, arg := range args {
+		if arg == "--" {
+			break
+		}
+		if len(arg) > 2 && arg[:2] == "--" && unicode.IsSpace(rune(arg[2])) && i > 0 && !strings.HasPrefix(args[i-1], "-") {
+			return append(slices.Delete(slices.Clone(args), i, i+1), "--", arg)
+		}
+	}
+	return args
 }
 
 func (a *app) root() *cobra.Command {

@@ -102,3 +102,19 @@ func TestProgressLine(t *testing.T) {
 		}
 	}
 }
+
+func TestCommentLast(t *testing.T) {
+	const query = "-- a comment\nselect 1"
+	for _, tc := range []struct{ args, want string }{
+		{"sql|a/b|" + query, "sql|a/b|--|" + query},
+		{"sql|a/b|" + query + "|-f|csv", "sql|a/b|-f|csv|--|" + query},
+		{"sql|a/b|--|" + query, "sql|a/b|--|" + query},
+		{"sql|a/b|select 1|-p|" + query, "sql|a/b|select 1|-p|" + query},
+		{"sql|a/b|select 1|--format|csv", "sql|a/b|select 1|--format|csv"},
+		{"", ""},
+	} {
+		if got := strings.Join(commentLast(strings.Split(tc.args, "|")), "|"); got != tc.want {
+			t.Errorf("%q: got %q, want %q", tc.args, got, tc.want)
+		}
+	}
+}
