@@ -151,7 +151,7 @@ func TestBadStatements(t *testing.T) {
 		{name: "an unknown agent", args: []string{"nosuch/ro", "select 1"}, code: 4, says: []string{`agent "nosuch" not found`}},
 		{name: "an offline agent", args: []string{"away/db", "select 1"}, code: 5, says: []string{"agent away is offline"}, outcome: "failed"},
 		{name: "an empty statement", args: []string{"host/ro", "  "}, code: 2, says: []string{"the query is empty"}},
-		{name: "a comment", args: []string{"host/ro", "--", "-- nothing"}, code: 1, says: []string{"the statement is empty"}, outcome: "failed", begun: true},
+		{name: "a comment", args: []string{"host/ro", "-- nothing", "-f", "csv"}, code: 1, says: []string{"the statement is empty"}, outcome: "failed", begun: true},
 		{name: "an unknown format", args: []string{"host/ro", "-f", "xls", "select 1"}, code: 2, says: []string{"xls"}},
 		{name: "no source", args: []string{"host", "select 1"}, code: 2, says: []string{"AGENT/SOURCE"}},
 	} {
@@ -246,7 +246,7 @@ func TestBadStatements(t *testing.T) {
 	if err := os.Chmod(filepath.Join(s.Dir, "openpw.pw"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	answers(t, s, "host/openpw", "select 1", "1")
+	answers(t, s, "host/openpw", "-- a comment\nselect 1", "1")
 	auditVerifies(t, s)
 
 	t.Run("a reload of a bad file", func(t *testing.T) {
