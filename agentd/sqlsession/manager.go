@@ -20,6 +20,8 @@ const (
 	// resetWait is how long a statement waits for its owner's last session to
 	// be reset before it takes another: a reset takes a millisecond or two.
 	resetWait = 100 * time.Millisecond
+	// killedTimeout bounds the wait for killed processes.
+	killedTimeout = 2 * time.Second
 	// warmRetry is the pause after a warm session failed to start.
 	warmRetry = 5 * time.Second
 )
@@ -468,7 +470,8 @@ func (m *Manager) Running() []*posternv1.RunningQuery {
 var ErrClosed = errors.New("sqlsession: closed")
 
 // Close cancels what runs, ends all sessions and waits for them. When ctx ends
-// first, what is left is killed. It may be called once.
+// first, what is left is killed; then only a Run whose writer is blocked can
+// outlive Close. It may be called once.
 func (m *Manager) Close(ctx context.Context) error {
 	m.mu.Lock()
 	m.closed = true
@@ -506,6 +509,9 @@ func (m *Manager) Close(ctx context.Context) error {
 		s.kill()
 	}
 	m.mu.Unlock()
-	<-done
+	select {
+	case <-done:
+	case <-time.After(killedTimeout):
+	}
 	return ctx.Err()
 }

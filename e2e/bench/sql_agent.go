@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -205,17 +206,17 @@ func (b *agentBench) cancel(ctx context.Context, r *Report) error {
 		return err
 	}
 	defer conn.Close(ctx) //nolint:errcheck // a throwaway
-	poll := func(where string) error {
+	poll := func(where string, want bool) error {
 		for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
 			var n int
 			if err := conn.QueryRow(ctx, "select count(*) from pg_stat_activity where query like 'select repeat%' and "+where).Scan(&n); err != nil {
 				return err
 			}
-			if n > 0 {
+			if (n > 0) == want {
 				return nil
 			}
 			if time.Now().After(deadline) {
-				return fmt.Errorf("no backend with %s", where)
+				return fmt.Errorf("%d backends with %s", n, where)
 			}
 		}
 	}
@@ -224,16 +225,18 @@ func (b *agentBench) cancel(ctx context.Context, r *Report) error {
 		w := blocked{make(chan struct{})}
 		done := make(chan error, 1)
 		go func() { done <- b.run(ctx, "a", "select repeat('x', 1000), generate_series(1, 100000000)", w) }()
-		if err := poll("wait_event = 'ClientWrite'"); err != nil {
+		release := sync.OnceFunc(func() { close(w.release) })
+		defer release()
+		if err := poll("wait_event = 'ClientWrite'", true); err != nil {
 			return err
 		}
 		began := time.Now()
 		b.m.Cancel("qry_" + strconv.Itoa(b.queries))
-		if err := poll("state <> 'active'"); err != nil {
+		if err := poll("state = 'active'", false); err != nil {
 			return err
 		}
 		took = append(took, ms(time.Since(began)))
-		close(w.release)
+		release()
 		<-done
 	}
 	r.Printf("cancel under a stopped reader: database free after %.1f ms", median(took))
