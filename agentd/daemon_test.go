@@ -414,6 +414,29 @@ func TestGoAwayMovesFirst(t *testing.T) {
 	}
 }
 
+// TestMoveThatFails: while the next tunnel cannot be had the old one serves; when
+// it is lost too the link is down, and comes back.
+func TestMoveThatFails(t *testing.T) {
+	c := newTestControl(t)
+	l := newLab(t, c, "")
+	l.start()
+	old := c.awaitHello(1)
+	c.setRefuse(proto.Errorf(proto.CodeUnavailable, "not now"))
+	old.GoAway(0, 0, "a test")
+	poll(t, "a try that fails", func() bool { return strings.Contains(l.log.String(), "next tunnel not up") })
+	if r := c.ask(t.Context(), old, "q1", "nope", "select 1"); proto.CodeOf(r.err) != proto.CodeNotFound {
+		t.Errorf("on the old tunnel: %v", r.err)
+	}
+	if s := l.d.link.State(); !s.Up {
+		t.Errorf("link %+v", s)
+	}
+	c.cut()
+	poll(t, "the link to be down", func() bool { return !l.d.link.State().Up })
+	c.setRefuse(nil)
+	c.awaitHello(2)
+	poll(t, "the link to be up", func() bool { return l.d.link.State().Up })
+}
+
 func TestRefusedByTheControlPlane(t *testing.T) {
 	c := newTestControl(t)
 	l := newLab(t, c, "")

@@ -97,11 +97,12 @@ type Keeper struct {
 	logger *slog.Logger
 	kick   chan struct{} // renew now; capacity 1, more are the same
 
+	sessions []*session // all that may still live; Run's own
+
 	// mu guards the following; held for memory alone.
 	mu       sync.Mutex
 	state    State
 	current  *session
-	retired  []*session
 	draining bool
 	told     string // the kind of failure that was logged last
 }
@@ -131,10 +132,14 @@ func (k *Keeper) State() State {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	s := k.state
-	if k.current != nil && s.Up {
-		s.RoundTrip = k.current.t.RTT()
-		s.Streams = k.current.t.Streams()
+	if k.current == nil || !s.Up {
+		return s
 	}
+	if err := k.current.t.Err(); err != nil { // Run has not come to it yet
+		return State{Since: time.Now(), URL: s.URL, Cause: lost(err).Error(), Code: codeOf(lost(err)), Skew: s.Skew}
+	}
+	s.RoundTrip = k.current.t.RTT()
+	s.Streams = k.current.t.Streams()
 	return s
 }
 
@@ -196,13 +201,18 @@ func pause(backoff *tunnel.Backoff, err error, n int) time.Duration {
 	return bound/2 + jitter(bound/2)
 }
 
-// wait waits for d, or for a sign that waiting longer makes no sense. A tunnel
-// that is being left is watched meanwhile.
+// wait waits for d, or for a sign that waiting longer makes no sense: the network
+// changed, or the tunnel that was to be left is gone before the next is there.
 func (k *Keeper) wait(ctx context.Context, d time.Duration) {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
+	var gone <-chan struct{}
+	if k.current != nil && k.current.t.Err() == nil { // Run alone sets it
+		gone = k.current.t.Done()
+	}
 	select {
 	case <-timer.C:
+	case <-gone:
 	case <-k.cfg.Wake:
 	case <-ctx.Done():
 	}

@@ -49,6 +49,7 @@ func (k *Keeper) adopt(t *tunnel.Tunnel, welcome *posternv1.HelloResponse) *sess
 	if at := welcome.GetServerTime(); at.IsValid() && at.AsTime().Unix() > 0 {
 		now.Skew = time.Since(at.AsTime()).Round(time.Millisecond)
 	}
+	k.sessions = append(live(k.sessions), s)
 	k.mu.Lock()
 	old, was := k.current, k.state
 	moved := was.Up && old != nil && old.t.Err() == nil
@@ -56,7 +57,6 @@ func (k *Keeper) adopt(t *tunnel.Tunnel, welcome *posternv1.HelloResponse) *sess
 		now.Since = was.Since
 	}
 	k.current, k.state = s, now
-	k.retired = append(live(k.retired), s)
 	draining := k.draining
 	k.mu.Unlock()
 	if old != nil {
@@ -166,14 +166,14 @@ const lastWord = 3 * time.Second
 // closeAll closes every tunnel and waits.
 func (k *Keeper) closeAll() {
 	k.mu.Lock()
-	all, current := k.retired, k.current
-	k.retired, k.current = nil, nil
+	current := k.current
+	k.current = nil
 	k.state.Up = false
 	k.mu.Unlock()
 	if current != nil {
 		current.finish(lastWord, lastWord)
 	}
-	for _, s := range all {
+	for _, s := range k.sessions {
 		s.t.Close(tunnel.ErrClosed) //nolint:errcheck // it may have ended by itself
 		s.cancel()
 		s.server.Close() //nolint:errcheck // its streams are gone
