@@ -45,7 +45,8 @@ type ServerConfig struct {
 	// Default 10 s.
 	HandshakeTimeout time.Duration
 
-	// RemoteIP says whose connection a request is, for MaxHandshakesPerIP.
+	// RemoteIP says whose connection a request is, for MaxHandshakesPerIP and
+	// Tunnel.RemoteAddr.
 	// Default: the host of RemoteAddr. Behind a load balancer give one that knows
 	// which forwarding header to trust.
 	RemoteIP func(*http.Request) string
@@ -273,6 +274,11 @@ func (s *Server) acceptTunnel(r *http.Request, wc *wsConn, tc *tls.Conn, he *hel
 	}
 	t := newTunnel(&s.cfg.Config, false, he.id, s.cfg.Logger)
 	t.server = s
+	if ip := s.cfg.RemoteIP(r); ip != remoteIP(r) {
+		if parsed := net.ParseIP(ip); parsed != nil {
+			t.from = &net.IPAddr{IP: parsed}
+		}
+	}
 	l := newLane(t, Control, wc, tc)
 	t.control = l
 	t.live.sample(he.rtt)

@@ -19,9 +19,10 @@ type Tunnel struct {
 	cfg       *Config // shared by all tunnels of a server
 	log       *slog.Logger
 	metrics   *Metrics
-	dialer    *dialer // nil on the accepting side
-	anonymous bool    // the dialer showed no certificate
-	server    *Server // nil on the dialing side
+	dialer    *dialer  // nil on the accepting side
+	anonymous bool     // the dialer showed no certificate
+	server    *Server  // nil on the dialing side
+	from      net.Addr // who it comes from if not its TCP connection's peer; else nil
 
 	accepted acceptQueue
 	windows  windows
@@ -74,8 +75,14 @@ func (t *Tunnel) ID() string { return formatID(t.id) }
 func (t *Tunnel) PeerState() tls.ConnectionState { return t.control.tls.ConnectionState() }
 
 // RemoteAddr returns the address of the other end of the control lane's TCP
-// connection: a proxy's or load balancer's, if there is one.
-func (t *Tunnel) RemoteAddr() net.Addr { return t.control.ws.RemoteAddr() }
+// connection: a proxy's or load balancer's, if there is one. On the acceptor it is
+// an IP address without a port if ServerConfig.RemoteIP names another.
+func (t *Tunnel) RemoteAddr() net.Addr {
+	if t.from != nil {
+		return t.from
+	}
+	return t.control.ws.RemoteAddr()
+}
 
 // LocalAddr returns this end of the control lane's TCP connection.
 func (t *Tunnel) LocalAddr() net.Addr { return t.control.ws.LocalAddr() }

@@ -15,6 +15,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/postern-dev/postern/e2e/netlab"
 )
 
 // Options say where and how a stack runs.
@@ -110,12 +112,13 @@ func (s *Stack) StartControlPlane(ctx context.Context) error {
 		return err
 	}
 	s.ControlPlane = p
-	if s.Netns != "" {
-		return p.await(ctx, "its admin token", func() error { _, err := os.Stat(s.TokenFile); return err })
-	}
-	client := &http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{
+	transport := &http.Transport{
 		DisableKeepAlives: true, TLSClientConfig: &tls.Config{RootCAs: s.RootCAs, InsecureSkipVerify: s.RootCAs == nil},
-	}}
+	}
+	if s.Netns != "" {
+		transport.DialContext = netlab.Dialer(s.Netns)
+	}
+	client := &http.Client{Timeout: 2 * time.Second, Transport: transport}
 	scheme := "http://"
 	for _, a := range s.Args {
 		if strings.HasPrefix(a, "--tls-cert") {
