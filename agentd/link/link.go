@@ -273,8 +273,13 @@ func lost(err error) error {
 func (k *Keeper) failed(err error) {
 	k.mu.Lock()
 	if k.current != nil && k.current.t.Err() == nil {
+		kind := "next " + kindOf(err)
+		again := k.told == kind
+		k.told = kind
 		k.mu.Unlock()
-		k.logger.Warn("next tunnel not up, retrying with the old one still there", "err", err)
+		if !again {
+			k.logger.Warn("next tunnel not up, retrying with the old one still there", "err", err)
+		}
 		return
 	}
 	was := k.state
