@@ -3,6 +3,8 @@
 #   make demo       a host joins through its own dialed tunnel and answers SQL; Ctrl-C ends it
 #   make test       everything that proves it works (installs what it lacks)
 #   make build      agentd, controlplane and postern in bin/
+#   make e2e-long   the end-to-end tests at full length: a statement that is silent
+#                   for 3 minutes behind nginx, 3 minutes over a slow link
 #   make race       the Go tests alone, with the race detector
 #   make lint       gofumpt, vet, staticcheck
 #   make fuzz       every fuzz target, FUZZTIME each (default 5m)
@@ -16,7 +18,7 @@ FUZZTIME ?= 5m
 LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
 export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
-.PHONY: build demo test race lint fuzz bench proto clean deps
+.PHONY: build demo test e2e-long race lint fuzz bench proto clean deps
 
 build: deps
 	@mkdir -p bin
@@ -31,6 +33,11 @@ demo: build
 
 test:
 	@packaging/dev/test.sh
+
+e2e-long:
+	@packaging/dev/deps.sh go postgresql nginx tinyproxy
+	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh netns
+	POSTERN_LONG=1 $(GO) test -timeout 30m -v ./e2e
 
 race:
 	$(GO) test -race ./...
