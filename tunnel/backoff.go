@@ -68,6 +68,9 @@ func (b *Backoff) Next(err error) time.Duration {
 	if !absent(err) {
 		b.absences = 0
 		b.failures++
+		if busy(err) {
+			return b.wait(b.failures, busyMax)
+		}
 		return b.wait(b.failures, b.cfg.Max)
 	}
 	now := time.Now()
@@ -79,6 +82,15 @@ func (b *Backoff) Next(err error) time.Duration {
 		return b.wait(b.absences, absentMax)
 	}
 	return b.wait(b.absences, absentMaxOld)
+}
+
+// busyMax bounds the waits while the control plane says that it is busy: a fleet is
+// coming back, at a rate that its gate bounds, and saying no costs little.
+const busyMax = 5 * time.Second
+
+func busy(err error) bool {
+	var d *DialError
+	return errors.As(err, &d) && d.Step == StepUpgrade && d.Status == http.StatusServiceUnavailable
 }
 
 // wait is the wait after the nth failure.

@@ -30,6 +30,7 @@ type streamFlow struct {
 	epoch     time.Time // start of the growth measurement
 	epochFrom int64     // consumed at that time
 	round     uint32    // of the tunnel's windows, as this stream last saw it
+	clear     uint32    // likewise: the last growth's round
 	released  bool
 }
 
@@ -116,8 +117,9 @@ func (f *streamFlow) release() {
 	}
 }
 
-// adaptLocked grows the window of a bulk stream that used up half of it in less
-// than two round trips (the rule of QUIC implementations).
+// adaptLocked doubles the window of a bulk stream that used up half of it in less
+// than two round trips (the rule of QUIC implementations), on a long path only
+// while no queue was seen.
 func (f *streamFlow) adaptLocked() {
 	taken := f.consumed - f.epochFrom
 	if taken*2 < f.window {
@@ -125,7 +127,10 @@ func (f *streamFlow) adaptLocked() {
 	}
 	now := time.Now()
 	took := now.Sub(f.epoch)
-	if !f.epoch.IsZero() && float64(took)*float64(f.window) < float64(4*f.s.lane.tunnel.RTT())*float64(taken) {
+	t := f.s.lane.tunnel
+	rtt := t.RTT()
+	if !f.epoch.IsZero() && float64(took)*float64(f.window) < float64(4*rtt)*float64(taken) &&
+		(rtt < lanRTT || t.windows.mayGrow(&f.clear)) {
 		f.growLocked(2 * f.window)
 	}
 	f.epoch, f.epochFrom = now, f.consumed

@@ -26,10 +26,10 @@ type waiter struct {
 }
 
 const (
-	gateWait = 5 * time.Second
+	gateWait = 8 * time.Second
 	// gateQueue is how many may wait, as a multiple of the handshakes under way;
 	// one address may take half.
-	gateQueue = 8
+	gateQueue = 16
 )
 
 // enter takes a place; false means that there was none in time.

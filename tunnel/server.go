@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -70,6 +71,7 @@ type Server struct {
 	closed    bool
 	ticking   bool
 	fresh     []ticking      // not known to tickLoop yet
+	arrived   int            // tunnels since the last tidying
 	wg        sync.WaitGroup // handshakes and the ticker
 	closing   chan struct{}
 }
@@ -418,6 +420,7 @@ func (s *Server) startTicking(t *Tunnel) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.fresh = append(s.fresh, ticking{clock() + s.cfg.tickEvery(), t})
+	s.arrived++
 	if s.ticking || s.closed {
 		return
 	}
@@ -426,6 +429,14 @@ func (s *Server) startTicking(t *Tunnel) {
 	go s.tickLoop()
 }
 
+// A fleet that comes at once leaves the garbage of its handshakes, more than what
+// its idle tunnels need, and an idle process keeps it: the collector waits for the
+// heap to double. So after so many arrivals and then so long none, tidy up once.
+const (
+	tidyAfter = 500
+	tidyQuiet = 10 * time.Second
+)
+
 func (s *Server) tickLoop() {
 	defer s.wg.Done()
 	every := s.cfg.tickEvery()
@@ -433,6 +444,8 @@ func (s *Server) tickLoop() {
 	defer ticker.Stop()
 	var all []ticking
 	var w watch
+	var arrived int
+	var quiet time.Duration // clock when arrived last changed
 	for {
 		select {
 		case <-s.closing:
@@ -447,8 +460,15 @@ func (s *Server) tickLoop() {
 			s.mu.Unlock()
 			return
 		}
-		s.mu.Unlock()
 		now := clock()
+		if s.arrived != arrived {
+			arrived, quiet = s.arrived, now
+		}
+		if arrived >= tidyAfter && now-quiet >= tidyQuiet {
+			s.arrived, arrived = 0, 0
+			s.wg.Go(debug.FreeOSMemory)
+		}
+		s.mu.Unlock()
 		w.tick(now, every)
 		keep := all[:0]
 		for _, x := range all {

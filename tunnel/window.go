@@ -9,12 +9,13 @@ import (
 // stay below half of yamuxWindowMax.
 const maxWindow = 32 << 20
 
-// bulkWindow is what a bulk stream starts with.
+// bulkWindow is what a bulk stream starts with on a local path. On a longer one it
+// starts with yamux's 256 KiB, so as not to fill the queue of a slow one at once.
 const bulkWindow = 512 << 10
 
 // firstWindow is the window that a stream of this lane starts with.
 func (l *lane) firstWindow() int64 {
-	if l.class == Bulk {
+	if l.class == Bulk && l.tunnel.RTT() < lanRTT {
 		return bulkWindow
 	}
 	return yamuxWindowStart
@@ -33,19 +34,24 @@ type windows struct {
 	mu   sync.Mutex
 	left int64 // of the budget
 
-	total   int64 // credit of all bulk streams together; 0 is no limit
-	share   int64 // of one stream; 0 is no limit
-	round   uint32
-	active  int       // streams that consumed in this round
-	bytes   int64     // consumed in this round
-	began   time.Time // of this round
-	asked   bool      // this round's ping is under way
-	delayed int       // rounds in a row that were
-	rate    float64   // bytes per second of late rounds, the largest decaying
+	total  int64 // credit of all bulk streams together; 0 is no limit
+	share  int64 // of one stream; 0 is no limit
+	round  uint32
+	active int           // streams that consumed in this round
+	bytes  int64         // consumed in this round
+	began  time.Time     // of this round
+	asked  bool          // this round's ping is under way
+	late   time.Duration // what the last round's ping saw above the shortest
+	streak int           // steps of growth in a row
+	clear  uint32        // rounds that saw no queue
+	rate   float64       // bytes per second of late rounds, the largest decaying
 }
 
 const (
-	queueTarget = 4 * time.Millisecond
+	queueTarget = 3 * time.Millisecond
+	// growFirst is the queue that the first step of growth may add; each further
+	// one in a row doubles, up to a quarter of the total.
+	growFirst = 500 * time.Microsecond
 	// roundMin and roundBytes are what makes a round long enough to be measured.
 	roundMin   = 50 * time.Millisecond
 	roundBytes = 128 << 10
@@ -96,6 +102,18 @@ func (w *windows) consumed(n int64, seen *uint32, rtt time.Duration) (limit int6
 	return w.share, ping
 }
 
+// mayGrow reports whether a stream may double its window: once for each round that
+// saw no queue. seen is the stream's memory of the last.
+func (w *windows) mayGrow(seen *uint32) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if *seen == w.clear {
+		return false
+	}
+	*seen = w.clear
+	return true
+}
+
 // measure ends a round with the round trip that its ping saw.
 func (w *windows) measure(rtt, shortest time.Duration) {
 	w.mu.Lock()
@@ -106,7 +124,7 @@ func (w *windows) measure(rtt, shortest time.Duration) {
 	now := time.Now()
 	took := max(now.Sub(w.began), time.Millisecond)
 	rate := float64(w.bytes) / took.Seconds()
-	w.rate = max(rate, w.rate*0.9)
+	w.rate = max(rate, w.rate*0.95)
 	active := max(w.active, 1)
 	w.round++
 	if w.round == 0 {
@@ -114,32 +132,33 @@ func (w *windows) measure(rtt, shortest time.Duration) {
 	}
 	w.active, w.bytes, w.began, w.asked = 0, 0, now, false
 
-	queue := rtt - shortest
+	// A queue stands; what passes with the next answer was the processor's.
+	late := rtt - shortest
+	standing := min(late, w.late)
+	w.late = late
+	free := late <= queueTarget+shortest/8
+	if free {
+		w.clear++
+	}
 	floor := int64(max(totalMin, shareMin*active))
 	if shortest < lanRTT {
 		floor = totalMinLAN
 	}
 	fits := int64(w.rate * (shortest + queueTarget).Seconds())
 	switch {
-	case queue > queueTarget+shortest/16:
-		if w.delayed++; w.delayed < 2 && queue < 4*queueTarget {
-			break // one late answer may be the processor's
-		}
+	case standing > queueTarget+shortest/16:
 		if w.total == 0 {
 			w.total = fits
 		} else {
 			w.total = min(w.total, max(fits, w.total/2))
 		}
-	case w.total > 0:
-		w.delayed = 0
-		if fits*2 > w.total { // it is the total that limits
-			w.total += w.total / 8
-		}
+		w.streak = 0
+	case w.total > 0 && free && fits*2 > w.total: // it is the total that limits
+		w.total += min(max(int64(w.rate*growFirst.Seconds()), w.total/128)<<w.streak, w.total/4)
+		w.streak = min(w.streak+1, 8)
 		if w.total > int64(active)*maxWindow {
 			w.total = 0
 		}
-	default:
-		w.delayed = 0
 	}
 	if w.total > 0 {
 		w.total = max(w.total, floor)

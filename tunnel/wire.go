@@ -229,12 +229,6 @@ func (w *wire) writeFrame(hdr, p, key []byte) (int, error) {
 	if w.wrErr != nil {
 		return 0, w.wrErr
 	}
-	var pattern [maskBlock]byte
-	if key != nil {
-		for n := copy(pattern[:], key); n < min(maskBlock, len(p)+len(key)); n *= 2 {
-			copy(pattern[n:], pattern[:n])
-		}
-	}
 	if w.out == nil {
 		w.out = getChunk()
 	}
@@ -254,10 +248,7 @@ func (w *wire) writeFrame(hdr, p, key []byte) (int, error) {
 		if key == nil {
 			copy(c.data[c.n:], p[done:done+n])
 		} else {
-			// Blocks start at multiples of the key's length.
-			n = min(n, maskBlock-done%maskBlock)
-			at := done % maskBlock
-			subtle.XORBytes(c.data[c.n:c.n+n], p[done:done+n], pattern[at:at+n])
+			maskInto(c.data[c.n:c.n+n], p[done:done+n], key, done)
 		}
 		c.n += n
 		if done += n; c.free() == 0 {
@@ -274,6 +265,25 @@ func (w *wire) writeFrame(hdr, p, key []byte) (int, error) {
 
 // maskBlock is how many bytes are masked at a time.
 const maskBlock = 1 << 10
+
+// maskInto copies p, which starts at offset of its frame, masked to dst. It is not
+// inlined so that its block does not widen the stacks of idle receive loops, which
+// write pongs.
+//
+//go:noinline
+func maskInto(dst, p, key []byte, offset int) {
+	var pattern [maskBlock]byte
+	for i := range key {
+		pattern[i] = key[(offset+i)%len(key)]
+	}
+	for n := len(key); n < min(maskBlock, len(p)); n *= 2 {
+		copy(pattern[n:], pattern[:n])
+	}
+	for len(p) > 0 { // blocks start at multiples of the key's length
+		n := subtle.XORBytes(dst, p[:min(len(p), maskBlock)], pattern[:])
+		dst, p = dst[n:], p[n:]
+	}
+}
 
 func (w *wire) cork() {
 	w.wmu.Lock()

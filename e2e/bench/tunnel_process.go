@@ -272,9 +272,9 @@ func benchIdle(ctx context.Context, o Options, r *Report) error {
 		}
 	}
 	var after bytes.Buffer
-	settle := 150 * time.Second // the runtime collects every 2 minutes by itself
+	settle := 40 * time.Second
 	if o.Short {
-		settle = 10 * time.Second
+		settle = 20 * time.Second
 	}
 	var cpuPercent float64
 	for end := time.Now().Add(settle); time.Now().Before(end) && ctx.Err() == nil; {

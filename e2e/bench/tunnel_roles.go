@@ -251,8 +251,8 @@ func (a *acceptor) do(cmd string) (any, error) {
 	case "heap":
 		var m runtime.MemStats
 		runtime.ReadMemStats(&m)
-		return fmt.Sprintf("heap in use %d KiB, idle %d, released %d, stacks %d, sys %d, next GC %d, goroutines %d",
-			m.HeapInuse>>10, m.HeapIdle>>10, m.HeapReleased>>10, m.StackInuse>>10, m.Sys>>10, m.NextGC>>10, runtime.NumGoroutine()), nil
+		return fmt.Sprintf("heap %d KiB in %d, idle %d, released %d, stacks %d, next GC %d, goroutines %d, collections %d",
+			m.HeapAlloc>>10, m.HeapInuse>>10, m.HeapIdle>>10, m.HeapReleased>>10, m.StackInuse>>10, m.NextGC>>10, runtime.NumGoroutine(), m.NumGC), nil
 	}
 	return nil, errors.New("unknown command")
 }
