@@ -127,9 +127,15 @@ func TestValidateDSN(t *testing.T) {
 		}
 	}
 	for _, bad := range []struct{ engine, dsn, says string }{
-		{"postgres", "host=x password=marked", "password in the dsn"}, {"mysql", "x", "mysql is not supported"}, {"oracle", "x", `"oracle" is none of`},
-		{"postgres", "postgres://u@h:port/x", "garbled"}, {"postgres", "host", "garbled"}, {"postgres", "host=x replication=true", "replication"},
-		{"postgres", "host=x dbname=y", "names no user"}, {"postgres", "postgres://h/x", "names no user"}, {"postgres", "", "names no user"},
+		{"postgres", "host=x password=marked", "password in the dsn"},
+		{"mysql", "x", "mysql is not supported"},
+		{"oracle", "x", `"oracle" is none of`},
+		{"postgres", "postgres://u@h:port/x", "garbled"},
+		{"postgres", "host", "garbled"},
+		{"postgres", "host=x replication=true", "replication"},
+		{"postgres", "host=x dbname=y", "names no user"},
+		{"postgres", "postgres://h/x", "names no user"},
+		{"postgres", "", "names no user"},
 	} {
 		if err := sqlsession.ValidateDSN(bad.engine, bad.dsn); err == nil || !strings.Contains(err.Error(), bad.says) || strings.Contains(err.Error(), "marked") {
 			t.Errorf("%s %s: got %v, want %q", bad.engine, bad.dsn, err, bad.says)

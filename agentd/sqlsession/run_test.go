@@ -580,3 +580,33 @@ func TestRowsArriveWhenTheyAreThere(t *testing.T) {
 		t.Errorf("got %d writes over %s, want one for each row", n, a.times[len(a.times)-1].Sub(a.times[0]))
 	}
 }
+
+// TestLongResultsThatPause: a long result is read in large pieces; what is
+// less must still arrive, and a cancel must still work.
+func TestLongResultsThatPause(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	got, _ := query(t, m, request("SELECT i, CASE WHEN i % 20000 < 5 THEN pg_sleep(0.03) END FROM generate_series(1, 60004) i"))
+	if len(got.rows) != 60004 {
+		t.Errorf("got %d rows, want 60004", len(got.rows))
+	}
+	r := request("SELECT i, repeat('x', 100), CASE WHEN i = 30001 THEN pg_sleep(60) END FROM generate_series(1, 60000) i")
+	result := make(chan error, 1)
+	var outcome *posternv1.QueryOutcome
+	go func() {
+		var err error
+		outcome, err = m.Run(context.Background(), r, io.Discard)
+		result <- err
+	}()
+	// All rows before the pause arrive but those in the server's own buffer.
+	eventually(t, "the rows before the pause", func() bool {
+		running := m.Running()
+		return len(running) == 1 && running[0].Rows > 29000
+	})
+	m.Cancel(r.QueryID)
+	if err := <-result; proto.CodeOf(err) != proto.CodeCancelled || outcome.Rows < 29000 {
+		t.Errorf("got %d rows, %v, want about 30,000 and CANCELLED", outcome.Rows, err)
+	}
+	query(t, m, request("SELECT 1"))
+	query(t, m, request("SELECT repeat('x', 300000), i FROM generate_series(1, 50) i"))
+	query(t, m, request("SELECT CASE WHEN i = 15000 THEN repeat('x', 1000000) ELSE 'y' END FROM generate_series(1, 20000) i"))
+}

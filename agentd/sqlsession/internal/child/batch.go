@@ -261,6 +261,9 @@ func (b *batch) addLarge(c *wire, column *column, length int) error {
 	column.data = column.data[:at+length]
 	n := copy(column.data[at:], c.in[c.r:min(c.w, c.r+length)])
 	c.r += n
+	if err := c.endBulk(); err != nil {
+		return err
+	}
 	if _, err := io.ReadFull(c.conn, column.data[at+n:]); err != nil {
 		return err
 	}

@@ -115,6 +115,9 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	x.sink.wait = x.stalled
 	end := x.stream()
 	x.sink.wait = nil
+	if err := x.wire.endBulk(); err != nil && end.err == nil {
+		end.err = err
+	}
 	if failure := x.verdict(end); failure != nil {
 		return failure, false
 	}
@@ -443,6 +446,16 @@ func (x *execution) ready(n int) error {
 	}
 	c.room(n)
 	for c.w-c.r < n {
+		if c.bulk != nil && x.batch.flushed > bulkAfter && !x.st.isStopped() {
+			err := c.fillBulk()
+			if err == nil {
+				c.room(n)
+				continue
+			}
+			if !errors.Is(err, errQuiet) {
+				return err
+			}
+		}
 		armed := x.batch.rows > 0 && !x.st.isStopped()
 		if armed {
 			delay := laterDelay
@@ -539,6 +552,10 @@ func (x *execution) stalled(free <-chan []byte) []byte {
 		case <-x.st.stopped:
 		}
 		x.drained = make(chan cycleEnd, 1)
+		if err := x.wire.endBulk(); err != nil {
+			x.drained <- cycleEnd{nil, err}
+			return <-free
+		}
 		go func() {
 			refusal, err := x.wire.untilReady(nil)
 			x.drained <- cycleEnd{refusal, err}

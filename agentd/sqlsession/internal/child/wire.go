@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"syscall"
 
 	"github.com/jackc/pgx/v5/pgproto3"
 )
@@ -35,6 +36,10 @@ type wire struct {
 	in   []byte
 	r, w int
 	out  []byte
+	// bulk reads long results (nil where that can't be done); low is set
+	// while its low-water mark is.
+	bulk syscall.RawConn
+	low  bool
 	// tx is the transaction status of the last ReadyForQuery: I, T or E.
 	tx      byte
 	params  map[string]string
@@ -42,7 +47,7 @@ type wire struct {
 }
 
 func newWire(conn net.Conn, params map[string]string) *wire {
-	return &wire{conn: conn, in: make([]byte, inBuffer), tx: 'I', params: params}
+	return &wire{conn: conn, in: make([]byte, inBuffer), tx: 'I', params: params, bulk: bulkConn(conn)}
 }
 
 // send appends messages to what flush writes.
@@ -69,6 +74,9 @@ func (c *wire) flush() error {
 func (c *wire) fill() error {
 	if c.r == c.w {
 		c.r, c.w = 0, 0
+	}
+	if err := c.endBulk(); err != nil {
+		return err
 	}
 	n, err := c.conn.Read(c.in[c.w:])
 	c.w += n
