@@ -35,7 +35,7 @@ func TestTenThousandStrangers(t *testing.T) {
 	join(t, s, "host")
 	answers(t, s, "host/db", "select 1", "1")
 	pid := s.ControlPlane.PID()
-	before, socketsBefore := rss(t, pid), sockets(t, pid)
+	before, connectedBefore := rss(t, pid), connections(t, s.Listen)
 
 	kinds := []struct{ name, send string }{
 		{"say nothing", ""},
@@ -72,7 +72,7 @@ func TestTenThousandStrangers(t *testing.T) {
 	answers(t, s, "host/db", "select 2", "2")
 	answered := time.Since(began) - opened
 	peak = max(peak, rss(t, pid))
-	open := sockets(t, pid) - socketsBefore
+	open := connections(t, s.Listen) - connectedBefore
 	t.Logf("%d connections in %.1f s, %d of them open at the end; a query then took %.2f s; memory went from %d to %d MiB",
 		floodConnections, opened.Seconds(), open, answered.Seconds(), before>>20, peak>>20)
 	if grown := peak - before; grown > floodConnections*floodMemory {
@@ -107,9 +107,9 @@ func TestTenThousandStrangers(t *testing.T) {
 			t.Logf("%-36s gone after %.1f s", kind.name, lasted[kind.name].Seconds())
 		}
 	}
-	eventually(t, 20*time.Second, "all sockets of strangers are closed", func() error {
-		if n := sockets(t, pid); n > socketsBefore+20 {
-			return fmt.Errorf("%d sockets, %d before", n, socketsBefore)
+	eventually(t, 20*time.Second, "all connections of strangers are closed", func() error {
+		if n := connections(t, s.Listen); n > connectedBefore+20 {
+			return fmt.Errorf("%d connections, %d before", n, connectedBefore)
 		}
 		return nil
 	})

@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -316,16 +315,27 @@ func rss(t *testing.T, pid int) int64 {
 	return 0
 }
 
-// sockets is the number of a process's open sockets.
-func sockets(t *testing.T, pid int) int {
+// connections is the number of TCP connections that a server on loopback has open,
+// seen by the kernel: established, or closed by the other side only.
+func connections(t *testing.T, address string) int {
 	t.Helper()
-	entries, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
+	_, port, err := net.SplitHostPort(address)
 	if err != nil {
 		t.Fatal(err)
 	}
+	number, err := strconv.Atoi(port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	table, err := os.ReadFile("/proc/self/net/tcp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const established, closeWait = "01", "08"
 	n := 0
-	for _, e := range entries {
-		if to, err := os.Readlink(filepath.Join("/proc", strconv.Itoa(pid), "fd", e.Name())); err == nil && strings.HasPrefix(to, "socket:") {
+	for line := range strings.Lines(string(table)) {
+		fields := strings.Fields(line)
+		if len(fields) > 3 && strings.HasSuffix(fields[1], fmt.Sprintf(":%04X", number)) && (fields[3] == established || fields[3] == closeWait) {
 			n++
 		}
 	}
