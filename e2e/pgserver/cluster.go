@@ -201,6 +201,16 @@ func children(pid int) []int {
 	return pids
 }
 
+// alive reports whether a process is there and not a zombie.
+func alive(pid int) bool {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	_, rest, _ := strings.Cut(string(text), ") ") // behind the name
+	return !strings.HasPrefix(rest, "Z") && !strings.HasPrefix(rest, "X")
+}
+
 // removeSharedMemory removes the System V segment that a killed server leaves
 // behind; its id is the second number in line 7 of postmaster.pid.
 func (s *Server) removeSharedMemory() {

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
@@ -359,6 +360,11 @@ func (s *Server) Kill() error {
 	<-done
 	for _, pid := range backends {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
+	}
+	// A new server refuses to start while one of the old is attached to the
+	// shared memory.
+	for deadline := time.Now().Add(startTimeout); slices.ContainsFunc(backends, alive) && time.Now().Before(deadline); {
+		time.Sleep(5 * time.Millisecond)
 	}
 	s.removeSharedMemory()
 	s.forget()
