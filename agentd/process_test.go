@@ -145,7 +145,7 @@ func TestKilled(t *testing.T) {
 	_, source := database(t, "")
 	c := newTestControl(t)
 	l := newLab(t, c, source)
-	for n := 1; n <= 3; n++ {
+	for n := 1; n <= 5; n++ {
 		p := startProcess(t, l)
 		up := c.awaitHello(n)
 		running := make(chan result, 1)
@@ -164,9 +164,9 @@ func TestKilled(t *testing.T) {
 		}
 	}
 	l.start()
-	c.awaitHello(4)
+	c.awaitHello(6)
 	l.stop()
-	if got := l.actions(); strings.Count(got, "sql.lost failed") != 3 {
+	if got := l.actions(); strings.Count(got, "sql.lost failed") != 5 {
 		t.Errorf("recorded %s", got)
 	}
 }

@@ -222,6 +222,10 @@ func (r *registerCommand) ask(prompt string) ([]byte, error) {
 	return text, err
 }
 
+// lockWait is how long the lock may be held by what is left of a killed agentd: a
+// child between fork and exec has its descriptors for a moment.
+const lockWait = 1500 * time.Millisecond
+
 // lockState keeps a second agentd off the state directory until unlock.
 func lockState(dir string) (unlock func(), err error) {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
@@ -231,7 +235,12 @@ func lockState(dir string) (unlock func(), err error) {
 	if err != nil {
 		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	for end := time.Now().Add(lockWait); errors.Is(err, unix.EWOULDBLOCK) && time.Now().Before(end); {
+		time.Sleep(10 * time.Millisecond)
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	}
+	if err != nil {
 		f.Close() //nolint:errcheck // nothing was written
 		if errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, proto.Errorf(proto.CodeAlreadyExists, "another agentd uses the state directory %s: stop it first, or give another --state", dir)
