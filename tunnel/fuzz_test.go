@@ -49,9 +49,14 @@ func FuzzHello(f *testing.F) {
 
 func FuzzMessage(f *testing.F) {
 	for _, m := range []message{
-		{typ: msgPing, nonce: 1}, {typ: msgPong, nonce: 1 << 60}, {typ: msgOpenLane, token: 3, class: Bulk},
-		{typ: msgLaneFailed, token: 3, code: 5, text: "no"}, {typ: msgGoAway, reconnectAfter: time.Second, deadline: time.Minute, text: "drain"},
-		{typ: msgBye, code: 1, text: "bye"}, {typ: msgRetire}, {typ: 99},
+		{typ: msgPing, nonce: 1},
+		{typ: msgPong, nonce: 1 << 60},
+		{typ: msgOpenLane, token: 3, class: Bulk},
+		{typ: msgLaneFailed, token: 3, code: 5, text: "no"},
+		{typ: msgGoAway, reconnectAfter: time.Second, deadline: time.Minute, text: "drain"},
+		{typ: msgBye, code: 1, text: "bye"},
+		{typ: msgRetire},
+		{typ: 99},
 	} {
 		b := m.append(nil)
 		f.Add(b[1], b[messageHeader:])

@@ -160,8 +160,11 @@ func TestStalledReaderHoldsUpNobody(t *testing.T) {
 
 func TestReplacedAndClosed(t *testing.T) {
 	causes := []struct{ cause, want error }{
-		{nil, tunnel.ErrPeerClosed}, {tunnel.ErrReplaced, tunnel.ErrReplaced}, {tunnel.ErrRevoked, tunnel.ErrRevoked},
-		{tunnel.ErrDrained, tunnel.ErrDrained}, {errors.New("secret detail"), tunnel.ErrPeerClosed},
+		{nil, tunnel.ErrPeerClosed},
+		{tunnel.ErrReplaced, tunnel.ErrReplaced},
+		{tunnel.ErrRevoked, tunnel.ErrRevoked},
+		{tunnel.ErrDrained, tunnel.ErrDrained},
+		{errors.New("secret detail"), tunnel.ErrPeerClosed},
 	}
 	for _, c := range causes {
 		d, a := tunneltest.Pair(t)

@@ -112,8 +112,13 @@ func causeLabel(err error) string {
 		err   error
 		label string
 	}{
-		{ErrSilent, "silent"}, {ErrReplaced, "replaced"}, {ErrRevoked, "revoked"}, {ErrDrained, "drained"},
-		{ErrPeerClosed, "peer_closed"}, {ErrProtocol, "protocol"}, {ErrLost, "lost"},
+		{ErrSilent, "silent"},
+		{ErrReplaced, "replaced"},
+		{ErrRevoked, "revoked"},
+		{ErrDrained, "drained"},
+		{ErrPeerClosed, "peer_closed"},
+		{ErrProtocol, "protocol"},
+		{ErrLost, "lost"},
 	} {
 		if errors.Is(err, c.err) {
 			return c.label

@@ -19,8 +19,10 @@ type block struct {
 	data []byte
 }
 
-var smallBlocks = sync.Pool{New: func() any { return &block{data: make([]byte, smallBlock)} }}
-var largeBlocks = sync.Pool{New: func() any { return &block{data: make([]byte, largeBlock)} }}
+var (
+	smallBlocks = sync.Pool{New: func() any { return &block{data: make([]byte, smallBlock)} }}
+	largeBlocks = sync.Pool{New: func() any { return &block{data: make([]byte, largeBlock)} }}
+)
 
 func getBlock(class Class) *block {
 	pool := &largeBlocks
