@@ -20,6 +20,9 @@ const (
 	// resetWait is how long a statement waits for its owner's last session to
 	// be reset before it takes another: a reset takes a millisecond or two.
 	resetWait = 100 * time.Millisecond
+	// warmDelay lets the statement that took the warm session go first: the
+	// start of a process takes milliseconds of a core.
+	warmDelay = 25 * time.Millisecond
 	// killedTimeout bounds the wait for killed processes.
 	killedTimeout = 2 * time.Second
 	// warmRetry is the pause after a warm session failed to start.
@@ -296,6 +299,10 @@ func (m *Manager) topUpLocked(src *source) {
 			defer m.wg.Done()
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
+			select {
+			case <-m.stop:
+			case <-time.After(warmDelay):
+			}
 			stopped := make(chan struct{})
 			defer close(stopped)
 			m.wg.Add(1)
