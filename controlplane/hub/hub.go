@@ -3,6 +3,7 @@ package hub
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
@@ -35,13 +36,13 @@ const (
 var (
 	// ErrReplaced is the cause of a tunnel's end when its agent came back with a
 	// newer one.
-	ErrReplaced = errors.New("replaced by a newer tunnel of the same agent")
+	ErrReplaced = fmt.Errorf("a newer tunnel of the same agent is up: %w", tunnel.ErrReplaced)
 	// ErrNoHello is the cause when a tunnel did not say what it wants in time.
 	ErrNoHello = errors.New("said no hello in time")
 	// ErrRevoked is the cause when the agent was revoked.
-	ErrRevoked = errors.New("the agent was revoked")
+	ErrRevoked = fmt.Errorf("the agent was revoked: %w", tunnel.ErrRevoked)
 	// ErrDisabled is the cause when its organization was disabled.
-	ErrDisabled = errors.New("the organization was disabled")
+	ErrDisabled = fmt.Errorf("the organization was disabled: %w", tunnel.ErrRevoked)
 	// ErrLeaving is the cause when the agent said that it goes away.
 	ErrLeaving = errors.New("the agent is stopping or has moved")
 	// ErrStopping is the cause when this control plane stops.
