@@ -170,7 +170,8 @@ func TestKill(t *testing.T) {
 		revive func(t *testing.T)
 	}{
 		{
-			"SQL session", 1, []string{"the SQL session process was killed (signal 9)", "the SQL session process was killed (signal 9)"},
+			"SQL session", 1,
+			[]string{"the SQL session process was killed (signal 9)", "the SQL session process was killed (signal 9)"},
 			func(t *testing.T) {
 				children := a.Process.Children()
 				if len(children) != 1 {
@@ -183,12 +184,14 @@ func TestKill(t *testing.T) {
 			func(*testing.T) {},
 		},
 		{
-			"agentd", 5, []string{"agent host", "agent host"},
+			"agentd", 5,
+			[]string{"agent host", "agent host"},
 			func(*testing.T) { a.Process.Kill() },
 			func(t *testing.T) { startAgent(t, a) },
 		},
 		{
-			"control plane", 1, []string{"it closed the connection", "the control plane went away while the result was under way"},
+			"control plane", 1,
+			[]string{"it closed the connection", "the control plane went away while the result was under way"},
 			func(*testing.T) { s.ControlPlane.Kill() },
 			func(t *testing.T) {
 				time.Sleep(time.Second) // down for a moment, so that agentd has to try more than once
