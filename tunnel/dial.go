@@ -314,7 +314,7 @@ func (d *dialer) dialLane(a *attempt, t *Tunnel, class Class, opener uint8, toke
 	w := newWire(conn)
 	a.step(w)
 	began := time.Now()
-	ws, derr := d.upgrade(a.ctx, w)
+	ws, derr := d.upgrade(a.ctx, w, t.id, class)
 	if derr != nil {
 		return nil, derr
 	}

@@ -20,6 +20,10 @@ const (
 	protocolMinor = 0
 )
 
+// tunnelHeader names, in the request for a WebSocket, the tunnel that a further
+// lane is for. It gives no right but not to wait behind strangers' handshakes.
+const tunnelHeader = "Postern-Tunnel"
+
 // ALPN is the application protocol of the inner TLS handshake.
 const ALPN = "postern/1"
 

@@ -214,13 +214,16 @@ func (h *headerReader) Read(p []byte) (int, error) {
 const userAgent = "postern-tunnel/1"
 
 // upgrade turns the wire into a WebSocket.
-func (d *dialer) upgrade(ctx context.Context, w *wire) (*websocket.Conn, *DialError) {
+func (d *dialer) upgrade(ctx context.Context, w *wire, id [idSize]byte, class Class) (*websocket.Conn, *DialError) {
 	header := d.cfg.Header.Clone()
 	if header == nil {
 		header = http.Header{}
 	}
 	if header.Get("User-Agent") == "" {
 		header.Set("User-Agent", userAgent)
+	}
+	if class != Control {
+		header.Set(tunnelHeader, formatID(id))
 	}
 	ws, resp, err := websocket.Dial(ctx, d.target(), &websocket.DialOptions{
 		HTTPClient: &http.Client{

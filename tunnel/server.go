@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/subtle"
 	"crypto/tls"
+	"encoding/hex"
 	"errors"
 	"maps"
 	"net"
@@ -138,16 +139,40 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer s.wg.Done()
-	ip := s.cfg.RemoteIP(r)
-	if !s.gate.enter(r.Context(), ip) {
+	leave, ok := s.enter(r)
+	if !ok {
 		s.cfg.Metrics.handshakeFailed(failBusy)
 		w.Header().Set("Retry-After", "2")
 		w.Header().Set("Connection", "close") // who floods us gets no connection to keep
 		http.Error(w, "too many handshakes", http.StatusServiceUnavailable)
 		return
 	}
-	defer s.gate.leave(ip)
+	defer leave()
 	s.handshake(w, r)
+}
+
+// maxJoining is how many further lanes of one tunnel may be in their handshakes
+// beside those that the gate lets in.
+const maxJoining = 8
+
+// enter takes a place for a handshake. A lane of a tunnel that is up has places of
+// its own: who floods the gate must not keep the tunnels from moving data.
+func (s *Server) enter(r *http.Request) (leave func(), ok bool) {
+	var id [idSize]byte
+	if b, err := hex.DecodeString(r.Header.Get(tunnelHeader)); err == nil && len(b) == idSize {
+		copy(id[:], b)
+		s.mu.Lock()
+		t := s.tunnels[id]
+		s.mu.Unlock()
+		if t != nil && !t.anonymous {
+			if t.joining.Add(1) <= maxJoining {
+				return func() { t.joining.Add(-1) }, true
+			}
+			t.joining.Add(-1)
+		}
+	}
+	ip := s.cfg.RemoteIP(r)
+	return func() { s.gate.leave(ip) }, s.gate.enter(r.Context(), ip)
 }
 
 // hijacker gives coder/websocket a connection with small buffers: those of

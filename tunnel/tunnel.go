@@ -31,6 +31,7 @@ type Tunnel struct {
 	inbound atomic.Int64 // streams of the peer
 	opened  atomic.Int64 // streams of this side
 	opening atomic.Int64 // Open calls under way
+	joining atomic.Int64 // handshakes of further lanes, on the acceptor
 
 	up   atomic.Bool // an accepted tunnel is ready for use
 	done chan struct{}

@@ -42,15 +42,16 @@ type windows struct {
 	began  time.Time     // of this round
 	asked  bool          // this round's ping is under way
 	late   time.Duration // what the last round's ping saw above the shortest
+	knee   int64         // the total at which the path was full last
 	streak int           // steps of growth in a row
 	clear  uint32        // rounds that saw no queue
-	rate   float64       // bytes per second of late rounds, the largest decaying
+	rate   float64       // bytes per second, smoothed over some rounds
 }
 
 const (
-	queueTarget = 3 * time.Millisecond
-	// growFirst is the queue that the first step of growth may add; each further
-	// one in a row doubles, up to a quarter of the total.
+	queueTarget = 2 * time.Millisecond
+	// growFirst is the queue that a step of growth may add. Away from where the
+	// path was full last, steps in a row double, up to a quarter of the total.
 	growFirst = 500 * time.Microsecond
 	// roundMin and roundBytes are what makes a round long enough to be measured.
 	roundMin   = 50 * time.Millisecond
@@ -124,7 +125,10 @@ func (w *windows) measure(rtt, shortest time.Duration) {
 	now := time.Now()
 	took := max(now.Sub(w.began), time.Millisecond)
 	rate := float64(w.bytes) / took.Seconds()
-	w.rate = max(rate, w.rate*0.95)
+	if w.rate == 0 {
+		w.rate = rate
+	}
+	w.rate += (rate - w.rate) / 4
 	active := max(w.active, 1)
 	w.round++
 	if w.round == 0 {
@@ -152,10 +156,12 @@ func (w *windows) measure(rtt, shortest time.Duration) {
 		} else {
 			w.total = min(w.total, max(fits, w.total/2))
 		}
-		w.streak = 0
+		w.knee, w.streak = w.total, 0
 	case w.total > 0 && free && fits*2 > w.total: // it is the total that limits
-		w.total += min(max(int64(w.rate*growFirst.Seconds()), w.total/128)<<w.streak, w.total/4)
-		w.streak = min(w.streak+1, 8)
+		w.total += min(max(int64(w.rate*growFirst.Seconds()), w.total/64)<<w.streak, w.total/4)
+		if w.total < w.knee*9/10 || w.total > w.knee*5/4 {
+			w.streak = min(w.streak+1, 8)
+		}
 		if w.total > int64(active)*maxWindow {
 			w.total = 0
 		}
