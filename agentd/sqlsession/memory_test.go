@@ -73,7 +73,14 @@ func TestBackPressure(t *testing.T) {
 		result <- err
 	}()
 	state := "SELECT wait_event FROM pg_stat_activity WHERE usename = 'reader' AND query LIKE '%-- pressed back' LIMIT 1"
-	eventually(t, "the backend to wait for its reader", func() bool { return one(t, "coalesce(("+state+"), '')") == "ClientWrite" })
+	// The kernel's buffers may still grow at first.
+	quiet := 0
+	eventually(t, "the backend to wait for its reader", func() bool {
+		if quiet++; one(t, "coalesce(("+state+"), '')") != "ClientWrite" {
+			quiet = 0
+		}
+		return quiet == 20
+	})
 	pid := sessionProcesses(os.Getpid())[0]
 	before := peak(t, pid)
 	// Nothing moves while nobody reads.
