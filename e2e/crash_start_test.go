@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/e2e/stack"
 )
 
@@ -111,4 +112,49 @@ func comesOnline(t *testing.T, s *stack.Stack, a *stack.Agent) {
 		}
 		return nil
 	})
+}
+
+// TestKillOfTheDatabase kills a data source's PostgreSQL under a query: the error
+// names it, agentd stays, and works with it again once it is back.
+func TestKillOfTheDatabase(t *testing.T) {
+	pg := pgserver.Start(t)
+	if err := pg.CreateRole(t.Context(), "reader", readerPassword); err != nil {
+		t.Fatal(err)
+	}
+	s := ownStack(t)
+	joinOwn(t, s, "host", "sources:\n"+mustSource(t, s.Dir, "db", pg.DSN("reader", "postgres"), "      max_rows: 100000000\n      max_bytes: 20GiB\n"))
+	for _, statement := range []struct {
+		sql  string
+		rows int
+	}{
+		{"select pg_sleep(60)", 0},
+		{"select i, repeat('x', 100) from generate_series(1, 20000000) i", 1000},
+	} {
+		f := fly(t, s, "host/db", statement.sql)
+		f.rows(t, statement.rows)
+		eventually(t, 10*time.Second, "the database runs the query", func() error {
+			conn, err := pg.Connect(t.Context(), "postgres")
+			if err != nil {
+				return err
+			}
+			defer conn.Close(t.Context())
+			var n int
+			if err := conn.QueryRow(t.Context(), "select count(*) from pg_stat_activity where usename = 'reader' and state = 'active' and query like 'select%'").Scan(&n); err != nil || n != 1 {
+				return fmt.Errorf("%d run: %v", n, err)
+			}
+			return nil
+		})
+		if err := pg.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		end, _ := f.land(t)
+		end.said(t, 1, "postern: ", "the connection to PostgreSQL at 127.0.0.1:", "was lost")
+		postern(t, s, "sql", "host/db", "select 1").said(t, 1, "postern: ", "cannot reach PostgreSQL at 127.0.0.1:")
+		if err := pg.Restart(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		answers(t, s, "host/db", "select 1", "1")
+	}
+	auditVerifies(t, s)
+	stoppedClean(t, s)
 }
