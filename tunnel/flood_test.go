@@ -47,6 +47,7 @@ func TestFloodDoesNotKeepLanesOut(t *testing.T) {
 	}))
 	d, a := h.Dial(t)
 	echoOn(t, a)
+	echoOn(t, d)
 	exchange(t, open(t, d, tunnel.Control), 100)
 	for range 12 { // one is let in, eight wait, the others are refused
 		rawUpgrade(t, h.URL, "")
