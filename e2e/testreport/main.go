@@ -38,6 +38,7 @@ func run() int {
 	results := map[string]map[string]int{}
 	var failed, skipped []key
 	total := map[string]int{}
+	finished := map[key]bool{}
 	in := bufio.NewScanner(os.Stdin)
 	in.Buffer(nil, 16<<20)
 	for in.Scan() {
@@ -60,6 +61,7 @@ func run() int {
 			if e.Test == "" {
 				packageLine(e, results[e.Package], outputs[k])
 				if e.Action == "fail" {
+					printUnfinished(e.Package, outputs, finished)
 					failed = append(failed, k)
 				}
 				continue
@@ -69,6 +71,7 @@ func run() int {
 			}
 			results[e.Package][e.Action]++
 			total[e.Action]++
+			finished[k] = true
 			switch e.Action {
 			case "fail":
 				failed = append(failed, k)
@@ -96,7 +99,17 @@ func packageLine(e event, counts map[string]int, output *strings.Builder) {
 		fmt.Printf("  %-28s %3d passed %2d failed %2d skipped  %6.1f s\n", name, counts["pass"], counts["fail"], counts["skip"], e.Elapsed)
 	}
 	if e.Action == "fail" && counts["fail"] == 0 && output != nil {
-		fmt.Print(output.String()) // it died outside any test: a leak, a panic, a time-out
+		fmt.Print(output.String()) // it died outside any test: a leak, say
+	}
+}
+
+// printUnfinished prints what the tests of a package said that were under way
+// when it died: a panic or a time-out.
+func printUnfinished(pkg string, outputs map[key]*strings.Builder, finished map[key]bool) {
+	for k, output := range outputs {
+		if k.pkg == pkg && k.test != "" && !finished[k] {
+			fmt.Printf("\n--- UNFINISHED %s %s\n%s", k.pkg, k.test, output)
+		}
 	}
 }
 
