@@ -35,6 +35,7 @@ func (r sqlRunner) Run(ctx context.Context, s host.Statement, w io.Writer) (*pos
 	return r.Manager.Run(ctx, sqlsession.Request{
 		QueryID: s.QueryID, Source: s.Source, Owner: s.Owner, SQL: s.SQL, Parameters: s.Parameters,
 		MaxRows: s.MaxRows, MaxBytes: s.MaxBytes, Timeout: s.Timeout, ReadWrite: s.ReadWrite,
+		KeepFirst: s.KeepFirst, KeepLast: s.KeepLast, Kept: s.Kept,
 	}, w)
 }
 
@@ -63,7 +64,7 @@ func mapSources(c *config.Config, env *secret.Environment) []sqlsession.Source {
 func (d *Daemon) newHost() *host.Host {
 	return host.New(host.Config{
 		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions}, Audit: d.log,
-		Decide: d.decide, Sources: d.inventory, Status: d.hostStatus,
+		Decide: d.decide, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows,
 		Exposition: promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}),
 		Agent: func() (string, string) {
 			a := d.identity.Agent()
@@ -82,6 +83,7 @@ func (d *Daemon) decide(r *posternv1.SQLRequest) host.Verdict {
 		return host.Verdict{
 			Known: true, Allowed: v.Allowed, Reason: v.Reason,
 			MaxRows: v.MaxRows, MaxBytes: v.MaxBytes, Timeout: v.Timeout, ReadWrite: v.ReadWrite,
+			KeepFirst: v.KeepFirst, KeepLast: v.KeepLast,
 		}
 	}
 	return host.Verdict{}

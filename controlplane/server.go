@@ -136,7 +136,7 @@ func (s *Server) wire() error {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), buildInfo())
 	s.events = newLinkEvents(s.store, s.log)
 	s.hub = hub.New(hub.Config{
-		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins}, Events: s.events, Metrics: hub.NewMetrics(registry),
+		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins}, Rows: &rows{s}, Events: s.events, Metrics: hub.NewMetrics(registry),
 	})
 	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
@@ -145,7 +145,12 @@ func (s *Server) wire() error {
 		// Behind a proxy on this machine each host has its own share.
 		RemoteIP: api.RemoteAddress,
 	})
+	box, err := s.ca.Box("rows of queries")
+	if err != nil {
+		return err
+	}
 	s.queries = query.NewRunner(query.Config{
+		Box:    box,
 		Logger: s.log, History: s.store, Audit: queryAudit{s.audit}, Metrics: query.NewMetrics(registry),
 		Find: s.store.FindAgent,
 		Connect: func(id string) (query.Agent, error) {

@@ -26,10 +26,12 @@ import (
 var (
 	_ hub.Gate      = gate{}
 	_ hub.Joiner    = joiner{}
+	_ hub.Rows      = (*rows)(nil)
 	_ hub.Events    = (*linkEvents)(nil)
 	_ query.Agent   = queryAgent{}
 	_ query.Audit   = queryAudit{}
 	_ query.History = (*store.Store)(nil)
+	_ query.Box     = (*pki.Box)(nil)
 	_ api.Tokens    = tokens{}
 	_ api.Keys      = (*registration.Service)(nil)
 	_ api.Store     = (*store.Store)(nil)
@@ -71,6 +73,13 @@ func (j joiner) Hello(ctx context.Context, id hub.Identity, req *posternv1.Hello
 
 func (j joiner) UpdateInventory(ctx context.Context, id hub.Identity, sources []*posternv1.SourceInfo) error {
 	return j.Service.UpdateInventory(ctx, registration.Identity(id), sources)
+}
+
+// rows takes the rows that agents report.
+type rows struct{ server *Server }
+
+func (r *rows) ReportRows(ctx context.Context, id hub.Identity, queryID string, kept *posternv1.KeptRows) error {
+	return r.server.queries.ReportRows(ctx, id.Organization, id.Agent, queryID, kept)
 }
 
 // tokens tells the API who calls.

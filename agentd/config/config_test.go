@@ -37,6 +37,7 @@ sources:
       max_bytes: 2MiB
       statement_timeout: 10s
       concurrency: 3
+      keep_rows: {first: 7}
       plans: off
   - name: other
     engine: postgres
@@ -53,7 +54,7 @@ func TestWholeFile(t *testing.T) {
 		t.Errorf("got %+v", c)
 	}
 	if len(c.Sources) != 2 || c.Sources[0].Password != (secret.Ref{File: "/etc/postern/warehouse.pw"}) ||
-		c.Sources[0].Policy != (policy.Source{Mode: policy.ModeReadWrite, MaxRows: 5, MaxBytes: 2 << 20, StatementTimeout: 10 * time.Second, Concurrency: 3}) ||
+		c.Sources[0].Policy != (policy.Source{Mode: policy.ModeReadWrite, MaxRows: 5, MaxBytes: 2 << 20, StatementTimeout: 10 * time.Second, Concurrency: 3, KeepFirst: 7, KeepLast: 100}) ||
 		c.Sources[1].Policy != policy.Default() {
 		t.Errorf("sources %+v", c.Sources)
 	}

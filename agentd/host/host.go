@@ -29,6 +29,10 @@ type Statement struct {
 	MaxBytes   uint64
 	Timeout    time.Duration
 	ReadWrite  bool
+	// KeepFirst and KeepLast are how many of the first and last rows Kept is
+	// called with, at most once and before Run returns. Kept may be nil.
+	KeepFirst, KeepLast int
+	Kept                func(*posternv1.KeptRows)
 }
 
 // SQL runs statements.
@@ -63,6 +67,8 @@ type Verdict struct {
 	MaxBytes  uint64
 	Timeout   time.Duration
 	ReadWrite bool
+	// What the control plane may keep of the rows; both 0: nothing.
+	KeepFirst, KeepLast int
 }
 
 // Config is what a Host needs.
@@ -76,11 +82,15 @@ type Config struct {
 	// Sources lists the data sources; Status says what HostStatus answers.
 	Sources func() []*posternv1.SourceInfo
 	Status  func() *posternv1.HostStatusResponse
+	// Report tells the control plane of the rows that it may keep. ctx has the
+	// values of the request that the statement came with. nil: nothing is kept.
+	Report func(ctx context.Context, r *posternv1.ReportRowsRequest) error
 	// Exposition serves the metrics.
 	Exposition http.Handler
 	// Agent and Organization stand in every audit entry.
 	Agent        func() (agent, organization string)
 	MaxChecks    int           // source checks at once; default 4
+	MaxReports   int           // reports of rows at once, each at most 1 MiB; what is beyond is not kept; default 16
 	AuditTimeout time.Duration // bounds the wait for the log; default 30 s
 }
 
@@ -90,6 +100,8 @@ type Host struct {
 	logger *slog.Logger
 	mux    *http.ServeMux
 	checks chan struct{}
+	// reports has an entry for each report under way.
+	reports chan struct{}
 
 	// abort ends every statement under way.
 	abort    context.Context
@@ -121,11 +133,14 @@ func New(cfg Config) *Host {
 	if cfg.MaxChecks == 0 {
 		cfg.MaxChecks = 4
 	}
+	if cfg.MaxReports == 0 {
+		cfg.MaxReports = 16
+	}
 	if cfg.AuditTimeout == 0 {
 		cfg.AuditTimeout = 30 * time.Second
 	}
 	h := &Host{
-		cfg: cfg, logger: cfg.Logger, mux: http.NewServeMux(), checks: make(chan struct{}, cfg.MaxChecks),
+		cfg: cfg, logger: cfg.Logger, mux: http.NewServeMux(), checks: make(chan struct{}, cfg.MaxChecks), reports: make(chan struct{}, cfg.MaxReports),
 		running: map[string]struct{}{}, idle: make(chan struct{}),
 	}
 	h.abort, h.abortNow = context.WithCancelCause(context.Background())

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -442,4 +443,103 @@ func FuzzServeSQL(f *testing.F) {
 			t.Fatal("it ran without an audit entry")
 		}
 	})
+}
+
+// TestReport: the rows that may be kept are reported beside the result's end, which
+// does not wait for them; Drain does.
+func TestReport(t *testing.T) {
+	rows := &posternv1.KeptRows{First: 1, Arrow: []byte("rows")}
+	keeps := func(_ context.Context, s Statement, w io.Writer) (*posternv1.QueryOutcome, error) {
+		if _, err := w.Write([]byte("rows")); err != nil {
+			return nil, err
+		}
+		if s.Kept != nil {
+			if s.KeepFirst != 3 || s.KeepLast != 4 {
+				t.Errorf("keep %d and %d", s.KeepFirst, s.KeepLast)
+			}
+			s.Kept(rows)
+		}
+		return &posternv1.QueryOutcome{Rows: 1}, nil
+	}
+	b := newBench(t, keeps)
+	decide := b.cfg.Decide
+	keep := 3
+	b.cfg.Decide = func(r *posternv1.SQLRequest) Verdict {
+		v := decide(r)
+		if keep > 0 {
+			v.KeepFirst, v.KeepLast = keep, keep+1
+		}
+		return v
+	}
+	reports := make(chan *posternv1.ReportRowsRequest, 1)
+	release := make(chan error)
+	b.cfg.Report = func(_ context.Context, r *posternv1.ReportRowsRequest) error {
+		reports <- r
+		return <-release
+	}
+	takes := func(r *posternv1.SQLRequest) { r.TakesRows = true }
+
+	_, o, err := b.query(t, takes)
+	if err != nil || !o.RowsReported {
+		t.Fatalf("got %v, %v", o, err)
+	}
+	if r := <-reports; r.QueryId != "q1" || r.Rows != rows {
+		t.Errorf("reported %v", r)
+	}
+	if b.Running() != 1 {
+		t.Error("the report does not count as running")
+	}
+	release <- errors.New("lost") // the statement is as good
+
+	for name, change := range map[string]func(*posternv1.SQLRequest){
+		"a control plane that takes none": func(r *posternv1.SQLRequest) { r.QueryId = "q2" },
+		"a policy that keeps none":        func(r *posternv1.SQLRequest) { r.QueryId, r.TakesRows, keep = "q3", true, 0 },
+	} {
+		if _, o, err := b.query(t, change); err != nil || o.RowsReported {
+			t.Errorf("%s: got %v, %v", name, o, err)
+		}
+		keep = 3
+	}
+
+	if _, _, err := b.query(t, takes); err != nil {
+		t.Fatal(err)
+	}
+	<-reports
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(errors.New("now"))
+	if err := b.Drain(ctx); err == nil {
+		t.Error("drained with a report under way")
+	}
+	close(release)
+	if err := b.Drain(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestReportsAreBounded: what is beyond the bound is not kept, and the statement is
+// as good.
+func TestReportsAreBounded(t *testing.T) {
+	b := newBench(t, func(_ context.Context, s Statement, w io.Writer) (*posternv1.QueryOutcome, error) {
+		s.Kept(&posternv1.KeptRows{})
+		_, err := w.Write([]byte("rows"))
+		return &posternv1.QueryOutcome{}, err
+	})
+	decide := b.cfg.Decide
+	b.cfg.Decide = func(r *posternv1.SQLRequest) Verdict {
+		v := decide(r)
+		v.KeepFirst = 1
+		return v
+	}
+	release := make(chan struct{})
+	b.cfg.Report = func(context.Context, *posternv1.ReportRowsRequest) error { <-release; return nil }
+	for i := range cap(b.reports) + 1 {
+		_, o, err := b.query(t, func(r *posternv1.SQLRequest) { r.QueryId, r.TakesRows = fmt.Sprint("q", i), true })
+		if err != nil || o.RowsReported != (i < cap(b.reports)) {
+			t.Errorf("statement %d: got %v, %v", i, o, err)
+		}
+	}
+	close(release)
+	if err := b.Drain(t.Context()); err != nil {
+		t.Error(err)
+	}
 }

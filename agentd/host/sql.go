@@ -48,7 +48,8 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 		proto.WriteHTTPError(w, err)
 		return
 	}
-	defer h.leave(id)
+	leave := func() { h.leave(id) }
+	defer func() { leave() }()
 	ctx, cancel := context.WithCancelCause(r.Context())
 	defer cancel(nil)
 	stop := context.AfterFunc(h.abort, func() { cancel(context.Cause(h.abort)) })
@@ -66,7 +67,8 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 		Verdict: "allowed", Statement: request.Sql,
 	}
 	began := time.Now()
-	outcome, begun, err := h.run(ctx, request, &entry, out)
+	var kept *posternv1.KeptRows
+	outcome, begun, err := h.run(ctx, request, &entry, out, func(rows *posternv1.KeptRows) { kept = rows })
 	took := time.Since(began)
 	if err == nil && outcome.GetError() != nil {
 		err = proto.FromDetail(outcome.Error)
@@ -103,13 +105,17 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 	if outcome.Duration == nil {
 		outcome.Duration = durationpb.New(took)
 	}
+	if kept != nil && h.report(r.Context(), id, kept, leave) {
+		outcome.RowsReported = true
+		leave = func() {} // the report does, at its end
+	}
 	out.begin()
 	w.Header().Set(proto.OutcomeTrailer, proto.EncodeOutcome(outcome))
 }
 
 // run decides, records the intent and runs; begun tells that the intent is in
 // the log. A panic below is an error of this statement alone.
-func (h *Host) run(ctx context.Context, request *posternv1.SQLRequest, entry *auditchain.Entry, w io.Writer) (outcome *posternv1.QueryOutcome, begun bool, err error) {
+func (h *Host) run(ctx context.Context, request *posternv1.SQLRequest, entry *auditchain.Entry, w io.Writer, kept func(*posternv1.KeptRows)) (outcome *posternv1.QueryOutcome, begun bool, err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			h.logger.Error("statement panicked", "query", request.QueryId, "panic", v, "stack", string(debug.Stack()))
@@ -139,12 +145,43 @@ func (h *Host) run(ctx context.Context, request *posternv1.SQLRequest, entry *au
 	}
 	h.cfg.Metrics.queryBegan()
 	defer h.cfg.Metrics.queryLeft()
-	outcome, err = h.cfg.SQL.Run(ctx, Statement{
+	statement := Statement{
 		QueryID: request.QueryId, Source: request.Source, Owner: owner(request.Principal),
 		SQL: request.Sql, Parameters: request.Parameters,
 		MaxRows: verdict.MaxRows, MaxBytes: verdict.MaxBytes, Timeout: verdict.Timeout, ReadWrite: verdict.ReadWrite,
-	}, w)
+	}
+	if request.TakesRows && h.cfg.Report != nil && verdict.KeepFirst+verdict.KeepLast > 0 {
+		statement.KeepFirst, statement.KeepLast, statement.Kept = verdict.KeepFirst, verdict.KeepLast, kept
+	}
+	outcome, err = h.cfg.SQL.Run(ctx, statement, w)
 	return outcome, true, err
+}
+
+// reportTime bounds the report of a statement's rows.
+const reportTime = 30 * time.Second
+
+// report sends the rows that the control plane may keep, beside the end of the
+// result, which does not wait for them; done is called at its end. It tells whether
+// it will try at all. What is lost on the way is lost: the statement is as good.
+func (h *Host) report(ctx context.Context, id string, rows *posternv1.KeptRows, done func()) bool {
+	select {
+	case h.reports <- struct{}{}:
+	default:
+		h.logger.Warn("rows not reported: too many reports are under way", "query", id)
+		return false
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), reportTime)
+	unblock := context.AfterFunc(h.abort, cancel)
+	go func() {
+		defer done()
+		defer func() { <-h.reports }()
+		defer cancel()
+		defer unblock()
+		if err := h.cfg.Report(ctx, &posternv1.ReportRowsRequest{QueryId: id, Rows: rows}); err != nil {
+			h.logger.Warn("rows not reported", "query", id, "err", err)
+		}
+	}()
+	return true
 }
 
 // finish records how a statement ended; what the log refuses now is kept, and

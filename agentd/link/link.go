@@ -12,6 +12,8 @@ import (
 	"sync"
 	"time"
 
+	"connectrpc.com/connect"
+
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
@@ -348,5 +350,34 @@ func (k *Keeper) Client() (posternv1connect.LinkServiceClient, error) {
 }
 
 func client(t *tunnel.Tunnel) posternv1connect.LinkServiceClient {
-	return posternv1connect.NewLinkServiceClient(&http.Client{Transport: t.Transport(tunnel.Control)}, "http://controlplane")
+	return clientOn(t, tunnel.Control)
+}
+
+func clientOn(t *tunnel.Tunnel, class tunnel.Class) posternv1connect.LinkServiceClient {
+	return posternv1connect.NewLinkServiceClient(&http.Client{Transport: t.Transport(class)}, "http://controlplane")
+}
+
+// tunnelKey is where a request's context has the tunnel that it came through.
+type tunnelKey struct{}
+
+// smallReport is what may go on the control lane, where nothing big is to stand
+// in the way, in bytes.
+const smallReport = 32 << 10
+
+// ReportRows tells the control plane of the rows of a statement that it may keep.
+// ctx is of the request that brought the statement: the answer goes to the process
+// that asked, also while the link moves to another one.
+func ReportRows(ctx context.Context, r *posternv1.ReportRowsRequest) error {
+	t, ok := ctx.Value(tunnelKey{}).(*tunnel.Tunnel)
+	if !ok {
+		return proto.Errorf(proto.CodeInternal, "the statement came through no tunnel")
+	}
+	class := tunnel.Control
+	if len(r.GetRows().GetArrow()) > smallReport {
+		class = tunnel.Bulk
+	}
+	if _, err := clientOn(t, class).ReportRows(ctx, connect.NewRequest(r)); err != nil {
+		return proto.FromConnect(err)
+	}
+	return nil
 }

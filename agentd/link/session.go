@@ -34,7 +34,7 @@ func (k *Keeper) adopt(t *tunnel.Tunnel, welcome *posternv1.HelloResponse) *sess
 		Handler:           k.cfg.Handler,
 		ReadHeaderTimeout: readHeaderTimeout,
 		MaxHeaderBytes:    maxHeaderBytes,
-		BaseContext:       func(net.Listener) context.Context { return ctx },
+		BaseContext:       func(net.Listener) context.Context { return context.WithValue(ctx, tunnelKey{}, t) },
 		ErrorLog:          slog.NewLogLogger(k.logger.Handler(), slog.LevelDebug),
 	}
 	s.wg.Go(func() {

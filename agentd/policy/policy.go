@@ -41,6 +41,9 @@ type Source struct {
 	StatementTimeout time.Duration
 	// Concurrency is how many statements may run at once; at least 1.
 	Concurrency int
+	// KeepFirst and KeepLast are how many of the first and last rows of each
+	// result the control plane may keep with its history; both 0: none.
+	KeepFirst, KeepLast int
 }
 
 // Request is what somebody asks of a source. A zero limit means the source's.
@@ -60,6 +63,8 @@ type Verdict struct {
 	Timeout  time.Duration
 	// ReadWrite tells whether the statement may write.
 	ReadWrite bool
+	// KeepFirst and KeepLast are the source's.
+	KeepFirst, KeepLast int
 }
 
 // Default is the policy of a source that declares none.
@@ -70,6 +75,8 @@ func Default() Source {
 		MaxBytes:         DefaultMaxBytes,
 		StatementTimeout: DefaultStatementTimeout,
 		Concurrency:      DefaultConcurrency,
+		KeepFirst:        DefaultKeepRows,
+		KeepLast:         DefaultKeepRows,
 	}
 }
 
@@ -80,6 +87,8 @@ func Decide(source Source, request Request) Verdict {
 		MaxRows:  narrower(source.MaxRows, request.MaxRows),
 		MaxBytes: narrower(source.MaxBytes, request.MaxBytes),
 		Timeout:  narrower(source.StatementTimeout, request.Timeout),
+
+		KeepFirst: source.KeepFirst, KeepLast: source.KeepLast,
 	}
 	switch {
 	case request.Timeout < 0:

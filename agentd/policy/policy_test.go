@@ -20,18 +20,18 @@ func TestDecide(t *testing.T) {
 		want    Verdict
 		reason  string
 	}{
-		{name: "defaults", source: Default(), want: Verdict{Allowed: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute}},
+		{name: "defaults", source: Default(), want: Verdict{Allowed: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute, KeepFirst: 100, KeepLast: 100}},
 		{
 			name: "narrowed", source: Default(), request: Request{MaxRows: 5, MaxBytes: 6, Timeout: 7},
-			want: Verdict{Allowed: true, MaxRows: 5, MaxBytes: 6, Timeout: 7},
+			want: Verdict{Allowed: true, MaxRows: 5, MaxBytes: 6, Timeout: 7, KeepFirst: 100, KeepLast: 100},
 		},
 		{
 			name: "never widened", source: Default(), request: Request{MaxRows: 1 << 60, MaxBytes: 1 << 60, Timeout: 1 << 60},
-			want: Verdict{Allowed: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute},
+			want: Verdict{Allowed: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute, KeepFirst: 100, KeepLast: 100},
 		},
 		{
 			name: "read-write", source: readWrite,
-			want: Verdict{Allowed: true, ReadWrite: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute},
+			want: Verdict{Allowed: true, ReadWrite: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute, KeepFirst: 100, KeepLast: 100},
 		},
 		{name: "metadata", source: metadata, reason: "not supported"},
 		{name: "zero policy", reason: "allows nothing"},
@@ -64,13 +64,17 @@ func TestSpec(t *testing.T) {
 			name: "all", yaml: "{mode: read-write, plans: off, max_rows: 5, max_bytes: 2MiB, statement_timeout: 90s, concurrency: 3, keep_rows: off, mask: []}",
 			want: Source{Mode: ModeReadWrite, MaxRows: 5, MaxBytes: 2 << 20, StatementTimeout: 90 * time.Second, Concurrency: 3},
 		},
-		{name: "bytes as a number", yaml: "max_bytes: 4096", want: Source{ModeReadOnly, 1_000_000, 4096, 5 * time.Minute, 8}},
+		{name: "bytes as a number", yaml: "max_bytes: 4096", want: Source{ModeReadOnly, 1_000_000, 4096, 5 * time.Minute, 8, 100, 100}},
 		{name: "metadata", yaml: "mode: metadata", err: "metadata is not supported by this version"},
 		{name: "unknown mode", yaml: "mode: readonly", err: `policy.mode: "readonly" is none of`},
 		{name: "plans", yaml: "plans: full", err: "plans: full is not supported by this version"},
 		{name: "unknown plans", yaml: "plans: some", err: "is none of off"},
 		{name: "mask", yaml: "mask: [{columns: ['*.email'], with: hash}]", err: "mask is not supported by this version"},
-		{name: "keep rows", yaml: "keep_rows: {first: 100, last: 100}", err: "keep_rows is not supported by this version"},
+		{name: "keep rows", yaml: "keep_rows: {first: 5, last: 1000}", want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 5, 1000}},
+		{name: "keep the first rows", yaml: "keep_rows: {last: 0}", want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 100, 0}},
+		{name: "keep none, in JSON", yaml: `{"keep_rows": false}`, want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 0, 0}},
+		{name: "keep too many rows", yaml: "keep_rows: {first: 1001}", err: "policy.keep_rows.first: 1001 is not between 0 and 1000"},
+		{name: "keep fewer than none", yaml: "keep_rows: {last: -1}", err: "policy.keep_rows.last: -1 is not between"},
 		{name: "no rows", yaml: "max_rows: 0", err: "at least 1"},
 		{name: "no bytes", yaml: "max_bytes: 0", err: "at least 1"},
 		{name: "garbled bytes", yaml: "max_bytes: 1 gig", err: "not a size"},

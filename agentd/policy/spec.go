@@ -12,16 +12,15 @@ import (
 // Spec is a source's policy as /etc/postern/agentd.yaml has it; what is absent
 // gets its default. Decode it strictly: unknown keys are errors.
 type Spec struct {
-	Mode             string  `yaml:"mode"`
-	Plans            string  `yaml:"plans"`
-	MaxRows          *uint64 `yaml:"max_rows"`
-	MaxBytes         string  `yaml:"max_bytes"`
-	StatementTimeout string  `yaml:"statement_timeout"`
-	Concurrency      *int    `yaml:"concurrency"`
-	// KeepRows is "off" or a map; Mask is a list of rules. Both are here so
-	// that they can be refused by name.
-	KeepRows any   `yaml:"keep_rows"`
-	Mask     []any `yaml:"mask"`
+	Mode             string    `yaml:"mode"`
+	Plans            string    `yaml:"plans"`
+	MaxRows          *uint64   `yaml:"max_rows"`
+	MaxBytes         string    `yaml:"max_bytes"`
+	StatementTimeout string    `yaml:"statement_timeout"`
+	Concurrency      *int      `yaml:"concurrency"`
+	KeepRows         *KeepSpec `yaml:"keep_rows"`
+	// Mask is a list of rules. It is here so that it can be refused by name.
+	Mask []any `yaml:"mask"`
 }
 
 // Source checks the policy and fills in the defaults. The error is one line
@@ -47,10 +46,9 @@ func (s Spec) Source() (Source, error) {
 	if len(s.Mask) > 0 {
 		return Source{}, errors.New("policy.mask: mask is not supported by this version: leave the source out, or grant its role only columns that may be seen")
 	}
-	// yaml.v3 gives a bool for off only where it decodes into one, but a
-	// configuration written as JSON may say false.
-	if s.KeepRows != nil && s.KeepRows != "off" && s.KeepRows != false {
-		return Source{}, errors.New("policy.keep_rows: keep_rows is not supported by this version: remove it or set it to off (nothing is kept)")
+	var err error
+	if source.KeepFirst, source.KeepLast, err = s.KeepRows.rows(); err != nil {
+		return Source{}, err
 	}
 	if s.MaxRows != nil {
 		if *s.MaxRows == 0 {

@@ -157,6 +157,11 @@ type Request struct {
 	// committed; else the server holds the transaction read-only and it is
 	// rolled back.
 	ReadWrite bool
+	// KeepFirst and KeepLast are how many of the first and last rows Kept is
+	// called with, once, before Run returns, if the statement has rows; also
+	// when it ends early. Both 0: it is not called.
+	KeepFirst, KeepLast int
+	Kept                func(*posternv1.KeptRows)
 }
 
 // narrower returns the smaller of a limit and a wish; 0 is no wish.

@@ -212,7 +212,11 @@ func (m *Manager) run(ctx context.Context, started time.Time, request Request, w
 		if err != nil {
 			return err
 		}
-		lost, err := m.runIn(ctx, r, s, run, w, outcome)
+		lost, kept, err := m.runIn(ctx, r, s, run, w, outcome)
+		if kept != nil && request.Kept != nil {
+			kept.Total = outcome.Rows
+			request.Kept(kept)
+		}
 		if lost && !fresh {
 			continue // an idle connection was dead: the statement was not sent
 		}
@@ -261,6 +265,9 @@ func (m *Manager) limits(src *source, request *Request) (*frame.RunRequest, erro
 		MaxBytes:      narrower(source.MaxBytes, request.MaxBytes),
 		TimeoutMillis: max(1, narrower(source.StatementTimeout, request.Timeout).Milliseconds()),
 	}
+	if request.Kept != nil {
+		run.KeepFirst, run.KeepLast = request.KeepFirst, request.KeepLast
+	}
 	for _, p := range request.Parameters {
 		run.Parameters = append(run.Parameters, frame.Parameter{Name: p.GetName(), Value: p.Value})
 	}
@@ -269,33 +276,33 @@ func (m *Manager) limits(src *source, request *Request) (*frame.RunRequest, erro
 
 // runIn runs the statement in a session, and keeps or ends the session. lost
 // means that its connection was dead before the statement was sent.
-func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.RunRequest, w io.Writer, outcome *posternv1.QueryOutcome) (lost bool, err error) {
+func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.RunRequest, w io.Writer, outcome *posternv1.QueryOutcome) (lost bool, kept *posternv1.KeptRows, err error) {
 	if err := r.attach(s, request); err != nil {
 		m.drop(s)
 		var e *proto.Error
 		if errors.As(err, &e) {
-			return false, e
+			return false, nil, e
 		}
-		return true, s.died()
+		return true, nil, s.died()
 	}
 	timer := time.AfterFunc(time.Duration(request.TimeoutMillis)*time.Millisecond+timeoutGrace, func() { r.stop(frame.TimedOut) })
 	defer timer.Stop()
-	begun, reply, failed, err := m.copyFrames(ctx, r, s, w, outcome)
+	begun, reply, failed, err := m.copyFrames(ctx, r, s, w, outcome, &kept)
 	r.detach()
 	switch {
 	case err != nil:
 		m.drop(s)
 		if reason, stopped := r.stopped(); reason != 0 {
-			return false, stopped
+			return false, nil, stopped
 		}
 		if errors.Is(err, frame.ErrMalformed) {
-			return false, err
+			return false, nil, err
 		}
 		// A process that ended before the statement went to the database is
 		// replaced. Begun may have been lost with the process, so that is not
 		// certain; then only what changes nothing is tried again.
 		died := s.died()
-		return !begun && (!request.ReadWrite || s.exitedIdle()), died
+		return !begun && (!request.ReadWrite || s.exitedIdle()), nil, died
 	case failed != nil:
 		m.drop(s)
 		e := failed.Error.Proto()
@@ -304,9 +311,9 @@ func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.
 		}
 		e.Message = fmt.Sprintf("data source %q: %s", r.source.Name, e.Message)
 		if reason, stopped := r.stopped(); reason != 0 {
-			return false, stopped
+			return false, nil, stopped
 		}
-		return failed.Lost, e
+		return failed.Lost, nil, e
 	}
 	m.recycle(s)
 	outcome.Rows = reply.Rows
@@ -315,9 +322,9 @@ func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.
 		outcome.Notices = append(outcome.Notices, &posternv1.Notice{Severity: n.Severity, Sqlstate: n.SQLState, Message: n.Message})
 	}
 	if reply.Error != nil {
-		return false, reply.Error.Proto()
+		return false, kept, reply.Error.Proto()
 	}
-	return false, nil
+	return false, kept, nil
 }
 
 // exitedIdle tells whether the process ended because the database closed its
@@ -344,7 +351,7 @@ func (m *Manager) drop(s *session) {
 
 // copyFrames copies the result to w until the process says how it ended. begun
 // tells whether the statement is known to have gone to the database.
-func (m *Manager) copyFrames(ctx context.Context, r *run, s *session, w io.Writer, outcome *posternv1.QueryOutcome) (begun bool, done *frame.DoneReply, failed *frame.FailedReply, err error) {
+func (m *Manager) copyFrames(ctx context.Context, r *run, s *session, w io.Writer, outcome *posternv1.QueryOutcome, kept **posternv1.KeptRows) (begun bool, done *frame.DoneReply, failed *frame.FailedReply, err error) {
 	broken := false
 	for {
 		t, err := s.frames.Next()
@@ -376,6 +383,16 @@ func (m *Manager) copyFrames(ctx context.Context, r *run, s *session, w io.Write
 				return begun, nil, nil, err
 			}
 			r.rows.Store(frame.ProgressRows(chunk))
+		case frame.Kept:
+			payload, err := s.frames.Bytes()
+			if err != nil {
+				return begun, nil, nil, err
+			}
+			rows := &posternv1.KeptRows{}
+			if rows.First, rows.Last, rows.Cut, rows.Arrow, err = frame.KeptRows(payload); err != nil {
+				return begun, nil, nil, err
+			}
+			*kept = rows
 		case frame.Done:
 			var reply frame.DoneReply
 			if err := s.frames.JSON(&reply); err != nil {

@@ -35,18 +35,6 @@ func (a *app) queryCommand() *cobra.Command {
 	}
 	list.Flags().Uint32Var(&limit, "limit", 50, "how many, at most 1000")
 	list.Flags().BoolVar(&running, "running", false, "only those under way")
-	show := &cobra.Command{
-		Use: "show QUERY", Short: "Show a query, by id", Example: "  postern query show qry_01k…", Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeQueries(false),
-		RunE: func(cmd *cobra.Command, args []string) error {
-			return a.with(func(c *client.Client) error {
-				resp, err := c.Queries.GetQuery(cmd.Context(), connect.NewRequest(&posternv1.GetQueryRequest{QueryId: args[0]}))
-				if err != nil {
-					return err
-				}
-				return a.showQuery(resp.Msg.GetQuery())
-			})
-		},
-	}
 	cancel := &cobra.Command{
 		Use: "cancel QUERY", Short: "Cancel a query under way, by id", Example: "  postern query cancel qry_01k…", Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeQueries(true),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -60,7 +48,7 @@ func (a *app) queryCommand() *cobra.Command {
 			})
 		},
 	}
-	return group("query", "List, show and cancel queries", list, show, cancel)
+	return group("query", "List, show and cancel queries", list, a.queryShowCommand(), cancel)
 }
 
 // cancelText says what became of a query that was asked to stop.

@@ -115,6 +115,8 @@ type Queries interface {
 	Start(ctx context.Context, c Caller, agent, source string, statement *posternv1.RunSQLRequest) (Result, error)
 	// Cancel reports whether such a query ran.
 	Cancel(ctx context.Context, by *posternv1.Principal, id string, may func(owner *posternv1.Principal) error) (bool, error)
+	// KeptRows are the first and last rows of a query; nil if none are kept.
+	KeptRows(ctx context.Context, organization, id string) (*posternv1.KeptRows, error)
 }
 
 // Audit is the hash chain of each organization.

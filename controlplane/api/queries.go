@@ -50,7 +50,21 @@ func (a *API) ListQueries(ctx context.Context, req *connect.Request[posternv1.Li
 func (a *API) GetQuery(ctx context.Context, req *connect.Request[posternv1.GetQueryRequest]) (*connect.Response[posternv1.GetQueryResponse], error) {
 	return call(ctx, a, func(c Caller) (*posternv1.GetQueryResponse, error) {
 		q, err := a.cfg.Store.GetQuery(ctx, c.Organization, own(c), req.Msg.QueryId)
-		return &posternv1.GetQueryResponse{Query: q}, err
+		if err != nil || !req.Msg.IncludeRows {
+			return &posternv1.GetQueryResponse{Query: q}, err
+		}
+		rows, err := a.cfg.Queries.KeptRows(ctx, c.Organization, q.Id)
+		if err != nil || rows == nil {
+			return &posternv1.GetQueryResponse{Query: q}, err
+		}
+		entry := auditchain.Entry{
+			Action: "query.rows", Agent: q.Agent, Source: q.Source, QueryID: q.Id, Verdict: "allowed",
+			Rows: uint64(rows.First) + uint64(rows.Last), Bytes: uint64(len(rows.Arrow)),
+		}
+		if err := a.audit(ctx, c, entry); err != nil {
+			return nil, err
+		}
+		return &posternv1.GetQueryResponse{Query: q, Rows: rows}, nil
 	})
 }
 

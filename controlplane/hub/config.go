@@ -13,6 +13,7 @@ type Config struct {
 	Logger  *slog.Logger
 	Gate    Gate
 	Joiner  Joiner
+	Rows    Rows
 	Events  Events
 	Metrics *Metrics
 }
@@ -39,6 +40,13 @@ type Joiner interface {
 	// organization's name and the newest audit head of its chain that is known.
 	Hello(ctx context.Context, id Identity, req *posternv1.HelloRequest) (*posternv1.HelloResponse, error)
 	UpdateInventory(ctx context.Context, id Identity, sources []*posternv1.SourceInfo) error
+}
+
+// Rows takes the rows of statements that agents were asked to run.
+type Rows interface {
+	// ReportRows returns NOT_FOUND for a statement that this agent was not asked to
+	// run, or whose rows are there already.
+	ReportRows(ctx context.Context, id Identity, queryID string, rows *posternv1.KeptRows) error
 }
 
 // Events is told of links that come and go. Calls must not block.

@@ -43,6 +43,7 @@ var needs = map[string]standing{
 	posternv1connect.LinkServiceRenewProcedure:           member,
 	posternv1connect.LinkServiceHelloProcedure:           member,
 	posternv1connect.LinkServiceUpdateInventoryProcedure: member,
+	posternv1connect.LinkServiceReportRowsProcedure:      member,
 }
 
 func (p *peer) standing() standing {
@@ -137,6 +138,13 @@ func (s linkService) Hello(ctx context.Context, req *connect.Request[posternv1.H
 func (s linkService) UpdateInventory(ctx context.Context, req *connect.Request[posternv1.UpdateInventoryRequest]) (*connect.Response[posternv1.UpdateInventoryResponse], error) {
 	return reply(s.hub, "update inventory", func() (*posternv1.UpdateInventoryResponse, error) {
 		return &posternv1.UpdateInventoryResponse{}, s.hub.cfg.Joiner.UpdateInventory(ctx, peerOf(ctx).id, req.Msg.Sources)
+	})
+}
+
+// ReportRows implements LinkService.
+func (s linkService) ReportRows(ctx context.Context, req *connect.Request[posternv1.ReportRowsRequest]) (*connect.Response[posternv1.ReportRowsResponse], error) {
+	return reply(s.hub, "report rows", func() (*posternv1.ReportRowsResponse, error) {
+		return &posternv1.ReportRowsResponse{}, s.hub.cfg.Rows.ReportRows(ctx, peerOf(ctx).id, req.Msg.QueryId, req.Msg.Rows)
 	})
 }
 

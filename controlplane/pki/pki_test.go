@@ -12,6 +12,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"fmt"
 	"io"
 	"math/big"
 	"net"
@@ -497,5 +498,36 @@ func TestTwoAuthorities(t *testing.T) {
 	}
 	if len(b.Certificates()) != 2 || b.Fingerprint() == a.Fingerprint() {
 		t.Error("the active authority is not first, or the trusted one is missing")
+	}
+}
+
+// TestBox: a box opens what it sealed, about the same thing, and nothing else does.
+func TestBox(t *testing.T) {
+	a, _ := newAuthority(t)
+	one, err := a.Box("one")
+	if err != nil {
+		t.Fatal(err)
+	}
+	again, _ := a.Box("one")   //nolint:errcheck // as above
+	another, _ := a.Box("two") //nolint:errcheck // as above
+	sealed, err := one.Seal([]byte("plain text"), "x")
+	if err != nil || bytes.Contains(sealed, []byte("plain")) {
+		t.Fatalf("got %q, %v", sealed, err)
+	}
+	if got, err := again.Open(sealed, "x"); err != nil || string(got) != "plain text" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	if _, err := one.Open(sealed, "y"); err == nil {
+		t.Error("opened about another thing")
+	}
+	if _, err := another.Open(sealed, "x"); err == nil {
+		t.Error("opened for another purpose")
+	}
+	sealed[len(sealed)-1]++
+	if _, err := one.Open(sealed, "x"); err == nil {
+		t.Error("opened although altered")
+	}
+	if text := fmt.Sprintf("%v %+v %#v", one, *one, one); text != "redacted redacted redacted" {
+		t.Errorf("a box prints as %s", text)
 	}
 }

@@ -42,12 +42,25 @@ type Config struct {
 	History History
 	Audit   Audit
 	Metrics *Metrics
+	// Box seals the rows that are kept with the history.
+	Box Box
+}
+
+// Box seals what rests in the store. about is authenticated: what was sealed for
+// one thing opens for no other.
+type Box interface {
+	Seal(plain []byte, about string) ([]byte, error)
+	Open(sealed []byte, about string) ([]byte, error)
 }
 
 // History keeps the queries. Entries are scoped by organization.
 type History interface {
 	InsertQuery(ctx context.Context, organization, tokenID string, q *posternv1.Query) error
 	FinishQuery(ctx context.Context, organization string, q *posternv1.Query) error
+	// KeepRows keeps the sealed rows of a query; KeptRows returns them, nil if
+	// there are none.
+	KeepRows(ctx context.Context, organization, id string, sealed []byte, now time.Time) error
+	KeptRows(ctx context.Context, organization, id string) ([]byte, error)
 }
 
 // Audit writes one entry; it is durable when Append returns.
@@ -69,11 +82,13 @@ type Runner struct {
 
 	mu      sync.Mutex
 	running map[string]*Result
+	// reports are the queries whose rows may still be reported.
+	reports map[string]*report
 }
 
 // NewRunner returns a runner.
 func NewRunner(cfg Config) *Runner {
-	return &Runner{cfg: cfg, running: map[string]*Result{}}
+	return &Runner{cfg: cfg, running: map[string]*Result{}, reports: map[string]*report{}}
 }
 
 // Request is a statement and who asks for it.
@@ -124,6 +139,7 @@ func (r *Runner) Start(ctx context.Context, req Request) (*Result, error) {
 	ctx, res.cancel = context.WithCancelCause(ctx)
 	r.mu.Lock()
 	r.running[res.QueryID] = res
+	r.expectLocked(res.QueryID, req.Principal.Organization, agent.Id)
 	r.mu.Unlock()
 	r.cfg.Metrics.started()
 	if err := res.send(ctx, agent.Id); err != nil {
@@ -148,6 +164,7 @@ func (res *Result) send(ctx context.Context, agentID string) error {
 	encoded, err := gproto.Marshal(&posternv1.SQLRequest{
 		QueryId: res.QueryID, Source: res.request.Source, Sql: statement.Sql, Principal: res.request.Principal,
 		MaxRows: statement.MaxRows, MaxBytes: statement.MaxBytes, Timeout: statement.Timeout, Parameters: statement.Parameters,
+		TakesRows: true,
 	})
 	if err != nil {
 		return proto.Errorf(proto.CodeInvalid, "the statement is not valid UTF-8")
@@ -243,6 +260,7 @@ func (res *Result) finish(broke error) {
 	}
 	r.mu.Lock()
 	delete(r.running, res.QueryID)
+	r.endedLocked(res.QueryID, res.response != nil && (broke != nil || res.outcome.RowsReported), res.outcome.RowsReported)
 	r.mu.Unlock()
 	close(res.done)
 

@@ -14,6 +14,9 @@ var HasPassword = hasPassword
 // KeepQueries replaces maxQueries.
 func (s *Store) KeepQueries(n int) { s.keep = n }
 
+// KeepBytes replaces maxKeptBytes.
+func (s *Store) KeepBytes(n int64) { s.keepBytes = n }
+
 // LimitPages makes a SQLite store full: the file may not grow beyond its present
 // size and some pages.
 func (s *Store) LimitPages(ctx context.Context, more int) error {

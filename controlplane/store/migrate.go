@@ -32,7 +32,9 @@ func migrator(e engine, db *sql.DB, options ...goose.ProviderOption) (*goose.Pro
 	if err != nil {
 		return nil, 0, err
 	}
-	options = append(options, goose.WithTableName(versionTable), goose.WithDisableGlobalRegistry(true))
+	// Migrations of different branches may be merged in another order than that of
+	// their numbers; those that are not there yet are applied wherever they stand.
+	options = append(options, goose.WithTableName(versionTable), goose.WithDisableGlobalRegistry(true), goose.WithAllowOutofOrder(true))
 	provider, err := goose.NewProvider(dialect, db, files, options...)
 	if err != nil {
 		return nil, 0, err

@@ -63,6 +63,10 @@ type Store struct {
 	keep    int // queries kept of an organization: maxQueries but in tests
 	pruneMu sync.Mutex
 	inserts int // queries inserted since the last pruning; guarded by pruneMu
+	// keepBytes is maxKeptBytes but in tests; kept counts the bytes of rows since
+	// the last pruning, by organization; guarded by pruneMu.
+	keepBytes int64
+	kept      map[string]int64
 }
 
 // Open opens the store, checks that it may be used and brings its tables up to

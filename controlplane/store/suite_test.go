@@ -560,3 +560,66 @@ func TestAudit(t *testing.T) {
 		}
 	})
 }
+
+func TestKeptRows(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, s *store.Store) {
+		org, other := tenants(t, s)
+		insert := func(org, id string, at time.Time) {
+			t.Helper()
+			must(0, s.InsertQuery(ctx, org, "t1", &posternv1.Query{Id: id, State: "running", Started: timestamppb.New(at)}))(t)
+		}
+		keep := func(org, id string, sealed []byte, at time.Time) {
+			t.Helper()
+			must(0, s.KeepRows(ctx, org, id, sealed, at))(t)
+		}
+		want := func(org, id string, want []byte) {
+			t.Helper()
+			got := must(s.KeptRows(ctx, org, id))(t)
+			if !bytes.Equal(got, want) || (got == nil) != (want == nil) {
+				t.Errorf("rows of %s: %d bytes, want %d", id, len(got), len(want))
+			}
+		}
+		insert(org, "q1", now)
+		want(org, "q1", nil)
+		keep(org, "q1", []byte("sealed \x00\xff"), now)
+		want(org, "q1", []byte("sealed \x00\xff"))
+		keep(org, "q1", []byte("others"), now) // once
+		want(org, "q1", []byte("sealed \x00\xff"))
+		want(other, "q1", nil)
+		keep(org, "gone", []byte("x"), now) // no such query
+		want(org, "gone", nil)
+		insert(other, "theirs", now)
+		keep(org, "theirs", []byte("x"), now) // another organization's
+		want(org, "theirs", nil)
+		want(other, "theirs", nil)
+
+		// They go with their query.
+		insert(org, "old", now.Add(-31*24*time.Hour))
+		keep(org, "old", []byte("old"), now)
+		must(0, s.FinishQuery(ctx, org, &posternv1.Query{Id: "old", State: "done"}))(t)
+		must(s.PruneQueries(ctx, org, now))(t)
+		want(org, "old", nil)
+
+		// And the oldest of an organization's go when there are too many bytes.
+		s.KeepBytes(1600)
+		insert(other, "other", now)
+		keep(other, "other", bytes.Repeat([]byte("o"), 100), now.Add(-time.Hour))
+		for i := range 40 {
+			id := fmt.Sprint("big", i)
+			insert(org, id, now.Add(time.Duration(i)*time.Second))
+			keep(org, id, bytes.Repeat([]byte("x"), 100), now.Add(time.Duration(i)*time.Second))
+		}
+		kept := 0
+		for i := range 40 {
+			if rows := must(s.KeptRows(ctx, org, fmt.Sprint("big", i)))(t); rows != nil {
+				kept++
+			} else if kept > 0 {
+				t.Errorf("query %d has no rows, an older one has", i)
+			}
+		}
+		if kept != 16 {
+			t.Errorf("rows of %d queries are kept, want 16", kept)
+		}
+		want(other, "other", bytes.Repeat([]byte("o"), 100))
+	})
+}

@@ -79,7 +79,13 @@ type Options struct {
 	// Rows, if not nil, is called after each batch with the rows so far, on
 	// Convert's goroutine. Never called for Arrow.
 	Rows func(rows int64)
+	// Excerpt says which rows the source lacks; the zero value: none. Tables alone
+	// show it.
+	Excerpt Excerpt
 }
+
+// Excerpt is a gap in the rows: Missing rows are not there behind the first After.
+type Excerpt struct{ After, Missing int64 }
 
 // Convert reads an Arrow IPC stream from src until its end and writes it to dst
 // as f. Rows are written as they come: nothing waits for the next batch, except
@@ -115,7 +121,9 @@ func Convert(ctx context.Context, dst io.Writer, src io.Reader, f Format, opts O
 	case JSON, NDJSON:
 		e = newJSON(o, s.columns, f == NDJSON)
 	case Table:
-		e = newTable(o, s.columns, opts.Null)
+		table := newTable(o, s.columns, opts.Null)
+		table.excerpt = opts.Excerpt
+		e = table
 	case Parquet:
 		p, err := newParquet(o, s)
 		if err != nil {

@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"strconv"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -519,4 +520,35 @@ func FuzzConvert(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestExcerpt: a table says where rows are missing, wherever that is.
+func TestExcerpt(t *testing.T) {
+	for _, test := range []struct {
+		rows          int
+		after         int64
+		before, where string
+	}{
+		{3, 0, "", "   1"}, {3, 2, "   2", "   3"}, {3, 3, "   3", "(3 of 10 rows)"}, {1500, 1200, "1200", "1201"}, {0, 0, "", "(0 of 7 rows)"},
+	} {
+		fields := []arrow.Field{{Name: "n", Type: arrow.PrimitiveTypes.Int64, Nullable: true}}
+		rows := make([][]any, test.rows)
+		for i := range rows {
+			rows[i] = []any{i + 1}
+		}
+		src := encode(t, fields, rows, 100)
+		var out bytes.Buffer
+		err := rowfmt.Convert(t.Context(), &out, bytes.NewReader(src), rowfmt.Table, rowfmt.Options{Excerpt: rowfmt.Excerpt{After: test.after, Missing: 7}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		lines := strings.Split(out.String(), "\n")
+		at := slices.Index(lines, " ... 7 rows ...")
+		if at < 0 || strings.TrimSpace(lines[at+1]) != strings.TrimSpace(test.where) || test.before != "" && strings.TrimSpace(lines[at-1]) != strings.TrimSpace(test.before) {
+			t.Errorf("%d rows, gap after %d: at line %d of\n%.200s", test.rows, test.after, at, out.String())
+		}
+		if strings.Count(out.String(), "...") != 2 {
+			t.Errorf("more than one gap: %.200s", out.String())
+		}
+	}
 }

@@ -25,6 +25,9 @@ type tableEncoder struct {
 	right   []bool
 	widths  []int
 	rows    int64
+	// excerpt is the gap in the rows, which comes when After are printed.
+	excerpt Excerpt
+	printed int64
 
 	// held are the cells of the first rows, one after the other; ends and cells
 	// say where each ends and how wide it is.
@@ -77,6 +80,7 @@ func (e *tableEncoder) batch(rows int) error {
 			}
 			continue
 		}
+		e.gap()
 		for i := range e.columns {
 			var cell int
 			e.buffer, cell = e.cell(e.buffer[:0], i, row)
@@ -115,6 +119,9 @@ func (e *tableEncoder) release() {
 	start := 0
 	for i := range e.cells {
 		column := i % len(e.columns)
+		if column == 0 {
+			e.gap()
+		}
 		e.put(column, e.held[start:e.ends[i]], e.cells[i])
 		start = e.ends[i]
 		if column == len(e.columns)-1 {
@@ -125,6 +132,17 @@ func (e *tableEncoder) release() {
 		}
 	}
 	e.held, e.ends, e.cells = nil, nil, nil
+}
+
+// gap stands before each row, and after the last one: where rows are missing it
+// says how many.
+func (e *tableEncoder) gap() {
+	if e.excerpt.Missing > 0 && e.printed == e.excerpt.After {
+		e.buf = append(e.buf, " ... "...)
+		e.buf = strconv.AppendInt(e.buf, e.excerpt.Missing, 10)
+		e.buf = append(e.buf, " rows ...\n"...)
+	}
+	e.printed++
 }
 
 func (e *tableEncoder) header() {
@@ -180,9 +198,14 @@ func (e *tableEncoder) end() error {
 		return nil // a command, not a result
 	}
 	e.release()
+	e.gap()
 	e.buf = append(e.buf, '(')
 	e.buf = strconv.AppendInt(e.buf, e.rows, 10)
-	if e.rows == 1 {
+	if e.excerpt.Missing > 0 {
+		e.buf = append(e.buf, " of "...)
+		e.buf = strconv.AppendInt(e.buf, e.rows+e.excerpt.Missing, 10)
+	}
+	if e.rows == 1 && e.excerpt.Missing == 0 {
 		e.buf = append(e.buf, " row)\n"...)
 	} else {
 		e.buf = append(e.buf, " rows)\n"...)

@@ -281,8 +281,11 @@ func cannedQuery() *posternv1.Query {
 
 // GetQuery implements QueryService.
 func (s *Server) GetQuery(_ context.Context, req *connect.Request[posternv1.GetQueryRequest]) (*connect.Response[posternv1.GetQueryResponse], error) {
-	if req.Msg.QueryId == "qry_1" {
+	switch id := req.Msg.QueryId; {
+	case id == "qry_1":
 		return respond(&posternv1.GetQueryResponse{Query: cannedQuery()}, nil)
+	case id == "qry_rows" || id == "qry_few":
+		return respond(cannedRows(id, req.Msg.IncludeRows), nil)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -1,6 +1,7 @@
 package simulatedcontrolplane
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net/http"
@@ -234,4 +235,35 @@ func (a *answer) write(b *array.RecordBuilder) {
 	a.rows += uint64(record.NumRows())
 	a.arrow.Write(record)                   //nolint:errcheck // the client may have gone
 	http.NewResponseController(a.w).Flush() //nolint:errcheck // the same
+}
+
+// cannedRows are a query of 500 rows of which the first two and the last one are
+// kept, or one of three rows, all of them kept.
+func cannedRows(id string, include bool) *posternv1.GetQueryResponse {
+	q := cannedQuery()
+	q.Id, q.State, q.Error, q.Rows = id, "done", nil, 3
+	kept := &posternv1.KeptRows{First: 3, Total: 3}
+	ids := []int64{1, 2, 3}
+	if id == "qry_rows" {
+		q.Rows = 500
+		kept = &posternv1.KeptRows{First: 2, Last: 1, Total: 500, Cut: 1}
+		ids = []int64{1, 2, 500}
+	}
+	resp := &posternv1.GetQueryResponse{Query: q}
+	if !include {
+		return resp
+	}
+	var stream bytes.Buffer
+	schema := arrow.NewSchema([]arrow.Field{column("id", arrow.PrimitiveTypes.Int64), column("name", arrow.BinaryTypes.String)}, nil)
+	writer := ipc.NewWriter(&stream, ipc.WithSchema(schema))
+	b := array.NewRecordBuilder(memory.DefaultAllocator, schema)
+	for _, id := range ids {
+		b.Field(0).(*array.Int64Builder).Append(id)
+		b.Field(1).(*array.StringBuilder).Append(fmt.Sprintf("name %d", id))
+	}
+	writer.Write(b.NewRecordBatch()) //nolint:errcheck // into memory
+	writer.Close()                   //nolint:errcheck // into memory
+	kept.Arrow = stream.Bytes()
+	resp.Rows = kept
+	return resp
 }

@@ -1900,8 +1900,10 @@ func (x *ListQueriesResponse) GetQueries() []*Query {
 }
 
 type GetQueryRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	QueryId       string                 `protobuf:"bytes,1,opt,name=query_id,json=queryId,proto3" json:"query_id,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	QueryId string                 `protobuf:"bytes,1,opt,name=query_id,json=queryId,proto3" json:"query_id,omitempty"`
+	// Leaves an entry in the audit log when there are rows.
+	IncludeRows   bool `protobuf:"varint,2,opt,name=include_rows,json=includeRows,proto3" json:"include_rows,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1943,9 +1945,18 @@ func (x *GetQueryRequest) GetQueryId() string {
 	return ""
 }
 
+func (x *GetQueryRequest) GetIncludeRows() bool {
+	if x != nil {
+		return x.IncludeRows
+	}
+	return false
+}
+
 type GetQueryResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Query         *Query                 `protobuf:"bytes,1,opt,name=query,proto3" json:"query,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Query *Query                 `protobuf:"bytes,1,opt,name=query,proto3" json:"query,omitempty"`
+	// Absent when none are kept, or not asked for.
+	Rows          *KeptRows `protobuf:"bytes,2,opt,name=rows,proto3" json:"rows,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1983,6 +1994,13 @@ func (*GetQueryResponse) Descriptor() ([]byte, []int) {
 func (x *GetQueryResponse) GetQuery() *Query {
 	if x != nil {
 		return x.Query
+	}
+	return nil
+}
+
+func (x *GetQueryResponse) GetRows() *KeptRows {
+	if x != nil {
+		return x.Rows
 	}
 	return nil
 }
@@ -2995,11 +3013,13 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\x05limit\x18\x01 \x01(\rR\x05limit\x12!\n" +
 	"\frunning_only\x18\x02 \x01(\bR\vrunningOnly\"B\n" +
 	"\x13ListQueriesResponse\x12+\n" +
-	"\aqueries\x18\x01 \x03(\v2\x11.postern.v1.QueryR\aqueries\",\n" +
+	"\aqueries\x18\x01 \x03(\v2\x11.postern.v1.QueryR\aqueries\"O\n" +
 	"\x0fGetQueryRequest\x12\x19\n" +
-	"\bquery_id\x18\x01 \x01(\tR\aqueryId\";\n" +
+	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12!\n" +
+	"\finclude_rows\x18\x02 \x01(\bR\vincludeRows\"e\n" +
 	"\x10GetQueryResponse\x12'\n" +
-	"\x05query\x18\x01 \x01(\v2\x11.postern.v1.QueryR\x05query\";\n" +
+	"\x05query\x18\x01 \x01(\v2\x11.postern.v1.QueryR\x05query\x12(\n" +
+	"\x04rows\x18\x02 \x01(\v2\x14.postern.v1.KeptRowsR\x04rows\";\n" +
 	"\x1eCancelOrganizationQueryRequest\x12\x19\n" +
 	"\bquery_id\x18\x01 \x01(\tR\aqueryId\"J\n" +
 	"\x1fCancelOrganizationQueryResponse\x12'\n" +
@@ -3156,7 +3176,8 @@ var file_postern_v1_api_proto_goTypes = []any{
 	(*SourceInfo)(nil),                      // 56: postern.v1.SourceInfo
 	(*Parameter)(nil),                       // 57: postern.v1.Parameter
 	(*ErrorDetail)(nil),                     // 58: postern.v1.ErrorDetail
-	(*CheckSourceResponse)(nil),             // 59: postern.v1.CheckSourceResponse
+	(*KeptRows)(nil),                        // 59: postern.v1.KeptRows
+	(*CheckSourceResponse)(nil),             // 60: postern.v1.CheckSourceResponse
 }
 var file_postern_v1_api_proto_depIdxs = []int32{
 	54, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
@@ -3198,62 +3219,63 @@ var file_postern_v1_api_proto_depIdxs = []int32{
 	58, // 36: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
 	29, // 37: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
 	29, // 38: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
-	29, // 39: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
-	40, // 40: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
-	54, // 41: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
-	41, // 42: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
-	41, // 43: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
-	41, // 44: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
-	50, // 45: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
-	54, // 46: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	54, // 47: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	0,  // 48: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
-	3,  // 49: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
-	5,  // 50: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
-	7,  // 51: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
-	10, // 52: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
-	12, // 53: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
-	14, // 54: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
-	18, // 55: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
-	20, // 56: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
-	22, // 57: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
-	24, // 58: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
-	27, // 59: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
-	30, // 60: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
-	32, // 61: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
-	34, // 62: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
-	36, // 63: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
-	38, // 64: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
-	42, // 65: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
-	44, // 66: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
-	46, // 67: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
-	48, // 68: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
-	1,  // 69: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
-	4,  // 70: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
-	6,  // 71: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
-	8,  // 72: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
-	11, // 73: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
-	13, // 74: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
-	15, // 75: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
-	19, // 76: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
-	21, // 77: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
-	23, // 78: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
-	26, // 79: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
-	59, // 80: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	31, // 81: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
-	33, // 82: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
-	35, // 83: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
-	37, // 84: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
-	39, // 85: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
-	43, // 86: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
-	45, // 87: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
-	47, // 88: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
-	49, // 89: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
-	69, // [69:90] is the sub-list for method output_type
-	48, // [48:69] is the sub-list for method input_type
-	48, // [48:48] is the sub-list for extension type_name
-	48, // [48:48] is the sub-list for extension extendee
-	0,  // [0:48] is the sub-list for field type_name
+	59, // 39: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
+	29, // 40: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
+	40, // 41: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
+	54, // 42: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
+	41, // 43: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
+	41, // 44: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
+	41, // 45: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
+	50, // 46: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
+	54, // 47: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	54, // 48: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	0,  // 49: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
+	3,  // 50: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
+	5,  // 51: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
+	7,  // 52: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
+	10, // 53: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
+	12, // 54: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
+	14, // 55: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
+	18, // 56: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
+	20, // 57: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
+	22, // 58: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
+	24, // 59: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
+	27, // 60: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
+	30, // 61: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
+	32, // 62: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
+	34, // 63: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
+	36, // 64: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
+	38, // 65: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
+	42, // 66: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
+	44, // 67: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
+	46, // 68: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
+	48, // 69: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
+	1,  // 70: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
+	4,  // 71: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
+	6,  // 72: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
+	8,  // 73: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
+	11, // 74: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
+	13, // 75: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
+	15, // 76: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
+	19, // 77: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
+	21, // 78: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
+	23, // 79: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
+	26, // 80: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
+	60, // 81: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	31, // 82: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
+	33, // 83: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
+	35, // 84: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
+	37, // 85: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
+	39, // 86: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
+	43, // 87: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
+	45, // 88: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
+	47, // 89: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
+	49, // 90: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
+	70, // [70:91] is the sub-list for method output_type
+	49, // [49:70] is the sub-list for method input_type
+	49, // [49:49] is the sub-list for extension type_name
+	49, // [49:49] is the sub-list for extension extendee
+	0,  // [0:49] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_api_proto_init() }

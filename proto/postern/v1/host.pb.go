@@ -105,10 +105,13 @@ type SQLRequest struct {
 	Sql       string                 `protobuf:"bytes,3,opt,name=sql,proto3" json:"sql,omitempty"`
 	Principal *Principal             `protobuf:"bytes,4,opt,name=principal,proto3" json:"principal,omitempty"`
 	// Limits narrow the host's; 0 means the host's own.
-	MaxRows       uint64               `protobuf:"varint,5,opt,name=max_rows,json=maxRows,proto3" json:"max_rows,omitempty"`
-	MaxBytes      uint64               `protobuf:"varint,6,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
-	Timeout       *durationpb.Duration `protobuf:"bytes,7,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	Parameters    []*Parameter         `protobuf:"bytes,8,rep,name=parameters,proto3" json:"parameters,omitempty"`
+	MaxRows    uint64               `protobuf:"varint,5,opt,name=max_rows,json=maxRows,proto3" json:"max_rows,omitempty"`
+	MaxBytes   uint64               `protobuf:"varint,6,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	Timeout    *durationpb.Duration `protobuf:"bytes,7,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	Parameters []*Parameter         `protobuf:"bytes,8,rep,name=parameters,proto3" json:"parameters,omitempty"`
+	// The control plane takes LinkService.ReportRows for this statement. Whether
+	// there is anything to report is the host's decision.
+	TakesRows     bool `protobuf:"varint,9,opt,name=takes_rows,json=takesRows,proto3" json:"takes_rows,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -199,6 +202,13 @@ func (x *SQLRequest) GetParameters() []*Parameter {
 	return nil
 }
 
+func (x *SQLRequest) GetTakesRows() bool {
+	if x != nil {
+		return x.TakesRows
+	}
+	return false
+}
+
 // Parameter is a named value, bound and never pasted into the text.
 type Parameter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -264,8 +274,11 @@ type QueryOutcome struct {
 	// SELECT 5, UPDATE 3, ...
 	CommandTag string `protobuf:"bytes,5,opt,name=command_tag,json=commandTag,proto3" json:"command_tag,omitempty"`
 	// Absent when all is well. Rows before an error are valid but incomplete.
-	Error         *ErrorDetail `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
-	Notices       []*Notice    `protobuf:"bytes,7,rep,name=notices,proto3" json:"notices,omitempty"`
+	Error   *ErrorDetail `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
+	Notices []*Notice    `protobuf:"bytes,7,rep,name=notices,proto3" json:"notices,omitempty"`
+	// The agent reports the statement's first and last rows by
+	// LinkService.ReportRows, at the same time as it sends this.
+	RowsReported  bool `protobuf:"varint,8,opt,name=rows_reported,json=rowsReported,proto3" json:"rows_reported,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -349,6 +362,96 @@ func (x *QueryOutcome) GetNotices() []*Notice {
 	return nil
 }
 
+func (x *QueryOutcome) GetRowsReported() bool {
+	if x != nil {
+		return x.RowsReported
+	}
+	return false
+}
+
+// KeptRows are the first and last rows of a result, as the source's policy lets
+// them be kept with the history.
+type KeptRows struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// An Arrow IPC stream: the first rows, then the last ones, each row once. A
+	// value that is too long to be kept ends with a mark that says so.
+	Arrow []byte `protobuf:"bytes,1,opt,name=arrow,proto3" json:"arrow,omitempty"`
+	// How many of the rows are the first; the rest are the last.
+	First uint32 `protobuf:"varint,2,opt,name=first,proto3" json:"first,omitempty"`
+	Last  uint32 `protobuf:"varint,3,opt,name=last,proto3" json:"last,omitempty"`
+	// The rows of the whole result.
+	Total uint64 `protobuf:"varint,4,opt,name=total,proto3" json:"total,omitempty"`
+	// How many values were cut.
+	Cut           uint32 `protobuf:"varint,5,opt,name=cut,proto3" json:"cut,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeptRows) Reset() {
+	*x = KeptRows{}
+	mi := &file_postern_v1_host_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeptRows) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeptRows) ProtoMessage() {}
+
+func (x *KeptRows) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeptRows.ProtoReflect.Descriptor instead.
+func (*KeptRows) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *KeptRows) GetArrow() []byte {
+	if x != nil {
+		return x.Arrow
+	}
+	return nil
+}
+
+func (x *KeptRows) GetFirst() uint32 {
+	if x != nil {
+		return x.First
+	}
+	return 0
+}
+
+func (x *KeptRows) GetLast() uint32 {
+	if x != nil {
+		return x.Last
+	}
+	return 0
+}
+
+func (x *KeptRows) GetTotal() uint64 {
+	if x != nil {
+		return x.Total
+	}
+	return 0
+}
+
+func (x *KeptRows) GetCut() uint32 {
+	if x != nil {
+		return x.Cut
+	}
+	return 0
+}
+
 type Notice struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Severity      string                 `protobuf:"bytes,1,opt,name=severity,proto3" json:"severity,omitempty"`
@@ -360,7 +463,7 @@ type Notice struct {
 
 func (x *Notice) Reset() {
 	*x = Notice{}
-	mi := &file_postern_v1_host_proto_msgTypes[4]
+	mi := &file_postern_v1_host_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -372,7 +475,7 @@ func (x *Notice) String() string {
 func (*Notice) ProtoMessage() {}
 
 func (x *Notice) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[4]
+	mi := &file_postern_v1_host_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -385,7 +488,7 @@ func (x *Notice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Notice.ProtoReflect.Descriptor instead.
 func (*Notice) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{4}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Notice) GetSeverity() string {
@@ -426,7 +529,7 @@ type SourceInfo struct {
 
 func (x *SourceInfo) Reset() {
 	*x = SourceInfo{}
-	mi := &file_postern_v1_host_proto_msgTypes[5]
+	mi := &file_postern_v1_host_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -438,7 +541,7 @@ func (x *SourceInfo) String() string {
 func (*SourceInfo) ProtoMessage() {}
 
 func (x *SourceInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[5]
+	mi := &file_postern_v1_host_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -451,7 +554,7 @@ func (x *SourceInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceInfo.ProtoReflect.Descriptor instead.
 func (*SourceInfo) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SourceInfo) GetName() string {
@@ -511,7 +614,7 @@ type ListSourcesRequest struct {
 
 func (x *ListSourcesRequest) Reset() {
 	*x = ListSourcesRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[6]
+	mi := &file_postern_v1_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -523,7 +626,7 @@ func (x *ListSourcesRequest) String() string {
 func (*ListSourcesRequest) ProtoMessage() {}
 
 func (x *ListSourcesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[6]
+	mi := &file_postern_v1_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -536,7 +639,7 @@ func (x *ListSourcesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSourcesRequest.ProtoReflect.Descriptor instead.
 func (*ListSourcesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{7}
 }
 
 type ListSourcesResponse struct {
@@ -548,7 +651,7 @@ type ListSourcesResponse struct {
 
 func (x *ListSourcesResponse) Reset() {
 	*x = ListSourcesResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[7]
+	mi := &file_postern_v1_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -560,7 +663,7 @@ func (x *ListSourcesResponse) String() string {
 func (*ListSourcesResponse) ProtoMessage() {}
 
 func (x *ListSourcesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[7]
+	mi := &file_postern_v1_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -573,7 +676,7 @@ func (x *ListSourcesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSourcesResponse.ProtoReflect.Descriptor instead.
 func (*ListSourcesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{7}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListSourcesResponse) GetSources() []*SourceInfo {
@@ -593,7 +696,7 @@ type CheckSourceRequest struct {
 
 func (x *CheckSourceRequest) Reset() {
 	*x = CheckSourceRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[8]
+	mi := &file_postern_v1_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -605,7 +708,7 @@ func (x *CheckSourceRequest) String() string {
 func (*CheckSourceRequest) ProtoMessage() {}
 
 func (x *CheckSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[8]
+	mi := &file_postern_v1_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -618,7 +721,7 @@ func (x *CheckSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckSourceRequest.ProtoReflect.Descriptor instead.
 func (*CheckSourceRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{8}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CheckSourceRequest) GetSource() string {
@@ -644,7 +747,7 @@ type CheckSourceResponse struct {
 
 func (x *CheckSourceResponse) Reset() {
 	*x = CheckSourceResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[9]
+	mi := &file_postern_v1_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -656,7 +759,7 @@ func (x *CheckSourceResponse) String() string {
 func (*CheckSourceResponse) ProtoMessage() {}
 
 func (x *CheckSourceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[9]
+	mi := &file_postern_v1_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -669,7 +772,7 @@ func (x *CheckSourceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckSourceResponse.ProtoReflect.Descriptor instead.
 func (*CheckSourceResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CheckSourceResponse) GetChecks() []*Check {
@@ -694,7 +797,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_postern_v1_host_proto_msgTypes[10]
+	mi := &file_postern_v1_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -706,7 +809,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[10]
+	mi := &file_postern_v1_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -719,7 +822,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Check) GetName() string {
@@ -760,7 +863,7 @@ type CancelQueryRequest struct {
 
 func (x *CancelQueryRequest) Reset() {
 	*x = CancelQueryRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[11]
+	mi := &file_postern_v1_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -772,7 +875,7 @@ func (x *CancelQueryRequest) String() string {
 func (*CancelQueryRequest) ProtoMessage() {}
 
 func (x *CancelQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[11]
+	mi := &file_postern_v1_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -785,7 +888,7 @@ func (x *CancelQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelQueryRequest.ProtoReflect.Descriptor instead.
 func (*CancelQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CancelQueryRequest) GetQueryId() string {
@@ -812,7 +915,7 @@ type CancelQueryResponse struct {
 
 func (x *CancelQueryResponse) Reset() {
 	*x = CancelQueryResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[12]
+	mi := &file_postern_v1_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -824,7 +927,7 @@ func (x *CancelQueryResponse) String() string {
 func (*CancelQueryResponse) ProtoMessage() {}
 
 func (x *CancelQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[12]
+	mi := &file_postern_v1_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -837,7 +940,7 @@ func (x *CancelQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelQueryResponse.ProtoReflect.Descriptor instead.
 func (*CancelQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CancelQueryResponse) GetFound() bool {
@@ -855,7 +958,7 @@ type HostStatusRequest struct {
 
 func (x *HostStatusRequest) Reset() {
 	*x = HostStatusRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[13]
+	mi := &file_postern_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -867,7 +970,7 @@ func (x *HostStatusRequest) String() string {
 func (*HostStatusRequest) ProtoMessage() {}
 
 func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[13]
+	mi := &file_postern_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -880,7 +983,7 @@ func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusRequest.ProtoReflect.Descriptor instead.
 func (*HostStatusRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 type HostStatusResponse struct {
@@ -896,7 +999,7 @@ type HostStatusResponse struct {
 
 func (x *HostStatusResponse) Reset() {
 	*x = HostStatusResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[14]
+	mi := &file_postern_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -908,7 +1011,7 @@ func (x *HostStatusResponse) String() string {
 func (*HostStatusResponse) ProtoMessage() {}
 
 func (x *HostStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[14]
+	mi := &file_postern_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -921,7 +1024,7 @@ func (x *HostStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusResponse.ProtoReflect.Descriptor instead.
 func (*HostStatusResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *HostStatusResponse) GetStarted() *timestamppb.Timestamp {
@@ -971,7 +1074,7 @@ type RunningQuery struct {
 
 func (x *RunningQuery) Reset() {
 	*x = RunningQuery{}
-	mi := &file_postern_v1_host_proto_msgTypes[15]
+	mi := &file_postern_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -983,7 +1086,7 @@ func (x *RunningQuery) String() string {
 func (*RunningQuery) ProtoMessage() {}
 
 func (x *RunningQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[15]
+	mi := &file_postern_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -996,7 +1099,7 @@ func (x *RunningQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunningQuery.ProtoReflect.Descriptor instead.
 func (*RunningQuery) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RunningQuery) GetQueryId() string {
@@ -1039,7 +1142,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[16]
+	mi := &file_postern_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1051,7 +1154,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[16]
+	mi := &file_postern_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1064,7 +1167,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -1091,7 +1194,7 @@ type ReadAuditResponse struct {
 
 func (x *ReadAuditResponse) Reset() {
 	*x = ReadAuditResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[17]
+	mi := &file_postern_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1103,7 +1206,7 @@ func (x *ReadAuditResponse) String() string {
 func (*ReadAuditResponse) ProtoMessage() {}
 
 func (x *ReadAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[17]
+	mi := &file_postern_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1116,7 +1219,7 @@ func (x *ReadAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditResponse.ProtoReflect.Descriptor instead.
 func (*ReadAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReadAuditResponse) GetEntries() [][]byte {
@@ -1137,7 +1240,7 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\btoken_id\x18\x02 \x01(\tR\atokenId\x12\x1d\n" +
 	"\n" +
 	"token_name\x18\x03 \x01(\tR\ttokenName\x12\x12\n" +
-	"\x04role\x18\x04 \x01(\tR\x04role\"\xaa\x02\n" +
+	"\x04role\x18\x04 \x01(\tR\x04role\"\xc9\x02\n" +
 	"\n" +
 	"SQLRequest\x12\x19\n" +
 	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12\x16\n" +
@@ -1149,11 +1252,13 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\atimeout\x18\a \x01(\v2\x19.google.protobuf.DurationR\atimeout\x125\n" +
 	"\n" +
 	"parameters\x18\b \x03(\v2\x15.postern.v1.ParameterR\n" +
-	"parameters\"D\n" +
+	"parameters\x12\x1d\n" +
+	"\n" +
+	"takes_rows\x18\t \x01(\bR\ttakesRows\"D\n" +
 	"\tParameter\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\x05value\x18\x02 \x01(\tH\x00R\x05value\x88\x01\x01B\b\n" +
-	"\x06_value\"\x88\x02\n" +
+	"\x06_value\"\xad\x02\n" +
 	"\fQueryOutcome\x12\x19\n" +
 	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12\x12\n" +
 	"\x04rows\x18\x02 \x01(\x04R\x04rows\x12\x14\n" +
@@ -1162,7 +1267,14 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\vcommand_tag\x18\x05 \x01(\tR\n" +
 	"commandTag\x12-\n" +
 	"\x05error\x18\x06 \x01(\v2\x17.postern.v1.ErrorDetailR\x05error\x12,\n" +
-	"\anotices\x18\a \x03(\v2\x12.postern.v1.NoticeR\anotices\"Z\n" +
+	"\anotices\x18\a \x03(\v2\x12.postern.v1.NoticeR\anotices\x12#\n" +
+	"\rrows_reported\x18\b \x01(\bR\frowsReported\"r\n" +
+	"\bKeptRows\x12\x14\n" +
+	"\x05arrow\x18\x01 \x01(\fR\x05arrow\x12\x14\n" +
+	"\x05first\x18\x02 \x01(\rR\x05first\x12\x12\n" +
+	"\x04last\x18\x03 \x01(\rR\x04last\x12\x14\n" +
+	"\x05total\x18\x04 \x01(\x04R\x05total\x12\x10\n" +
+	"\x03cut\x18\x05 \x01(\rR\x03cut\"Z\n" +
 	"\x06Notice\x12\x1a\n" +
 	"\bseverity\x18\x01 \x01(\tR\bseverity\x12\x1a\n" +
 	"\bsqlstate\x18\x02 \x01(\tR\bsqlstate\x12\x18\n" +
@@ -1231,57 +1343,58 @@ func file_postern_v1_host_proto_rawDescGZIP() []byte {
 	return file_postern_v1_host_proto_rawDescData
 }
 
-var file_postern_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 18)
+var file_postern_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
 var file_postern_v1_host_proto_goTypes = []any{
 	(*Principal)(nil),             // 0: postern.v1.Principal
 	(*SQLRequest)(nil),            // 1: postern.v1.SQLRequest
 	(*Parameter)(nil),             // 2: postern.v1.Parameter
 	(*QueryOutcome)(nil),          // 3: postern.v1.QueryOutcome
-	(*Notice)(nil),                // 4: postern.v1.Notice
-	(*SourceInfo)(nil),            // 5: postern.v1.SourceInfo
-	(*ListSourcesRequest)(nil),    // 6: postern.v1.ListSourcesRequest
-	(*ListSourcesResponse)(nil),   // 7: postern.v1.ListSourcesResponse
-	(*CheckSourceRequest)(nil),    // 8: postern.v1.CheckSourceRequest
-	(*CheckSourceResponse)(nil),   // 9: postern.v1.CheckSourceResponse
-	(*Check)(nil),                 // 10: postern.v1.Check
-	(*CancelQueryRequest)(nil),    // 11: postern.v1.CancelQueryRequest
-	(*CancelQueryResponse)(nil),   // 12: postern.v1.CancelQueryResponse
-	(*HostStatusRequest)(nil),     // 13: postern.v1.HostStatusRequest
-	(*HostStatusResponse)(nil),    // 14: postern.v1.HostStatusResponse
-	(*RunningQuery)(nil),          // 15: postern.v1.RunningQuery
-	(*ReadAuditRequest)(nil),      // 16: postern.v1.ReadAuditRequest
-	(*ReadAuditResponse)(nil),     // 17: postern.v1.ReadAuditResponse
-	(*durationpb.Duration)(nil),   // 18: google.protobuf.Duration
-	(*ErrorDetail)(nil),           // 19: postern.v1.ErrorDetail
-	(*timestamppb.Timestamp)(nil), // 20: google.protobuf.Timestamp
+	(*KeptRows)(nil),              // 4: postern.v1.KeptRows
+	(*Notice)(nil),                // 5: postern.v1.Notice
+	(*SourceInfo)(nil),            // 6: postern.v1.SourceInfo
+	(*ListSourcesRequest)(nil),    // 7: postern.v1.ListSourcesRequest
+	(*ListSourcesResponse)(nil),   // 8: postern.v1.ListSourcesResponse
+	(*CheckSourceRequest)(nil),    // 9: postern.v1.CheckSourceRequest
+	(*CheckSourceResponse)(nil),   // 10: postern.v1.CheckSourceResponse
+	(*Check)(nil),                 // 11: postern.v1.Check
+	(*CancelQueryRequest)(nil),    // 12: postern.v1.CancelQueryRequest
+	(*CancelQueryResponse)(nil),   // 13: postern.v1.CancelQueryResponse
+	(*HostStatusRequest)(nil),     // 14: postern.v1.HostStatusRequest
+	(*HostStatusResponse)(nil),    // 15: postern.v1.HostStatusResponse
+	(*RunningQuery)(nil),          // 16: postern.v1.RunningQuery
+	(*ReadAuditRequest)(nil),      // 17: postern.v1.ReadAuditRequest
+	(*ReadAuditResponse)(nil),     // 18: postern.v1.ReadAuditResponse
+	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
+	(*ErrorDetail)(nil),           // 20: postern.v1.ErrorDetail
+	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
 }
 var file_postern_v1_host_proto_depIdxs = []int32{
 	0,  // 0: postern.v1.SQLRequest.principal:type_name -> postern.v1.Principal
-	18, // 1: postern.v1.SQLRequest.timeout:type_name -> google.protobuf.Duration
+	19, // 1: postern.v1.SQLRequest.timeout:type_name -> google.protobuf.Duration
 	2,  // 2: postern.v1.SQLRequest.parameters:type_name -> postern.v1.Parameter
-	18, // 3: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
-	19, // 4: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
-	4,  // 5: postern.v1.QueryOutcome.notices:type_name -> postern.v1.Notice
-	18, // 6: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
-	5,  // 7: postern.v1.ListSourcesResponse.sources:type_name -> postern.v1.SourceInfo
+	19, // 3: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
+	20, // 4: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
+	5,  // 5: postern.v1.QueryOutcome.notices:type_name -> postern.v1.Notice
+	19, // 6: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
+	6,  // 7: postern.v1.ListSourcesResponse.sources:type_name -> postern.v1.SourceInfo
 	0,  // 8: postern.v1.CheckSourceRequest.principal:type_name -> postern.v1.Principal
-	10, // 9: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
+	11, // 9: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
 	0,  // 10: postern.v1.CancelQueryRequest.principal:type_name -> postern.v1.Principal
-	20, // 11: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
-	5,  // 12: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
-	15, // 13: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
-	20, // 14: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
-	20, // 15: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
-	6,  // 16: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
-	8,  // 17: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
-	11, // 18: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
-	13, // 19: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
-	16, // 20: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
-	7,  // 21: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
-	9,  // 22: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	12, // 23: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
-	14, // 24: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
-	17, // 25: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
+	21, // 11: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
+	6,  // 12: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
+	16, // 13: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
+	21, // 14: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
+	21, // 15: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
+	7,  // 16: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
+	9,  // 17: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
+	12, // 18: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
+	14, // 19: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
+	17, // 20: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
+	8,  // 21: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
+	10, // 22: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	13, // 23: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
+	15, // 24: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
+	18, // 25: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
 	21, // [21:26] is the sub-list for method output_type
 	16, // [16:21] is the sub-list for method input_type
 	16, // [16:16] is the sub-list for extension type_name
@@ -1302,7 +1415,7 @@ func file_postern_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_host_proto_rawDesc), len(file_postern_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   18,
+			NumMessages:   19,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -575,6 +575,94 @@ func (*UpdateInventoryResponse) Descriptor() ([]byte, []int) {
 	return file_postern_v1_link_proto_rawDescGZIP(), []int{7}
 }
 
+type ReportRowsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	QueryId       string                 `protobuf:"bytes,1,opt,name=query_id,json=queryId,proto3" json:"query_id,omitempty"`
+	Rows          *KeptRows              `protobuf:"bytes,2,opt,name=rows,proto3" json:"rows,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRowsRequest) Reset() {
+	*x = ReportRowsRequest{}
+	mi := &file_postern_v1_link_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRowsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRowsRequest) ProtoMessage() {}
+
+func (x *ReportRowsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_link_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRowsRequest.ProtoReflect.Descriptor instead.
+func (*ReportRowsRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ReportRowsRequest) GetQueryId() string {
+	if x != nil {
+		return x.QueryId
+	}
+	return ""
+}
+
+func (x *ReportRowsRequest) GetRows() *KeptRows {
+	if x != nil {
+		return x.Rows
+	}
+	return nil
+}
+
+type ReportRowsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportRowsResponse) Reset() {
+	*x = ReportRowsResponse{}
+	mi := &file_postern_v1_link_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportRowsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportRowsResponse) ProtoMessage() {}
+
+func (x *ReportRowsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_link_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportRowsResponse.ProtoReflect.Descriptor instead.
+func (*ReportRowsResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{9}
+}
+
 // ProtocolVersion: a side speaks its own minor version and the one before it.
 type ProtocolVersion struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -588,7 +676,7 @@ type ProtocolVersion struct {
 
 func (x *ProtocolVersion) Reset() {
 	*x = ProtocolVersion{}
-	mi := &file_postern_v1_link_proto_msgTypes[8]
+	mi := &file_postern_v1_link_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -600,7 +688,7 @@ func (x *ProtocolVersion) String() string {
 func (*ProtocolVersion) ProtoMessage() {}
 
 func (x *ProtocolVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_link_proto_msgTypes[8]
+	mi := &file_postern_v1_link_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -613,7 +701,7 @@ func (x *ProtocolVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProtocolVersion.ProtoReflect.Descriptor instead.
 func (*ProtocolVersion) Descriptor() ([]byte, []int) {
-	return file_postern_v1_link_proto_rawDescGZIP(), []int{8}
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ProtocolVersion) GetMajor() uint32 {
@@ -649,7 +737,7 @@ type HostFacts struct {
 
 func (x *HostFacts) Reset() {
 	*x = HostFacts{}
-	mi := &file_postern_v1_link_proto_msgTypes[9]
+	mi := &file_postern_v1_link_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -661,7 +749,7 @@ func (x *HostFacts) String() string {
 func (*HostFacts) ProtoMessage() {}
 
 func (x *HostFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_link_proto_msgTypes[9]
+	mi := &file_postern_v1_link_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -674,7 +762,7 @@ func (x *HostFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFacts.ProtoReflect.Descriptor instead.
 func (*HostFacts) Descriptor() ([]byte, []int) {
-	return file_postern_v1_link_proto_rawDescGZIP(), []int{9}
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *HostFacts) GetHostname() string {
@@ -718,7 +806,7 @@ type AuditHead struct {
 
 func (x *AuditHead) Reset() {
 	*x = AuditHead{}
-	mi := &file_postern_v1_link_proto_msgTypes[10]
+	mi := &file_postern_v1_link_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -730,7 +818,7 @@ func (x *AuditHead) String() string {
 func (*AuditHead) ProtoMessage() {}
 
 func (x *AuditHead) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_link_proto_msgTypes[10]
+	mi := &file_postern_v1_link_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -743,7 +831,7 @@ func (x *AuditHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHead.ProtoReflect.Descriptor instead.
 func (*AuditHead) Descriptor() ([]byte, []int) {
-	return file_postern_v1_link_proto_rawDescGZIP(), []int{10}
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *AuditHead) GetSequence() uint64 {
@@ -811,7 +899,11 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\vauthorities\x18\b \x03(\fR\vauthorities\"J\n" +
 	"\x16UpdateInventoryRequest\x120\n" +
 	"\asources\x18\x01 \x03(\v2\x16.postern.v1.SourceInfoR\asources\"\x19\n" +
-	"\x17UpdateInventoryResponse\"Y\n" +
+	"\x17UpdateInventoryResponse\"X\n" +
+	"\x11ReportRowsRequest\x12\x19\n" +
+	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12(\n" +
+	"\x04rows\x18\x02 \x01(\v2\x14.postern.v1.KeptRowsR\x04rows\"\x14\n" +
+	"\x12ReportRowsResponse\"Y\n" +
 	"\x0fProtocolVersion\x12\x14\n" +
 	"\x05major\x18\x01 \x01(\rR\x05major\x12\x14\n" +
 	"\x05minor\x18\x02 \x01(\rR\x05minor\x12\x1a\n" +
@@ -823,13 +915,15 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\x06kernel\x18\x04 \x01(\tR\x06kernel\";\n" +
 	"\tAuditHead\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x12\n" +
-	"\x04hash\x18\x02 \x01(\fR\x04hash2\xf5\x02\n" +
+	"\x04hash\x18\x02 \x01(\fR\x04hash2\xc4\x03\n" +
 	"\vLinkService\x12G\n" +
 	"\bRegister\x12\x1b.postern.v1.RegisterRequest\x1a\x1c.postern.v1.RegisterResponse\"\x00\x12?\n" +
 	"\x06Rejoin\x12\x18.postern.v1.RenewRequest\x1a\x19.postern.v1.RenewResponse\"\x00\x12>\n" +
 	"\x05Renew\x12\x18.postern.v1.RenewRequest\x1a\x19.postern.v1.RenewResponse\"\x00\x12>\n" +
 	"\x05Hello\x12\x18.postern.v1.HelloRequest\x1a\x19.postern.v1.HelloResponse\"\x00\x12\\\n" +
-	"\x0fUpdateInventory\x12\".postern.v1.UpdateInventoryRequest\x1a#.postern.v1.UpdateInventoryResponse\"\x00B;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
+	"\x0fUpdateInventory\x12\".postern.v1.UpdateInventoryRequest\x1a#.postern.v1.UpdateInventoryResponse\"\x00\x12M\n" +
+	"\n" +
+	"ReportRows\x12\x1d.postern.v1.ReportRowsRequest\x1a\x1e.postern.v1.ReportRowsResponse\"\x00B;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
 
 var (
 	file_postern_v1_link_proto_rawDescOnce sync.Once
@@ -843,7 +937,7 @@ func file_postern_v1_link_proto_rawDescGZIP() []byte {
 	return file_postern_v1_link_proto_rawDescData
 }
 
-var file_postern_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
+var file_postern_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
 var file_postern_v1_link_proto_goTypes = []any{
 	(*RegisterRequest)(nil),         // 0: postern.v1.RegisterRequest
 	(*RegisterResponse)(nil),        // 1: postern.v1.RegisterResponse
@@ -853,43 +947,49 @@ var file_postern_v1_link_proto_goTypes = []any{
 	(*HelloResponse)(nil),           // 5: postern.v1.HelloResponse
 	(*UpdateInventoryRequest)(nil),  // 6: postern.v1.UpdateInventoryRequest
 	(*UpdateInventoryResponse)(nil), // 7: postern.v1.UpdateInventoryResponse
-	(*ProtocolVersion)(nil),         // 8: postern.v1.ProtocolVersion
-	(*HostFacts)(nil),               // 9: postern.v1.HostFacts
-	(*AuditHead)(nil),               // 10: postern.v1.AuditHead
-	nil,                             // 11: postern.v1.RegisterResponse.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 12: google.protobuf.Timestamp
-	(*SourceInfo)(nil),              // 13: postern.v1.SourceInfo
+	(*ReportRowsRequest)(nil),       // 8: postern.v1.ReportRowsRequest
+	(*ReportRowsResponse)(nil),      // 9: postern.v1.ReportRowsResponse
+	(*ProtocolVersion)(nil),         // 10: postern.v1.ProtocolVersion
+	(*HostFacts)(nil),               // 11: postern.v1.HostFacts
+	(*AuditHead)(nil),               // 12: postern.v1.AuditHead
+	nil,                             // 13: postern.v1.RegisterResponse.LabelsEntry
+	(*timestamppb.Timestamp)(nil),   // 14: google.protobuf.Timestamp
+	(*SourceInfo)(nil),              // 15: postern.v1.SourceInfo
+	(*KeptRows)(nil),                // 16: postern.v1.KeptRows
 }
 var file_postern_v1_link_proto_depIdxs = []int32{
-	9,  // 0: postern.v1.RegisterRequest.host:type_name -> postern.v1.HostFacts
-	12, // 1: postern.v1.RegisterRequest.host_time:type_name -> google.protobuf.Timestamp
-	8,  // 2: postern.v1.RegisterRequest.version:type_name -> postern.v1.ProtocolVersion
-	11, // 3: postern.v1.RegisterResponse.labels:type_name -> postern.v1.RegisterResponse.LabelsEntry
-	12, // 4: postern.v1.RenewRequest.host_time:type_name -> google.protobuf.Timestamp
-	8,  // 5: postern.v1.HelloRequest.version:type_name -> postern.v1.ProtocolVersion
-	9,  // 6: postern.v1.HelloRequest.host:type_name -> postern.v1.HostFacts
-	12, // 7: postern.v1.HelloRequest.host_time:type_name -> google.protobuf.Timestamp
-	13, // 8: postern.v1.HelloRequest.sources:type_name -> postern.v1.SourceInfo
-	10, // 9: postern.v1.HelloRequest.audit_head:type_name -> postern.v1.AuditHead
-	8,  // 10: postern.v1.HelloResponse.version:type_name -> postern.v1.ProtocolVersion
-	12, // 11: postern.v1.HelloResponse.server_time:type_name -> google.protobuf.Timestamp
-	10, // 12: postern.v1.HelloResponse.known_audit_head:type_name -> postern.v1.AuditHead
-	13, // 13: postern.v1.UpdateInventoryRequest.sources:type_name -> postern.v1.SourceInfo
-	0,  // 14: postern.v1.LinkService.Register:input_type -> postern.v1.RegisterRequest
-	2,  // 15: postern.v1.LinkService.Rejoin:input_type -> postern.v1.RenewRequest
-	2,  // 16: postern.v1.LinkService.Renew:input_type -> postern.v1.RenewRequest
-	4,  // 17: postern.v1.LinkService.Hello:input_type -> postern.v1.HelloRequest
-	6,  // 18: postern.v1.LinkService.UpdateInventory:input_type -> postern.v1.UpdateInventoryRequest
-	1,  // 19: postern.v1.LinkService.Register:output_type -> postern.v1.RegisterResponse
-	3,  // 20: postern.v1.LinkService.Rejoin:output_type -> postern.v1.RenewResponse
-	3,  // 21: postern.v1.LinkService.Renew:output_type -> postern.v1.RenewResponse
-	5,  // 22: postern.v1.LinkService.Hello:output_type -> postern.v1.HelloResponse
-	7,  // 23: postern.v1.LinkService.UpdateInventory:output_type -> postern.v1.UpdateInventoryResponse
-	19, // [19:24] is the sub-list for method output_type
-	14, // [14:19] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	11, // 0: postern.v1.RegisterRequest.host:type_name -> postern.v1.HostFacts
+	14, // 1: postern.v1.RegisterRequest.host_time:type_name -> google.protobuf.Timestamp
+	10, // 2: postern.v1.RegisterRequest.version:type_name -> postern.v1.ProtocolVersion
+	13, // 3: postern.v1.RegisterResponse.labels:type_name -> postern.v1.RegisterResponse.LabelsEntry
+	14, // 4: postern.v1.RenewRequest.host_time:type_name -> google.protobuf.Timestamp
+	10, // 5: postern.v1.HelloRequest.version:type_name -> postern.v1.ProtocolVersion
+	11, // 6: postern.v1.HelloRequest.host:type_name -> postern.v1.HostFacts
+	14, // 7: postern.v1.HelloRequest.host_time:type_name -> google.protobuf.Timestamp
+	15, // 8: postern.v1.HelloRequest.sources:type_name -> postern.v1.SourceInfo
+	12, // 9: postern.v1.HelloRequest.audit_head:type_name -> postern.v1.AuditHead
+	10, // 10: postern.v1.HelloResponse.version:type_name -> postern.v1.ProtocolVersion
+	14, // 11: postern.v1.HelloResponse.server_time:type_name -> google.protobuf.Timestamp
+	12, // 12: postern.v1.HelloResponse.known_audit_head:type_name -> postern.v1.AuditHead
+	15, // 13: postern.v1.UpdateInventoryRequest.sources:type_name -> postern.v1.SourceInfo
+	16, // 14: postern.v1.ReportRowsRequest.rows:type_name -> postern.v1.KeptRows
+	0,  // 15: postern.v1.LinkService.Register:input_type -> postern.v1.RegisterRequest
+	2,  // 16: postern.v1.LinkService.Rejoin:input_type -> postern.v1.RenewRequest
+	2,  // 17: postern.v1.LinkService.Renew:input_type -> postern.v1.RenewRequest
+	4,  // 18: postern.v1.LinkService.Hello:input_type -> postern.v1.HelloRequest
+	6,  // 19: postern.v1.LinkService.UpdateInventory:input_type -> postern.v1.UpdateInventoryRequest
+	8,  // 20: postern.v1.LinkService.ReportRows:input_type -> postern.v1.ReportRowsRequest
+	1,  // 21: postern.v1.LinkService.Register:output_type -> postern.v1.RegisterResponse
+	3,  // 22: postern.v1.LinkService.Rejoin:output_type -> postern.v1.RenewResponse
+	3,  // 23: postern.v1.LinkService.Renew:output_type -> postern.v1.RenewResponse
+	5,  // 24: postern.v1.LinkService.Hello:output_type -> postern.v1.HelloResponse
+	7,  // 25: postern.v1.LinkService.UpdateInventory:output_type -> postern.v1.UpdateInventoryResponse
+	9,  // 26: postern.v1.LinkService.ReportRows:output_type -> postern.v1.ReportRowsResponse
+	21, // [21:27] is the sub-list for method output_type
+	15, // [15:21] is the sub-list for method input_type
+	15, // [15:15] is the sub-list for extension type_name
+	15, // [15:15] is the sub-list for extension extendee
+	0,  // [0:15] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_link_proto_init() }
@@ -904,7 +1004,7 @@ func file_postern_v1_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_link_proto_rawDesc), len(file_postern_v1_link_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   12,
+			NumMessages:   14,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

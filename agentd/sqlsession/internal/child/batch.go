@@ -47,6 +47,7 @@ type batch struct {
 	// uuids and words are how many columns take more room in Arrow than on the
 	// wire: all of the first, NULLs of the second.
 	uuids, words int
+	keep         *keeper // nil: nothing is kept
 }
 
 // newBatch describes a result. fields may be empty: a statement without rows
@@ -290,6 +291,9 @@ func (b *batch) flush() error {
 		return err
 	}
 	giant := b.bytes > 16<<20
+	if b.keep != nil {
+		b.keep.take(b.columns, b.rows, b.flushed)
+	}
 	b.flushed += uint64(b.rows)
 	b.rows, b.bytes = 0, 0
 	b.first, b.preamble = false, 0

@@ -69,6 +69,9 @@ func (s *session) run(r *frame.RunRequest, st *statement) (done frame.DoneReply,
 		}
 		x.waitDrained()
 		done.Rows = x.batch.flushed
+		if s.sink.submitted > 0 {
+			x.sendKept()
+		}
 	}
 	done.Tag = x.tag
 	done.Error = frame.FromError(failure)
@@ -78,6 +81,19 @@ func (s *session) run(r *frame.RunRequest, st *statement) (done frame.DoneReply,
 		})
 	}
 	return done, false
+}
+
+// sendKept sends the rows that are kept, if any are. Without them the result is
+// as good.
+func (x *execution) sendKept() {
+	if x.batch.keep == nil {
+		return
+	}
+	payload, err := x.batch.keep.encode(x.batch.schema)
+	if err != nil || payload == nil {
+		return
+	}
+	_ = x.sink.send(frame.Kept, payload)
 }
 
 func (x *execution) execute() (failure *proto.Error, lost bool) {
@@ -103,6 +119,7 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	}
 	x.sink.start()
 	x.batch = newBatch(fields, types, x.sink)
+	x.batch.keep = newKeeper(x.batch.columns, r.KeepFirst, r.KeepLast)
 	if x.st.isStopped() {
 		return stopError(x.st.stopReason(), r), false
 	}

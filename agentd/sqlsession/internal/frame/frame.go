@@ -25,6 +25,7 @@ const (
 	Begun     Type = 'b' // empty: the statement goes to the database now
 	Data      Type = 'd' // bytes of an Arrow IPC stream
 	Progress  Type = 'p' // eight bytes: the rows sent so far, big endian
+	Kept      Type = 's' // three numbers, see PutKept, and an Arrow IPC stream: first and last rows
 	Done      Type = 'z' // DoneReply
 	Idle      Type = 'i' // empty
 	Checked   Type = 'k' // CheckedReply
@@ -35,6 +36,10 @@ const HeaderSize = 5
 
 // MaxData is the largest payload of a Data frame in bytes.
 const MaxData = 256 << 10
+
+// MaxKept is the largest payload of a Kept frame in bytes: with what goes around
+// it on the way to the control plane it stays under 1 MiB.
+const MaxKept = 960 << 10
 
 // limits bound payloads in bytes. A statement of 4 MiB may grow sixfold as
 // JSON.
@@ -48,6 +53,7 @@ var limits = map[Type]int{
 	Begun:     0,
 	Data:      MaxData,
 	Progress:  8,
+	Kept:      MaxKept,
 	Done:      256 << 10,
 	Idle:      0,
 	Checked:   64 << 10,
@@ -95,6 +101,9 @@ type RunRequest struct {
 	MaxBytes      uint64
 	TimeoutMillis int64
 	ReadWrite     bool
+	// KeepFirst and KeepLast are how many of the first and last rows go into
+	// the Kept frame; both 0: there is none.
+	KeepFirst, KeepLast int
 }
 
 // Error is a *proto.Error on its way between processes.
@@ -189,6 +198,25 @@ func ProgressRows(payload []byte) uint64 {
 	return binary.BigEndian.Uint64(payload)
 }
 
+// KeptHeader is what stands before the stream in a Kept frame's payload, in bytes.
+const KeptHeader = 12
+
+// PutKept writes how many first and last rows a Kept frame has, and how many
+// values were cut.
+func PutKept(b []byte, first, last, cut int) {
+	for i, n := range []int{first, last, cut} {
+		binary.BigEndian.PutUint32(b[4*i:], uint32(n))
+	}
+}
+
+// KeptRows is the reverse of PutKept.
+func KeptRows(payload []byte) (first, last, cut uint32, stream []byte, err error) {
+	if len(payload) < KeptHeader {
+		return 0, 0, 0, nil, fmt.Errorf("%w: %q with %d bytes", ErrMalformed, Kept, len(payload))
+	}
+	return binary.BigEndian.Uint32(payload), binary.BigEndian.Uint32(payload[4:]), binary.BigEndian.Uint32(payload[8:]), payload[KeptHeader:], nil
+}
+
 // Encode returns a whole frame; payload is a struct for JSON, a []byte, or nil.
 func Encode(t Type, payload any) ([]byte, error) {
 	var body []byte
@@ -275,6 +303,19 @@ func (d *Reader) Chunk() ([]byte, error) {
 	d.r += n
 	d.left -= n
 	return chunk, nil
+}
+
+// Bytes returns a copy of what is left of the payload.
+func (d *Reader) Bytes() ([]byte, error) {
+	payload := make([]byte, 0, d.left)
+	for d.left > 0 {
+		chunk, err := d.Chunk()
+		if err != nil {
+			return nil, err
+		}
+		payload = append(payload, chunk...)
+	}
+	return payload, nil
 }
 
 // JSON decodes the payload into v.

@@ -44,6 +44,8 @@ const (
 	// LinkServiceUpdateInventoryProcedure is the fully-qualified name of the LinkService's
 	// UpdateInventory RPC.
 	LinkServiceUpdateInventoryProcedure = "/postern.v1.LinkService/UpdateInventory"
+	// LinkServiceReportRowsProcedure is the fully-qualified name of the LinkService's ReportRows RPC.
+	LinkServiceReportRowsProcedure = "/postern.v1.LinkService/ReportRows"
 )
 
 // LinkServiceClient is a client for the postern.v1.LinkService service.
@@ -61,6 +63,9 @@ type LinkServiceClient interface {
 	Hello(context.Context, *connect.Request[v1.HelloRequest]) (*connect.Response[v1.HelloResponse], error)
 	// UpdateInventory replaces what Hello said of the data sources.
 	UpdateInventory(context.Context, *connect.Request[v1.UpdateInventoryRequest]) (*connect.Response[v1.UpdateInventoryResponse], error)
+	// ReportRows brings the first and last rows of a statement that this agent
+	// was asked to run; once for each.
+	ReportRows(context.Context, *connect.Request[v1.ReportRowsRequest]) (*connect.Response[v1.ReportRowsResponse], error)
 }
 
 // NewLinkServiceClient constructs a client for the postern.v1.LinkService service. By default, it
@@ -104,6 +109,12 @@ func NewLinkServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(linkServiceMethods.ByName("UpdateInventory")),
 			connect.WithClientOptions(opts...),
 		),
+		reportRows: connect.NewClient[v1.ReportRowsRequest, v1.ReportRowsResponse](
+			httpClient,
+			baseURL+LinkServiceReportRowsProcedure,
+			connect.WithSchema(linkServiceMethods.ByName("ReportRows")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -114,6 +125,7 @@ type linkServiceClient struct {
 	renew           *connect.Client[v1.RenewRequest, v1.RenewResponse]
 	hello           *connect.Client[v1.HelloRequest, v1.HelloResponse]
 	updateInventory *connect.Client[v1.UpdateInventoryRequest, v1.UpdateInventoryResponse]
+	reportRows      *connect.Client[v1.ReportRowsRequest, v1.ReportRowsResponse]
 }
 
 // Register calls postern.v1.LinkService.Register.
@@ -141,6 +153,11 @@ func (c *linkServiceClient) UpdateInventory(ctx context.Context, req *connect.Re
 	return c.updateInventory.CallUnary(ctx, req)
 }
 
+// ReportRows calls postern.v1.LinkService.ReportRows.
+func (c *linkServiceClient) ReportRows(ctx context.Context, req *connect.Request[v1.ReportRowsRequest]) (*connect.Response[v1.ReportRowsResponse], error) {
+	return c.reportRows.CallUnary(ctx, req)
+}
+
 // LinkServiceHandler is an implementation of the postern.v1.LinkService service.
 type LinkServiceHandler interface {
 	// Register trades a registration key for an identity. One use of the key is
@@ -156,6 +173,9 @@ type LinkServiceHandler interface {
 	Hello(context.Context, *connect.Request[v1.HelloRequest]) (*connect.Response[v1.HelloResponse], error)
 	// UpdateInventory replaces what Hello said of the data sources.
 	UpdateInventory(context.Context, *connect.Request[v1.UpdateInventoryRequest]) (*connect.Response[v1.UpdateInventoryResponse], error)
+	// ReportRows brings the first and last rows of a statement that this agent
+	// was asked to run; once for each.
+	ReportRows(context.Context, *connect.Request[v1.ReportRowsRequest]) (*connect.Response[v1.ReportRowsResponse], error)
 }
 
 // NewLinkServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -195,6 +215,12 @@ func NewLinkServiceHandler(svc LinkServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(linkServiceMethods.ByName("UpdateInventory")),
 		connect.WithHandlerOptions(opts...),
 	)
+	linkServiceReportRowsHandler := connect.NewUnaryHandler(
+		LinkServiceReportRowsProcedure,
+		svc.ReportRows,
+		connect.WithSchema(linkServiceMethods.ByName("ReportRows")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/postern.v1.LinkService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case LinkServiceRegisterProcedure:
@@ -207,6 +233,8 @@ func NewLinkServiceHandler(svc LinkServiceHandler, opts ...connect.HandlerOption
 			linkServiceHelloHandler.ServeHTTP(w, r)
 		case LinkServiceUpdateInventoryProcedure:
 			linkServiceUpdateInventoryHandler.ServeHTTP(w, r)
+		case LinkServiceReportRowsProcedure:
+			linkServiceReportRowsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -234,4 +262,8 @@ func (UnimplementedLinkServiceHandler) Hello(context.Context, *connect.Request[v
 
 func (UnimplementedLinkServiceHandler) UpdateInventory(context.Context, *connect.Request[v1.UpdateInventoryRequest]) (*connect.Response[v1.UpdateInventoryResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.LinkService.UpdateInventory is not implemented"))
+}
+
+func (UnimplementedLinkServiceHandler) ReportRows(context.Context, *connect.Request[v1.ReportRowsRequest]) (*connect.Response[v1.ReportRowsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.LinkService.ReportRows is not implemented"))
 }
