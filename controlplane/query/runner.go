@@ -260,7 +260,9 @@ func (res *Result) finish(broke error) {
 	}
 	r.mu.Lock()
 	delete(r.running, res.QueryID)
-	r.endedLocked(res.QueryID, res.response != nil && (broke != nil || res.outcome.RowsReported), res.outcome.RowsReported)
+	// Who hangs up before the answer has begun leaves an agent that may be at work.
+	ran := res.agent != nil && (res.response == nil || res.response.StatusCode == http.StatusOK)
+	r.endedLocked(res.QueryID, ran && (broke != nil || res.outcome.RowsReported), res.outcome.RowsReported)
 	r.mu.Unlock()
 	close(res.done)
 
