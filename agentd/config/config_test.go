@@ -120,6 +120,9 @@ func TestProblems(t *testing.T) {
 		{"password as text", source + "    password: marked-secret\n", "f.yaml:5: text"},
 		{"vault", source + "    password: {vault: x}\n", "vault is not supported by this version"},
 		{"mask", source + "    policy:\n      mask: [{columns: ['*.email'], with: hash}]\n", "f.yaml:6: source w: policy.mask: mask is not supported by this version"},
+		{"keep rows", source + "    policy:\n      keep_rows: some\n", "f.yaml:6: policy.keep_rows is neither off nor {first: N, last: N}"},
+		{"keep rows, unknown key", source + "    policy:\n      keep_rows: {frist: 1}\n", "f.yaml:6: unknown key sources.policy.keep_rows.frist: did you mean first?"},
+		{"keep too many rows", source + "    policy:\n      keep_rows: {first: 5000}\n", "f.yaml:6: source w: policy.keep_rows: first: 5000 is not between 0 and 1000"},
 		{"plans", source + "    policy:\n      plans: full\n", "f.yaml:6: source w: policy.plans: full is not supported"},
 		{"metadata", source + "    policy: {mode: metadata}\n", "f.yaml:5: source w: policy.mode: metadata is not supported"},
 	} {

@@ -54,7 +54,7 @@ func (k *KeepSpec) rows() (first, last int, err error) {
 			continue
 		}
 		if *n.given < 0 || *n.given > MaxKeepRows {
-			return 0, 0, fmt.Errorf("policy.keep_rows.%s: %d is not between 0 and %d", n.name, *n.given, MaxKeepRows)
+			return 0, 0, fmt.Errorf("policy.keep_rows: %s: %d is not between 0 and %d", n.name, *n.given, MaxKeepRows)
 		}
 		*n.value = *n.given
 	}
