@@ -41,6 +41,8 @@ type Source struct {
 	StatementTimeout time.Duration
 	// Concurrency is how many statements may run at once; at least 1.
 	Concurrency int
+	// Hide is what introspection leaves out.
+	Hide Hide
 }
 
 // Request is what somebody asks of a source. A zero limit means the source's.

@@ -18,6 +18,8 @@ type Spec struct {
 	MaxBytes         string  `yaml:"max_bytes"`
 	StatementTimeout string  `yaml:"statement_timeout"`
 	Concurrency      *int    `yaml:"concurrency"`
+	// Hide narrows introspection.
+	Hide []string `yaml:"hide"`
 	// KeepRows is "off" or a map; Mask is a list of rules. Both are here so
 	// that they can be refused by name.
 	KeepRows any   `yaml:"keep_rows"`
@@ -84,6 +86,11 @@ func (s Spec) Source() (Source, error) {
 		}
 		source.Concurrency = *s.Concurrency
 	}
+	hide, err := ParseHide(s.Hide)
+	if err != nil {
+		return Source{}, fmt.Errorf("policy.hide: %w", err)
+	}
+	source.Hide = hide
 	return source, nil
 }
 

@@ -21,6 +21,7 @@ type Config struct {
 	Store    Store
 	Agents   Agents
 	Queries  Queries
+	Catalogs Catalogs
 	Audit    Audit
 	CA       CA
 	Gatherer prometheus.Gatherer
@@ -115,6 +116,11 @@ type Queries interface {
 	Start(ctx context.Context, c Caller, agent, source string, statement *posternv1.RunSQLRequest) (Result, error)
 	// Cancel reports whether such a query ran.
 	Cancel(ctx context.Context, by *posternv1.Principal, id string, may func(owner *posternv1.Principal) error) (bool, error)
+}
+
+// Catalogs knows what data sources hold.
+type Catalogs interface {
+	Introspect(ctx context.Context, p *posternv1.Principal, remote string, r *posternv1.IntrospectSourceRequest) (*posternv1.IntrospectSourceResponse, error)
 }
 
 // Audit is the hash chain of each organization.
