@@ -174,12 +174,13 @@ func (d *Daemon) hostStatus() *posternv1.HostStatusResponse {
 }
 
 func (d *Daemon) hello() *posternv1.HelloRequest {
-	return &posternv1.HelloRequest{Host: hostFacts(), Sources: d.inventory(), AuditHead: d.log.Head().Proto()}
+	return &posternv1.HelloRequest{Host: hostFacts(), Sources: d.inventory(), AuditHead: d.log.Head().Proto(), FirstSinceStart: !d.welcomed.Load()}
 }
 
 // welcome takes the control plane's answer: the agent's name may have changed,
 // and its memory of our audit log must fit the log.
 func (d *Daemon) welcome(r *posternv1.HelloResponse) {
+	d.welcomed.Store(true)
 	if r.Name != "" && r.Organization != "" {
 		if err := d.identity.SetAgent(r.Name, r.Organization); err != nil {
 			d.logger.Error("agent's name not kept", "err", err)

@@ -74,7 +74,11 @@ func (j joiner) Renew(ctx context.Context, id hub.Identity, req *posternv1.Renew
 }
 
 func (j joiner) Hello(ctx context.Context, id hub.Identity, req *posternv1.HelloRequest) (*posternv1.HelloResponse, error) {
-	return j.Service.Hello(ctx, registration.Identity(id), req)
+	resp, err := j.Service.Hello(ctx, registration.Identity(id), req)
+	if err == nil && req.FirstSinceStart {
+		j.catalogs.Restarted(id.Organization, id.Agent)
+	}
+	return resp, err
 }
 
 func (j joiner) UpdateInventory(ctx context.Context, id hub.Identity, sources []*posternv1.SourceInfo) error {

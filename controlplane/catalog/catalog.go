@@ -84,17 +84,19 @@ type Service struct {
 	ctx   context.Context // ends with Close
 	stop  context.CancelFunc
 	wg    sync.WaitGroup
-	queue chan job
+	queue chan job // each waits for its time
+	soon  chan job // these do not
 	asked chan struct{}
 
 	mu      sync.Mutex
-	pending map[string]bool // agents in the queue
+	pending map[string]bool // keys of the jobs in the queue
 	flights map[string]*flight
 }
 
 // job is an agent whose catalogs are to be looked after.
 type job struct {
 	organization, agent string
+	key                 string // in pending
 	due                 time.Time
 	force               bool // however fresh they are
 }
@@ -114,7 +116,7 @@ func New(cfg Config) *Service {
 		cfg.MaxColumns = MaxColumns
 	}
 	s := &Service{
-		cfg: cfg, queue: make(chan job, maxPending), asked: make(chan struct{}, asked), pending: map[string]bool{}, flights: map[string]*flight{},
+		cfg: cfg, queue: make(chan job, maxPending), soon: make(chan job, maxPending), asked: make(chan struct{}, asked), pending: map[string]bool{}, flights: map[string]*flight{},
 	}
 	s.ctx, s.stop = context.WithCancel(context.Background())
 	for range background {
@@ -132,55 +134,67 @@ func (s *Service) Close() {
 }
 
 // Came notes that an agent has come: what is old of its catalogs is refreshed.
-func (s *Service) Came(organization, agent string) { s.add(organization, agent, false) }
+func (s *Service) Came(organization, agent string) { s.add(organization, agent, false, s.cfg.Delay()) }
+
+// Restarted notes that an agent has come that was started since: its policy may be
+// another one, so that its catalogs are refreshed however fresh they are.
+func (s *Service) Restarted(organization, agent string) {
+	s.add(organization, agent, true, s.cfg.Delay())
+}
 
 // Changed notes that an agent has other data sources, or another policy.
-func (s *Service) Changed(organization, agent string) { s.add(organization, agent, true) }
+func (s *Service) Changed(organization, agent string) { s.add(organization, agent, true, 0) }
 
-func (s *Service) add(organization, agent string, force bool) {
-	key := agent
-	if force {
-		key += " changed"
-	}
+func (s *Service) add(organization, agent string, force bool, delay time.Duration) {
+	key := fmt.Sprint(agent, force, delay > 0)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.pending[key] || s.ctx.Err() != nil {
 		return
 	}
-	due := time.Now()
-	if !force {
-		due = due.Add(s.cfg.Delay())
+	queue := s.queue
+	if delay == 0 {
+		queue = s.soon
 	}
 	select {
-	case s.queue <- job{organization, agent, due, force}:
+	case queue <- job{organization, agent, key, time.Now().Add(delay), force}:
 		s.pending[key] = true
 	default:
 	}
 }
 
+// work does what is due; while it waits for one job's time it does those that do not
+// wait.
 func (s *Service) work() {
 	for {
 		select {
 		case <-s.ctx.Done():
 			return
+		case j := <-s.soon:
+			s.do(j)
 		case j := <-s.queue:
 			timer := time.NewTimer(time.Until(j.due))
-			select {
-			case <-s.ctx.Done():
-				timer.Stop()
-				return
-			case <-timer.C:
+			for waiting := true; waiting; {
+				select {
+				case <-s.ctx.Done():
+					timer.Stop()
+					return
+				case at := <-s.soon:
+					s.do(at)
+				case <-timer.C:
+					waiting = false
+				}
 			}
-			s.mu.Lock()
-			if j.force {
-				delete(s.pending, j.agent+" changed")
-			} else {
-				delete(s.pending, j.agent)
-			}
-			s.mu.Unlock()
-			s.look(j)
+			s.do(j)
 		}
 	}
+}
+
+func (s *Service) do(j job) {
+	s.mu.Lock()
+	delete(s.pending, j.key)
+	s.mu.Unlock()
+	s.look(j)
 }
 
 // look refreshes what is old of an agent's catalogs, and forgets those of sources

@@ -291,6 +291,8 @@ func TestBackground(t *testing.T) {
 	m.mu.Unlock()
 	s.Came("org", "agt_1")
 	wait(3)
+	s.Restarted("org", "agt_1")
+	wait(4)
 	// One that fails before anything came leaves no entry.
 	h.set(func() { h.tables, h.fail = nil, proto.Errorf(proto.CodeSourceUnreachable, "down") })
 	asked := h.count()
@@ -298,7 +300,24 @@ func TestBackground(t *testing.T) {
 	for h.count() == asked {
 		time.Sleep(time.Millisecond)
 	}
-	wait(3)
+	wait(4)
+}
+
+// TestChangedDoesNotWait behind those that do.
+func TestChangedDoesNotWait(t *testing.T) {
+	h := &hostAgent{tables: map[string]int{"a": 1}}
+	s, _ := service(t, h)
+	s.cfg.Delay = func() time.Duration { return time.Hour }
+	for i := range 10 {
+		s.Came("org", fmt.Sprint("agt_", 100+i))
+	}
+	s.Restarted("org", "agt_1")
+	s.Changed("org", "agt_1")
+	for deadline := time.Now().Add(10 * time.Second); h.count() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the host was not asked")
+		}
+	}
 }
 
 func TestOffline(t *testing.T) {
