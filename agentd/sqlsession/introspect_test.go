@@ -3,7 +3,9 @@ package sqlsession_test
 import (
 	"context"
 	"fmt"
+	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -232,7 +234,7 @@ func TestIntrospectMany(t *testing.T) {
 		`DO $$ BEGIN FOR i IN 1..2000 LOOP EXECUTE format('CREATE TABLE shop.t%s (id int PRIMARY KEY, a text, b numeric)', i); END LOOP; END $$`,
 		`DO $$ DECLARE list text; BEGIN SELECT string_agg(format('column_with_a_rather_long_name_%s_of_the_widest_table text', i), ',') INTO list FROM generate_series(1, 1500) i;
 			EXECUTE 'CREATE TABLE shop.wide (' || list || ')';
-			FOR i IN 1..1500 LOOP EXECUTE format('COMMENT ON COLUMN shop.wide.column_with_a_rather_long_name_%s_of_the_widest_table IS %L', i, repeat('c', 2000)); END LOOP; END $$`,
+			FOR i IN 1..1000 LOOP EXECUTE format('COMMENT ON COLUMN shop.wide.column_with_a_rather_long_name_%s_of_the_widest_table IS %L', i, repeat('c', 2000)); END LOOP; END $$`,
 		`GRANT SELECT ON ALL TABLES IN SCHEMA shop TO reader`,
 	); err != nil {
 		t.Fatal(err)
@@ -262,7 +264,7 @@ func TestIntrospectErrors(t *testing.T) {
 	wrong.Name, wrong.Password = "wrong", password("nope")
 	quick := catalogSource("errs")
 	quick.Name, quick.StatementTimeout = "quick", time.Millisecond
-	m := newManager(t, sqlsession.Config{}, catalogSource("errs"), wrong, quick)
+	m := newManager(t, sqlsession.Config{Warm: -1}, catalogSource("errs"), wrong, quick)
 	none := func(*posternv1.CatalogPage) error { return nil }
 	for source, want := range map[string]proto.Code{"nobody": proto.CodeNotFound, "wrong": proto.CodeSourceCredentials, "quick": proto.CodeTimeout} {
 		if err := m.Introspect(t.Context(), sqlsession.Introspection{Source: source}, none); proto.CodeOf(err) != want {
@@ -273,6 +275,28 @@ func TestIntrospectErrors(t *testing.T) {
 	err := m.Introspect(ctx, sqlsession.Introspection{Source: "db"}, func(*posternv1.CatalogPage) error { cancel(); return ctx.Err() })
 	if proto.CodeOf(err) != proto.CodeCancelled {
 		t.Errorf("cancelled: %v", err)
+	}
+	// A process that is killed on the way: the pages that it has sent do not count.
+	if err := server.SQLIn(t.Context(), "errs", `DO $$ BEGIN FOR i IN 1..1000 LOOP EXECUTE format('CREATE TABLE shop.k%s (id int PRIMARY KEY, %s)', i,
+		(SELECT string_agg(format('column_with_a_long_name_%s text', j), ',') FROM generate_series(1, 50) j)); END LOOP; END $$`,
+		"GRANT SELECT ON ALL TABLES IN SCHEMA shop TO reader"); err != nil {
+		t.Fatal(err)
+	}
+	killed, complete := false, false
+	err = m.Introspect(t.Context(), sqlsession.Introspection{Source: "db"}, func(page *posternv1.CatalogPage) error {
+		complete = complete || page.Complete
+		if !killed {
+			killed = true
+			for _, pid := range sessionProcesses(os.Getpid()) {
+				if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+		return nil
+	})
+	if proto.CodeOf(err) != proto.CodeSQLSessionDied || complete {
+		t.Errorf("killed: %v, complete %v", err, complete)
 	}
 	// A table that somebody locks is no obstacle.
 	conn, err := server.Connect(t.Context(), "errs")
