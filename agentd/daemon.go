@@ -76,6 +76,7 @@ type Daemon struct {
 	stopping atomic.Bool
 	aborted  chan struct{}
 	abort    sync.Once
+	welcomed atomic.Bool // by the control plane, since the start
 	closing  sync.Once
 
 	// mu guards the following.

@@ -26,7 +26,11 @@ import (
 )
 
 // sqlRunner makes the SQL sessions what the host asks for.
-type sqlRunner struct{ *sqlsession.Manager }
+type sqlRunner struct {
+	*sqlsession.Manager
+	// hide is what the policy of a source hides now.
+	hide func(source string) (policy.Hide, bool)
+}
 
 var _ host.SQL = sqlRunner{}
 
@@ -37,6 +41,67 @@ func (r sqlRunner) Run(ctx context.Context, s host.Statement, w io.Writer) (*pos
 		MaxRows: s.MaxRows, MaxBytes: s.MaxBytes, Timeout: s.Timeout, ReadWrite: s.ReadWrite,
 		KeepFirst: s.KeepFirst, KeepLast: s.KeepLast, Kept: s.Kept,
 	}, w)
+}
+
+// Introspect implements host.SQL. The session leaves out what is hidden; here, on
+// the other side of its sandbox, every page is held against the policy again,
+// which may have changed meanwhile.
+func (r sqlRunner) Introspect(ctx context.Context, i host.Introspection, take func(*posternv1.CatalogPage) error) error {
+	hide, _ := r.hide(i.Source)
+	return r.Manager.Introspect(ctx, sqlsession.Introspection{Source: i.Source, Hide: hide, Timeout: i.Timeout, Known: i.Known},
+		func(page *posternv1.CatalogPage) error {
+			now, there := r.hide(i.Source)
+			if !there || tellsHidden(page, now) {
+				return proto.Errorf(proto.CodeUnavailable, "data source %q: the host's policy changed while the catalog was read: try again", i.Source)
+			}
+			return take(page)
+		})
+}
+
+// tellsHidden reports whether a page names what is hidden.
+func tellsHidden(page *posternv1.CatalogPage, hide policy.Hide) bool {
+	for _, t := range page.Tables {
+		if hide.Object(t.Schema, t.Name) || t.PartitionOf != nil && hide.Object(t.PartitionOf.Schema, t.PartitionOf.Name) {
+			return true
+		}
+		for _, k := range t.Keys {
+			if k.References != nil && hide.Object(k.References.Schema, k.References.Name) {
+				return true
+			}
+		}
+	}
+	for _, f := range page.Functions {
+		if hide.Object(f.Schema, f.Name) {
+			return true
+		}
+	}
+	for _, s := range page.Schemas {
+		if hide.Schema(s.Name) {
+			return true
+		}
+	}
+	return false
+}
+
+// hidden is what the policy of a source hides now.
+func (d *Daemon) hidden(source string) (policy.Hide, bool) {
+	for _, s := range d.config.Load().Sources {
+		if s.Name == source {
+			return s.Policy.Hide, true
+		}
+	}
+	return nil, false
+}
+
+// decideIntrospection holds a wish for a catalog against the policy of its source.
+func (d *Daemon) decideIntrospection(source string) host.Verdict {
+	for _, s := range d.config.Load().Sources {
+		if s.Name == source {
+			v := policy.DecideIntrospection(s.Policy)
+			return host.Verdict{Known: true, Allowed: v.Allowed, Reason: v.Reason, Timeout: v.Timeout}
+		}
+	}
+	return host.Verdict{}
 }
 
 // sources maps the configuration to what the SQL sessions need.
@@ -63,8 +128,8 @@ func mapSources(c *config.Config, env *secret.Environment) []sqlsession.Source {
 
 func (d *Daemon) newHost() *host.Host {
 	return host.New(host.Config{
-		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions}, Audit: d.log,
-		Decide: d.decide, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows,
+		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions, d.hidden}, Audit: d.log,
+		Decide: d.decide, DecideIntrospection: d.decideIntrospection, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows,
 		Exposition: promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}),
 		Agent: func() (string, string) {
 			a := d.identity.Agent()
@@ -111,12 +176,13 @@ func (d *Daemon) hostStatus() *posternv1.HostStatusResponse {
 }
 
 func (d *Daemon) hello() *posternv1.HelloRequest {
-	return &posternv1.HelloRequest{Host: hostFacts(), Sources: d.inventory(), AuditHead: d.log.Head().Proto()}
+	return &posternv1.HelloRequest{Host: hostFacts(), Sources: d.inventory(), AuditHead: d.log.Head().Proto(), FirstSinceStart: !d.welcomed.Load()}
 }
 
 // welcome takes the control plane's answer: the agent's name may have changed,
 // and its memory of our audit log must fit the log.
 func (d *Daemon) welcome(r *posternv1.HelloResponse) {
+	d.welcomed.Store(true)
 	if r.Name != "" && r.Organization != "" {
 		if err := d.identity.SetAgent(r.Name, r.Organization); err != nil {
 			d.logger.Error("agent's name not kept", "err", err)

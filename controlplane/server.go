@@ -20,6 +20,7 @@ import (
 
 	"github.com/postern-dev/postern/controlplane/api"
 	"github.com/postern-dev/postern/controlplane/audit"
+	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/query"
@@ -58,16 +59,17 @@ type Server struct {
 	options Options
 	log     *slog.Logger
 
-	store   *store.Store
-	ca      *pki.Authority
-	tokens  *token.Service
-	joins   *registration.Service
-	audit   *audit.Log
-	hub     *hub.Hub
-	queries *query.Runner
-	tunnels *tunnel.Server
-	events  *linkEvents
-	http    *http.Server
+	store    *store.Store
+	ca       *pki.Authority
+	tokens   *token.Service
+	joins    *registration.Service
+	audit    *audit.Log
+	hub      *hub.Hub
+	queries  *query.Runner
+	catalogs *catalog.Service
+	tunnels  *tunnel.Server
+	events   *linkEvents
+	http     *http.Server
 
 	lock     *os.File // held on DATA for as long as this runs
 	listener net.Listener
@@ -135,8 +137,21 @@ func (s *Server) wire() error {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), buildInfo())
 	s.events = newLinkEvents(s.store, s.log)
+	s.catalogs = catalog.New(catalog.Config{
+		Store: s.store, Audit: s.audit, Logger: s.log, Generation: store.NewGeneration,
+		Connect: func(id string) (catalog.Agent, error) {
+			if s.draining.Load() {
+				return nil, errDraining
+			}
+			l, err := s.hub.Agent(id)
+			if err != nil {
+				return nil, err
+			}
+			return catalogAgent{l}, nil
+		},
+	})
 	s.hub = hub.New(hub.Config{
-		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins}, Rows: &rows{s}, Events: s.events, Metrics: hub.NewMetrics(registry),
+		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs}, Rows: &rows{s}, Events: events{s.events, s.catalogs}, Metrics: hub.NewMetrics(registry),
 	})
 	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
@@ -167,7 +182,7 @@ func (s *Server) wire() error {
 	s.http = &http.Server{
 		Handler: api.New(api.Config{
 			Logger: s.log, Tokens: tokens{s.tokens}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
-			Agents: agents{s.hub, s.store, s.joins, s.tokens}, Queries: queries{s.queries},
+			Agents: agents{s.hub, s.store, s.joins, s.tokens}, Queries: queries{s.queries}, Catalogs: s.catalogs,
 			Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: ratelimit.New(requestRate, requestBurst),
 		}),
 		ReadHeaderTimeout: readHeaderTimeout,
@@ -300,6 +315,9 @@ func (s *Server) Close() error {
 	var err error
 	if s.listener != nil {
 		s.listener.Close() //nolint:errcheck // the server may have closed it
+	}
+	if s.catalogs != nil {
+		s.catalogs.Close()
 	}
 	if s.hub != nil {
 		s.hub.Close()

@@ -10,6 +10,7 @@ import (
 
 	"github.com/postern-dev/postern/controlplane/api"
 	"github.com/postern-dev/postern/controlplane/audit"
+	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/query"
@@ -19,6 +20,7 @@ import (
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/auditchain"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
 	"github.com/postern-dev/postern/tunnel"
 )
 
@@ -27,7 +29,10 @@ var (
 	_ hub.Gate      = gate{}
 	_ hub.Joiner    = joiner{}
 	_ hub.Rows      = (*rows)(nil)
-	_ hub.Events    = (*linkEvents)(nil)
+	_ hub.Events    = events{}
+	_ catalog.Store = (*store.Store)(nil)
+	_ catalog.Agent = catalogAgent{}
+	_ api.Catalogs  = (*catalog.Service)(nil)
 	_ query.Agent   = queryAgent{}
 	_ query.Audit   = queryAudit{}
 	_ query.History = (*store.Store)(nil)
@@ -61,18 +66,71 @@ func (g gate) CheckIdentity(ctx context.Context, id hub.Identity) error {
 }
 
 // joiner serves LinkService.
-type joiner struct{ *registration.Service }
+type joiner struct {
+	*registration.Service
+	catalogs *catalog.Service
+}
 
 func (j joiner) Renew(ctx context.Context, id hub.Identity, req *posternv1.RenewRequest, remote string) (*posternv1.RenewResponse, error) {
 	return j.Service.Renew(ctx, registration.Identity(id), req, remote)
 }
 
 func (j joiner) Hello(ctx context.Context, id hub.Identity, req *posternv1.HelloRequest) (*posternv1.HelloResponse, error) {
-	return j.Service.Hello(ctx, registration.Identity(id), req)
+	resp, err := j.Service.Hello(ctx, registration.Identity(id), req)
+	if err == nil && req.FirstSinceStart {
+		j.catalogs.Restarted(id.Organization, id.Agent)
+	}
+	return resp, err
 }
 
 func (j joiner) UpdateInventory(ctx context.Context, id hub.Identity, sources []*posternv1.SourceInfo) error {
-	return j.Service.UpdateInventory(ctx, registration.Identity(id), sources)
+	err := j.Service.UpdateInventory(ctx, registration.Identity(id), sources)
+	if err == nil {
+		j.catalogs.Changed(id.Organization, id.Agent)
+	}
+	return err
+}
+
+// events are links that come and go, for the store and for the catalogs.
+type events struct {
+	*linkEvents
+	catalogs *catalog.Service
+}
+
+func (e events) LinkUp(id hub.Identity, remote string) {
+	e.linkEvents.LinkUp(id, remote)
+	e.catalogs.Came(id.Organization, id.Agent)
+}
+
+// catalogAgent asks an agent for a catalog, on a lane for bulk.
+type catalogAgent struct{ *hub.Link }
+
+// maxPage bounds a page of a catalog, in bytes.
+const maxPage = 16 << 20
+
+func (c catalogAgent) Introspect(ctx context.Context, r *posternv1.IntrospectRequest, take func(*posternv1.CatalogPage) error) error {
+	client := posternv1connect.NewHostServiceClient(c.HTTP(tunnel.Bulk), "http://agent", connect.WithReadMaxBytes(maxPage))
+	stream, err := client.Introspect(ctx, connect.NewRequest(r))
+	if err != nil {
+		return c.explain(err)
+	}
+	defer stream.Close() //nolint:errcheck // read to its end or not
+	for stream.Receive() {
+		if err := take(stream.Msg()); err != nil {
+			return err
+		}
+	}
+	if err := stream.Err(); err != nil {
+		return c.explain(err)
+	}
+	return nil
+}
+
+func (c catalogAgent) explain(err error) error {
+	if lost := c.Err(); lost != nil {
+		return lost
+	}
+	return proto.FromConnect(err)
 }
 
 // rows takes the rows that agents report.

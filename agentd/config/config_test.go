@@ -6,6 +6,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -54,8 +55,8 @@ func TestWholeFile(t *testing.T) {
 		t.Errorf("got %+v", c)
 	}
 	if len(c.Sources) != 2 || c.Sources[0].Password != (secret.Ref{File: "/etc/postern/warehouse.pw"}) ||
-		c.Sources[0].Policy != (policy.Source{Mode: policy.ModeReadWrite, MaxRows: 5, MaxBytes: 2 << 20, StatementTimeout: 10 * time.Second, Concurrency: 3, KeepFirst: 7, KeepLast: 100}) ||
-		c.Sources[1].Policy != policy.Default() {
+		!reflect.DeepEqual(c.Sources[0].Policy, policy.Source{Mode: policy.ModeReadWrite, MaxRows: 5, MaxBytes: 2 << 20, StatementTimeout: 10 * time.Second, Concurrency: 3, KeepFirst: 7, KeepLast: 100}) ||
+		!reflect.DeepEqual(c.Sources[1].Policy, policy.Default()) {
 		t.Errorf("sources %+v", c.Sources)
 	}
 	for target, want := range map[string]string{"wss://cp.example.com/tunnel": "proxy:3128", "https://cp.internal": "", "http://10.1.2.3": ""} {

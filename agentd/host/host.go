@@ -35,6 +35,14 @@ type Statement struct {
 	Kept                func(*posternv1.KeptRows)
 }
 
+// Introspection is a wish for a source's catalog that the policy allowed.
+type Introspection struct {
+	Source string
+	// Known are schemas that the caller has, with fingerprints.
+	Known   []*posternv1.CatalogSchema
+	Timeout time.Duration
+}
+
 // SQL runs statements.
 type SQL interface {
 	// Run writes the rows to w as an Arrow IPC stream, with back-pressure, and
@@ -43,6 +51,9 @@ type SQL interface {
 	Run(ctx context.Context, s Statement, w io.Writer) (*posternv1.QueryOutcome, error)
 	// Check says what works of a source.
 	Check(ctx context.Context, source string) []*posternv1.Check
+	// Introspect hands on the catalog, less what the policy hides, in bounded
+	// pages; the last has Complete set.
+	Introspect(ctx context.Context, i Introspection, take func(*posternv1.CatalogPage) error) error
 	// Cancel ends a statement; false if it does not run.
 	Cancel(queryID string) bool
 	Running() []*posternv1.RunningQuery
@@ -79,6 +90,9 @@ type Config struct {
 	Audit   Audit
 	// Decide asks the policy of the source that the request names.
 	Decide func(*posternv1.SQLRequest) Verdict
+	// DecideIntrospection asks the policy of a source whether its catalog may be
+	// told of; of the verdict's limits, Timeout counts.
+	DecideIntrospection func(source string) Verdict
 	// Sources lists the data sources; Status says what HostStatus answers.
 	Sources func() []*posternv1.SourceInfo
 	Status  func() *posternv1.HostStatusResponse
@@ -89,7 +103,7 @@ type Config struct {
 	Exposition http.Handler
 	// Agent and Organization stand in every audit entry.
 	Agent        func() (agent, organization string)
-	MaxChecks    int           // source checks at once; default 4
+	MaxChecks    int           // source checks and introspections at once; default 4
 	MaxReports   int           // reports of rows at once, each at most 1 MiB; what is beyond is not kept; default 16
 	AuditTimeout time.Duration // bounds the wait for the log; default 30 s
 }
@@ -150,6 +164,9 @@ func New(cfg Config) *Host {
 	}
 	path, service := posternv1connect.NewHostServiceHandler(rpc{h}, connect.WithReadMaxBytes(64<<10))
 	h.mux.Handle(path, service)
+	// It takes what the caller knows already.
+	_, large := posternv1connect.NewHostServiceHandler(rpc{h}, connect.WithReadMaxBytes(maxKnown))
+	h.mux.HandleFunc(posternv1connect.HostServiceIntrospectProcedure, func(w http.ResponseWriter, r *http.Request) { h.serveIntrospect(w, r, large) })
 	h.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		proto.WriteHTTPError(w, proto.Errorf(proto.CodeNotFound, "the agent serves no such request: is it older than the control plane?"))
 	})

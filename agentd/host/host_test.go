@@ -35,6 +35,17 @@ func (f fakeSQL) Run(ctx context.Context, s Statement, w io.Writer) (*posternv1.
 func (f fakeSQL) Check(context.Context, string) []*posternv1.Check {
 	return []*posternv1.Check{{Name: "reachable", Result: "ok"}}
 }
+
+func (f fakeSQL) Introspect(ctx context.Context, i Introspection, take func(*posternv1.CatalogPage) error) error {
+	if i.Source == "open" && i.Timeout == time.Minute && len(i.Known) == 1 {
+		return proto.Errorf(proto.CodeSourceUnreachable, "it is down")
+	}
+	if err := take(&posternv1.CatalogPage{Tables: []*posternv1.CatalogTable{{Schema: "s", Name: "t"}}}); err != nil {
+		return err
+	}
+	return take(&posternv1.CatalogPage{Schemas: []*posternv1.CatalogSchema{{Name: "s"}}, Complete: true})
+}
+
 func (f fakeSQL) Cancel(id string) bool              { return id == "q1" }
 func (f fakeSQL) Running() []*posternv1.RunningQuery { return nil }
 
@@ -93,6 +104,9 @@ func newBench(t *testing.T, run func(context.Context, Statement, io.Writer) (*po
 				return Verdict{Known: true, Reason: "its mode forbids it"}
 			}
 			return Verdict{}
+		},
+		DecideIntrospection: func(source string) Verdict {
+			return map[string]Verdict{"open": {Known: true, Allowed: true, Timeout: time.Minute}, "closed": {Known: true, Reason: "its mode forbids it"}}[source]
 		},
 		Sources: func() []*posternv1.SourceInfo { return []*posternv1.SourceInfo{{Name: "open"}, {Name: "closed"}} },
 		Status:  func() *posternv1.HostStatusResponse { return &posternv1.HostStatusResponse{Software: "x"} },

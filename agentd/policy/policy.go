@@ -44,6 +44,8 @@ type Source struct {
 	// KeepFirst and KeepLast are how many of the first and last rows of each
 	// result the control plane may keep with its history; both 0: none.
 	KeepFirst, KeepLast int
+	// Hide is what introspection leaves out.
+	Hide Hide
 }
 
 // Request is what somebody asks of a source. A zero limit means the source's.

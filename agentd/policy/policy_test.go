@@ -1,6 +1,7 @@
 package policy
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -64,15 +65,23 @@ func TestSpec(t *testing.T) {
 			name: "all", yaml: "{mode: read-write, plans: off, max_rows: 5, max_bytes: 2MiB, statement_timeout: 90s, concurrency: 3, keep_rows: off, mask: []}",
 			want: Source{Mode: ModeReadWrite, MaxRows: 5, MaxBytes: 2 << 20, StatementTimeout: 90 * time.Second, Concurrency: 3},
 		},
-		{name: "bytes as a number", yaml: "max_bytes: 4096", want: Source{ModeReadOnly, 1_000_000, 4096, 5 * time.Minute, 8, 100, 100}},
+		{name: "bytes as a number", yaml: "max_bytes: 4096", want: Source{ModeReadOnly, 1_000_000, 4096, 5 * time.Minute, 8, 100, 100, nil}},
+		{
+			name: "hide", yaml: "{hide: [hr, 'public.*_secret']}",
+			want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 100, 100, Hide{"hr", "public.*_secret"}},
+		},
+		{name: "hide nothing", yaml: "{hide: ['']}", err: `policy.hide: "" is not a pattern`},
+		{name: "hide a schema's nothing", yaml: "{hide: ['hr.']}", err: `policy.hide: "hr." lacks a name`},
+		{name: "hide nobody's", yaml: "{hide: ['.x']}", err: `policy.hide: ".x" lacks a name`},
+		{name: "hide quoted", yaml: `{hide: ['"HR".x']}`, err: "write names as they are in the catalog"},
 		{name: "metadata", yaml: "mode: metadata", err: "metadata is not supported by this version"},
 		{name: "unknown mode", yaml: "mode: readonly", err: `policy.mode: "readonly" is none of`},
 		{name: "plans", yaml: "plans: full", err: "plans: full is not supported by this version"},
 		{name: "unknown plans", yaml: "plans: some", err: "is none of off"},
 		{name: "mask", yaml: "mask: [{columns: ['*.email'], with: hash}]", err: "mask is not supported by this version"},
-		{name: "keep rows", yaml: "keep_rows: {first: 5, last: 1000}", want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 5, 1000}},
-		{name: "keep the first rows", yaml: "keep_rows: {last: 0}", want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 100, 0}},
-		{name: "keep none, in JSON", yaml: `{"keep_rows": false}`, want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 0, 0}},
+		{name: "keep rows", yaml: "keep_rows: {first: 5, last: 1000}", want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 5, 1000, nil}},
+		{name: "keep the first rows", yaml: "keep_rows: {last: 0}", want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 100, 0, nil}},
+		{name: "keep none, in JSON", yaml: `{"keep_rows": false}`, want: Source{ModeReadOnly, 1_000_000, 1 << 30, 5 * time.Minute, 8, 0, 0, nil}},
 		{name: "keep too many rows", yaml: "keep_rows: {first: 1001}", err: "policy.keep_rows: first: 1001 is not between 0 and 1000"},
 		{name: "keep fewer than none", yaml: "keep_rows: {last: -1}", err: "policy.keep_rows: last: -1 is not between"},
 		{name: "no rows", yaml: "max_rows: 0", err: "at least 1"},
@@ -97,7 +106,7 @@ func TestSpec(t *testing.T) {
 				}
 				return
 			}
-			if err != nil || got != test.want {
+			if err != nil || !reflect.DeepEqual(got, test.want) {
 				t.Fatalf("got %+v, %v, want %+v", got, err, test.want)
 			}
 		})
@@ -118,5 +127,32 @@ func TestParseSize(t *testing.T) {
 		if got, err := ParseSize(text); err == nil {
 			t.Errorf("ParseSize(%q): got %d, want an error", text, got)
 		}
+	}
+}
+
+func TestHide(t *testing.T) {
+	h := Hide{"hr", "tenant_*", "public.*_secret", "*.audit"}
+	for name, want := range map[string]bool{"hr": true, "tenant_1": true, "public": false, "HR": false, "x": false} {
+		if got := h.Schema(name); got != want {
+			t.Errorf("schema %s: %v", name, got)
+		}
+	}
+	for _, c := range []struct {
+		schema, object string
+		want           bool
+	}{
+		{"hr", "people", true},
+		{"public", "the_secret", true},
+		{"public", "the_secrets", false},
+		{"other", "the_secret", false},
+		{"other", "audit", true},
+		{"tenant_2", "x", true},
+	} {
+		if got := h.Object(c.schema, c.object); got != c.want {
+			t.Errorf("%s.%s: %v", c.schema, c.object, got)
+		}
+	}
+	if Hide(nil).Object("a", "b") {
+		t.Error("nothing hides something")
 	}
 }

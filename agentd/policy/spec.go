@@ -19,6 +19,8 @@ type Spec struct {
 	StatementTimeout string    `yaml:"statement_timeout"`
 	Concurrency      *int      `yaml:"concurrency"`
 	KeepRows         *KeepSpec `yaml:"keep_rows"`
+	// Hide narrows introspection.
+	Hide []string `yaml:"hide"`
 	// Mask is a list of rules. It is here so that it can be refused by name.
 	Mask []any `yaml:"mask"`
 }
@@ -82,6 +84,11 @@ func (s Spec) Source() (Source, error) {
 		}
 		source.Concurrency = *s.Concurrency
 	}
+	hide, err := ParseHide(s.Hide)
+	if err != nil {
+		return Source{}, fmt.Errorf("policy.hide: %w", err)
+	}
+	source.Hide = hide
 	return source, nil
 }
 

@@ -147,7 +147,7 @@ func (a *app) sourceCommand() *cobra.Command {
 			return a.with(func(c *client.Client) error { return a.checkSource(cmd.Context(), c, agent, source) })
 		},
 	}
-	return group("source", "List and check data sources", list, check)
+	return group("source", "List, check and introspect data sources", list, check, a.introspectCommand())
 }
 
 func (a *app) checkSource(ctx context.Context, c *client.Client, agent, source string) error {

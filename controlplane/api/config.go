@@ -21,6 +21,7 @@ type Config struct {
 	Store    Store
 	Agents   Agents
 	Queries  Queries
+	Catalogs Catalogs
 	Audit    Audit
 	CA       CA
 	Gatherer prometheus.Gatherer
@@ -117,6 +118,11 @@ type Queries interface {
 	Cancel(ctx context.Context, by *posternv1.Principal, id string, may func(owner *posternv1.Principal) error) (bool, error)
 	// KeptRows are the first and last rows of a query; nil if none are kept.
 	KeptRows(ctx context.Context, organization, id string) (*posternv1.KeptRows, error)
+}
+
+// Catalogs knows what data sources hold.
+type Catalogs interface {
+	Introspect(ctx context.Context, p *posternv1.Principal, remote string, r *posternv1.IntrospectSourceRequest) (*posternv1.IntrospectSourceResponse, error)
 }
 
 // Audit is the hash chain of each organization.

@@ -21,6 +21,7 @@ var needed = map[string]string{
 	posternv1connect.AgentServiceRevokeAgentProcedure:  "operator",
 	posternv1connect.SourceServiceListSourcesProcedure: "viewer",
 	posternv1connect.SourceServiceCheckSourceProcedure: "analyst",
+	posternv1connect.SourceServiceIntrospectProcedure:  "analyst",
 
 	runSQL: "analyst",
 	posternv1connect.QueryServiceListQueriesProcedure: "analyst",

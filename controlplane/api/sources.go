@@ -2,9 +2,11 @@ package api
 
 import (
 	"context"
+	"time"
 
 	"connectrpc.com/connect"
 
+	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/auditchain"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
@@ -62,5 +64,23 @@ func (s sources) CheckSource(ctx context.Context, req *connect.Request[posternv1
 			return nil, aerr
 		}
 		return resp, err
+	})
+}
+
+// introspectTime bounds the wait for a host that reads its database's catalog.
+const introspectTime = 5 * time.Minute
+
+// maxGlob bounds a pattern, in bytes.
+const maxGlob = 256
+
+// Introspect implements SourceService.
+func (s sources) Introspect(ctx context.Context, req *connect.Request[posternv1.IntrospectSourceRequest]) (*connect.Response[posternv1.IntrospectSourceResponse], error) {
+	return call(ctx, s.api, func(c Caller) (*posternv1.IntrospectSourceResponse, error) {
+		if len(req.Msg.Schema) > maxGlob || len(req.Msg.Table) > maxGlob {
+			return nil, proto.Errorf(proto.CodeInvalid, "a pattern has more than %d bytes", maxGlob)
+		}
+		ctx, cancel := context.WithTimeoutCause(ctx, introspectTime, proto.Errorf(proto.CodeTimeout, "the host did not tell its catalog in %s: it goes on in the background, ask again later", introspectTime))
+		defer cancel()
+		return s.api.cfg.Catalogs.Introspect(ctx, c.Principal, c.Remote, req.Msg)
 	})
 }

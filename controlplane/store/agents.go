@@ -199,7 +199,10 @@ func (s *Store) RevokeAgent(ctx context.Context, org, idOrName string, now time.
 		if errors.Is(err, sql.ErrNoRows) {
 			return notFound("agent", idOrName)
 		}
-		return err
+		if err != nil {
+			return err
+		}
+		return keepCatalogs(ctx, tx, id, nil)
 	})
 	if err != nil {
 		return nil, err

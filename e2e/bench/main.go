@@ -55,6 +55,7 @@ type measurement struct {
 var measurements = append(tunnelMeasurements,
 	measurement{"sql", measureSQL},
 	measurement{"agent-sql", measureSQLAgent},
+	measurement{"introspect", measureIntrospection},
 )
 
 // roles are what this binary does when it is started as a child of itself, by the

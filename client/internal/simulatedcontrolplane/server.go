@@ -266,6 +266,41 @@ func (s *Server) CheckSource(_ context.Context, req *connect.Request[posternv1.C
 	return respond(&posternv1.CheckSourceResponse{Checks: checks}, nil)
 }
 
+// Introspect implements SourceService: two pages, or what has "order" in its name.
+func (s *Server) Introspect(_ context.Context, req *connect.Request[posternv1.IntrospectSourceRequest]) (*connect.Response[posternv1.IntrospectSourceResponse], error) {
+	g, err := agentCalled(req.Msg.Agent)
+	switch {
+	case err != nil:
+		return respond[posternv1.IntrospectSourceResponse](nil, err)
+	case !g.Online:
+		return respond[posternv1.IntrospectSourceResponse](nil, proto.Errorf(proto.CodeAgentOffline, "agent %s is offline: look at agentd on its host", g.Name))
+	}
+	resp := &posternv1.IntrospectSourceResponse{Refreshed: at(1, 0)}
+	if req.Msg.PageToken == "" {
+		resp.Schemas = []*posternv1.CatalogSchema{{Name: "public", Comment: "the usual"}}
+		resp.Tables = []*posternv1.CatalogTable{{
+			Schema: "public", Name: "orders", Kind: "table", Comment: "evil\x1b[31m", Rows: protobuf.Uint64(12000), Bytes: protobuf.Uint64(750_000),
+			Columns: []*posternv1.CatalogColumn{
+				{Name: "id", Type: "bigint", NotNull: true, Generated: "identity"}, {Name: "customer", Type: "integer", HasDefault: true, Comment: "who"},
+			},
+			Keys: []*posternv1.CatalogKey{
+				{Name: "orders_pkey", Kind: "primary", Columns: []string{"id"}},
+				{Kind: "foreign", Columns: []string{"customer"}, ReferencesHidden: true},
+				{Name: "fk", Kind: "foreign", Columns: []string{"id"}, References: &posternv1.CatalogName{Schema: "public", Name: "items"}, ReferencedColumns: []string{"id"}},
+			},
+			Indexes: []*posternv1.CatalogIndex{{Name: "orders_pkey", Method: "btree", Unique: true, Columns: []string{"id"}}},
+		}}
+		resp.NextPageToken = "more"
+		return respond(resp, nil)
+	}
+	resp.Tables = []*posternv1.CatalogTable{{Schema: "public", Name: "recent_orders", Kind: "view"}}
+	resp.Functions = []*posternv1.CatalogFunction{{
+		Schema: "public", Name: "order_total", Kind: "function", Result: "numeric", ReturnsSet: true,
+		Arguments: []*posternv1.CatalogArgument{{Name: "id", Type: "bigint", Mode: "in"}, {Type: "text", Mode: "variadic"}},
+	}}
+	return respond(resp, nil)
+}
+
 // ListQueries implements QueryService.
 func (s *Server) ListQueries(context.Context, *connect.Request[posternv1.ListQueriesRequest]) (*connect.Response[posternv1.ListQueriesResponse], error) {
 	return respond(&posternv1.ListQueriesResponse{Queries: []*posternv1.Query{cannedQuery()}}, nil)

@@ -1597,6 +1597,203 @@ func (x *CheckOrganizationSourceRequest) GetSource() string {
 	return ""
 }
 
+type IntrospectSourceRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id or name.
+	Agent  string `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// Globs: * is any text, ? any character; empty is everything.
+	Schema string `protobuf:"bytes,3,opt,name=schema,proto3" json:"schema,omitempty"`
+	// Of tables' and functions' names.
+	Table string `protobuf:"bytes,4,opt,name=table,proto3" json:"table,omitempty"`
+	// Ask the host first, however fresh the cache is.
+	Refresh bool `protobuf:"varint,5,opt,name=refresh,proto3" json:"refresh,omitempty"`
+	// Of tables and functions on a page; at most 1000, 0: 500. A page of
+	// large ones has fewer.
+	PageSize uint32 `protobuf:"varint,6,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
+	// The last page's next_page_token; the other fields but refresh must be the same.
+	PageToken string `protobuf:"bytes,7,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	// Names and kinds alone.
+	NamesOnly     bool `protobuf:"varint,8,opt,name=names_only,json=namesOnly,proto3" json:"names_only,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IntrospectSourceRequest) Reset() {
+	*x = IntrospectSourceRequest{}
+	mi := &file_postern_v1_api_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IntrospectSourceRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IntrospectSourceRequest) ProtoMessage() {}
+
+func (x *IntrospectSourceRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IntrospectSourceRequest.ProtoReflect.Descriptor instead.
+func (*IntrospectSourceRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *IntrospectSourceRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *IntrospectSourceRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *IntrospectSourceRequest) GetSchema() string {
+	if x != nil {
+		return x.Schema
+	}
+	return ""
+}
+
+func (x *IntrospectSourceRequest) GetTable() string {
+	if x != nil {
+		return x.Table
+	}
+	return ""
+}
+
+func (x *IntrospectSourceRequest) GetRefresh() bool {
+	if x != nil {
+		return x.Refresh
+	}
+	return false
+}
+
+func (x *IntrospectSourceRequest) GetPageSize() uint32 {
+	if x != nil {
+		return x.PageSize
+	}
+	return 0
+}
+
+func (x *IntrospectSourceRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+func (x *IntrospectSourceRequest) GetNamesOnly() bool {
+	if x != nil {
+		return x.NamesOnly
+	}
+	return false
+}
+
+type IntrospectSourceResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// On the first page: the schemas that match, by name, without fingerprints.
+	Schemas []*CatalogSchema `protobuf:"bytes,1,rep,name=schemas,proto3" json:"schemas,omitempty"`
+	// By schema and name; of a schema, its tables come before its functions.
+	Tables    []*CatalogTable    `protobuf:"bytes,2,rep,name=tables,proto3" json:"tables,omitempty"`
+	Functions []*CatalogFunction `protobuf:"bytes,3,rep,name=functions,proto3" json:"functions,omitempty"`
+	// Empty: there is no more.
+	NextPageToken string `protobuf:"bytes,4,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
+	// When the host was asked last.
+	Refreshed *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=refreshed,proto3" json:"refreshed,omitempty"`
+	// The catalog is larger than the cache may be: some of it is missing.
+	Truncated     bool `protobuf:"varint,6,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IntrospectSourceResponse) Reset() {
+	*x = IntrospectSourceResponse{}
+	mi := &file_postern_v1_api_proto_msgTypes[29]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IntrospectSourceResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IntrospectSourceResponse) ProtoMessage() {}
+
+func (x *IntrospectSourceResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[29]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IntrospectSourceResponse.ProtoReflect.Descriptor instead.
+func (*IntrospectSourceResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{29}
+}
+
+func (x *IntrospectSourceResponse) GetSchemas() []*CatalogSchema {
+	if x != nil {
+		return x.Schemas
+	}
+	return nil
+}
+
+func (x *IntrospectSourceResponse) GetTables() []*CatalogTable {
+	if x != nil {
+		return x.Tables
+	}
+	return nil
+}
+
+func (x *IntrospectSourceResponse) GetFunctions() []*CatalogFunction {
+	if x != nil {
+		return x.Functions
+	}
+	return nil
+}
+
+func (x *IntrospectSourceResponse) GetNextPageToken() string {
+	if x != nil {
+		return x.NextPageToken
+	}
+	return ""
+}
+
+func (x *IntrospectSourceResponse) GetRefreshed() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Refreshed
+	}
+	return nil
+}
+
+func (x *IntrospectSourceResponse) GetTruncated() bool {
+	if x != nil {
+		return x.Truncated
+	}
+	return false
+}
+
 // RunSQLRequest is the JSON body of POST /api/v1/sql/AGENT/SOURCE?format=F,
 // F one of arrow (default), csv, json, ndjson, parquet. The answer carries
 // Postern-Query-Id and, for clients that say "TE: trailers", the trailer
@@ -1614,7 +1811,7 @@ type RunSQLRequest struct {
 
 func (x *RunSQLRequest) Reset() {
 	*x = RunSQLRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[28]
+	mi := &file_postern_v1_api_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1626,7 +1823,7 @@ func (x *RunSQLRequest) String() string {
 func (*RunSQLRequest) ProtoMessage() {}
 
 func (x *RunSQLRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[28]
+	mi := &file_postern_v1_api_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1639,7 +1836,7 @@ func (x *RunSQLRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunSQLRequest.ProtoReflect.Descriptor instead.
 func (*RunSQLRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{28}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *RunSQLRequest) GetSql() string {
@@ -1697,7 +1894,7 @@ type Query struct {
 
 func (x *Query) Reset() {
 	*x = Query{}
-	mi := &file_postern_v1_api_proto_msgTypes[29]
+	mi := &file_postern_v1_api_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +1906,7 @@ func (x *Query) String() string {
 func (*Query) ProtoMessage() {}
 
 func (x *Query) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[29]
+	mi := &file_postern_v1_api_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +1919,7 @@ func (x *Query) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Query.ProtoReflect.Descriptor instead.
 func (*Query) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{29}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *Query) GetId() string {
@@ -1813,7 +2010,7 @@ type ListQueriesRequest struct {
 
 func (x *ListQueriesRequest) Reset() {
 	*x = ListQueriesRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[30]
+	mi := &file_postern_v1_api_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1825,7 +2022,7 @@ func (x *ListQueriesRequest) String() string {
 func (*ListQueriesRequest) ProtoMessage() {}
 
 func (x *ListQueriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[30]
+	mi := &file_postern_v1_api_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1838,7 +2035,7 @@ func (x *ListQueriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQueriesRequest.ProtoReflect.Descriptor instead.
 func (*ListQueriesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{30}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ListQueriesRequest) GetLimit() uint32 {
@@ -1864,7 +2061,7 @@ type ListQueriesResponse struct {
 
 func (x *ListQueriesResponse) Reset() {
 	*x = ListQueriesResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[31]
+	mi := &file_postern_v1_api_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1876,7 +2073,7 @@ func (x *ListQueriesResponse) String() string {
 func (*ListQueriesResponse) ProtoMessage() {}
 
 func (x *ListQueriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[31]
+	mi := &file_postern_v1_api_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1889,7 +2086,7 @@ func (x *ListQueriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQueriesResponse.ProtoReflect.Descriptor instead.
 func (*ListQueriesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{31}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListQueriesResponse) GetQueries() []*Query {
@@ -1910,7 +2107,7 @@ type GetQueryRequest struct {
 
 func (x *GetQueryRequest) Reset() {
 	*x = GetQueryRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[32]
+	mi := &file_postern_v1_api_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1922,7 +2119,7 @@ func (x *GetQueryRequest) String() string {
 func (*GetQueryRequest) ProtoMessage() {}
 
 func (x *GetQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[32]
+	mi := &file_postern_v1_api_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1935,7 +2132,7 @@ func (x *GetQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetQueryRequest.ProtoReflect.Descriptor instead.
 func (*GetQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{32}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *GetQueryRequest) GetQueryId() string {
@@ -1963,7 +2160,7 @@ type GetQueryResponse struct {
 
 func (x *GetQueryResponse) Reset() {
 	*x = GetQueryResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[33]
+	mi := &file_postern_v1_api_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1975,7 +2172,7 @@ func (x *GetQueryResponse) String() string {
 func (*GetQueryResponse) ProtoMessage() {}
 
 func (x *GetQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[33]
+	mi := &file_postern_v1_api_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1988,7 +2185,7 @@ func (x *GetQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetQueryResponse.ProtoReflect.Descriptor instead.
 func (*GetQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{33}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *GetQueryResponse) GetQuery() *Query {
@@ -2014,7 +2211,7 @@ type CancelOrganizationQueryRequest struct {
 
 func (x *CancelOrganizationQueryRequest) Reset() {
 	*x = CancelOrganizationQueryRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[34]
+	mi := &file_postern_v1_api_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2026,7 +2223,7 @@ func (x *CancelOrganizationQueryRequest) String() string {
 func (*CancelOrganizationQueryRequest) ProtoMessage() {}
 
 func (x *CancelOrganizationQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[34]
+	mi := &file_postern_v1_api_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2039,7 +2236,7 @@ func (x *CancelOrganizationQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOrganizationQueryRequest.ProtoReflect.Descriptor instead.
 func (*CancelOrganizationQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{34}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *CancelOrganizationQueryRequest) GetQueryId() string {
@@ -2058,7 +2255,7 @@ type CancelOrganizationQueryResponse struct {
 
 func (x *CancelOrganizationQueryResponse) Reset() {
 	*x = CancelOrganizationQueryResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[35]
+	mi := &file_postern_v1_api_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2070,7 +2267,7 @@ func (x *CancelOrganizationQueryResponse) String() string {
 func (*CancelOrganizationQueryResponse) ProtoMessage() {}
 
 func (x *CancelOrganizationQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[35]
+	mi := &file_postern_v1_api_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2083,7 +2280,7 @@ func (x *CancelOrganizationQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOrganizationQueryResponse.ProtoReflect.Descriptor instead.
 func (*CancelOrganizationQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{35}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CancelOrganizationQueryResponse) GetQuery() *Query {
@@ -2107,7 +2304,7 @@ type ListAuditRequest struct {
 
 func (x *ListAuditRequest) Reset() {
 	*x = ListAuditRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[36]
+	mi := &file_postern_v1_api_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2119,7 +2316,7 @@ func (x *ListAuditRequest) String() string {
 func (*ListAuditRequest) ProtoMessage() {}
 
 func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[36]
+	mi := &file_postern_v1_api_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2132,7 +2329,7 @@ func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditRequest.ProtoReflect.Descriptor instead.
 func (*ListAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{36}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListAuditRequest) GetFrom() uint64 {
@@ -2166,7 +2363,7 @@ type ListAuditResponse struct {
 
 func (x *ListAuditResponse) Reset() {
 	*x = ListAuditResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[37]
+	mi := &file_postern_v1_api_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2178,7 +2375,7 @@ func (x *ListAuditResponse) String() string {
 func (*ListAuditResponse) ProtoMessage() {}
 
 func (x *ListAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[37]
+	mi := &file_postern_v1_api_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2191,7 +2388,7 @@ func (x *ListAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditResponse.ProtoReflect.Descriptor instead.
 func (*ListAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{37}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListAuditResponse) GetEntries() [][]byte {
@@ -2211,7 +2408,7 @@ type VerifyAuditRequest struct {
 
 func (x *VerifyAuditRequest) Reset() {
 	*x = VerifyAuditRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[38]
+	mi := &file_postern_v1_api_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2223,7 +2420,7 @@ func (x *VerifyAuditRequest) String() string {
 func (*VerifyAuditRequest) ProtoMessage() {}
 
 func (x *VerifyAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[38]
+	mi := &file_postern_v1_api_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2236,7 +2433,7 @@ func (x *VerifyAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyAuditRequest.ProtoReflect.Descriptor instead.
 func (*VerifyAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{38}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *VerifyAuditRequest) GetAgent() string {
@@ -2255,7 +2452,7 @@ type VerifyAuditResponse struct {
 
 func (x *VerifyAuditResponse) Reset() {
 	*x = VerifyAuditResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[39]
+	mi := &file_postern_v1_api_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2267,7 +2464,7 @@ func (x *VerifyAuditResponse) String() string {
 func (*VerifyAuditResponse) ProtoMessage() {}
 
 func (x *VerifyAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[39]
+	mi := &file_postern_v1_api_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2280,7 +2477,7 @@ func (x *VerifyAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyAuditResponse.ProtoReflect.Descriptor instead.
 func (*VerifyAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{39}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *VerifyAuditResponse) GetReports() []*ChainReport {
@@ -2304,7 +2501,7 @@ type ChainReport struct {
 
 func (x *ChainReport) Reset() {
 	*x = ChainReport{}
-	mi := &file_postern_v1_api_proto_msgTypes[40]
+	mi := &file_postern_v1_api_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2316,7 +2513,7 @@ func (x *ChainReport) String() string {
 func (*ChainReport) ProtoMessage() {}
 
 func (x *ChainReport) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[40]
+	mi := &file_postern_v1_api_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2329,7 +2526,7 @@ func (x *ChainReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChainReport.ProtoReflect.Descriptor instead.
 func (*ChainReport) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{40}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ChainReport) GetChain() string {
@@ -2372,7 +2569,7 @@ type Organization struct {
 
 func (x *Organization) Reset() {
 	*x = Organization{}
-	mi := &file_postern_v1_api_proto_msgTypes[41]
+	mi := &file_postern_v1_api_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2384,7 +2581,7 @@ func (x *Organization) String() string {
 func (*Organization) ProtoMessage() {}
 
 func (x *Organization) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[41]
+	mi := &file_postern_v1_api_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2397,7 +2594,7 @@ func (x *Organization) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Organization.ProtoReflect.Descriptor instead.
 func (*Organization) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{41}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *Organization) GetId() string {
@@ -2437,7 +2634,7 @@ type CreateOrganizationRequest struct {
 
 func (x *CreateOrganizationRequest) Reset() {
 	*x = CreateOrganizationRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[42]
+	mi := &file_postern_v1_api_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2449,7 +2646,7 @@ func (x *CreateOrganizationRequest) String() string {
 func (*CreateOrganizationRequest) ProtoMessage() {}
 
 func (x *CreateOrganizationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[42]
+	mi := &file_postern_v1_api_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2462,7 +2659,7 @@ func (x *CreateOrganizationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateOrganizationRequest.ProtoReflect.Descriptor instead.
 func (*CreateOrganizationRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{42}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CreateOrganizationRequest) GetName() string {
@@ -2483,7 +2680,7 @@ type CreateOrganizationResponse struct {
 
 func (x *CreateOrganizationResponse) Reset() {
 	*x = CreateOrganizationResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[43]
+	mi := &file_postern_v1_api_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2495,7 +2692,7 @@ func (x *CreateOrganizationResponse) String() string {
 func (*CreateOrganizationResponse) ProtoMessage() {}
 
 func (x *CreateOrganizationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[43]
+	mi := &file_postern_v1_api_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2508,7 +2705,7 @@ func (x *CreateOrganizationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateOrganizationResponse.ProtoReflect.Descriptor instead.
 func (*CreateOrganizationResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{43}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CreateOrganizationResponse) GetOrganization() *Organization {
@@ -2533,7 +2730,7 @@ type ListOrganizationsRequest struct {
 
 func (x *ListOrganizationsRequest) Reset() {
 	*x = ListOrganizationsRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[44]
+	mi := &file_postern_v1_api_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2545,7 +2742,7 @@ func (x *ListOrganizationsRequest) String() string {
 func (*ListOrganizationsRequest) ProtoMessage() {}
 
 func (x *ListOrganizationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[44]
+	mi := &file_postern_v1_api_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2558,7 +2755,7 @@ func (x *ListOrganizationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrganizationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOrganizationsRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{44}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{46}
 }
 
 type ListOrganizationsResponse struct {
@@ -2570,7 +2767,7 @@ type ListOrganizationsResponse struct {
 
 func (x *ListOrganizationsResponse) Reset() {
 	*x = ListOrganizationsResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[45]
+	mi := &file_postern_v1_api_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2582,7 +2779,7 @@ func (x *ListOrganizationsResponse) String() string {
 func (*ListOrganizationsResponse) ProtoMessage() {}
 
 func (x *ListOrganizationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[45]
+	mi := &file_postern_v1_api_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2595,7 +2792,7 @@ func (x *ListOrganizationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrganizationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOrganizationsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{45}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListOrganizationsResponse) GetOrganizations() []*Organization {
@@ -2615,7 +2812,7 @@ type SetOrganizationDisabledRequest struct {
 
 func (x *SetOrganizationDisabledRequest) Reset() {
 	*x = SetOrganizationDisabledRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[46]
+	mi := &file_postern_v1_api_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2627,7 +2824,7 @@ func (x *SetOrganizationDisabledRequest) String() string {
 func (*SetOrganizationDisabledRequest) ProtoMessage() {}
 
 func (x *SetOrganizationDisabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[46]
+	mi := &file_postern_v1_api_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2640,7 +2837,7 @@ func (x *SetOrganizationDisabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrganizationDisabledRequest.ProtoReflect.Descriptor instead.
 func (*SetOrganizationDisabledRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{46}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *SetOrganizationDisabledRequest) GetOrganization() string {
@@ -2666,7 +2863,7 @@ type SetOrganizationDisabledResponse struct {
 
 func (x *SetOrganizationDisabledResponse) Reset() {
 	*x = SetOrganizationDisabledResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[47]
+	mi := &file_postern_v1_api_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2678,7 +2875,7 @@ func (x *SetOrganizationDisabledResponse) String() string {
 func (*SetOrganizationDisabledResponse) ProtoMessage() {}
 
 func (x *SetOrganizationDisabledResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[47]
+	mi := &file_postern_v1_api_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2691,7 +2888,7 @@ func (x *SetOrganizationDisabledResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrganizationDisabledResponse.ProtoReflect.Descriptor instead.
 func (*SetOrganizationDisabledResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{47}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *SetOrganizationDisabledResponse) GetOrganization() *Organization {
@@ -2709,7 +2906,7 @@ type ShowCARequest struct {
 
 func (x *ShowCARequest) Reset() {
 	*x = ShowCARequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[48]
+	mi := &file_postern_v1_api_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2721,7 +2918,7 @@ func (x *ShowCARequest) String() string {
 func (*ShowCARequest) ProtoMessage() {}
 
 func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[48]
+	mi := &file_postern_v1_api_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2734,7 +2931,7 @@ func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
 func (*ShowCARequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{48}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{50}
 }
 
 type ShowCAResponse struct {
@@ -2746,7 +2943,7 @@ type ShowCAResponse struct {
 
 func (x *ShowCAResponse) Reset() {
 	*x = ShowCAResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[49]
+	mi := &file_postern_v1_api_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2758,7 +2955,7 @@ func (x *ShowCAResponse) String() string {
 func (*ShowCAResponse) ProtoMessage() {}
 
 func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[49]
+	mi := &file_postern_v1_api_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2771,7 +2968,7 @@ func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{49}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *ShowCAResponse) GetAuthorities() []*Authority {
@@ -2798,7 +2995,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_postern_v1_api_proto_msgTypes[50]
+	mi := &file_postern_v1_api_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2810,7 +3007,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[50]
+	mi := &file_postern_v1_api_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2823,7 +3020,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{50}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *Authority) GetFingerprint() string {
@@ -2873,7 +3070,7 @@ var File_postern_v1_api_proto protoreflect.FileDescriptor
 const file_postern_v1_api_proto_rawDesc = "" +
 	"\n" +
 	"\x14postern/v1/api.proto\x12\n" +
-	"postern.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16postern/v1/error.proto\x1a\x15postern/v1/host.proto\"\x0f\n" +
+	"postern.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18postern/v1/catalog.proto\x1a\x16postern/v1/error.proto\x1a\x15postern/v1/host.proto\"\x0f\n" +
 	"\rWhoAmIRequest\"\xdf\x01\n" +
 	"\x0eWhoAmIResponse\x12\"\n" +
 	"\forganization\x18\x01 \x01(\tR\forganization\x12\x19\n" +
@@ -2986,7 +3183,25 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\asources\x18\x01 \x03(\v2\x1e.postern.v1.OrganizationSourceR\asources\"N\n" +
 	"\x1eCheckOrganizationSourceRequest\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x16\n" +
-	"\x06source\x18\x02 \x01(\tR\x06source\"\xc5\x01\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\"\xea\x01\n" +
+	"\x17IntrospectSourceRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12\x16\n" +
+	"\x06schema\x18\x03 \x01(\tR\x06schema\x12\x14\n" +
+	"\x05table\x18\x04 \x01(\tR\x05table\x12\x18\n" +
+	"\arefresh\x18\x05 \x01(\bR\arefresh\x12\x1b\n" +
+	"\tpage_size\x18\x06 \x01(\rR\bpageSize\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\a \x01(\tR\tpageToken\x12\x1d\n" +
+	"\n" +
+	"names_only\x18\b \x01(\bR\tnamesOnly\"\xbc\x02\n" +
+	"\x18IntrospectSourceResponse\x123\n" +
+	"\aschemas\x18\x01 \x03(\v2\x19.postern.v1.CatalogSchemaR\aschemas\x120\n" +
+	"\x06tables\x18\x02 \x03(\v2\x18.postern.v1.CatalogTableR\x06tables\x129\n" +
+	"\tfunctions\x18\x03 \x03(\v2\x1b.postern.v1.CatalogFunctionR\tfunctions\x12&\n" +
+	"\x0fnext_page_token\x18\x04 \x01(\tR\rnextPageToken\x128\n" +
+	"\trefreshed\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\trefreshed\x12\x1c\n" +
+	"\ttruncated\x18\x06 \x01(\bR\ttruncated\"\xc5\x01\n" +
 	"\rRunSQLRequest\x12\x10\n" +
 	"\x03sql\x18\x01 \x01(\tR\x03sql\x12\x19\n" +
 	"\bmax_rows\x18\x02 \x01(\x04R\amaxRows\x12\x1b\n" +
@@ -3085,10 +3300,12 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\n" +
 	"ListAgents\x12\x1d.postern.v1.ListAgentsRequest\x1a\x1e.postern.v1.ListAgentsResponse\"\x00\x12G\n" +
 	"\bGetAgent\x12\x1b.postern.v1.GetAgentRequest\x1a\x1c.postern.v1.GetAgentResponse\"\x00\x12P\n" +
-	"\vRevokeAgent\x12\x1e.postern.v1.RevokeAgentRequest\x1a\x1f.postern.v1.RevokeAgentResponse\"\x002\xd7\x01\n" +
+	"\vRevokeAgent\x12\x1e.postern.v1.RevokeAgentRequest\x1a\x1f.postern.v1.RevokeAgentResponse\"\x002\xb2\x02\n" +
 	"\rSourceService\x12h\n" +
 	"\vListSources\x12*.postern.v1.ListOrganizationSourcesRequest\x1a+.postern.v1.ListOrganizationSourcesResponse\"\x00\x12\\\n" +
-	"\vCheckSource\x12*.postern.v1.CheckOrganizationSourceRequest\x1a\x1f.postern.v1.CheckSourceResponse\"\x002\x93\x02\n" +
+	"\vCheckSource\x12*.postern.v1.CheckOrganizationSourceRequest\x1a\x1f.postern.v1.CheckSourceResponse\"\x00\x12Y\n" +
+	"\n" +
+	"Introspect\x12#.postern.v1.IntrospectSourceRequest\x1a$.postern.v1.IntrospectSourceResponse\"\x002\x93\x02\n" +
 	"\fQueryService\x12P\n" +
 	"\vListQueries\x12\x1e.postern.v1.ListQueriesRequest\x1a\x1f.postern.v1.ListQueriesResponse\"\x00\x12G\n" +
 	"\bGetQuery\x12\x1b.postern.v1.GetQueryRequest\x1a\x1c.postern.v1.GetQueryResponse\"\x00\x12h\n" +
@@ -3115,7 +3332,7 @@ func file_postern_v1_api_proto_rawDescGZIP() []byte {
 	return file_postern_v1_api_proto_rawDescData
 }
 
-var file_postern_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_postern_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_postern_v1_api_proto_goTypes = []any{
 	(*WhoAmIRequest)(nil),                   // 0: postern.v1.WhoAmIRequest
 	(*WhoAmIResponse)(nil),                  // 1: postern.v1.WhoAmIResponse
@@ -3145,137 +3362,148 @@ var file_postern_v1_api_proto_goTypes = []any{
 	(*OrganizationSource)(nil),              // 25: postern.v1.OrganizationSource
 	(*ListOrganizationSourcesResponse)(nil), // 26: postern.v1.ListOrganizationSourcesResponse
 	(*CheckOrganizationSourceRequest)(nil),  // 27: postern.v1.CheckOrganizationSourceRequest
-	(*RunSQLRequest)(nil),                   // 28: postern.v1.RunSQLRequest
-	(*Query)(nil),                           // 29: postern.v1.Query
-	(*ListQueriesRequest)(nil),              // 30: postern.v1.ListQueriesRequest
-	(*ListQueriesResponse)(nil),             // 31: postern.v1.ListQueriesResponse
-	(*GetQueryRequest)(nil),                 // 32: postern.v1.GetQueryRequest
-	(*GetQueryResponse)(nil),                // 33: postern.v1.GetQueryResponse
-	(*CancelOrganizationQueryRequest)(nil),  // 34: postern.v1.CancelOrganizationQueryRequest
-	(*CancelOrganizationQueryResponse)(nil), // 35: postern.v1.CancelOrganizationQueryResponse
-	(*ListAuditRequest)(nil),                // 36: postern.v1.ListAuditRequest
-	(*ListAuditResponse)(nil),               // 37: postern.v1.ListAuditResponse
-	(*VerifyAuditRequest)(nil),              // 38: postern.v1.VerifyAuditRequest
-	(*VerifyAuditResponse)(nil),             // 39: postern.v1.VerifyAuditResponse
-	(*ChainReport)(nil),                     // 40: postern.v1.ChainReport
-	(*Organization)(nil),                    // 41: postern.v1.Organization
-	(*CreateOrganizationRequest)(nil),       // 42: postern.v1.CreateOrganizationRequest
-	(*CreateOrganizationResponse)(nil),      // 43: postern.v1.CreateOrganizationResponse
-	(*ListOrganizationsRequest)(nil),        // 44: postern.v1.ListOrganizationsRequest
-	(*ListOrganizationsResponse)(nil),       // 45: postern.v1.ListOrganizationsResponse
-	(*SetOrganizationDisabledRequest)(nil),  // 46: postern.v1.SetOrganizationDisabledRequest
-	(*SetOrganizationDisabledResponse)(nil), // 47: postern.v1.SetOrganizationDisabledResponse
-	(*ShowCARequest)(nil),                   // 48: postern.v1.ShowCARequest
-	(*ShowCAResponse)(nil),                  // 49: postern.v1.ShowCAResponse
-	(*Authority)(nil),                       // 50: postern.v1.Authority
-	nil,                                     // 51: postern.v1.Key.LabelsEntry
-	nil,                                     // 52: postern.v1.CreateKeyRequest.LabelsEntry
-	nil,                                     // 53: postern.v1.Agent.LabelsEntry
-	(*timestamppb.Timestamp)(nil),           // 54: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),             // 55: google.protobuf.Duration
-	(*SourceInfo)(nil),                      // 56: postern.v1.SourceInfo
-	(*Parameter)(nil),                       // 57: postern.v1.Parameter
-	(*ErrorDetail)(nil),                     // 58: postern.v1.ErrorDetail
-	(*KeptRows)(nil),                        // 59: postern.v1.KeptRows
-	(*CheckSourceResponse)(nil),             // 60: postern.v1.CheckSourceResponse
+	(*IntrospectSourceRequest)(nil),         // 28: postern.v1.IntrospectSourceRequest
+	(*IntrospectSourceResponse)(nil),        // 29: postern.v1.IntrospectSourceResponse
+	(*RunSQLRequest)(nil),                   // 30: postern.v1.RunSQLRequest
+	(*Query)(nil),                           // 31: postern.v1.Query
+	(*ListQueriesRequest)(nil),              // 32: postern.v1.ListQueriesRequest
+	(*ListQueriesResponse)(nil),             // 33: postern.v1.ListQueriesResponse
+	(*GetQueryRequest)(nil),                 // 34: postern.v1.GetQueryRequest
+	(*GetQueryResponse)(nil),                // 35: postern.v1.GetQueryResponse
+	(*CancelOrganizationQueryRequest)(nil),  // 36: postern.v1.CancelOrganizationQueryRequest
+	(*CancelOrganizationQueryResponse)(nil), // 37: postern.v1.CancelOrganizationQueryResponse
+	(*ListAuditRequest)(nil),                // 38: postern.v1.ListAuditRequest
+	(*ListAuditResponse)(nil),               // 39: postern.v1.ListAuditResponse
+	(*VerifyAuditRequest)(nil),              // 40: postern.v1.VerifyAuditRequest
+	(*VerifyAuditResponse)(nil),             // 41: postern.v1.VerifyAuditResponse
+	(*ChainReport)(nil),                     // 42: postern.v1.ChainReport
+	(*Organization)(nil),                    // 43: postern.v1.Organization
+	(*CreateOrganizationRequest)(nil),       // 44: postern.v1.CreateOrganizationRequest
+	(*CreateOrganizationResponse)(nil),      // 45: postern.v1.CreateOrganizationResponse
+	(*ListOrganizationsRequest)(nil),        // 46: postern.v1.ListOrganizationsRequest
+	(*ListOrganizationsResponse)(nil),       // 47: postern.v1.ListOrganizationsResponse
+	(*SetOrganizationDisabledRequest)(nil),  // 48: postern.v1.SetOrganizationDisabledRequest
+	(*SetOrganizationDisabledResponse)(nil), // 49: postern.v1.SetOrganizationDisabledResponse
+	(*ShowCARequest)(nil),                   // 50: postern.v1.ShowCARequest
+	(*ShowCAResponse)(nil),                  // 51: postern.v1.ShowCAResponse
+	(*Authority)(nil),                       // 52: postern.v1.Authority
+	nil,                                     // 53: postern.v1.Key.LabelsEntry
+	nil,                                     // 54: postern.v1.CreateKeyRequest.LabelsEntry
+	nil,                                     // 55: postern.v1.Agent.LabelsEntry
+	(*timestamppb.Timestamp)(nil),           // 56: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),             // 57: google.protobuf.Duration
+	(*SourceInfo)(nil),                      // 58: postern.v1.SourceInfo
+	(*CatalogSchema)(nil),                   // 59: postern.v1.CatalogSchema
+	(*CatalogTable)(nil),                    // 60: postern.v1.CatalogTable
+	(*CatalogFunction)(nil),                 // 61: postern.v1.CatalogFunction
+	(*Parameter)(nil),                       // 62: postern.v1.Parameter
+	(*ErrorDetail)(nil),                     // 63: postern.v1.ErrorDetail
+	(*KeptRows)(nil),                        // 64: postern.v1.KeptRows
+	(*CheckSourceResponse)(nil),             // 65: postern.v1.CheckSourceResponse
 }
 var file_postern_v1_api_proto_depIdxs = []int32{
-	54, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
-	54, // 1: postern.v1.Token.created:type_name -> google.protobuf.Timestamp
-	54, // 2: postern.v1.Token.expires:type_name -> google.protobuf.Timestamp
-	54, // 3: postern.v1.Token.revoked:type_name -> google.protobuf.Timestamp
-	54, // 4: postern.v1.Token.last_used:type_name -> google.protobuf.Timestamp
-	55, // 5: postern.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	56, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
+	56, // 1: postern.v1.Token.created:type_name -> google.protobuf.Timestamp
+	56, // 2: postern.v1.Token.expires:type_name -> google.protobuf.Timestamp
+	56, // 3: postern.v1.Token.revoked:type_name -> google.protobuf.Timestamp
+	56, // 4: postern.v1.Token.last_used:type_name -> google.protobuf.Timestamp
+	57, // 5: postern.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
 	2,  // 6: postern.v1.CreateTokenResponse.token:type_name -> postern.v1.Token
 	2,  // 7: postern.v1.ListTokensResponse.tokens:type_name -> postern.v1.Token
 	2,  // 8: postern.v1.RevokeTokenResponse.token:type_name -> postern.v1.Token
-	51, // 9: postern.v1.Key.labels:type_name -> postern.v1.Key.LabelsEntry
-	54, // 10: postern.v1.Key.created:type_name -> google.protobuf.Timestamp
-	54, // 11: postern.v1.Key.expires:type_name -> google.protobuf.Timestamp
-	54, // 12: postern.v1.Key.revoked:type_name -> google.protobuf.Timestamp
-	55, // 13: postern.v1.CreateKeyRequest.ttl:type_name -> google.protobuf.Duration
-	52, // 14: postern.v1.CreateKeyRequest.labels:type_name -> postern.v1.CreateKeyRequest.LabelsEntry
+	53, // 9: postern.v1.Key.labels:type_name -> postern.v1.Key.LabelsEntry
+	56, // 10: postern.v1.Key.created:type_name -> google.protobuf.Timestamp
+	56, // 11: postern.v1.Key.expires:type_name -> google.protobuf.Timestamp
+	56, // 12: postern.v1.Key.revoked:type_name -> google.protobuf.Timestamp
+	57, // 13: postern.v1.CreateKeyRequest.ttl:type_name -> google.protobuf.Duration
+	54, // 14: postern.v1.CreateKeyRequest.labels:type_name -> postern.v1.CreateKeyRequest.LabelsEntry
 	9,  // 15: postern.v1.CreateKeyResponse.key:type_name -> postern.v1.Key
 	9,  // 16: postern.v1.ListKeysResponse.keys:type_name -> postern.v1.Key
 	9,  // 17: postern.v1.RevokeKeyResponse.key:type_name -> postern.v1.Key
-	53, // 18: postern.v1.Agent.labels:type_name -> postern.v1.Agent.LabelsEntry
-	54, // 19: postern.v1.Agent.registered:type_name -> google.protobuf.Timestamp
-	54, // 20: postern.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
-	54, // 21: postern.v1.Agent.revoked:type_name -> google.protobuf.Timestamp
-	54, // 22: postern.v1.Agent.certificate_expires:type_name -> google.protobuf.Timestamp
-	56, // 23: postern.v1.Agent.sources:type_name -> postern.v1.SourceInfo
-	55, // 24: postern.v1.Agent.round_trip:type_name -> google.protobuf.Duration
+	55, // 18: postern.v1.Agent.labels:type_name -> postern.v1.Agent.LabelsEntry
+	56, // 19: postern.v1.Agent.registered:type_name -> google.protobuf.Timestamp
+	56, // 20: postern.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
+	56, // 21: postern.v1.Agent.revoked:type_name -> google.protobuf.Timestamp
+	56, // 22: postern.v1.Agent.certificate_expires:type_name -> google.protobuf.Timestamp
+	58, // 23: postern.v1.Agent.sources:type_name -> postern.v1.SourceInfo
+	57, // 24: postern.v1.Agent.round_trip:type_name -> google.protobuf.Duration
 	17, // 25: postern.v1.Agent.link_events:type_name -> postern.v1.LinkEvent
-	54, // 26: postern.v1.LinkEvent.time:type_name -> google.protobuf.Timestamp
+	56, // 26: postern.v1.LinkEvent.time:type_name -> google.protobuf.Timestamp
 	16, // 27: postern.v1.ListAgentsResponse.agents:type_name -> postern.v1.Agent
 	16, // 28: postern.v1.GetAgentResponse.agent:type_name -> postern.v1.Agent
 	16, // 29: postern.v1.RevokeAgentResponse.agent:type_name -> postern.v1.Agent
-	56, // 30: postern.v1.OrganizationSource.source:type_name -> postern.v1.SourceInfo
+	58, // 30: postern.v1.OrganizationSource.source:type_name -> postern.v1.SourceInfo
 	25, // 31: postern.v1.ListOrganizationSourcesResponse.sources:type_name -> postern.v1.OrganizationSource
-	55, // 32: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
-	57, // 33: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
-	54, // 34: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
-	55, // 35: postern.v1.Query.duration:type_name -> google.protobuf.Duration
-	58, // 36: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
-	29, // 37: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
-	29, // 38: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
-	59, // 39: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
-	29, // 40: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
-	40, // 41: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
-	54, // 42: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
-	41, // 43: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
-	41, // 44: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
-	41, // 45: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
-	50, // 46: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
-	54, // 47: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	54, // 48: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	0,  // 49: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
-	3,  // 50: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
-	5,  // 51: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
-	7,  // 52: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
-	10, // 53: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
-	12, // 54: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
-	14, // 55: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
-	18, // 56: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
-	20, // 57: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
-	22, // 58: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
-	24, // 59: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
-	27, // 60: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
-	30, // 61: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
-	32, // 62: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
-	34, // 63: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
-	36, // 64: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
-	38, // 65: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
-	42, // 66: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
-	44, // 67: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
-	46, // 68: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
-	48, // 69: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
-	1,  // 70: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
-	4,  // 71: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
-	6,  // 72: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
-	8,  // 73: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
-	11, // 74: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
-	13, // 75: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
-	15, // 76: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
-	19, // 77: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
-	21, // 78: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
-	23, // 79: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
-	26, // 80: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
-	60, // 81: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	31, // 82: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
-	33, // 83: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
-	35, // 84: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
-	37, // 85: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
-	39, // 86: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
-	43, // 87: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
-	45, // 88: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
-	47, // 89: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
-	49, // 90: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
-	70, // [70:91] is the sub-list for method output_type
-	49, // [49:70] is the sub-list for method input_type
-	49, // [49:49] is the sub-list for extension type_name
-	49, // [49:49] is the sub-list for extension extendee
-	0,  // [0:49] is the sub-list for field type_name
+	59, // 32: postern.v1.IntrospectSourceResponse.schemas:type_name -> postern.v1.CatalogSchema
+	60, // 33: postern.v1.IntrospectSourceResponse.tables:type_name -> postern.v1.CatalogTable
+	61, // 34: postern.v1.IntrospectSourceResponse.functions:type_name -> postern.v1.CatalogFunction
+	56, // 35: postern.v1.IntrospectSourceResponse.refreshed:type_name -> google.protobuf.Timestamp
+	57, // 36: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
+	62, // 37: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
+	56, // 38: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
+	57, // 39: postern.v1.Query.duration:type_name -> google.protobuf.Duration
+	63, // 40: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
+	31, // 41: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
+	31, // 42: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
+	64, // 43: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
+	31, // 44: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
+	42, // 45: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
+	56, // 46: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
+	43, // 47: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
+	43, // 48: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
+	43, // 49: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
+	52, // 50: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
+	56, // 51: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	56, // 52: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	0,  // 53: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
+	3,  // 54: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
+	5,  // 55: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
+	7,  // 56: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
+	10, // 57: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
+	12, // 58: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
+	14, // 59: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
+	18, // 60: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
+	20, // 61: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
+	22, // 62: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
+	24, // 63: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
+	27, // 64: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
+	28, // 65: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
+	32, // 66: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
+	34, // 67: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
+	36, // 68: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
+	38, // 69: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
+	40, // 70: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
+	44, // 71: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
+	46, // 72: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
+	48, // 73: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
+	50, // 74: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
+	1,  // 75: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
+	4,  // 76: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
+	6,  // 77: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
+	8,  // 78: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
+	11, // 79: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
+	13, // 80: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
+	15, // 81: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
+	19, // 82: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
+	21, // 83: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
+	23, // 84: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
+	26, // 85: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
+	65, // 86: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	29, // 87: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
+	33, // 88: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
+	35, // 89: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
+	37, // 90: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
+	39, // 91: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
+	41, // 92: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
+	45, // 93: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
+	47, // 94: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
+	49, // 95: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
+	51, // 96: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
+	75, // [75:97] is the sub-list for method output_type
+	53, // [53:75] is the sub-list for method input_type
+	53, // [53:53] is the sub-list for extension type_name
+	53, // [53:53] is the sub-list for extension extendee
+	0,  // [0:53] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_api_proto_init() }
@@ -3283,6 +3511,7 @@ func file_postern_v1_api_proto_init() {
 	if File_postern_v1_api_proto != nil {
 		return
 	}
+	file_postern_v1_catalog_proto_init()
 	file_postern_v1_error_proto_init()
 	file_postern_v1_host_proto_init()
 	type x struct{}
@@ -3291,7 +3520,7 @@ func file_postern_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_api_proto_rawDesc), len(file_postern_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   54,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   9,
 		},

@@ -782,6 +782,68 @@ func (x *CheckSourceResponse) GetChecks() []*Check {
 	return nil
 }
 
+type IntrospectRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Source    string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Principal *Principal             `protobuf:"bytes,2,opt,name=principal,proto3" json:"principal,omitempty"`
+	// The schemas that the caller knows, with name and fingerprint; at most
+	// 4 MiB of them.
+	Known         []*CatalogSchema `protobuf:"bytes,3,rep,name=known,proto3" json:"known,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *IntrospectRequest) Reset() {
+	*x = IntrospectRequest{}
+	mi := &file_postern_v1_host_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *IntrospectRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*IntrospectRequest) ProtoMessage() {}
+
+func (x *IntrospectRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use IntrospectRequest.ProtoReflect.Descriptor instead.
+func (*IntrospectRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *IntrospectRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *IntrospectRequest) GetPrincipal() *Principal {
+	if x != nil {
+		return x.Principal
+	}
+	return nil
+}
+
+func (x *IntrospectRequest) GetKnown() []*CatalogSchema {
+	if x != nil {
+		return x.Known
+	}
+	return nil
+}
+
 // Check is one line of doctor or of a source check.
 type Check struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -797,7 +859,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_postern_v1_host_proto_msgTypes[11]
+	mi := &file_postern_v1_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -809,7 +871,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[11]
+	mi := &file_postern_v1_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -822,7 +884,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Check) GetName() string {
@@ -863,7 +925,7 @@ type CancelQueryRequest struct {
 
 func (x *CancelQueryRequest) Reset() {
 	*x = CancelQueryRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[12]
+	mi := &file_postern_v1_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -875,7 +937,7 @@ func (x *CancelQueryRequest) String() string {
 func (*CancelQueryRequest) ProtoMessage() {}
 
 func (x *CancelQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[12]
+	mi := &file_postern_v1_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -888,7 +950,7 @@ func (x *CancelQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelQueryRequest.ProtoReflect.Descriptor instead.
 func (*CancelQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CancelQueryRequest) GetQueryId() string {
@@ -915,7 +977,7 @@ type CancelQueryResponse struct {
 
 func (x *CancelQueryResponse) Reset() {
 	*x = CancelQueryResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[13]
+	mi := &file_postern_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -927,7 +989,7 @@ func (x *CancelQueryResponse) String() string {
 func (*CancelQueryResponse) ProtoMessage() {}
 
 func (x *CancelQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[13]
+	mi := &file_postern_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -940,7 +1002,7 @@ func (x *CancelQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelQueryResponse.ProtoReflect.Descriptor instead.
 func (*CancelQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CancelQueryResponse) GetFound() bool {
@@ -958,7 +1020,7 @@ type HostStatusRequest struct {
 
 func (x *HostStatusRequest) Reset() {
 	*x = HostStatusRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[14]
+	mi := &file_postern_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -970,7 +1032,7 @@ func (x *HostStatusRequest) String() string {
 func (*HostStatusRequest) ProtoMessage() {}
 
 func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[14]
+	mi := &file_postern_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -983,7 +1045,7 @@ func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusRequest.ProtoReflect.Descriptor instead.
 func (*HostStatusRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 type HostStatusResponse struct {
@@ -999,7 +1061,7 @@ type HostStatusResponse struct {
 
 func (x *HostStatusResponse) Reset() {
 	*x = HostStatusResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[15]
+	mi := &file_postern_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1011,7 +1073,7 @@ func (x *HostStatusResponse) String() string {
 func (*HostStatusResponse) ProtoMessage() {}
 
 func (x *HostStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[15]
+	mi := &file_postern_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1024,7 +1086,7 @@ func (x *HostStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusResponse.ProtoReflect.Descriptor instead.
 func (*HostStatusResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *HostStatusResponse) GetStarted() *timestamppb.Timestamp {
@@ -1074,7 +1136,7 @@ type RunningQuery struct {
 
 func (x *RunningQuery) Reset() {
 	*x = RunningQuery{}
-	mi := &file_postern_v1_host_proto_msgTypes[16]
+	mi := &file_postern_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1086,7 +1148,7 @@ func (x *RunningQuery) String() string {
 func (*RunningQuery) ProtoMessage() {}
 
 func (x *RunningQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[16]
+	mi := &file_postern_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1099,7 +1161,7 @@ func (x *RunningQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunningQuery.ProtoReflect.Descriptor instead.
 func (*RunningQuery) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RunningQuery) GetQueryId() string {
@@ -1142,7 +1204,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[17]
+	mi := &file_postern_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1154,7 +1216,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[17]
+	mi := &file_postern_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1167,7 +1229,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -1194,7 +1256,7 @@ type ReadAuditResponse struct {
 
 func (x *ReadAuditResponse) Reset() {
 	*x = ReadAuditResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[18]
+	mi := &file_postern_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1206,7 +1268,7 @@ func (x *ReadAuditResponse) String() string {
 func (*ReadAuditResponse) ProtoMessage() {}
 
 func (x *ReadAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[18]
+	mi := &file_postern_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1219,7 +1281,7 @@ func (x *ReadAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditResponse.ProtoReflect.Descriptor instead.
 func (*ReadAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReadAuditResponse) GetEntries() [][]byte {
@@ -1234,7 +1296,7 @@ var File_postern_v1_host_proto protoreflect.FileDescriptor
 const file_postern_v1_host_proto_rawDesc = "" +
 	"\n" +
 	"\x15postern/v1/host.proto\x12\n" +
-	"postern.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16postern/v1/error.proto\"}\n" +
+	"postern.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x18postern/v1/catalog.proto\x1a\x16postern/v1/error.proto\"}\n" +
 	"\tPrincipal\x12\"\n" +
 	"\forganization\x18\x01 \x01(\tR\forganization\x12\x19\n" +
 	"\btoken_id\x18\x02 \x01(\tR\atokenId\x12\x1d\n" +
@@ -1295,7 +1357,11 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x123\n" +
 	"\tprincipal\x18\x02 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\"@\n" +
 	"\x13CheckSourceResponse\x12)\n" +
-	"\x06checks\x18\x01 \x03(\v2\x11.postern.v1.CheckR\x06checks\"e\n" +
+	"\x06checks\x18\x01 \x03(\v2\x11.postern.v1.CheckR\x06checks\"\x91\x01\n" +
+	"\x11IntrospectRequest\x12\x16\n" +
+	"\x06source\x18\x01 \x01(\tR\x06source\x123\n" +
+	"\tprincipal\x18\x02 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\x12/\n" +
+	"\x05known\x18\x03 \x03(\v2\x19.postern.v1.CatalogSchemaR\x05known\"e\n" +
 	"\x05Check\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06result\x18\x02 \x01(\tR\x06result\x12\x18\n" +
@@ -1322,10 +1388,12 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\x04from\x18\x01 \x01(\x04R\x04from\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"-\n" +
 	"\x11ReadAuditResponse\x12\x18\n" +
-	"\aentries\x18\x01 \x03(\fR\aentries2\x9e\x03\n" +
+	"\aentries\x18\x01 \x03(\fR\aentries2\xe8\x03\n" +
 	"\vHostService\x12P\n" +
 	"\vListSources\x12\x1e.postern.v1.ListSourcesRequest\x1a\x1f.postern.v1.ListSourcesResponse\"\x00\x12P\n" +
-	"\vCheckSource\x12\x1e.postern.v1.CheckSourceRequest\x1a\x1f.postern.v1.CheckSourceResponse\"\x00\x12P\n" +
+	"\vCheckSource\x12\x1e.postern.v1.CheckSourceRequest\x1a\x1f.postern.v1.CheckSourceResponse\"\x00\x12H\n" +
+	"\n" +
+	"Introspect\x12\x1d.postern.v1.IntrospectRequest\x1a\x17.postern.v1.CatalogPage\"\x000\x01\x12P\n" +
 	"\vCancelQuery\x12\x1e.postern.v1.CancelQueryRequest\x1a\x1f.postern.v1.CancelQueryResponse\"\x00\x12M\n" +
 	"\n" +
 	"HostStatus\x12\x1d.postern.v1.HostStatusRequest\x1a\x1e.postern.v1.HostStatusResponse\"\x00\x12J\n" +
@@ -1343,7 +1411,7 @@ func file_postern_v1_host_proto_rawDescGZIP() []byte {
 	return file_postern_v1_host_proto_rawDescData
 }
 
-var file_postern_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 19)
+var file_postern_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_postern_v1_host_proto_goTypes = []any{
 	(*Principal)(nil),             // 0: postern.v1.Principal
 	(*SQLRequest)(nil),            // 1: postern.v1.SQLRequest
@@ -1356,50 +1424,57 @@ var file_postern_v1_host_proto_goTypes = []any{
 	(*ListSourcesResponse)(nil),   // 8: postern.v1.ListSourcesResponse
 	(*CheckSourceRequest)(nil),    // 9: postern.v1.CheckSourceRequest
 	(*CheckSourceResponse)(nil),   // 10: postern.v1.CheckSourceResponse
-	(*Check)(nil),                 // 11: postern.v1.Check
-	(*CancelQueryRequest)(nil),    // 12: postern.v1.CancelQueryRequest
-	(*CancelQueryResponse)(nil),   // 13: postern.v1.CancelQueryResponse
-	(*HostStatusRequest)(nil),     // 14: postern.v1.HostStatusRequest
-	(*HostStatusResponse)(nil),    // 15: postern.v1.HostStatusResponse
-	(*RunningQuery)(nil),          // 16: postern.v1.RunningQuery
-	(*ReadAuditRequest)(nil),      // 17: postern.v1.ReadAuditRequest
-	(*ReadAuditResponse)(nil),     // 18: postern.v1.ReadAuditResponse
-	(*durationpb.Duration)(nil),   // 19: google.protobuf.Duration
-	(*ErrorDetail)(nil),           // 20: postern.v1.ErrorDetail
-	(*timestamppb.Timestamp)(nil), // 21: google.protobuf.Timestamp
+	(*IntrospectRequest)(nil),     // 11: postern.v1.IntrospectRequest
+	(*Check)(nil),                 // 12: postern.v1.Check
+	(*CancelQueryRequest)(nil),    // 13: postern.v1.CancelQueryRequest
+	(*CancelQueryResponse)(nil),   // 14: postern.v1.CancelQueryResponse
+	(*HostStatusRequest)(nil),     // 15: postern.v1.HostStatusRequest
+	(*HostStatusResponse)(nil),    // 16: postern.v1.HostStatusResponse
+	(*RunningQuery)(nil),          // 17: postern.v1.RunningQuery
+	(*ReadAuditRequest)(nil),      // 18: postern.v1.ReadAuditRequest
+	(*ReadAuditResponse)(nil),     // 19: postern.v1.ReadAuditResponse
+	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
+	(*ErrorDetail)(nil),           // 21: postern.v1.ErrorDetail
+	(*CatalogSchema)(nil),         // 22: postern.v1.CatalogSchema
+	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
+	(*CatalogPage)(nil),           // 24: postern.v1.CatalogPage
 }
 var file_postern_v1_host_proto_depIdxs = []int32{
 	0,  // 0: postern.v1.SQLRequest.principal:type_name -> postern.v1.Principal
-	19, // 1: postern.v1.SQLRequest.timeout:type_name -> google.protobuf.Duration
+	20, // 1: postern.v1.SQLRequest.timeout:type_name -> google.protobuf.Duration
 	2,  // 2: postern.v1.SQLRequest.parameters:type_name -> postern.v1.Parameter
-	19, // 3: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
-	20, // 4: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
+	20, // 3: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
+	21, // 4: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
 	5,  // 5: postern.v1.QueryOutcome.notices:type_name -> postern.v1.Notice
-	19, // 6: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
+	20, // 6: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
 	6,  // 7: postern.v1.ListSourcesResponse.sources:type_name -> postern.v1.SourceInfo
 	0,  // 8: postern.v1.CheckSourceRequest.principal:type_name -> postern.v1.Principal
-	11, // 9: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
-	0,  // 10: postern.v1.CancelQueryRequest.principal:type_name -> postern.v1.Principal
-	21, // 11: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
-	6,  // 12: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
-	16, // 13: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
-	21, // 14: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
-	21, // 15: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
-	7,  // 16: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
-	9,  // 17: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
-	12, // 18: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
-	14, // 19: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
-	17, // 20: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
-	8,  // 21: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
-	10, // 22: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	13, // 23: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
-	15, // 24: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
-	18, // 25: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
-	21, // [21:26] is the sub-list for method output_type
-	16, // [16:21] is the sub-list for method input_type
-	16, // [16:16] is the sub-list for extension type_name
-	16, // [16:16] is the sub-list for extension extendee
-	0,  // [0:16] is the sub-list for field type_name
+	12, // 9: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
+	0,  // 10: postern.v1.IntrospectRequest.principal:type_name -> postern.v1.Principal
+	22, // 11: postern.v1.IntrospectRequest.known:type_name -> postern.v1.CatalogSchema
+	0,  // 12: postern.v1.CancelQueryRequest.principal:type_name -> postern.v1.Principal
+	23, // 13: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
+	6,  // 14: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
+	17, // 15: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
+	23, // 16: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
+	23, // 17: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
+	7,  // 18: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
+	9,  // 19: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
+	11, // 20: postern.v1.HostService.Introspect:input_type -> postern.v1.IntrospectRequest
+	13, // 21: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
+	15, // 22: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
+	18, // 23: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
+	8,  // 24: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
+	10, // 25: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	24, // 26: postern.v1.HostService.Introspect:output_type -> postern.v1.CatalogPage
+	14, // 27: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
+	16, // 28: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
+	19, // 29: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
+	24, // [24:30] is the sub-list for method output_type
+	18, // [18:24] is the sub-list for method input_type
+	18, // [18:18] is the sub-list for extension type_name
+	18, // [18:18] is the sub-list for extension extendee
+	0,  // [0:18] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_host_proto_init() }
@@ -1407,6 +1482,7 @@ func file_postern_v1_host_proto_init() {
 	if File_postern_v1_host_proto != nil {
 		return
 	}
+	file_postern_v1_catalog_proto_init()
 	file_postern_v1_error_proto_init()
 	file_postern_v1_host_proto_msgTypes[2].OneofWrappers = []any{}
 	type x struct{}
@@ -1415,7 +1491,7 @@ func file_postern_v1_host_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_host_proto_rawDesc), len(file_postern_v1_host_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   19,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -310,15 +310,17 @@ func (x *RenewResponse) GetAuthorities() [][]byte {
 }
 
 type HelloRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Version       *ProtocolVersion       `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
-	Features      []string               `protobuf:"bytes,2,rep,name=features,proto3" json:"features,omitempty"`
-	Host          *HostFacts             `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
-	HostTime      *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=host_time,json=hostTime,proto3" json:"host_time,omitempty"`
-	Sources       []*SourceInfo          `protobuf:"bytes,5,rep,name=sources,proto3" json:"sources,omitempty"`
-	AuditHead     *AuditHead             `protobuf:"bytes,6,opt,name=audit_head,json=auditHead,proto3" json:"audit_head,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Version   *ProtocolVersion       `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
+	Features  []string               `protobuf:"bytes,2,rep,name=features,proto3" json:"features,omitempty"`
+	Host      *HostFacts             `protobuf:"bytes,3,opt,name=host,proto3" json:"host,omitempty"`
+	HostTime  *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=host_time,json=hostTime,proto3" json:"host_time,omitempty"`
+	Sources   []*SourceInfo          `protobuf:"bytes,5,rep,name=sources,proto3" json:"sources,omitempty"`
+	AuditHead *AuditHead             `protobuf:"bytes,6,opt,name=audit_head,json=auditHead,proto3" json:"audit_head,omitempty"`
+	// The first since agentd started: its policies may be others than before.
+	FirstSinceStart bool `protobuf:"varint,7,opt,name=first_since_start,json=firstSinceStart,proto3" json:"first_since_start,omitempty"`
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *HelloRequest) Reset() {
@@ -391,6 +393,13 @@ func (x *HelloRequest) GetAuditHead() *AuditHead {
 		return x.AuditHead
 	}
 	return nil
+}
+
+func (x *HelloRequest) GetFirstSinceStart() bool {
+	if x != nil {
+		return x.FirstSinceStart
+	}
+	return false
 }
 
 type HelloResponse struct {
@@ -878,7 +887,7 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\thost_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bhostTime\"S\n" +
 	"\rRenewResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12 \n" +
-	"\vauthorities\x18\x02 \x03(\fR\vauthorities\"\xad\x02\n" +
+	"\vauthorities\x18\x02 \x03(\fR\vauthorities\"\xd9\x02\n" +
 	"\fHelloRequest\x125\n" +
 	"\aversion\x18\x01 \x01(\v2\x1b.postern.v1.ProtocolVersionR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12)\n" +
@@ -886,7 +895,8 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\thost_time\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bhostTime\x120\n" +
 	"\asources\x18\x05 \x03(\v2\x16.postern.v1.SourceInfoR\asources\x124\n" +
 	"\n" +
-	"audit_head\x18\x06 \x01(\v2\x15.postern.v1.AuditHeadR\tauditHead\"\xd5\x02\n" +
+	"audit_head\x18\x06 \x01(\v2\x15.postern.v1.AuditHeadR\tauditHead\x12*\n" +
+	"\x11first_since_start\x18\a \x01(\bR\x0ffirstSinceStart\"\xd5\x02\n" +
 	"\rHelloResponse\x125\n" +
 	"\aversion\x18\x01 \x01(\v2\x1b.postern.v1.ProtocolVersionR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12\x19\n" +

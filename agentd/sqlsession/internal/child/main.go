@@ -39,10 +39,11 @@ type process struct {
 
 // request is a frame of agentd's that main answers.
 type request struct {
-	kind    frame.Type
-	connect *frame.ConnectRequest
-	run     *frame.RunRequest
-	st      *statement
+	kind       frame.Type
+	connect    *frame.ConnectRequest
+	run        *frame.RunRequest
+	introspect *frame.IntrospectRequest
+	st         *statement
 }
 
 // Main runs the process of a SQL session and returns its exit code. Call it
@@ -107,6 +108,12 @@ func (p *process) read(conn net.Conn, ended chan<- int) {
 			if err = d.JSON(r.run); err == nil {
 				// Frames come in order: a Cancel behind this one is for it,
 				// one before it was for the statement before.
+				last = newStatement(p.cancelRequest)
+				r.st = last
+			}
+		case frame.Introspect:
+			r.introspect = &frame.IntrospectRequest{}
+			if err = d.JSON(r.introspect); err == nil {
 				last = newStatement(p.cancelRequest)
 				r.st = last
 			}
@@ -194,6 +201,8 @@ func (p *process) loop() int {
 			ok = p.run(r)
 		case frame.Check:
 			ok = p.check()
+		case frame.Introspect:
+			ok = p.introspect(r)
 		}
 		if !ok {
 			return exitDatabase

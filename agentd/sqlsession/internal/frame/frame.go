@@ -16,19 +16,22 @@ type Type byte
 
 // The types of frames.
 const (
-	Connect   Type = 'C' // ConnectRequest
-	Run       Type = 'R' // RunRequest
-	Cancel    Type = 'X' // one byte: Reason
-	Check     Type = 'K' // empty
-	Connected Type = 'c' // ConnectedReply
-	Failed    Type = 'e' // FailedReply
-	Begun     Type = 'b' // empty: the statement goes to the database now
-	Data      Type = 'd' // bytes of an Arrow IPC stream
-	Progress  Type = 'p' // eight bytes: the rows sent so far, big endian
-	Kept      Type = 's' // three numbers, see PutKept, and an Arrow IPC stream: first and last rows
-	Done      Type = 'z' // DoneReply
-	Idle      Type = 'i' // empty
-	Checked   Type = 'k' // CheckedReply
+	Connect      Type = 'C' // ConnectRequest
+	Run          Type = 'R' // RunRequest
+	Cancel       Type = 'X' // one byte: Reason
+	Check        Type = 'K' // empty
+	Introspect   Type = 'I' // IntrospectRequest
+	Connected    Type = 'c' // ConnectedReply
+	Failed       Type = 'e' // FailedReply
+	Begun        Type = 'b' // empty: the statement goes to the database now
+	Data         Type = 'd' // bytes of an Arrow IPC stream
+	Progress     Type = 'p' // eight bytes: the rows sent so far, big endian
+	Done         Type = 'z' // DoneReply
+	Idle         Type = 'i' // empty
+	Checked      Type = 'k' // CheckedReply
+	Page         Type = 'g' // a posternv1.CatalogPage
+	Introspected Type = 'j' // IntrospectedReply
+	Kept         Type = 's' // three numbers, see PutKept, and an Arrow IPC stream: first and last rows
 )
 
 // HeaderSize is the length of a frame's header in bytes.
@@ -41,22 +44,29 @@ const MaxData = 256 << 10
 // it on the way to the control plane it stays under 1 MiB.
 const MaxKept = 960 << 10
 
+// MaxPage is the largest payload of a Page frame in bytes: a table with 1,600
+// columns, all with comments, and hundreds of keys fits.
+const MaxPage = 8 << 20
+
 // limits bound payloads in bytes. A statement of 4 MiB may grow sixfold as
 // JSON.
 var limits = map[Type]int{
-	Connect:   256 << 10,
-	Run:       32 << 20,
-	Cancel:    1,
-	Check:     0,
-	Connected: 4 << 10,
-	Failed:    64 << 10,
-	Begun:     0,
-	Data:      MaxData,
-	Progress:  8,
-	Kept:      MaxKept,
-	Done:      256 << 10,
-	Idle:      0,
-	Checked:   64 << 10,
+	Connect:      256 << 10,
+	Run:          32 << 20,
+	Cancel:       1,
+	Check:        0,
+	Connected:    4 << 10,
+	Failed:       64 << 10,
+	Begun:        0,
+	Data:         MaxData,
+	Progress:     8,
+	Done:         256 << 10,
+	Idle:         0,
+	Checked:      64 << 10,
+	Introspect:   16 << 20,
+	Page:         MaxPage,
+	Introspected: 64 << 10,
+	Kept:         MaxKept,
 }
 
 // ErrMalformed is returned for a frame that breaks the protocol.
@@ -161,6 +171,19 @@ type DoneReply struct {
 	Tag     string
 	Error   *Error
 	Notices []Notice
+}
+
+// IntrospectRequest asks for the catalog, less what Hide says.
+type IntrospectRequest struct {
+	Hide          []string
+	TimeoutMillis int64
+	// Known are fingerprints by schema: one that is the same is not sent.
+	Known map[string][]byte
+}
+
+// IntrospectedReply is how it ended.
+type IntrospectedReply struct {
+	Error *Error
 }
 
 // CheckResult is one line of a check.

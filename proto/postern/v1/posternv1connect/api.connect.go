@@ -78,6 +78,9 @@ const (
 	// SourceServiceCheckSourceProcedure is the fully-qualified name of the SourceService's CheckSource
 	// RPC.
 	SourceServiceCheckSourceProcedure = "/postern.v1.SourceService/CheckSource"
+	// SourceServiceIntrospectProcedure is the fully-qualified name of the SourceService's Introspect
+	// RPC.
+	SourceServiceIntrospectProcedure = "/postern.v1.SourceService/Introspect"
 	// QueryServiceListQueriesProcedure is the fully-qualified name of the QueryService's ListQueries
 	// RPC.
 	QueryServiceListQueriesProcedure = "/postern.v1.QueryService/ListQueries"
@@ -544,6 +547,9 @@ func (UnimplementedAgentServiceHandler) RevokeAgent(context.Context, *connect.Re
 type SourceServiceClient interface {
 	ListSources(context.Context, *connect.Request[v1.ListOrganizationSourcesRequest]) (*connect.Response[v1.ListOrganizationSourcesResponse], error)
 	CheckSource(context.Context, *connect.Request[v1.CheckOrganizationSourceRequest]) (*connect.Response[v1.CheckSourceResponse], error)
+	// Introspect reads the control plane's cache of a source's catalog, after
+	// having it filled where it is empty.
+	Introspect(context.Context, *connect.Request[v1.IntrospectSourceRequest]) (*connect.Response[v1.IntrospectSourceResponse], error)
 }
 
 // NewSourceServiceClient constructs a client for the postern.v1.SourceService service. By default,
@@ -569,6 +575,12 @@ func NewSourceServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(sourceServiceMethods.ByName("CheckSource")),
 			connect.WithClientOptions(opts...),
 		),
+		introspect: connect.NewClient[v1.IntrospectSourceRequest, v1.IntrospectSourceResponse](
+			httpClient,
+			baseURL+SourceServiceIntrospectProcedure,
+			connect.WithSchema(sourceServiceMethods.ByName("Introspect")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -576,6 +588,7 @@ func NewSourceServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 type sourceServiceClient struct {
 	listSources *connect.Client[v1.ListOrganizationSourcesRequest, v1.ListOrganizationSourcesResponse]
 	checkSource *connect.Client[v1.CheckOrganizationSourceRequest, v1.CheckSourceResponse]
+	introspect  *connect.Client[v1.IntrospectSourceRequest, v1.IntrospectSourceResponse]
 }
 
 // ListSources calls postern.v1.SourceService.ListSources.
@@ -588,10 +601,18 @@ func (c *sourceServiceClient) CheckSource(ctx context.Context, req *connect.Requ
 	return c.checkSource.CallUnary(ctx, req)
 }
 
+// Introspect calls postern.v1.SourceService.Introspect.
+func (c *sourceServiceClient) Introspect(ctx context.Context, req *connect.Request[v1.IntrospectSourceRequest]) (*connect.Response[v1.IntrospectSourceResponse], error) {
+	return c.introspect.CallUnary(ctx, req)
+}
+
 // SourceServiceHandler is an implementation of the postern.v1.SourceService service.
 type SourceServiceHandler interface {
 	ListSources(context.Context, *connect.Request[v1.ListOrganizationSourcesRequest]) (*connect.Response[v1.ListOrganizationSourcesResponse], error)
 	CheckSource(context.Context, *connect.Request[v1.CheckOrganizationSourceRequest]) (*connect.Response[v1.CheckSourceResponse], error)
+	// Introspect reads the control plane's cache of a source's catalog, after
+	// having it filled where it is empty.
+	Introspect(context.Context, *connect.Request[v1.IntrospectSourceRequest]) (*connect.Response[v1.IntrospectSourceResponse], error)
 }
 
 // NewSourceServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -613,12 +634,20 @@ func NewSourceServiceHandler(svc SourceServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(sourceServiceMethods.ByName("CheckSource")),
 		connect.WithHandlerOptions(opts...),
 	)
+	sourceServiceIntrospectHandler := connect.NewUnaryHandler(
+		SourceServiceIntrospectProcedure,
+		svc.Introspect,
+		connect.WithSchema(sourceServiceMethods.ByName("Introspect")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/postern.v1.SourceService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case SourceServiceListSourcesProcedure:
 			sourceServiceListSourcesHandler.ServeHTTP(w, r)
 		case SourceServiceCheckSourceProcedure:
 			sourceServiceCheckSourceHandler.ServeHTTP(w, r)
+		case SourceServiceIntrospectProcedure:
+			sourceServiceIntrospectHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -634,6 +663,10 @@ func (UnimplementedSourceServiceHandler) ListSources(context.Context, *connect.R
 
 func (UnimplementedSourceServiceHandler) CheckSource(context.Context, *connect.Request[v1.CheckOrganizationSourceRequest]) (*connect.Response[v1.CheckSourceResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.SourceService.CheckSource is not implemented"))
+}
+
+func (UnimplementedSourceServiceHandler) Introspect(context.Context, *connect.Request[v1.IntrospectSourceRequest]) (*connect.Response[v1.IntrospectSourceResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.SourceService.Introspect is not implemented"))
 }
 
 // QueryServiceClient is a client for the postern.v1.QueryService service.

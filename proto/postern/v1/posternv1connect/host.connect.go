@@ -37,6 +37,8 @@ const (
 	HostServiceListSourcesProcedure = "/postern.v1.HostService/ListSources"
 	// HostServiceCheckSourceProcedure is the fully-qualified name of the HostService's CheckSource RPC.
 	HostServiceCheckSourceProcedure = "/postern.v1.HostService/CheckSource"
+	// HostServiceIntrospectProcedure is the fully-qualified name of the HostService's Introspect RPC.
+	HostServiceIntrospectProcedure = "/postern.v1.HostService/Introspect"
 	// HostServiceCancelQueryProcedure is the fully-qualified name of the HostService's CancelQuery RPC.
 	HostServiceCancelQueryProcedure = "/postern.v1.HostService/CancelQuery"
 	// HostServiceHostStatusProcedure is the fully-qualified name of the HostService's HostStatus RPC.
@@ -49,6 +51,9 @@ const (
 type HostServiceClient interface {
 	ListSources(context.Context, *connect.Request[v1.ListSourcesRequest]) (*connect.Response[v1.ListSourcesResponse], error)
 	CheckSource(context.Context, *connect.Request[v1.CheckSourceRequest]) (*connect.Response[v1.CheckSourceResponse], error)
+	// Introspect sends the catalog of a source in pages of at most 8 MiB, all of
+	// one moment, as fast as they are read. What the policy hides is not in them.
+	Introspect(context.Context, *connect.Request[v1.IntrospectRequest]) (*connect.ServerStreamForClient[v1.CatalogPage], error)
 	// CancelQuery ends a statement under way, in the database too.
 	CancelQuery(context.Context, *connect.Request[v1.CancelQueryRequest]) (*connect.Response[v1.CancelQueryResponse], error)
 	HostStatus(context.Context, *connect.Request[v1.HostStatusRequest]) (*connect.Response[v1.HostStatusResponse], error)
@@ -80,6 +85,12 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(hostServiceMethods.ByName("CheckSource")),
 			connect.WithClientOptions(opts...),
 		),
+		introspect: connect.NewClient[v1.IntrospectRequest, v1.CatalogPage](
+			httpClient,
+			baseURL+HostServiceIntrospectProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("Introspect")),
+			connect.WithClientOptions(opts...),
+		),
 		cancelQuery: connect.NewClient[v1.CancelQueryRequest, v1.CancelQueryResponse](
 			httpClient,
 			baseURL+HostServiceCancelQueryProcedure,
@@ -105,6 +116,7 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 type hostServiceClient struct {
 	listSources *connect.Client[v1.ListSourcesRequest, v1.ListSourcesResponse]
 	checkSource *connect.Client[v1.CheckSourceRequest, v1.CheckSourceResponse]
+	introspect  *connect.Client[v1.IntrospectRequest, v1.CatalogPage]
 	cancelQuery *connect.Client[v1.CancelQueryRequest, v1.CancelQueryResponse]
 	hostStatus  *connect.Client[v1.HostStatusRequest, v1.HostStatusResponse]
 	readAudit   *connect.Client[v1.ReadAuditRequest, v1.ReadAuditResponse]
@@ -118,6 +130,11 @@ func (c *hostServiceClient) ListSources(ctx context.Context, req *connect.Reques
 // CheckSource calls postern.v1.HostService.CheckSource.
 func (c *hostServiceClient) CheckSource(ctx context.Context, req *connect.Request[v1.CheckSourceRequest]) (*connect.Response[v1.CheckSourceResponse], error) {
 	return c.checkSource.CallUnary(ctx, req)
+}
+
+// Introspect calls postern.v1.HostService.Introspect.
+func (c *hostServiceClient) Introspect(ctx context.Context, req *connect.Request[v1.IntrospectRequest]) (*connect.ServerStreamForClient[v1.CatalogPage], error) {
+	return c.introspect.CallServerStream(ctx, req)
 }
 
 // CancelQuery calls postern.v1.HostService.CancelQuery.
@@ -139,6 +156,9 @@ func (c *hostServiceClient) ReadAudit(ctx context.Context, req *connect.Request[
 type HostServiceHandler interface {
 	ListSources(context.Context, *connect.Request[v1.ListSourcesRequest]) (*connect.Response[v1.ListSourcesResponse], error)
 	CheckSource(context.Context, *connect.Request[v1.CheckSourceRequest]) (*connect.Response[v1.CheckSourceResponse], error)
+	// Introspect sends the catalog of a source in pages of at most 8 MiB, all of
+	// one moment, as fast as they are read. What the policy hides is not in them.
+	Introspect(context.Context, *connect.Request[v1.IntrospectRequest], *connect.ServerStream[v1.CatalogPage]) error
 	// CancelQuery ends a statement under way, in the database too.
 	CancelQuery(context.Context, *connect.Request[v1.CancelQueryRequest]) (*connect.Response[v1.CancelQueryResponse], error)
 	HostStatus(context.Context, *connect.Request[v1.HostStatusRequest]) (*connect.Response[v1.HostStatusResponse], error)
@@ -166,6 +186,12 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(hostServiceMethods.ByName("CheckSource")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostServiceIntrospectHandler := connect.NewServerStreamHandler(
+		HostServiceIntrospectProcedure,
+		svc.Introspect,
+		connect.WithSchema(hostServiceMethods.ByName("Introspect")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostServiceCancelQueryHandler := connect.NewUnaryHandler(
 		HostServiceCancelQueryProcedure,
 		svc.CancelQuery,
@@ -190,6 +216,8 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 			hostServiceListSourcesHandler.ServeHTTP(w, r)
 		case HostServiceCheckSourceProcedure:
 			hostServiceCheckSourceHandler.ServeHTTP(w, r)
+		case HostServiceIntrospectProcedure:
+			hostServiceIntrospectHandler.ServeHTTP(w, r)
 		case HostServiceCancelQueryProcedure:
 			hostServiceCancelQueryHandler.ServeHTTP(w, r)
 		case HostServiceHostStatusProcedure:
@@ -211,6 +239,10 @@ func (UnimplementedHostServiceHandler) ListSources(context.Context, *connect.Req
 
 func (UnimplementedHostServiceHandler) CheckSource(context.Context, *connect.Request[v1.CheckSourceRequest]) (*connect.Response[v1.CheckSourceResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.HostService.CheckSource is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) Introspect(context.Context, *connect.Request[v1.IntrospectRequest], *connect.ServerStream[v1.CatalogPage]) error {
+	return connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.HostService.Introspect is not implemented"))
 }
 
 func (UnimplementedHostServiceHandler) CancelQuery(context.Context, *connect.Request[v1.CancelQueryRequest]) (*connect.Response[v1.CancelQueryResponse], error) {

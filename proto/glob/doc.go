@@ -1,0 +1,3 @@
+// Package glob matches names with patterns: * is any text, ? any one character,
+// everything else is itself. Case counts, as it does in a catalog.
+package glob
