@@ -67,7 +67,9 @@ func New(cfg Config) *Hub {
 	h.server = &http.Server{
 		Handler:           h.routes(),
 		ReadHeaderTimeout: 20 * time.Second,
-		MaxHeaderBytes:    64 << 10,
+		// A kept stream holds a goroutine and its buffers; a new one costs nothing.
+		IdleTimeout:    10 * time.Second,
+		MaxHeaderBytes: 64 << 10,
 		BaseContext: func(l net.Listener) context.Context {
 			return context.WithValue(context.Background(), peerKey{}, l.(peerListener).peer)
 		},

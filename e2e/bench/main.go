@@ -56,6 +56,7 @@ var measurements = append(tunnelMeasurements,
 	measurement{"sql", measureSQL},
 	measurement{"agent-sql", measureSQLAgent},
 	measurement{"introspect", measureIntrospection},
+	measurement{"fleet", measureFleet},
 )
 
 // roles are what this binary does when it is started as a child of itself, by the
