@@ -26,7 +26,6 @@ type Link struct {
 	Since time.Time
 
 	peer *peer
-	host posternv1connect.HostServiceClient
 
 	mu      sync.Mutex
 	active  int // requests under way
@@ -35,15 +34,16 @@ type Link struct {
 }
 
 func newLink(p *peer, name string) *Link {
-	l := &Link{Agent: p.id.Agent, Organization: p.id.Organization, Name: name, Since: time.Now(), peer: p}
-	control := &http.Client{Transport: l.roundTripper(tunnel.Control)}
-	l.host = posternv1connect.NewHostServiceClient(control, hostURL, connect.WithReadMaxBytes(8<<20))
-	return l
+	return &Link{Agent: p.id.Agent, Organization: p.id.Organization, Name: name, Since: time.Now(), peer: p}
 }
 
 // Host calls the agent's HostService. Its errors are those of Connect; turn them
-// with proto.FromConnect.
-func (l *Link) Host() posternv1connect.HostServiceClient { return l.host }
+// with proto.FromConnect. The client is made for each use: it takes 9 KiB, and
+// most agents are idle.
+func (l *Link) Host() posternv1connect.HostServiceClient {
+	control := &http.Client{Transport: l.roundTripper(tunnel.Control)}
+	return posternv1connect.NewHostServiceClient(control, hostURL, connect.WithReadMaxBytes(8<<20))
+}
 
 // HTTP is a client for plain requests to the agent (URL "http://agent/…") on
 // lanes of this class.
