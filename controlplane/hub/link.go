@@ -38,8 +38,8 @@ func newLink(p *peer, name string) *Link {
 }
 
 // Host calls the agent's HostService. Its errors are those of Connect; turn them
-// with proto.FromConnect. The client is made for each use: it takes 9 KiB, and
-// most agents are idle.
+// with proto.FromConnect. The client is made for each use: it holds some
+// KiB, and most agents are idle.
 func (l *Link) Host() posternv1connect.HostServiceClient {
 	control := &http.Client{Transport: l.roundTripper(tunnel.Control)}
 	return posternv1connect.NewHostServiceClient(control, hostURL, connect.WithReadMaxBytes(8<<20))
