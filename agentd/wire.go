@@ -114,6 +114,7 @@ func mapSources(c *config.Config, env *secret.Environment) []sqlsession.Source {
 			Name: s.Name, Engine: s.Engine, DSN: s.DSN,
 			MaxRows: s.Policy.MaxRows, MaxBytes: s.Policy.MaxBytes, StatementTimeout: s.Policy.StatementTimeout,
 			Concurrency: s.Policy.Concurrency, ReadWrite: s.Policy.Mode == policy.ModeReadWrite,
+			Guard: guard(s.Policy),
 		}
 		if ref := s.Password; !ref.IsZero() {
 			source.Password = func(ctx context.Context) (string, error) {
@@ -124,6 +125,19 @@ func mapSources(c *config.Config, env *secret.Environment) []sqlsession.Source {
 		out = append(out, source)
 	}
 	return out
+}
+
+// guard is what the processes enforce of a policy.
+func guard(p policy.Source) sqlsession.Guard {
+	g := sqlsession.Guard{
+		Mode: string(p.Mode), Plans: string(p.Plans), Functions: p.Functions,
+		WriteSchemas: p.Write.Schemas, WriteStatements: p.Write.Statements,
+		MaskFilters: string(p.MaskFilters), SafeFunctions: p.SafeFunctions,
+	}
+	for _, m := range p.Masks {
+		g.Masks = append(g.Masks, sqlsession.Mask{Columns: m.Columns, Pattern: m.Pattern, With: string(m.With), Keep: m.Keep, Noise: m.Noise})
+	}
+	return g
 }
 
 func (d *Daemon) newHost() *host.Host {

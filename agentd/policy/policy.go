@@ -16,6 +16,17 @@ const (
 	ModeReadWrite Mode = "read-write"
 )
 
+// Plans is how much of a statement's plan may be told.
+type Plans string
+
+// The kinds of plans.
+const (
+	PlansOff       Plans = "off"
+	PlansStructure Plans = "structure" // nodes, tables, indexes; no literals, no numbers
+	PlansFull      Plans = "full"      // as the database tells it
+	PlansAnalyze   Plans = "analyze"   // full, and the statement may be run for it
+)
+
 // What holds where the configuration is silent.
 const (
 	DefaultMaxRows          uint64 = 1_000_000
@@ -46,6 +57,20 @@ type Source struct {
 	KeepFirst, KeepLast int
 	// Hide is what introspection leaves out.
 	Hide Hide
+	// Plans is how much of a statement's plan may be told.
+	Plans Plans
+	// Functions are globs (NAME or SCHEMA.NAME) of functions that may be called
+	// although the mode would refuse them.
+	Functions []string
+	// Write narrows a read-write source.
+	Write Write
+	// Masks hide values before they leave the SQL session; the first rule that
+	// covers a column counts. MaskFilters is how masked columns may be used
+	// beside the result, SafeFunctions are those whose value may be told
+	// although they were given a masked one.
+	Masks         []Mask
+	MaskFilters   Filters
+	SafeFunctions []string
 }
 
 // Request is what somebody asks of a source. A zero limit means the source's.
@@ -79,6 +104,8 @@ func Default() Source {
 		Concurrency:      DefaultConcurrency,
 		KeepFirst:        DefaultKeepRows,
 		KeepLast:         DefaultKeepRows,
+		Plans:            PlansOff,
+		MaskFilters:      FiltersEquality,
 	}
 }
 

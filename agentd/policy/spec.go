@@ -21,8 +21,14 @@ type Spec struct {
 	KeepRows         *KeepSpec `yaml:"keep_rows"`
 	// Hide narrows introspection.
 	Hide []string `yaml:"hide"`
-	// Mask is a list of rules. It is here so that it can be refused by name.
-	Mask []any `yaml:"mask"`
+	// Functions are those that may be called although the mode would refuse them.
+	Functions []string `yaml:"functions"`
+	// Write narrows a read-write source.
+	Write *WriteSpec `yaml:"write"`
+	// Mask are the rules for values, MaskFilters and MaskSafeFunctions what goes with them.
+	Mask              []MaskSpec `yaml:"mask"`
+	MaskFilters       string     `yaml:"mask_filters"`
+	MaskSafeFunctions []string   `yaml:"mask_safe_functions"`
 }
 
 // Source checks the policy and fills in the defaults. The error is one line
@@ -45,10 +51,37 @@ func (s Spec) Source() (Source, error) {
 	default:
 		return Source{}, fmt.Errorf("policy.plans: %q is none of off, structure, full, analyze", s.Plans)
 	}
-	if len(s.Mask) > 0 {
-		return Source{}, errors.New("policy.mask: mask is not supported by this version: leave the source out, or grant its role only columns that may be seen")
-	}
 	var err error
+	if err := checkFunctions(s.Functions); err != nil {
+		return Source{}, fmt.Errorf("policy.functions: %w", err)
+	}
+	source.Functions = s.Functions
+	if source.Write, err = s.Write.check(source.Mode); err != nil {
+		return Source{}, fmt.Errorf("policy.write: %w", err)
+	}
+	if source.Masks, err = checkMasks(s.Mask); err != nil {
+		return Source{}, fmt.Errorf("policy.mask: %w", err)
+	}
+	switch Filters(s.MaskFilters) {
+	case "":
+	case FiltersAllow, FiltersEquality, FiltersRefuse:
+		source.MaskFilters = Filters(s.MaskFilters)
+	default:
+		return Source{}, fmt.Errorf("policy.mask_filters: %q is none of allow, equality, refuse", s.MaskFilters)
+	}
+	if err := checkFunctions(s.MaskSafeFunctions); err != nil {
+		return Source{}, fmt.Errorf("policy.mask_safe_functions: %w", err)
+	}
+	source.SafeFunctions = s.MaskSafeFunctions
+	// What this version parses and does not enforce yet is refused, never ignored.
+	switch {
+	case len(s.Mask) > 0:
+		return Source{}, errors.New("policy.mask: mask is not supported by this version: leave the source out, or grant its role only columns that may be seen")
+	case len(s.Functions) > 0:
+		return Source{}, errors.New("policy.functions: functions is not supported by this version: remove it")
+	case s.Write != nil:
+		return Source{}, errors.New("policy.write: write is not supported by this version: remove it")
+	}
 	if source.KeepFirst, source.KeepLast, err = s.KeepRows.rows(); err != nil {
 		return Source{}, err
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/child"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
@@ -40,7 +41,18 @@ type Source struct {
 	// ReadWrite tells whether requests may write. A request that wants to and
 	// may not is refused.
 	ReadWrite bool
+	// Guard is what the processes enforce on each statement; a change counts
+	// from the next statement on. An empty Mode means read-only, or read-write
+	// with ReadWrite.
+	Guard Guard
 }
+
+// Guard is the part of a source's policy that a SQL session's process
+// enforces; Mask is one of its rules.
+type (
+	Guard = frame.Guard
+	Mask  = frame.Mask
+)
 
 // What holds where a Source is silent.
 const (
@@ -121,6 +133,12 @@ func (s Source) withDefaults() Source {
 	}
 	if s.Concurrency == 0 {
 		s.Concurrency = DefaultConcurrency
+	}
+	if s.Guard.Mode == "" {
+		s.Guard.Mode = "read-only"
+		if s.ReadWrite {
+			s.Guard.Mode = "read-write"
+		}
 	}
 	return s
 }

@@ -260,7 +260,7 @@ func (m *Manager) limits(src *source, request *Request) (*frame.RunRequest, erro
 		return nil, proto.Errorf(proto.CodePolicyDenied, "data source %q is read-only", source.Name)
 	}
 	run := &frame.RunRequest{
-		SQL: request.SQL, ReadWrite: request.ReadWrite,
+		SQL: request.SQL, ReadWrite: request.ReadWrite, Guard: source.Guard,
 		MaxRows:       narrower(source.MaxRows, request.MaxRows),
 		MaxBytes:      narrower(source.MaxBytes, request.MaxBytes),
 		TimeoutMillis: max(1, narrower(source.StatementTimeout, request.Timeout).Milliseconds()),

@@ -523,8 +523,14 @@ type SourceInfo struct {
 	MaxBytes         uint64               `protobuf:"varint,5,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
 	StatementTimeout *durationpb.Duration `protobuf:"bytes,6,opt,name=statement_timeout,json=statementTimeout,proto3" json:"statement_timeout,omitempty"`
 	Concurrency      uint32               `protobuf:"varint,7,opt,name=concurrency,proto3" json:"concurrency,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// off | structure | full | analyze
+	Plans string `protobuf:"bytes,8,opt,name=plans,proto3" json:"plans,omitempty"`
+	// Values of some columns or texts are masked.
+	Masked bool `protobuf:"varint,9,opt,name=masked,proto3" json:"masked,omitempty"`
+	// Regular expressions (RE2): what matches must not be stored or shown, in query texts and error messages.
+	TextPatterns  []string `protobuf:"bytes,10,rep,name=text_patterns,json=textPatterns,proto3" json:"text_patterns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SourceInfo) Reset() {
@@ -604,6 +610,27 @@ func (x *SourceInfo) GetConcurrency() uint32 {
 		return x.Concurrency
 	}
 	return 0
+}
+
+func (x *SourceInfo) GetPlans() string {
+	if x != nil {
+		return x.Plans
+	}
+	return ""
+}
+
+func (x *SourceInfo) GetMasked() bool {
+	if x != nil {
+		return x.Masked
+	}
+	return false
+}
+
+func (x *SourceInfo) GetTextPatterns() []string {
+	if x != nil {
+		return x.TextPatterns
+	}
+	return nil
 }
 
 type ListSourcesRequest struct {
@@ -1340,7 +1367,7 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\x06Notice\x12\x1a\n" +
 	"\bseverity\x18\x01 \x01(\tR\bseverity\x12\x1a\n" +
 	"\bsqlstate\x18\x02 \x01(\tR\bsqlstate\x12\x18\n" +
-	"\amessage\x18\x03 \x01(\tR\amessage\"\xee\x01\n" +
+	"\amessage\x18\x03 \x01(\tR\amessage\"\xc1\x02\n" +
 	"\n" +
 	"SourceInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
@@ -1349,7 +1376,11 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\bmax_rows\x18\x04 \x01(\x04R\amaxRows\x12\x1b\n" +
 	"\tmax_bytes\x18\x05 \x01(\x04R\bmaxBytes\x12F\n" +
 	"\x11statement_timeout\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\x10statementTimeout\x12 \n" +
-	"\vconcurrency\x18\a \x01(\rR\vconcurrency\"\x14\n" +
+	"\vconcurrency\x18\a \x01(\rR\vconcurrency\x12\x14\n" +
+	"\x05plans\x18\b \x01(\tR\x05plans\x12\x16\n" +
+	"\x06masked\x18\t \x01(\bR\x06masked\x12#\n" +
+	"\rtext_patterns\x18\n" +
+	" \x03(\tR\ftextPatterns\"\x14\n" +
 	"\x12ListSourcesRequest\"G\n" +
 	"\x13ListSourcesResponse\x120\n" +
 	"\asources\x18\x01 \x03(\v2\x16.postern.v1.SourceInfoR\asources\"a\n" +

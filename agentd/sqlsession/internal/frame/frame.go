@@ -114,6 +114,37 @@ type RunRequest struct {
 	// KeepFirst and KeepLast are how many of the first and last rows go into
 	// the Kept frame; both 0: there is none.
 	KeepFirst, KeepLast int
+	// Guard is what the policy says to the statement itself.
+	Guard Guard
+}
+
+// Guard is the part of a source's policy that the process enforces on each
+// statement. Its words are those of package policy.
+type Guard struct {
+	// Mode is metadata, read-only or read-write; Plans off, structure, full or
+	// analyze.
+	Mode, Plans string
+	// Functions are globs of functions that may be called although the mode
+	// would refuse them.
+	Functions []string `json:",omitempty"`
+	// WriteSchemas and WriteStatements narrow read-write; empty: they don't.
+	WriteSchemas, WriteStatements []string `json:",omitempty"`
+	// Masks are the rules for values, in the order in which they count.
+	Masks         []Mask   `json:",omitempty"`
+	MaskFilters   string   `json:",omitempty"` // allow, equality or refuse
+	SafeFunctions []string `json:",omitempty"`
+	// MaskKey is the key of hashes.
+	MaskKey []byte `json:",omitempty"`
+}
+
+// Mask is one rule: it has either Columns (globs of TABLE.COLUMN or
+// SCHEMA.TABLE.COLUMN) or a Pattern (RE2, of what is masked inside of texts).
+type Mask struct {
+	Columns []string `json:",omitempty"`
+	Pattern string   `json:",omitempty"`
+	With    string   // redact, hash, partial, null or noise
+	Keep    int      // the last characters that partial leaves
+	Noise   float64  // the largest part of itself by which noise moves a number
 }
 
 // Error is a *proto.Error on its way between processes.
