@@ -21,6 +21,8 @@ var release = "dev"
 const (
 	// FeatureSQL: statements at SQLPath.
 	FeatureSQL = "sql"
+	// FeatureWire: sessions of PostgreSQL's protocol, package wirestream.
+	FeatureWire = "wire"
 	// FeatureSoloLanes: bulk bodies may ask for a lane of their own.
 	FeatureSoloLanes = "solo-lanes"
 )
