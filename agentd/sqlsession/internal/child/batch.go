@@ -50,20 +50,42 @@ type batch struct {
 	keep         *keeper // nil: nothing is kept
 }
 
-// newBatch describes a result. fields may be empty: a statement without rows
-// has a schema without fields. name gives the name of a type that pgTypes does
-// not have. Nothing is written before the first flush.
+// field is what a batch needs to know of a column.
+type field struct {
+	name   string
+	layout layout
+	binary bool // PostgreSQL's binary format is to be asked for
+	arrow  arrow.DataType
+	// meta are pairs of key and value for the Arrow schema.
+	meta []string
+}
+
+// newBatch describes a result of PostgreSQL's; name gives the name of a type that
+// pgTypes does not have.
 func newBatch(fields []pgproto3.FieldDescription, name func(oid uint32) string, out *sink) *batch {
-	b := &batch{columns: make([]column, len(fields)), sink: out, target: firstBatchBytes, first: true}
-	b.overhead = 1024 + 256*len(fields)
-	arrowFields := make([]arrow.Field, len(fields))
+	own := make([]field, len(fields))
 	for i, f := range fields {
 		t, ok := pgTypes[f.DataTypeOID]
 		if !ok {
 			t = text(name(f.DataTypeOID))
 		}
+		own[i] = field{
+			name: string(f.Name), layout: t.layout, binary: t.binary, arrow: t.arrow,
+			meta: []string{"pg.type", t.name, "pg.typmod", strconv.Itoa(int(f.TypeModifier))},
+		}
+	}
+	return newFieldBatch(own, out)
+}
+
+// newFieldBatch describes a result. fields may be empty: a statement without rows
+// has a schema without fields. Nothing is written before the first flush.
+func newFieldBatch(fields []field, out *sink) *batch {
+	b := &batch{columns: make([]column, len(fields)), sink: out, target: firstBatchBytes, first: true}
+	b.overhead = 1024 + 256*len(fields)
+	arrowFields := make([]arrow.Field, len(fields))
+	for i, f := range fields {
 		c := &b.columns[i]
-		*c = column{layout: t.layout, binary: t.binary, name: string(f.Name), arrow: t.arrow}
+		*c = column{layout: f.layout, binary: f.binary, name: f.name, arrow: f.arrow}
 		c.reset()
 		switch c.layout {
 		case layoutUUID:
@@ -71,11 +93,13 @@ func newBatch(fields []pgproto3.FieldDescription, name func(oid uint32) string, 
 		case layout64, layoutTimestamp:
 			b.words++
 		}
-		b.preamble += 512 + len(f.Name) + len(t.name)
-		arrowFields[i] = arrow.Field{
-			Name: string(f.Name), Type: t.arrow, Nullable: true,
-			Metadata: arrow.NewMetadata([]string{"pg.type", "pg.typmod"}, []string{t.name, strconv.Itoa(int(f.TypeModifier))}),
+		var keys, values []string
+		b.preamble += 512 + len(f.name)
+		for k := 0; k+1 < len(f.meta); k += 2 {
+			keys, values = append(keys, f.meta[k]), append(values, f.meta[k+1])
+			b.preamble += 2 * (len(f.meta[k]) + len(f.meta[k+1]))
 		}
+		arrowFields[i] = arrow.Field{Name: f.name, Type: f.arrow, Nullable: true, Metadata: arrow.NewMetadata(keys, values)}
 	}
 	b.schema = arrow.NewSchema(arrowFields, nil)
 	b.preamble += 1024

@@ -52,15 +52,10 @@ type catalog struct {
 	refusal *pgproto3.ErrorResponse
 }
 
-// introspect answers one Introspect; ok tells whether the database session may be
-// used again.
-func (p *process) introspect(r request) (ok bool) {
-	c := &catalog{session: p.session, st: r.st, request: r.introspect, hide: policy.Hide(r.introspect.Hide), page: &posternv1.CatalogPage{}}
-	err := c.run()
-	failure := c.failure(err)
-	clean := r.st.finish()
-	sent := p.sink.send(frame.Introspected, frame.IntrospectedReply{Error: frame.FromError(failure)}) == nil
-	return sent && clean && failure == nil
+// introspect is engine's.
+func (s *session) introspect(r *frame.IntrospectRequest, st *statement) *proto.Error {
+	c := &catalog{session: s, st: st, request: r, hide: policy.Hide(r.Hide), page: &posternv1.CatalogPage{}}
+	return c.failure(c.run())
 }
 
 // failure puts an error into our words.

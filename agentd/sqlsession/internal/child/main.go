@@ -2,7 +2,6 @@ package child
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -34,7 +33,7 @@ type process struct {
 	sink     *sink
 	requests chan request // from the goroutine that reads agentd's frames
 	// session is set before Connected is sent, and so before any Run arrives.
-	session *session
+	session engine
 }
 
 // request is a frame of agentd's that main answers.
@@ -164,7 +163,7 @@ func (p *process) abandon(last *statement) {
 
 func (p *process) cancelRequest(ctx context.Context) error {
 	// A statement exists only once there is a session; see loop.
-	return p.session.canceler.CancelRequest(ctx)
+	return p.session.cancel(ctx)
 }
 
 // loop answers requests one by one.
@@ -174,14 +173,15 @@ func (p *process) loop() int {
 		return exitProtocol
 	}
 	ctx, done := context.WithTimeout(context.Background(), time.Duration(r.connect.TimeoutMillis)*time.Millisecond)
-	session, failure := connect(ctx, r.connect, p.sink)
+	session, failure := open(ctx, r.connect, p.sink)
 	done()
 	if failure != nil {
 		_ = p.sink.send(frame.Failed, frame.FailedReply{Error: frame.FromError(failure)})
 		return exitDone
 	}
 	p.session = session
-	if p.sink.send(frame.Connected, frame.ConnectedReply{Version: session.version, TLS: session.tls}) != nil {
+	defer session.close()
+	if p.sink.send(frame.Connected, session.about()) != nil {
 		return exitProtocol
 	}
 	for {
@@ -191,7 +191,7 @@ func (p *process) loop() int {
 			return exitDatabase
 		}
 		if lost != nil {
-			failure := proto.Errorf(proto.CodeSourceUnreachable, "the connection to PostgreSQL at %s was lost", session.network)
+			failure := proto.Errorf(proto.CodeSourceUnreachable, "the connection to %s was lost", session.name())
 			_ = p.sink.send(frame.Failed, frame.FailedReply{Error: frame.FromError(failure), Lost: true})
 			return exitDatabase
 		}
@@ -238,60 +238,26 @@ func (p *process) check() (ok bool) {
 	return p.sink.send(frame.Checked, frame.CheckedReply{Checks: checks}) == nil && ok
 }
 
+// introspect answers one Introspect; ok tells whether the database session may be
+// used again.
+func (p *process) introspect(r request) (ok bool) {
+	failure := p.session.introspect(r.introspect, r.st)
+	clean := r.st.finish()
+	sent := p.sink.send(frame.Introspected, frame.IntrospectedReply{Error: frame.FromError(failure)}) == nil
+	return sent && clean && failure == nil
+}
+
 // await waits for a request and watches the idle connection meanwhile. An
 // error means that the connection is dead; the request is zero if none came.
 func (p *process) await() (request, error) {
-	c := p.session.wire
-	for {
-		watched := make(chan error, 1)
-		go func() {
-			c.room(5)
-			watched <- c.fill()
-		}()
-		select {
-		case r := <-p.requests:
-			_ = c.conn.SetReadDeadline(time.Now().Add(-time.Second))
-			err := <-watched
-			_ = c.conn.SetReadDeadline(time.Time{})
-			if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-				return r, err
-			}
-			return r, c.asides()
-		case err := <-watched:
-			if err == nil {
-				err = c.asides()
-			}
-			if err != nil {
-				return request{}, err
-			}
-		}
+	stop := make(chan struct{})
+	watched := make(chan error, 1)
+	go func() { watched <- p.session.watch(stop) }()
+	select {
+	case r := <-p.requests:
+		close(stop)
+		return r, <-watched
+	case err := <-watched:
+		return request{}, err
 	}
-}
-
-// asides takes the messages of an idle server that are whole in the buffer.
-func (c *wire) asides() error {
-	for c.w-c.r >= 5 {
-		t, size, err := c.header()
-		if err != nil {
-			return err
-		}
-		if size > maxMessage {
-			return fmt.Errorf("%w: a message of %d bytes while idle", errProtocol, size)
-		}
-		if c.w-c.r < 5+size {
-			c.room(5 + size)
-			return nil
-		}
-		body := c.in[c.r+5 : c.r+5+size]
-		c.r += 5 + size
-		if t == 'E' {
-			e := decodeError(body)
-			return fmt.Errorf("%s", clean(e.Message))
-		}
-		if !c.aside(t, body) {
-			return fmt.Errorf("%w: message %q while idle", errProtocol, t)
-		}
-	}
-	c.notices = c.notices[:0]
-	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -70,9 +71,6 @@ type session struct {
 // connect opens the connection. The error's message fits after the name of the
 // data source.
 func connect(ctx context.Context, r *frame.ConnectRequest, out *sink) (*session, *proto.Error) {
-	if r.Engine != "postgres" {
-		return nil, proto.Errorf(proto.CodeSourceConfig, "engine %q is not supported by this version", r.Engine)
-	}
 	config, err := ParseDSN(r.DSN)
 	if err != nil {
 		return nil, proto.Errorf(proto.CodeSourceConfig, "%w", err)
@@ -200,4 +198,72 @@ func (s *session) reset() error {
 	}
 	s.wire.notices = s.wire.notices[:0]
 	return s.wire.conn.SetDeadline(time.Time{})
+}
+
+// about is engine's.
+func (s *session) about() frame.ConnectedReply {
+	return frame.ConnectedReply{Version: s.version, TLS: s.tls}
+}
+
+func (s *session) name() string { return "PostgreSQL at " + s.network }
+
+func (s *session) cancel(ctx context.Context) error { return s.canceler.CancelRequest(ctx) }
+
+func (s *session) close() { _ = s.wire.conn.Close() }
+
+// watch is engine's.
+func (s *session) watch(stop <-chan struct{}) error {
+	c := s.wire
+	for {
+		watched := make(chan error, 1)
+		go func() {
+			c.room(5)
+			watched <- c.fill()
+		}()
+		select {
+		case <-stop:
+			_ = c.conn.SetReadDeadline(time.Now().Add(-time.Second))
+			err := <-watched
+			_ = c.conn.SetReadDeadline(time.Time{})
+			if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+				return err
+			}
+			return c.asides()
+		case err := <-watched:
+			if err == nil {
+				err = c.asides()
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// asides takes the messages of an idle server that are whole in the buffer.
+func (c *wire) asides() error {
+	for c.w-c.r >= 5 {
+		t, size, err := c.header()
+		if err != nil {
+			return err
+		}
+		if size > maxMessage {
+			return fmt.Errorf("%w: a message of %d bytes while idle", errProtocol, size)
+		}
+		if c.w-c.r < 5+size {
+			c.room(5 + size)
+			return nil
+		}
+		body := c.in[c.r+5 : c.r+5+size]
+		c.r += 5 + size
+		if t == 'E' {
+			e := decodeError(body)
+			return fmt.Errorf("%s", clean(e.Message))
+		}
+		if !c.aside(t, body) {
+			return fmt.Errorf("%w: message %q while idle", errProtocol, t)
+		}
+	}
+	c.notices = c.notices[:0]
+	return nil
 }
