@@ -236,6 +236,8 @@ func readRequest(w http.ResponseWriter, r *http.Request) (*posternv1.SQLRequest,
 		return nil, proto.Errorf(proto.CodeInvalid, "the statement is empty")
 	case len(request.Parameters) > maxParameters:
 		return nil, proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, more than %d", len(request.Parameters), maxParameters)
+	case request.Explain != posternv1.Explain_EXPLAIN_UNSPECIFIED || len(request.HypotheticalIndexes) > 0:
+		return nil, proto.Errorf(proto.CodeInvalid, "plans are not supported by this version of agentd")
 	case request.Timeout != nil && !request.Timeout.IsValid():
 		return nil, proto.Errorf(proto.CodeInvalid, "the request's timeout is out of range")
 	}

@@ -164,7 +164,7 @@ func (res *Result) send(ctx context.Context, agentID string) error {
 	encoded, err := gproto.Marshal(&posternv1.SQLRequest{
 		QueryId: res.QueryID, Source: res.request.Source, Sql: statement.Sql, Principal: res.request.Principal,
 		MaxRows: statement.MaxRows, MaxBytes: statement.MaxBytes, Timeout: statement.Timeout, Parameters: statement.Parameters,
-		TakesRows: true,
+		TakesRows: true, Explain: statement.Explain, HypotheticalIndexes: statement.HypotheticalIndexes,
 	})
 	if err != nil {
 		return proto.Errorf(proto.CodeInvalid, "the statement is not valid UTF-8")

@@ -1799,14 +1799,18 @@ func (x *IntrospectSourceResponse) GetTruncated() bool {
 // Postern-Query-Id and, for clients that say "TE: trailers", the trailer
 // Postern-Outcome. For others a result that ends early breaks the connection.
 type RunSQLRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sql           string                 `protobuf:"bytes,1,opt,name=sql,proto3" json:"sql,omitempty"`
-	MaxRows       uint64                 `protobuf:"varint,2,opt,name=max_rows,json=maxRows,proto3" json:"max_rows,omitempty"`
-	MaxBytes      uint64                 `protobuf:"varint,3,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
-	Timeout       *durationpb.Duration   `protobuf:"bytes,4,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	Parameters    []*Parameter           `protobuf:"bytes,5,rep,name=parameters,proto3" json:"parameters,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state      protoimpl.MessageState `protogen:"open.v1"`
+	Sql        string                 `protobuf:"bytes,1,opt,name=sql,proto3" json:"sql,omitempty"`
+	MaxRows    uint64                 `protobuf:"varint,2,opt,name=max_rows,json=maxRows,proto3" json:"max_rows,omitempty"`
+	MaxBytes   uint64                 `protobuf:"varint,3,opt,name=max_bytes,json=maxBytes,proto3" json:"max_bytes,omitempty"`
+	Timeout    *durationpb.Duration   `protobuf:"bytes,4,opt,name=timeout,proto3" json:"timeout,omitempty"`
+	Parameters []*Parameter           `protobuf:"bytes,5,rep,name=parameters,proto3" json:"parameters,omitempty"`
+	// See SQLRequest. The answer then is one row with one column, QUERY PLAN, of
+	// type json.
+	Explain             Explain  `protobuf:"varint,6,opt,name=explain,proto3,enum=postern.v1.Explain" json:"explain,omitempty"`
+	HypotheticalIndexes []string `protobuf:"bytes,7,rep,name=hypothetical_indexes,json=hypotheticalIndexes,proto3" json:"hypothetical_indexes,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *RunSQLRequest) Reset() {
@@ -1870,6 +1874,20 @@ func (x *RunSQLRequest) GetTimeout() *durationpb.Duration {
 func (x *RunSQLRequest) GetParameters() []*Parameter {
 	if x != nil {
 		return x.Parameters
+	}
+	return nil
+}
+
+func (x *RunSQLRequest) GetExplain() Explain {
+	if x != nil {
+		return x.Explain
+	}
+	return Explain_EXPLAIN_UNSPECIFIED
+}
+
+func (x *RunSQLRequest) GetHypotheticalIndexes() []string {
+	if x != nil {
+		return x.HypotheticalIndexes
 	}
 	return nil
 }
@@ -3201,7 +3219,7 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\tfunctions\x18\x03 \x03(\v2\x1b.postern.v1.CatalogFunctionR\tfunctions\x12&\n" +
 	"\x0fnext_page_token\x18\x04 \x01(\tR\rnextPageToken\x128\n" +
 	"\trefreshed\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\trefreshed\x12\x1c\n" +
-	"\ttruncated\x18\x06 \x01(\bR\ttruncated\"\xc5\x01\n" +
+	"\ttruncated\x18\x06 \x01(\bR\ttruncated\"\xa7\x02\n" +
 	"\rRunSQLRequest\x12\x10\n" +
 	"\x03sql\x18\x01 \x01(\tR\x03sql\x12\x19\n" +
 	"\bmax_rows\x18\x02 \x01(\x04R\amaxRows\x12\x1b\n" +
@@ -3209,7 +3227,9 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\atimeout\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\atimeout\x125\n" +
 	"\n" +
 	"parameters\x18\x05 \x03(\v2\x15.postern.v1.ParameterR\n" +
-	"parameters\"\xd2\x02\n" +
+	"parameters\x12-\n" +
+	"\aexplain\x18\x06 \x01(\x0e2\x13.postern.v1.ExplainR\aexplain\x121\n" +
+	"\x14hypothetical_indexes\x18\a \x03(\tR\x13hypotheticalIndexes\"\xd2\x02\n" +
 	"\x05Query\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x16\n" +
@@ -3397,9 +3417,10 @@ var file_postern_v1_api_proto_goTypes = []any{
 	(*CatalogTable)(nil),                    // 60: postern.v1.CatalogTable
 	(*CatalogFunction)(nil),                 // 61: postern.v1.CatalogFunction
 	(*Parameter)(nil),                       // 62: postern.v1.Parameter
-	(*ErrorDetail)(nil),                     // 63: postern.v1.ErrorDetail
-	(*KeptRows)(nil),                        // 64: postern.v1.KeptRows
-	(*CheckSourceResponse)(nil),             // 65: postern.v1.CheckSourceResponse
+	(Explain)(0),                            // 63: postern.v1.Explain
+	(*ErrorDetail)(nil),                     // 64: postern.v1.ErrorDetail
+	(*KeptRows)(nil),                        // 65: postern.v1.KeptRows
+	(*CheckSourceResponse)(nil),             // 66: postern.v1.CheckSourceResponse
 }
 var file_postern_v1_api_proto_depIdxs = []int32{
 	56, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
@@ -3440,70 +3461,71 @@ var file_postern_v1_api_proto_depIdxs = []int32{
 	56, // 35: postern.v1.IntrospectSourceResponse.refreshed:type_name -> google.protobuf.Timestamp
 	57, // 36: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
 	62, // 37: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
-	56, // 38: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
-	57, // 39: postern.v1.Query.duration:type_name -> google.protobuf.Duration
-	63, // 40: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
-	31, // 41: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
-	31, // 42: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
-	64, // 43: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
-	31, // 44: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
-	42, // 45: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
-	56, // 46: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
-	43, // 47: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
-	43, // 48: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
-	43, // 49: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
-	52, // 50: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
-	56, // 51: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	56, // 52: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	0,  // 53: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
-	3,  // 54: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
-	5,  // 55: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
-	7,  // 56: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
-	10, // 57: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
-	12, // 58: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
-	14, // 59: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
-	18, // 60: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
-	20, // 61: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
-	22, // 62: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
-	24, // 63: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
-	27, // 64: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
-	28, // 65: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
-	32, // 66: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
-	34, // 67: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
-	36, // 68: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
-	38, // 69: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
-	40, // 70: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
-	44, // 71: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
-	46, // 72: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
-	48, // 73: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
-	50, // 74: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
-	1,  // 75: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
-	4,  // 76: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
-	6,  // 77: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
-	8,  // 78: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
-	11, // 79: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
-	13, // 80: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
-	15, // 81: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
-	19, // 82: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
-	21, // 83: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
-	23, // 84: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
-	26, // 85: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
-	65, // 86: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	29, // 87: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
-	33, // 88: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
-	35, // 89: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
-	37, // 90: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
-	39, // 91: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
-	41, // 92: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
-	45, // 93: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
-	47, // 94: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
-	49, // 95: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
-	51, // 96: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
-	75, // [75:97] is the sub-list for method output_type
-	53, // [53:75] is the sub-list for method input_type
-	53, // [53:53] is the sub-list for extension type_name
-	53, // [53:53] is the sub-list for extension extendee
-	0,  // [0:53] is the sub-list for field type_name
+	63, // 38: postern.v1.RunSQLRequest.explain:type_name -> postern.v1.Explain
+	56, // 39: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
+	57, // 40: postern.v1.Query.duration:type_name -> google.protobuf.Duration
+	64, // 41: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
+	31, // 42: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
+	31, // 43: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
+	65, // 44: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
+	31, // 45: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
+	42, // 46: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
+	56, // 47: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
+	43, // 48: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
+	43, // 49: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
+	43, // 50: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
+	52, // 51: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
+	56, // 52: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	56, // 53: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	0,  // 54: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
+	3,  // 55: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
+	5,  // 56: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
+	7,  // 57: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
+	10, // 58: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
+	12, // 59: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
+	14, // 60: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
+	18, // 61: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
+	20, // 62: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
+	22, // 63: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
+	24, // 64: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
+	27, // 65: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
+	28, // 66: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
+	32, // 67: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
+	34, // 68: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
+	36, // 69: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
+	38, // 70: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
+	40, // 71: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
+	44, // 72: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
+	46, // 73: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
+	48, // 74: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
+	50, // 75: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
+	1,  // 76: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
+	4,  // 77: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
+	6,  // 78: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
+	8,  // 79: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
+	11, // 80: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
+	13, // 81: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
+	15, // 82: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
+	19, // 83: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
+	21, // 84: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
+	23, // 85: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
+	26, // 86: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
+	66, // 87: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	29, // 88: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
+	33, // 89: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
+	35, // 90: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
+	37, // 91: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
+	39, // 92: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
+	41, // 93: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
+	45, // 94: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
+	47, // 95: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
+	49, // 96: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
+	51, // 97: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
+	76, // [76:98] is the sub-list for method output_type
+	54, // [54:76] is the sub-list for method input_type
+	54, // [54:54] is the sub-list for extension type_name
+	54, // [54:54] is the sub-list for extension extendee
+	0,  // [0:54] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_api_proto_init() }

@@ -23,6 +23,58 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
+// Explain is what is asked for instead of a statement's rows.
+type Explain int32
+
+const (
+	Explain_EXPLAIN_UNSPECIFIED Explain = 0
+	// The plan, without running the statement.
+	Explain_EXPLAIN_PLAN Explain = 1
+	// The plan with what running it took.
+	Explain_EXPLAIN_ANALYZE Explain = 2
+)
+
+// Enum value maps for Explain.
+var (
+	Explain_name = map[int32]string{
+		0: "EXPLAIN_UNSPECIFIED",
+		1: "EXPLAIN_PLAN",
+		2: "EXPLAIN_ANALYZE",
+	}
+	Explain_value = map[string]int32{
+		"EXPLAIN_UNSPECIFIED": 0,
+		"EXPLAIN_PLAN":        1,
+		"EXPLAIN_ANALYZE":     2,
+	}
+)
+
+func (x Explain) Enum() *Explain {
+	p := new(Explain)
+	*p = x
+	return p
+}
+
+func (x Explain) String() string {
+	return protoimpl.X.EnumStringOf(x.Descriptor(), protoreflect.EnumNumber(x))
+}
+
+func (Explain) Descriptor() protoreflect.EnumDescriptor {
+	return file_postern_v1_host_proto_enumTypes[0].Descriptor()
+}
+
+func (Explain) Type() protoreflect.EnumType {
+	return &file_postern_v1_host_proto_enumTypes[0]
+}
+
+func (x Explain) Number() protoreflect.EnumNumber {
+	return protoreflect.EnumNumber(x)
+}
+
+// Deprecated: Use Explain.Descriptor instead.
+func (Explain) EnumDescriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{0}
+}
+
 // Principal is on whose behalf the control plane asks. The host logs it; it
 // grants nothing by itself.
 type Principal struct {
@@ -111,9 +163,16 @@ type SQLRequest struct {
 	Parameters []*Parameter         `protobuf:"bytes,8,rep,name=parameters,proto3" json:"parameters,omitempty"`
 	// The control plane takes LinkService.ReportRows for this statement. Whether
 	// there is anything to report is the host's decision.
-	TakesRows     bool `protobuf:"varint,9,opt,name=takes_rows,json=takesRows,proto3" json:"takes_rows,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	TakesRows bool `protobuf:"varint,9,opt,name=takes_rows,json=takesRows,proto3" json:"takes_rows,omitempty"`
+	// Instead of its rows the statement's plan is told, as far as the source's
+	// policy allows plans. Only EXPLAIN_ANALYZE runs the statement, which then
+	// must be a query, and only in a transaction that is read only and rolled back.
+	Explain Explain `protobuf:"varint,10,opt,name=explain,proto3,enum=postern.v1.Explain" json:"explain,omitempty"`
+	// CREATE INDEX statements: the plan is as if these indexes were there. At most
+	// 20, with EXPLAIN_PLAN alone, and only where the database has hypopg.
+	HypotheticalIndexes []string `protobuf:"bytes,11,rep,name=hypothetical_indexes,json=hypotheticalIndexes,proto3" json:"hypothetical_indexes,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *SQLRequest) Reset() {
@@ -209,6 +268,20 @@ func (x *SQLRequest) GetTakesRows() bool {
 	return false
 }
 
+func (x *SQLRequest) GetExplain() Explain {
+	if x != nil {
+		return x.Explain
+	}
+	return Explain_EXPLAIN_UNSPECIFIED
+}
+
+func (x *SQLRequest) GetHypotheticalIndexes() []string {
+	if x != nil {
+		return x.HypotheticalIndexes
+	}
+	return nil
+}
+
 // Parameter is a named value, bound and never pasted into the text.
 type Parameter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -278,9 +351,14 @@ type QueryOutcome struct {
 	Notices []*Notice    `protobuf:"bytes,7,rep,name=notices,proto3" json:"notices,omitempty"`
 	// The agent reports the statement's first and last rows by
 	// LinkService.ReportRows, at the same time as it sends this.
-	RowsReported  bool `protobuf:"varint,8,opt,name=rows_reported,json=rowsReported,proto3" json:"rows_reported,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	RowsReported bool `protobuf:"varint,8,opt,name=rows_reported,json=rowsReported,proto3" json:"rows_reported,omitempty"`
+	// The statement's placeholders with their types, where it was described and
+	// not run: on a source in mode metadata.
+	Parameters []*ParameterInfo `protobuf:"bytes,9,rep,name=parameters,proto3" json:"parameters,omitempty"`
+	// Some parameters are missing: they would not fit.
+	ParametersTruncated bool `protobuf:"varint,10,opt,name=parameters_truncated,json=parametersTruncated,proto3" json:"parameters_truncated,omitempty"`
+	unknownFields       protoimpl.UnknownFields
+	sizeCache           protoimpl.SizeCache
 }
 
 func (x *QueryOutcome) Reset() {
@@ -369,6 +447,74 @@ func (x *QueryOutcome) GetRowsReported() bool {
 	return false
 }
 
+func (x *QueryOutcome) GetParameters() []*ParameterInfo {
+	if x != nil {
+		return x.Parameters
+	}
+	return nil
+}
+
+func (x *QueryOutcome) GetParametersTruncated() bool {
+	if x != nil {
+		return x.ParametersTruncated
+	}
+	return false
+}
+
+// ParameterInfo is a placeholder of a statement.
+type ParameterInfo struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// As SQL names it: integer, character varying, app.mood, ...
+	Type          string `protobuf:"bytes,2,opt,name=type,proto3" json:"type,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ParameterInfo) Reset() {
+	*x = ParameterInfo{}
+	mi := &file_postern_v1_host_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ParameterInfo) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ParameterInfo) ProtoMessage() {}
+
+func (x *ParameterInfo) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ParameterInfo.ProtoReflect.Descriptor instead.
+func (*ParameterInfo) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *ParameterInfo) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ParameterInfo) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
 // KeptRows are the first and last rows of a result, as the source's policy lets
 // them be kept with the history.
 type KeptRows struct {
@@ -389,7 +535,7 @@ type KeptRows struct {
 
 func (x *KeptRows) Reset() {
 	*x = KeptRows{}
-	mi := &file_postern_v1_host_proto_msgTypes[4]
+	mi := &file_postern_v1_host_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -401,7 +547,7 @@ func (x *KeptRows) String() string {
 func (*KeptRows) ProtoMessage() {}
 
 func (x *KeptRows) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[4]
+	mi := &file_postern_v1_host_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -414,7 +560,7 @@ func (x *KeptRows) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRows.ProtoReflect.Descriptor instead.
 func (*KeptRows) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{4}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *KeptRows) GetArrow() []byte {
@@ -463,7 +609,7 @@ type Notice struct {
 
 func (x *Notice) Reset() {
 	*x = Notice{}
-	mi := &file_postern_v1_host_proto_msgTypes[5]
+	mi := &file_postern_v1_host_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -475,7 +621,7 @@ func (x *Notice) String() string {
 func (*Notice) ProtoMessage() {}
 
 func (x *Notice) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[5]
+	mi := &file_postern_v1_host_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -488,7 +634,7 @@ func (x *Notice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Notice.ProtoReflect.Descriptor instead.
 func (*Notice) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *Notice) GetSeverity() string {
@@ -535,7 +681,7 @@ type SourceInfo struct {
 
 func (x *SourceInfo) Reset() {
 	*x = SourceInfo{}
-	mi := &file_postern_v1_host_proto_msgTypes[6]
+	mi := &file_postern_v1_host_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -547,7 +693,7 @@ func (x *SourceInfo) String() string {
 func (*SourceInfo) ProtoMessage() {}
 
 func (x *SourceInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[6]
+	mi := &file_postern_v1_host_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -560,7 +706,7 @@ func (x *SourceInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceInfo.ProtoReflect.Descriptor instead.
 func (*SourceInfo) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *SourceInfo) GetName() string {
@@ -641,7 +787,7 @@ type ListSourcesRequest struct {
 
 func (x *ListSourcesRequest) Reset() {
 	*x = ListSourcesRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[7]
+	mi := &file_postern_v1_host_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -653,7 +799,7 @@ func (x *ListSourcesRequest) String() string {
 func (*ListSourcesRequest) ProtoMessage() {}
 
 func (x *ListSourcesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[7]
+	mi := &file_postern_v1_host_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -666,7 +812,7 @@ func (x *ListSourcesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSourcesRequest.ProtoReflect.Descriptor instead.
 func (*ListSourcesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{7}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{8}
 }
 
 type ListSourcesResponse struct {
@@ -678,7 +824,7 @@ type ListSourcesResponse struct {
 
 func (x *ListSourcesResponse) Reset() {
 	*x = ListSourcesResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[8]
+	mi := &file_postern_v1_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -690,7 +836,7 @@ func (x *ListSourcesResponse) String() string {
 func (*ListSourcesResponse) ProtoMessage() {}
 
 func (x *ListSourcesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[8]
+	mi := &file_postern_v1_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -703,7 +849,7 @@ func (x *ListSourcesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSourcesResponse.ProtoReflect.Descriptor instead.
 func (*ListSourcesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{8}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListSourcesResponse) GetSources() []*SourceInfo {
@@ -723,7 +869,7 @@ type CheckSourceRequest struct {
 
 func (x *CheckSourceRequest) Reset() {
 	*x = CheckSourceRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[9]
+	mi := &file_postern_v1_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -735,7 +881,7 @@ func (x *CheckSourceRequest) String() string {
 func (*CheckSourceRequest) ProtoMessage() {}
 
 func (x *CheckSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[9]
+	mi := &file_postern_v1_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -748,7 +894,7 @@ func (x *CheckSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckSourceRequest.ProtoReflect.Descriptor instead.
 func (*CheckSourceRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CheckSourceRequest) GetSource() string {
@@ -774,7 +920,7 @@ type CheckSourceResponse struct {
 
 func (x *CheckSourceResponse) Reset() {
 	*x = CheckSourceResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[10]
+	mi := &file_postern_v1_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -786,7 +932,7 @@ func (x *CheckSourceResponse) String() string {
 func (*CheckSourceResponse) ProtoMessage() {}
 
 func (x *CheckSourceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[10]
+	mi := &file_postern_v1_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -799,7 +945,7 @@ func (x *CheckSourceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckSourceResponse.ProtoReflect.Descriptor instead.
 func (*CheckSourceResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *CheckSourceResponse) GetChecks() []*Check {
@@ -822,7 +968,7 @@ type IntrospectRequest struct {
 
 func (x *IntrospectRequest) Reset() {
 	*x = IntrospectRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[11]
+	mi := &file_postern_v1_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -834,7 +980,7 @@ func (x *IntrospectRequest) String() string {
 func (*IntrospectRequest) ProtoMessage() {}
 
 func (x *IntrospectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[11]
+	mi := &file_postern_v1_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -847,7 +993,7 @@ func (x *IntrospectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IntrospectRequest.ProtoReflect.Descriptor instead.
 func (*IntrospectRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *IntrospectRequest) GetSource() string {
@@ -886,7 +1032,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_postern_v1_host_proto_msgTypes[12]
+	mi := &file_postern_v1_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -898,7 +1044,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[12]
+	mi := &file_postern_v1_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -911,7 +1057,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Check) GetName() string {
@@ -952,7 +1098,7 @@ type CancelQueryRequest struct {
 
 func (x *CancelQueryRequest) Reset() {
 	*x = CancelQueryRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[13]
+	mi := &file_postern_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1110,7 @@ func (x *CancelQueryRequest) String() string {
 func (*CancelQueryRequest) ProtoMessage() {}
 
 func (x *CancelQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[13]
+	mi := &file_postern_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1123,7 @@ func (x *CancelQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelQueryRequest.ProtoReflect.Descriptor instead.
 func (*CancelQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *CancelQueryRequest) GetQueryId() string {
@@ -1004,7 +1150,7 @@ type CancelQueryResponse struct {
 
 func (x *CancelQueryResponse) Reset() {
 	*x = CancelQueryResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[14]
+	mi := &file_postern_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1016,7 +1162,7 @@ func (x *CancelQueryResponse) String() string {
 func (*CancelQueryResponse) ProtoMessage() {}
 
 func (x *CancelQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[14]
+	mi := &file_postern_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1029,7 +1175,7 @@ func (x *CancelQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelQueryResponse.ProtoReflect.Descriptor instead.
 func (*CancelQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *CancelQueryResponse) GetFound() bool {
@@ -1047,7 +1193,7 @@ type HostStatusRequest struct {
 
 func (x *HostStatusRequest) Reset() {
 	*x = HostStatusRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[15]
+	mi := &file_postern_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1059,7 +1205,7 @@ func (x *HostStatusRequest) String() string {
 func (*HostStatusRequest) ProtoMessage() {}
 
 func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[15]
+	mi := &file_postern_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1072,7 +1218,7 @@ func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusRequest.ProtoReflect.Descriptor instead.
 func (*HostStatusRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 type HostStatusResponse struct {
@@ -1088,7 +1234,7 @@ type HostStatusResponse struct {
 
 func (x *HostStatusResponse) Reset() {
 	*x = HostStatusResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[16]
+	mi := &file_postern_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1100,7 +1246,7 @@ func (x *HostStatusResponse) String() string {
 func (*HostStatusResponse) ProtoMessage() {}
 
 func (x *HostStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[16]
+	mi := &file_postern_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1113,7 +1259,7 @@ func (x *HostStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusResponse.ProtoReflect.Descriptor instead.
 func (*HostStatusResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *HostStatusResponse) GetStarted() *timestamppb.Timestamp {
@@ -1163,7 +1309,7 @@ type RunningQuery struct {
 
 func (x *RunningQuery) Reset() {
 	*x = RunningQuery{}
-	mi := &file_postern_v1_host_proto_msgTypes[17]
+	mi := &file_postern_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1175,7 +1321,7 @@ func (x *RunningQuery) String() string {
 func (*RunningQuery) ProtoMessage() {}
 
 func (x *RunningQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[17]
+	mi := &file_postern_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1188,7 +1334,7 @@ func (x *RunningQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunningQuery.ProtoReflect.Descriptor instead.
 func (*RunningQuery) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RunningQuery) GetQueryId() string {
@@ -1231,7 +1377,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[18]
+	mi := &file_postern_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1243,7 +1389,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[18]
+	mi := &file_postern_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1256,7 +1402,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -1283,7 +1429,7 @@ type ReadAuditResponse struct {
 
 func (x *ReadAuditResponse) Reset() {
 	*x = ReadAuditResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[19]
+	mi := &file_postern_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1295,7 +1441,7 @@ func (x *ReadAuditResponse) String() string {
 func (*ReadAuditResponse) ProtoMessage() {}
 
 func (x *ReadAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[19]
+	mi := &file_postern_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1308,7 +1454,7 @@ func (x *ReadAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditResponse.ProtoReflect.Descriptor instead.
 func (*ReadAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *ReadAuditResponse) GetEntries() [][]byte {
@@ -1329,7 +1475,7 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\btoken_id\x18\x02 \x01(\tR\atokenId\x12\x1d\n" +
 	"\n" +
 	"token_name\x18\x03 \x01(\tR\ttokenName\x12\x12\n" +
-	"\x04role\x18\x04 \x01(\tR\x04role\"\xc9\x02\n" +
+	"\x04role\x18\x04 \x01(\tR\x04role\"\xab\x03\n" +
 	"\n" +
 	"SQLRequest\x12\x19\n" +
 	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12\x16\n" +
@@ -1343,11 +1489,14 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"parameters\x18\b \x03(\v2\x15.postern.v1.ParameterR\n" +
 	"parameters\x12\x1d\n" +
 	"\n" +
-	"takes_rows\x18\t \x01(\bR\ttakesRows\"D\n" +
+	"takes_rows\x18\t \x01(\bR\ttakesRows\x12-\n" +
+	"\aexplain\x18\n" +
+	" \x01(\x0e2\x13.postern.v1.ExplainR\aexplain\x121\n" +
+	"\x14hypothetical_indexes\x18\v \x03(\tR\x13hypotheticalIndexes\"D\n" +
 	"\tParameter\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\x05value\x18\x02 \x01(\tH\x00R\x05value\x88\x01\x01B\b\n" +
-	"\x06_value\"\xad\x02\n" +
+	"\x06_value\"\x9b\x03\n" +
 	"\fQueryOutcome\x12\x19\n" +
 	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12\x12\n" +
 	"\x04rows\x18\x02 \x01(\x04R\x04rows\x12\x14\n" +
@@ -1357,7 +1506,15 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"commandTag\x12-\n" +
 	"\x05error\x18\x06 \x01(\v2\x17.postern.v1.ErrorDetailR\x05error\x12,\n" +
 	"\anotices\x18\a \x03(\v2\x12.postern.v1.NoticeR\anotices\x12#\n" +
-	"\rrows_reported\x18\b \x01(\bR\frowsReported\"r\n" +
+	"\rrows_reported\x18\b \x01(\bR\frowsReported\x129\n" +
+	"\n" +
+	"parameters\x18\t \x03(\v2\x19.postern.v1.ParameterInfoR\n" +
+	"parameters\x121\n" +
+	"\x14parameters_truncated\x18\n" +
+	" \x01(\bR\x13parametersTruncated\"7\n" +
+	"\rParameterInfo\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\"r\n" +
 	"\bKeptRows\x12\x14\n" +
 	"\x05arrow\x18\x01 \x01(\fR\x05arrow\x12\x14\n" +
 	"\x05first\x18\x02 \x01(\rR\x05first\x12\x12\n" +
@@ -1419,7 +1576,11 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\x04from\x18\x01 \x01(\x04R\x04from\x12\x14\n" +
 	"\x05limit\x18\x02 \x01(\rR\x05limit\"-\n" +
 	"\x11ReadAuditResponse\x12\x18\n" +
-	"\aentries\x18\x01 \x03(\fR\aentries2\xe8\x03\n" +
+	"\aentries\x18\x01 \x03(\fR\aentries*I\n" +
+	"\aExplain\x12\x17\n" +
+	"\x13EXPLAIN_UNSPECIFIED\x10\x00\x12\x10\n" +
+	"\fEXPLAIN_PLAN\x10\x01\x12\x13\n" +
+	"\x0fEXPLAIN_ANALYZE\x10\x022\xe8\x03\n" +
 	"\vHostService\x12P\n" +
 	"\vListSources\x12\x1e.postern.v1.ListSourcesRequest\x1a\x1f.postern.v1.ListSourcesResponse\"\x00\x12P\n" +
 	"\vCheckSource\x12\x1e.postern.v1.CheckSourceRequest\x1a\x1f.postern.v1.CheckSourceResponse\"\x00\x12H\n" +
@@ -1442,70 +1603,75 @@ func file_postern_v1_host_proto_rawDescGZIP() []byte {
 	return file_postern_v1_host_proto_rawDescData
 }
 
-var file_postern_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
+var file_postern_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
+var file_postern_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_postern_v1_host_proto_goTypes = []any{
-	(*Principal)(nil),             // 0: postern.v1.Principal
-	(*SQLRequest)(nil),            // 1: postern.v1.SQLRequest
-	(*Parameter)(nil),             // 2: postern.v1.Parameter
-	(*QueryOutcome)(nil),          // 3: postern.v1.QueryOutcome
-	(*KeptRows)(nil),              // 4: postern.v1.KeptRows
-	(*Notice)(nil),                // 5: postern.v1.Notice
-	(*SourceInfo)(nil),            // 6: postern.v1.SourceInfo
-	(*ListSourcesRequest)(nil),    // 7: postern.v1.ListSourcesRequest
-	(*ListSourcesResponse)(nil),   // 8: postern.v1.ListSourcesResponse
-	(*CheckSourceRequest)(nil),    // 9: postern.v1.CheckSourceRequest
-	(*CheckSourceResponse)(nil),   // 10: postern.v1.CheckSourceResponse
-	(*IntrospectRequest)(nil),     // 11: postern.v1.IntrospectRequest
-	(*Check)(nil),                 // 12: postern.v1.Check
-	(*CancelQueryRequest)(nil),    // 13: postern.v1.CancelQueryRequest
-	(*CancelQueryResponse)(nil),   // 14: postern.v1.CancelQueryResponse
-	(*HostStatusRequest)(nil),     // 15: postern.v1.HostStatusRequest
-	(*HostStatusResponse)(nil),    // 16: postern.v1.HostStatusResponse
-	(*RunningQuery)(nil),          // 17: postern.v1.RunningQuery
-	(*ReadAuditRequest)(nil),      // 18: postern.v1.ReadAuditRequest
-	(*ReadAuditResponse)(nil),     // 19: postern.v1.ReadAuditResponse
-	(*durationpb.Duration)(nil),   // 20: google.protobuf.Duration
-	(*ErrorDetail)(nil),           // 21: postern.v1.ErrorDetail
-	(*CatalogSchema)(nil),         // 22: postern.v1.CatalogSchema
-	(*timestamppb.Timestamp)(nil), // 23: google.protobuf.Timestamp
-	(*CatalogPage)(nil),           // 24: postern.v1.CatalogPage
+	(Explain)(0),                  // 0: postern.v1.Explain
+	(*Principal)(nil),             // 1: postern.v1.Principal
+	(*SQLRequest)(nil),            // 2: postern.v1.SQLRequest
+	(*Parameter)(nil),             // 3: postern.v1.Parameter
+	(*QueryOutcome)(nil),          // 4: postern.v1.QueryOutcome
+	(*ParameterInfo)(nil),         // 5: postern.v1.ParameterInfo
+	(*KeptRows)(nil),              // 6: postern.v1.KeptRows
+	(*Notice)(nil),                // 7: postern.v1.Notice
+	(*SourceInfo)(nil),            // 8: postern.v1.SourceInfo
+	(*ListSourcesRequest)(nil),    // 9: postern.v1.ListSourcesRequest
+	(*ListSourcesResponse)(nil),   // 10: postern.v1.ListSourcesResponse
+	(*CheckSourceRequest)(nil),    // 11: postern.v1.CheckSourceRequest
+	(*CheckSourceResponse)(nil),   // 12: postern.v1.CheckSourceResponse
+	(*IntrospectRequest)(nil),     // 13: postern.v1.IntrospectRequest
+	(*Check)(nil),                 // 14: postern.v1.Check
+	(*CancelQueryRequest)(nil),    // 15: postern.v1.CancelQueryRequest
+	(*CancelQueryResponse)(nil),   // 16: postern.v1.CancelQueryResponse
+	(*HostStatusRequest)(nil),     // 17: postern.v1.HostStatusRequest
+	(*HostStatusResponse)(nil),    // 18: postern.v1.HostStatusResponse
+	(*RunningQuery)(nil),          // 19: postern.v1.RunningQuery
+	(*ReadAuditRequest)(nil),      // 20: postern.v1.ReadAuditRequest
+	(*ReadAuditResponse)(nil),     // 21: postern.v1.ReadAuditResponse
+	(*durationpb.Duration)(nil),   // 22: google.protobuf.Duration
+	(*ErrorDetail)(nil),           // 23: postern.v1.ErrorDetail
+	(*CatalogSchema)(nil),         // 24: postern.v1.CatalogSchema
+	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
+	(*CatalogPage)(nil),           // 26: postern.v1.CatalogPage
 }
 var file_postern_v1_host_proto_depIdxs = []int32{
-	0,  // 0: postern.v1.SQLRequest.principal:type_name -> postern.v1.Principal
-	20, // 1: postern.v1.SQLRequest.timeout:type_name -> google.protobuf.Duration
-	2,  // 2: postern.v1.SQLRequest.parameters:type_name -> postern.v1.Parameter
-	20, // 3: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
-	21, // 4: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
-	5,  // 5: postern.v1.QueryOutcome.notices:type_name -> postern.v1.Notice
-	20, // 6: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
-	6,  // 7: postern.v1.ListSourcesResponse.sources:type_name -> postern.v1.SourceInfo
-	0,  // 8: postern.v1.CheckSourceRequest.principal:type_name -> postern.v1.Principal
-	12, // 9: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
-	0,  // 10: postern.v1.IntrospectRequest.principal:type_name -> postern.v1.Principal
-	22, // 11: postern.v1.IntrospectRequest.known:type_name -> postern.v1.CatalogSchema
-	0,  // 12: postern.v1.CancelQueryRequest.principal:type_name -> postern.v1.Principal
-	23, // 13: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
-	6,  // 14: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
-	17, // 15: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
-	23, // 16: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
-	23, // 17: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
-	7,  // 18: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
-	9,  // 19: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
-	11, // 20: postern.v1.HostService.Introspect:input_type -> postern.v1.IntrospectRequest
-	13, // 21: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
-	15, // 22: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
-	18, // 23: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
-	8,  // 24: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
-	10, // 25: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	24, // 26: postern.v1.HostService.Introspect:output_type -> postern.v1.CatalogPage
-	14, // 27: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
-	16, // 28: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
-	19, // 29: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
-	24, // [24:30] is the sub-list for method output_type
-	18, // [18:24] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	1,  // 0: postern.v1.SQLRequest.principal:type_name -> postern.v1.Principal
+	22, // 1: postern.v1.SQLRequest.timeout:type_name -> google.protobuf.Duration
+	3,  // 2: postern.v1.SQLRequest.parameters:type_name -> postern.v1.Parameter
+	0,  // 3: postern.v1.SQLRequest.explain:type_name -> postern.v1.Explain
+	22, // 4: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
+	23, // 5: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
+	7,  // 6: postern.v1.QueryOutcome.notices:type_name -> postern.v1.Notice
+	5,  // 7: postern.v1.QueryOutcome.parameters:type_name -> postern.v1.ParameterInfo
+	22, // 8: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
+	8,  // 9: postern.v1.ListSourcesResponse.sources:type_name -> postern.v1.SourceInfo
+	1,  // 10: postern.v1.CheckSourceRequest.principal:type_name -> postern.v1.Principal
+	14, // 11: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
+	1,  // 12: postern.v1.IntrospectRequest.principal:type_name -> postern.v1.Principal
+	24, // 13: postern.v1.IntrospectRequest.known:type_name -> postern.v1.CatalogSchema
+	1,  // 14: postern.v1.CancelQueryRequest.principal:type_name -> postern.v1.Principal
+	25, // 15: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
+	8,  // 16: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
+	19, // 17: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
+	25, // 18: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
+	25, // 19: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
+	9,  // 20: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
+	11, // 21: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
+	13, // 22: postern.v1.HostService.Introspect:input_type -> postern.v1.IntrospectRequest
+	15, // 23: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
+	17, // 24: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
+	20, // 25: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
+	10, // 26: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
+	12, // 27: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	26, // 28: postern.v1.HostService.Introspect:output_type -> postern.v1.CatalogPage
+	16, // 29: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
+	18, // 30: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
+	21, // 31: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
+	26, // [26:32] is the sub-list for method output_type
+	20, // [20:26] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_host_proto_init() }
@@ -1521,13 +1687,14 @@ func file_postern_v1_host_proto_init() {
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_host_proto_rawDesc), len(file_postern_v1_host_proto_rawDesc)),
-			NumEnums:      0,
-			NumMessages:   20,
+			NumEnums:      1,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
 		GoTypes:           file_postern_v1_host_proto_goTypes,
 		DependencyIndexes: file_postern_v1_host_proto_depIdxs,
+		EnumInfos:         file_postern_v1_host_proto_enumTypes,
 		MessageInfos:      file_postern_v1_host_proto_msgTypes,
 	}.Build()
 	File_postern_v1_host_proto = out.File
