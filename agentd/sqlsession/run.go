@@ -269,7 +269,7 @@ func (m *Manager) limits(src *source, request *Request) (*frame.RunRequest, erro
 		run.KeepFirst, run.KeepLast = request.KeepFirst, request.KeepLast
 	}
 	for _, p := range request.Parameters {
-		run.Parameters = append(run.Parameters, frame.Parameter{Name: p.GetName(), Value: p.Value})
+		run.Parameters = append(run.Parameters, frame.Parameter{Name: p.GetName(), Value: p.Value, Type: p.GetType()})
 	}
 	return run, nil
 }

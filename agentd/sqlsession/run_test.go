@@ -39,16 +39,6 @@ func TestRun(t *testing.T) {
 
 func TestParameters(t *testing.T) {
 	m := newManager(t, sqlsession.Config{})
-	with := func(sql string, values map[string]string, absent ...string) sqlsession.Request {
-		r := request(sql)
-		for name, value := range values {
-			r.Parameters = append(r.Parameters, &posternv1.Parameter{Name: name, Value: &value})
-		}
-		for _, name := range absent {
-			r.Parameters = append(r.Parameters, &posternv1.Parameter{Name: name})
-		}
-		return r
-	}
 	nasty := `'; DROP TABLE things; -- {{id}} :id`
 	tests := []struct {
 		name string
@@ -62,6 +52,14 @@ func TestParameters(t *testing.T) {
 		{"never pasted", with("SELECT {{a}}::text", map[string]string{"a": nasty}), []string{nasty}},
 		{"in an array", with("SELECT id FROM things WHERE id = ANY(:ids) AND id > 1", map[string]string{"ids": "{1,3}"}), []string{"3"}},
 		{"limit", with("SELECT id FROM things ORDER BY id LIMIT {{n}}", map[string]string{"n": "1"}), []string{"1"}},
+		{"list", with("SELECT sum(id) FROM things WHERE id IN ({{l|list}})", map[string]string{"l": "[1,3,null,1000000]"}), []string{"4"}},
+		{"list of texts", with("SELECT sum(id) FROM things WHERE name IN ({{l|list}})", map[string]string{"l": `["thing 2","it's"]`}), []string{"2"}},
+		{"empty list", with("SELECT count(*) FROM things WHERE id IN ({{l|list}})", map[string]string{"l": "[]"}), []string{"0"}},
+		{"not in an empty list", with("SELECT count(*) FROM things WHERE id NOT IN ({{l|list}}) AND NOT name || 'x' IN ({{l|list}}) AND true = id in ({{l|list}}) IS FALSE", map[string]string{"l": "[]"}), []string{"1000"}},
+		{"identifiers", with("SELECT max({{c|identifier}}) FROM {{t|identifier}} t", map[string]string{"t": "public.things", "c": "t.id"}), []string{"1000"}},
+		{"typed", typed("SELECT pg_typeof({{x}}) || ' ' || {{x}}", "int8", "7"), []string{"bigint 7"}},
+		{"typed list", typed("SELECT 7.0 IN ({{x|list}}) AND 9007199254740993 IN ({{x|list}})", "Numeric", "[7, 9007199254740993]"), []string{"true"}},
+		{"typed array", typed("SELECT pg_typeof({{x}}) || ' ' || {{x}}::text", "text[]", `["a","b,\"c"]`), []string{`text[] {a,"b,\"c"}`}},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -81,6 +79,9 @@ func TestParameters(t *testing.T) {
 		{"native", "$1 is not supported", request("SELECT $1"), proto.CodeInvalid},
 		{"bad value", "22P02", with("SELECT name FROM things WHERE id = {{id}}", map[string]string{"id": "two"}), proto.CodeSQL},
 		{"zero byte", "not UTF-8", with("SELECT :x::text", map[string]string{"x": "a\x00b"}), proto.CodeInvalid},
+		{"unknown type", `"blob" is no type`, typed("SELECT {{x}}", "blob", "1"), proto.CodeInvalid},
+		{"value of another type", "22P02", typed("SELECT {{x}}", "int8", "one"), proto.CodeSQL},
+		{"identifier of nothing", "42P01", with("SELECT 1 FROM {{t|identifier}}", map[string]string{"t": "things; DROP TABLE things"}), proto.CodeSQL},
 		{"no type", "parameter {{x}}: cast it", with("SELECT {{x}} IS NULL", map[string]string{"x": "1"}), proto.CodeSQL},
 	}
 	for _, test := range refused {
@@ -89,6 +90,47 @@ func TestParameters(t *testing.T) {
 				t.Fatalf("got %v, want %q in it", e, test.says)
 			}
 		})
+	}
+}
+
+// with is a statement with values, and those absent as NULL.
+func with(sql string, values map[string]string, absent ...string) sqlsession.Request {
+	r := request(sql)
+	for name, value := range values {
+		r.Parameters = append(r.Parameters, &posternv1.Parameter{Name: name, Value: &value})
+	}
+	for _, name := range absent {
+		r.Parameters = append(r.Parameters, &posternv1.Parameter{Name: name})
+	}
+	return r
+}
+
+// typed is a statement with one parameter, x.
+func typed(sql, kind, value string) sqlsession.Request {
+	r := request(sql)
+	r.Parameters = []*posternv1.Parameter{{Name: "x", Value: &value, Type: kind}}
+	return r
+}
+
+// TestIdentifierAsTheServer holds identifiers against the server's own quote_ident:
+// whatever the name, the server reads that one name back.
+func TestIdentifierAsTheServer(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	names := []string{"a", "A b", `x"y`, `"`, `""`, `\`, "é😀", "select", "a\nb", "--", "/*", "$1", "{{x}}", ":x", "'", `U&"\0041"`, strings.Repeat("n", 63), strings.Repeat("é", 31), "\u202e", "\x01"}
+	for i := range 60 { // and some of nothing but what has a meaning
+		var b strings.Builder
+		for n := i; n > 0; n /= 4 {
+			b.WriteByte("\"\\'-"[n%4])
+		}
+		b.WriteByte('"')
+		names = append(names, b.String())
+	}
+	for _, name := range names {
+		quoted := `"` + strings.ReplaceAll(name, `"`, `""`) + `"`
+		got, _ := query(t, m, with("SELECT 1 AS {{n|identifier}}, {{plain}}::text, quote_ident({{plain}}) IN ({{plain}}, {{quoted}})", map[string]string{"n": quoted, "plain": name, "quoted": quoted}))
+		if got.schema.Field(0).Name != name || got.rows[0][2] != "true" {
+			t.Errorf("%q: the server read %q, %v", name, got.schema.Field(0).Name, got.rows[0])
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -44,7 +45,9 @@ func (a *app) sqlCommand() *cobra.Command {
 		Short: "Run a statement on a data source and print its rows",
 		Long: "Runs one statement on a data source, on the agent's host, and prints the rows as they come.\n" +
 			"Without QUERY, or with -, the statement is read from stdin (at most 1 MiB).\n\n" +
-			"Values go into the text as :name or {{name}} and are bound, never pasted: -p name=value, --null name.\n" +
+			"Values go into the text as :name or {{name}} and are bound, never pasted: -p name=value, --null name;\n" +
+			"-p name:type=value gives the type, too. -p again, or a JSON array, is a list for IN ({{name|list}});\n" +
+			"{{name|identifier}} is a table's or column's name, put into quotes.\n" +
 			"Rows before an error or a limit are printed; the exit code then is not 0. Ctrl-C cancels the statement\n" +
 			"in the database and waits up to 5 s for its end (exit 1).",
 		Example: "  postern sql edge-1/warehouse 'select * from orders where day = :day' -p day=2026-11-22\n" +
@@ -60,7 +63,7 @@ func (a *app) sqlCommand() *cobra.Command {
 	}
 	flags := cmd.Flags()
 	flags.StringVarP(&o.format, "format", "f", "table", "table, csv, json, ndjson, arrow or parquet")
-	flags.StringArrayVarP(&o.parameters, "param", "p", nil, "a value for the text, as name=value (repeatable)")
+	flags.StringArrayVarP(&o.parameters, "param", "p", nil, "a value for the text, as name=value or name:type=value (repeatable; the same name again makes a list)")
 	flags.StringArrayVar(&o.nulls, "null", nil, "a NULL for the text, by name (repeatable)")
 	flags.Uint64Var(&o.maxRows, "max-rows", 0, "fail beyond this many rows (0: the host's limit)")
 	flags.DurationVar(&o.timeout, "timeout", 0, "cancel the statement after this time, as in 30s (0: the host's limit)")
@@ -143,36 +146,63 @@ func (a *app) queryText(args []string) (string, error) {
 	return text, nil
 }
 
+// parseParameters reads -p name=value, -p name:type=value and --null name. The same
+// name again makes a list of its values.
 func parseParameters(pairs, nulls []string) ([]*posternv1.Parameter, error) {
 	var list []*posternv1.Parameter
-	seen := map[string]bool{}
-	add := func(flag, name string, value *string) error {
+	values := map[string][]string{}
+	seen := map[string]*posternv1.Parameter{}
+	check := func(flag, name string) error {
 		if !validName(name) {
 			return usagef("%s %q: a name has letters, digits and _, and does not begin with a digit", flag, name)
 		}
-		if seen[name] {
-			return usagef("parameter %q is given twice", name)
-		}
-		if value != nil && !utf8.ValidString(*value) {
-			return usagef("parameter %q is not valid UTF-8", name)
-		}
-		seen[name] = true
-		list = append(list, &posternv1.Parameter{Name: name, Value: value})
 		return nil
 	}
 	for _, pair := range pairs {
-		name, value, ok := strings.Cut(pair, "=")
-		if !ok {
+		left, value, ok := strings.Cut(pair, "=")
+		name, kind, _ := strings.Cut(left, ":")
+		switch {
+		case !ok:
 			return nil, usagef("-p %q has no value: write name=value, or --null name for NULL", pair)
+		case check("-p", name) != nil:
+			return nil, check("-p", name)
+		case strings.HasSuffix(left, ":"):
+			return nil, usagef("-p %q has no type behind the colon: write name:type=value, or name=value", pair)
+		case !utf8.ValidString(pair):
+			return nil, usagef("parameter %q is not valid UTF-8", name)
 		}
-		if err := add("-p", name, &value); err != nil {
-			return nil, err
+		p := seen[name]
+		if p == nil {
+			p = &posternv1.Parameter{Name: name, Type: kind}
+			seen[name] = p
+			list = append(list, p)
+		} else if p.Type != kind {
+			return nil, usagef("parameter %q is given twice with different types", name)
+		}
+		if values[name] = append(values[name], value); len(values[name]) > client.MaxListElements {
+			return nil, usagef("parameter %q is given more than %d times", name, client.MaxListElements)
 		}
 	}
+	for name, all := range values {
+		value := all[0]
+		if len(all) > 1 {
+			encoded, err := json.Marshal(all)
+			if err != nil {
+				return nil, fmt.Errorf("parameter %q: %w", name, err)
+			}
+			value = string(encoded)
+		}
+		seen[name].Value = &value
+	}
 	for _, name := range nulls {
-		if err := add("--null", name, nil); err != nil {
+		if err := check("--null", name); err != nil {
 			return nil, err
 		}
+		if seen[name] != nil {
+			return nil, usagef("parameter %q is given twice: a list with NULL is written as a JSON array", name)
+		}
+		seen[name] = &posternv1.Parameter{Name: name}
+		list = append(list, seen[name])
 	}
 	return list, nil
 }

@@ -130,7 +130,11 @@ func (a *answer) run(text string, fields map[string]any) *posternv1.QueryOutcome
 		list, _ := fields["parameters"].([]any)
 		for _, p := range list {
 			m := p.(map[string]any)
-			a.row(m["name"], m["value"])
+			name := m["name"]
+			if kind, ok := m["type"]; ok {
+				name = fmt.Sprint(name, ":", kind)
+			}
+			a.row(name, m["value"])
 		}
 	case strings.HasPrefix(text, "select 1"):
 		a.open(column("?column?", arrow.PrimitiveTypes.Int32))

@@ -286,8 +286,13 @@ func (x *SQLRequest) GetHypotheticalIndexes() []string {
 type Parameter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// The value's text form; absent is NULL.
-	Value         *string `protobuf:"bytes,2,opt,name=value,proto3,oneof" json:"value,omitempty"`
+	// The value's text form; absent is NULL. Where the text of the statement says
+	// {{name|list}}, a JSON array of texts, numbers, true, false and null, or one
+	// element; where it says {{name|identifier}}, a name.
+	Value *string `protobuf:"bytes,2,opt,name=value,proto3,oneof" json:"value,omitempty"`
+	// The type's name, as in int8 or text[]: see docs/sql.md. Empty: the database
+	// infers it.
+	Type          string `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -332,6 +337,13 @@ func (x *Parameter) GetName() string {
 func (x *Parameter) GetValue() string {
 	if x != nil && x.Value != nil {
 		return *x.Value
+	}
+	return ""
+}
+
+func (x *Parameter) GetType() string {
+	if x != nil {
+		return x.Type
 	}
 	return ""
 }
@@ -1492,10 +1504,11 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"takes_rows\x18\t \x01(\bR\ttakesRows\x12-\n" +
 	"\aexplain\x18\n" +
 	" \x01(\x0e2\x13.postern.v1.ExplainR\aexplain\x121\n" +
-	"\x14hypothetical_indexes\x18\v \x03(\tR\x13hypotheticalIndexes\"D\n" +
+	"\x14hypothetical_indexes\x18\v \x03(\tR\x13hypotheticalIndexes\"X\n" +
 	"\tParameter\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
-	"\x05value\x18\x02 \x01(\tH\x00R\x05value\x88\x01\x01B\b\n" +
+	"\x05value\x18\x02 \x01(\tH\x00R\x05value\x88\x01\x01\x12\x12\n" +
+	"\x04type\x18\x03 \x01(\tR\x04typeB\b\n" +
 	"\x06_value\"\x9b\x03\n" +
 	"\fQueryOutcome\x12\x19\n" +
 	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12\x12\n" +

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"strconv"
 	"strings"
 	"time"
 
@@ -105,8 +106,12 @@ func sqlError(e *pgproto3.ErrorResponse, text *sqltext.Statement) *proto.Error {
 	}
 	message := clean(e.Message)
 	if e.Code == stateUnknownParam && text != nil {
-		for i, name := range text.Names {
-			message = strings.ReplaceAll(message, fmt.Sprintf("parameter $%d", i+1), fmt.Sprintf("parameter {{%s}}: cast it, as in {{%s}}::text", name, name))
+		if _, after, ok := strings.Cut(message, "parameter $"); ok {
+			digits := after[:len(after)-len(strings.TrimLeft(after, "0123456789"))]
+			if n, err := strconv.Atoi(digits); err == nil && n >= 1 && n <= len(text.Args) {
+				name := text.Args[n-1].Name
+				message = strings.Replace(message, "parameter $"+digits, fmt.Sprintf("parameter {{%s}}: cast it, as in {{%s}}::text, or give its type", name, name), 1)
+			}
 		}
 	}
 	full := fmt.Sprintf("the database refused the statement: %s (SQLSTATE %s", message, e.Code)

@@ -39,6 +39,7 @@ type execution struct {
 	request *frame.RunRequest
 	st      *statement
 	text    *sqltext.Statement
+	types   []uint32 // of the arguments, 0: the server infers it
 	batch   *batch
 	tag     string
 	value   *valueError
@@ -98,13 +99,8 @@ func (x *execution) sendKept() {
 
 func (x *execution) execute() (failure *proto.Error, lost bool) {
 	r := x.request
-	names := make([]string, len(r.Parameters))
-	for i, p := range r.Parameters {
-		names[i] = p.Name
-	}
-	var err error
-	if x.text, err = sqltext.Bind(r.SQL, names); err != nil {
-		return proto.Errorf(proto.CodeInvalid, "%w", err), false
+	if failure := x.bind(); failure != nil {
+		return failure, false
 	}
 	if refused := guard(r); refused != nil {
 		return refused, false
@@ -208,12 +204,12 @@ func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *prot
 		mode, r.TimeoutMillis, lock, idle, x.checkPeer)
 	err := c.send(
 		&pgproto3.Query{String: begin},
-		&pgproto3.Parse{Name: statementName, Query: x.text.Text},
+		&pgproto3.Parse{Name: statementName, Query: x.text.Text, ParameterOIDs: x.types},
 		&pgproto3.Describe{ObjectType: 'S', Name: statementName},
 		&pgproto3.Sync{},
 	)
 	if err == nil && !r.ReadWrite {
-		err = c.send(&pgproto3.Parse{Name: classifyName, Query: classifyPrefix + x.text.Text}, &pgproto3.Sync{})
+		err = c.send(&pgproto3.Parse{Name: classifyName, Query: classifyPrefix + x.text.Text, ParameterOIDs: x.types}, &pgproto3.Sync{})
 	}
 	if err == nil {
 		err = c.flush()
@@ -251,8 +247,8 @@ func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *prot
 	}
 	if refusal != nil {
 		failure = x.refused(refusal)
-	} else if parameters != len(x.text.Names) {
-		failure = proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, and %d values are given", parameters, len(x.text.Names))
+	} else if parameters != len(x.text.Args) {
+		failure = proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, and %d values are given", parameters, len(x.text.Args))
 	}
 	if !r.ReadWrite {
 		class, err := c.untilReady(nil)
@@ -371,17 +367,10 @@ func (x *execution) typeNames(fields []pgproto3.FieldDescription) (func(uint32) 
 }
 
 func (x *execution) sendExecute() error {
-	values := make(map[string]*string, len(x.request.Parameters))
-	for _, p := range x.request.Parameters {
-		values[p.Name] = p.Value
-	}
-	bound := make([][]byte, len(x.text.Names))
-	for i, name := range x.text.Names {
-		if v := values[name]; v != nil {
-			bound[i] = []byte(*v)
-			if bound[i] == nil {
-				bound[i] = []byte{} // an empty text is not NULL
-			}
+	bound := make([][]byte, len(x.text.Args))
+	for i, a := range x.text.Args {
+		if a.Text != nil {
+			bound[i] = append([]byte{}, *a.Text...) // an empty text is not NULL
 		}
 	}
 	err := x.wire.send(

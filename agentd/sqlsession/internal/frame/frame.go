@@ -97,10 +97,12 @@ type ConnectedReply struct {
 	TLS     bool
 }
 
-// Parameter is a named value; nil is NULL.
+// Parameter is a named value; nil is NULL. Type is the name of its type; empty:
+// the database infers it.
 type Parameter struct {
 	Name  string
 	Value *string
+	Type  string `json:",omitempty"`
 }
 
 // RunRequest is one statement. All limits are set.

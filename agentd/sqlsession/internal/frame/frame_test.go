@@ -16,7 +16,7 @@ import (
 
 func TestRoundTrip(t *testing.T) {
 	value := "v"
-	run := RunRequest{SQL: "select 'é'", Parameters: []Parameter{{"a", &value}, {"b", nil}}, MaxRows: 1, MaxBytes: 2, TimeoutMillis: 3, ReadWrite: true}
+	run := RunRequest{SQL: "select 'é'", Parameters: []Parameter{{Name: "a", Value: &value, Type: "int8"}, {Name: "b"}}, MaxRows: 1, MaxBytes: 2, TimeoutMillis: 3, ReadWrite: true}
 	big := bytes.Repeat([]byte("x"), MaxData)
 	var stream []byte
 	for _, f := range []struct {

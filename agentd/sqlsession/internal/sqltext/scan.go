@@ -16,7 +16,7 @@ const (
 	number               // 1, 1.5e3, 0x1f
 	native               // $1
 	symbol               // one character of anything else; "::" and ":=" are one token
-	brace                // {{name}}
+	brace                // {{name}}, {{name|form}}
 	variable             // :name
 )
 
@@ -262,13 +262,19 @@ func (s *scanner) number() {
 	}
 }
 
-// brace passes {{name}}; two braces that are no placeholder are symbols.
+// brace passes {{name}} and {{name|form}}; two braces that are no placeholder
+// are symbols.
 func (s *scanner) brace() kind {
 	// A bounded look ahead: a text of nothing but braces must not take
 	// quadratic time.
 	const longest = 256
 	end := strings.Index(s.text[s.at:min(len(s.text), s.at+longest)], "}}")
-	if end < 0 || !isName(strings.TrimSpace(s.text[s.at+2:s.at+end])) {
+	if end < 0 {
+		s.at++
+		return symbol
+	}
+	name, form, has := strings.Cut(s.text[s.at+2:s.at+end], "|")
+	if !isName(strings.TrimSpace(name)) || has && !isName(strings.TrimSpace(form)) {
 		s.at++
 		return symbol
 	}
