@@ -22,6 +22,7 @@ import (
 	"github.com/postern-dev/postern/agentd/link"
 	"github.com/postern-dev/postern/agentd/secret"
 	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/agentd/vault"
 	"github.com/postern-dev/postern/proto/auditchain"
 	"github.com/postern-dev/postern/tunnel"
 )
@@ -58,6 +59,7 @@ type Daemon struct {
 	started  time.Time
 	identity *identity.Identity
 	secrets  *secret.Environment
+	vault    *vault.Client // nil: there is none
 	registry *prometheus.Registry
 
 	log      *audit.Log
@@ -167,6 +169,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 		d.logger.Warn("half-written audit entry set aside", "file", found.Torn)
 	}
 	d.registry = prometheus.NewRegistry()
+	d.vault = newVault(c, d.secrets, d.logger)
 	d.sessions = sqlsession.New(sqlsession.Config{
 		Executable: d.Executable, UIDBase: int(c.SQL.UIDBase), Warm: warm(c.SQL.Warm), IdleTimeout: c.SQL.IdleTimeout,
 		Logger: d.logger, Metrics: sqlsession.NewMetrics(d.registry),
@@ -276,6 +279,11 @@ func (d *Daemon) close() (errs []error) {
 			d.logger.Warn("sql sessions killed", "err", err)
 		}
 		cancel()
+	}
+	if d.vault != nil {
+		if err := d.vault.Close(); err != nil {
+			d.logger.Warn("leases not revoked: they end by themselves", "err", err)
+		}
 	}
 	if d.log != nil {
 		if d.control != nil { // it had started

@@ -200,14 +200,18 @@ func examineSources(ctx context.Context, r *doctor.Report, p *places, c *config.
 	}
 	check := func(name string) ([]control.Check, error) { return control.AskCheck(ctx, p.runtimeDir(), name) }
 	if !running {
+		client := newVault(c, nil, slog.New(slog.DiscardHandler))
+		if client != nil {
+			defer client.Close() //nolint:errcheck // what is left of it ends by itself
+		}
 		m := sqlsession.New(sqlsession.Config{UIDBase: int(c.SQL.UIDBase) + doctorUIDs, UIDCount: 256, Warm: -1, Logger: slog.New(slog.DiscardHandler)})
 		defer m.Close(ctx) //nolint:errcheck // nothing of it is left either way
-		m.SetSources(mapSources(c, nil))
+		m.SetSources(mapSources(c, nil, client))
 		check = func(name string) ([]control.Check, error) { return plainChecks(m.Check(ctx, name)), nil }
 	}
 	for _, s := range c.Sources {
-		if !running && s.Password.Env != "" {
-			r.Add("source "+s.Name, doctor.Warning, "its password is in agentd's environment, which this command does not have", "start agentd, then run doctor again")
+		if !running && (s.Password.Env != "" || s.Password.Vault != nil && c.Vault.Token.Env+c.Vault.SecretID.Env != "") {
+			r.Add("source "+s.Name, doctor.Warning, "its password, or what opens Vault, is in agentd's environment, which this command does not have", "start agentd, then run doctor again")
 			continue
 		}
 		checks, err := check(s.Name)

@@ -45,6 +45,11 @@ func runDaemon(d *Daemon) error {
 			names = append(names, s.Password.Env)
 		}
 	}
+	for _, ref := range []secret.Ref{c.Vault.Token, c.Vault.SecretID} {
+		if ref.Env != "" {
+			names = append(names, ref.Env)
+		}
+	}
 	if d.secrets, err = secret.CaptureEnv(names...); err != nil {
 		return err
 	}

@@ -3,8 +3,10 @@ package main
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"time"
 
@@ -20,6 +22,7 @@ import (
 	"github.com/postern-dev/postern/agentd/policy"
 	"github.com/postern-dev/postern/agentd/secret"
 	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/agentd/vault"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/auditchain"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -105,9 +108,55 @@ func (d *Daemon) decideIntrospection(source string) host.Verdict {
 }
 
 // sources maps the configuration to what the SQL sessions need.
-func (d *Daemon) sources(c *config.Config) []sqlsession.Source { return mapSources(c, d.secrets) }
+func (d *Daemon) sources(c *config.Config) []sqlsession.Source {
+	return mapSources(c, d.secrets, d.vault)
+}
 
-func mapSources(c *config.Config, env *secret.Environment) []sqlsession.Source {
+// newVault is the client of the configuration's Vault; nil if it has none.
+func newVault(c *config.Config, env *secret.Environment, logger *slog.Logger) *vault.Client {
+	v := c.Vault
+	if v.Address == "" {
+		return nil
+	}
+	reader := func(ref secret.Ref) vault.Reader {
+		return func(ctx context.Context) (secret.Secret, error) { return ref.Load(ctx, env) }
+	}
+	cfg := vault.Config{Address: v.Address, Namespace: v.Namespace, RootCAs: v.RootCAs, Mount: v.Mount, RoleID: v.RoleID, Logger: logger}
+	if v.RoleID != "" {
+		cfg.SecretID = reader(v.SecretID)
+	} else {
+		cfg.Token = reader(v.Token)
+	}
+	return vault.New(cfg)
+}
+
+// fromVault makes a source log in by what Vault says.
+func fromVault(source *sqlsession.Source, ref secret.VaultRef, client *vault.Client) {
+	if client == nil { // refused by the configuration, unless it was added since the start
+		source.Password = func(context.Context) (string, error) {
+			return "", errors.New("agentd started without vault in its configuration: restart it")
+		}
+		return
+	}
+	if ref.Role != "" {
+		source.Login = func(ctx context.Context) (sqlsession.Login, error) {
+			c, err := client.Dynamic(ctx, ref.Role)
+			return sqlsession.Login{User: c.User, Password: c.Password.Reveal(), Expiring: c.Expiring, Release: c.Release}, err
+		}
+		return
+	}
+	mount, path := ref.Split()
+	field := ref.Field
+	if field == "" {
+		field = "password"
+	}
+	source.Password = func(ctx context.Context) (string, error) {
+		value, err := client.KV(ctx, mount, path, field)
+		return value.Reveal(), err
+	}
+}
+
+func mapSources(c *config.Config, env *secret.Environment, client *vault.Client) []sqlsession.Source {
 	var out []sqlsession.Source
 	for _, s := range c.Sources {
 		source := sqlsession.Source{
@@ -116,7 +165,9 @@ func mapSources(c *config.Config, env *secret.Environment) []sqlsession.Source {
 			Concurrency: s.Policy.Concurrency, ReadWrite: s.Policy.Mode == policy.ModeReadWrite,
 			Guard: guard(s.Policy),
 		}
-		if ref := s.Password; !ref.IsZero() {
+		if ref := s.Password; ref.Vault != nil {
+			fromVault(&source, *ref.Vault, client)
+		} else if !ref.IsZero() {
 			source.Password = func(ctx context.Context) (string, error) {
 				value, err := ref.Load(ctx, env)
 				return value.Reveal(), err

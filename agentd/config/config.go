@@ -53,6 +53,7 @@ type Config struct {
 	Metrics Metrics
 	Log     Log
 	SQL     SQL
+	Vault   Vault
 	Sources []Source
 
 	proxy, noProxy string // as written; proxy may hold a password
@@ -70,6 +71,7 @@ func (c *Config) NeedRestart(old *Config) []string {
 		{"proxy", c.proxy != old.proxy || c.noProxy != old.noProxy},
 		{"metrics", c.Metrics != old.Metrics},
 		{"sql", c.SQL != old.SQL},
+		{"vault", c.Vault.text != old.Vault.text},
 		{"log.format", c.Log.Format != old.Log.Format},
 	} {
 		if k.changed {
@@ -139,7 +141,8 @@ type file struct {
 		IdleTimeout string  `yaml:"idle_timeout"`
 		UIDBase     *uint32 `yaml:"uid_base"`
 	} `yaml:"sql"`
-	Sources []source `yaml:"sources"`
+	Vault   vaultFile `yaml:"vault"`
+	Sources []source  `yaml:"sources"`
 }
 
 type source struct {
@@ -223,6 +226,7 @@ func Parse(path string, raw []byte, checkDSN func(engine, dsn string) error) (*C
 	c.Metrics = p.metrics(in.Metrics.Listen, at("metrics", "listen"))
 	p.log(in, c, at)
 	p.sql(in, c, at)
+	p.vault(in, c, at)
 	p.sources(in, c, at, checkDSN)
 	if err := p.err(); err != nil {
 		return nil, err

@@ -13,6 +13,7 @@ import (
 
 var (
 	sourceForm  = regexp.MustCompile(`^[a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?$`)
+	dsnUser     = regexp.MustCompile(`(?i)(^|[\s?&])user\s*=`)
 	dsnPassword = regexp.MustCompile(`(?i)(^|\s)(ssl)?password\s*=`)
 )
 
@@ -39,6 +40,9 @@ func (p *problems) sources(in file, c *Config, at func(...any) int, deeper func(
 		seen[s.Name] = true
 		switch s.Engine {
 		case "postgres":
+			if s.Password.Dynamic() {
+				s.DSN = withUser(s.DSN)
+			}
 			err := checkDSN(s.DSN)
 			if err == nil && deeper != nil {
 				err = deeper(s.Engine, s.DSN)
@@ -56,6 +60,8 @@ func (p *problems) sources(in file, c *Config, at func(...any) int, deeper func(
 		if !s.Password.IsZero() {
 			if err := s.Password.Validate(); err != nil {
 				p.add(line("password"), "%s: password: %v", where, err)
+			} else if s.Password.Vault != nil && c.Vault.Address == "" {
+				p.add(line("password"), "%s: password: vault: the file says nothing of the Vault: add vault: {address: ..., token: {file: ...}} at its top", where)
 			}
 		}
 		checked, err := s.Policy.Source()
@@ -66,6 +72,23 @@ func (p *problems) sources(in file, c *Config, at func(...any) int, deeper func(
 		}
 		c.Sources = append(c.Sources, Source{Name: s.Name, Engine: s.Engine, DSN: s.DSN, Password: s.Password, Policy: checked})
 	}
+}
+
+// withUser gives a DSN without a user one, for a source whose users Vault makes.
+func withUser(dsn string) string {
+	const name = "vault"
+	u, err := url.Parse(dsn)
+	switch {
+	case strings.TrimSpace(dsn) == "" || err == nil && u.User != nil || dsnUser.MatchString(dsn):
+		return dsn
+	case strings.HasPrefix(dsn, "postgres://") || strings.HasPrefix(dsn, "postgresql://"):
+		if err != nil {
+			return dsn
+		}
+		u.User = url.User(name)
+		return u.String()
+	}
+	return dsn + " user=" + name
 }
 
 // checkDSN refuses a password in the DSN: it would be in this file, which more

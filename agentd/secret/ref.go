@@ -24,8 +24,8 @@ type Ref struct {
 	// Credential names a file in $CREDENTIALS_DIRECTORY (systemd's
 	// LoadCredential=, SetCredentialEncrypted=, ...).
 	Credential string `yaml:"credential"`
-	// Vault is here so that it can be refused by name.
-	Vault any `yaml:"vault"`
+	// Vault says what to read of HashiCorp Vault; package vault does.
+	Vault *VaultRef `yaml:"vault"`
 }
 
 // IsZero tells whether no secret is meant.
@@ -33,17 +33,20 @@ func (r Ref) IsZero() bool { return r == Ref{} }
 
 // Validate checks the form of the reference; it reads nothing.
 func (r Ref) Validate() error {
-	if r.Vault != nil {
-		return errors.New("vault is not supported by this version: use file, env or credential")
-	}
 	set := 0
+	if r.Vault != nil {
+		set++
+		if err := r.Vault.validate(); err != nil {
+			return err
+		}
+	}
 	for _, field := range []string{r.File, r.Env, r.Credential} {
 		if field != "" {
 			set++
 		}
 	}
 	if set != 1 {
-		return errors.New("exactly one of file, env and credential must be given")
+		return errors.New("exactly one of file, env, credential and vault must be given")
 	}
 	if r.File != "" && !filepath.IsAbs(r.File) {
 		return fmt.Errorf("file %q is not an absolute path", r.File)
@@ -67,6 +70,8 @@ func (r Ref) Load(ctx context.Context, env *Environment) (Secret, error) {
 		return Secret{}, err
 	}
 	switch {
+	case r.Vault != nil:
+		return Secret{}, errors.New("the secret is in Vault, which is not at hand here")
 	case r.File != "":
 		return readFile(r.File, true)
 	case r.Env != "":

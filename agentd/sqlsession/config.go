@@ -22,6 +22,19 @@ func ChildMain() int { return child.Main() }
 // is shown to the caller of the statement and must hold no secret.
 type PasswordFunc func(context.Context) (string, error)
 
+// Login is a database user that is made for us and lasts for a while.
+type Login struct {
+	User, Password string
+	// Expiring is closed when the user ends soon: idle sessions of it end then.
+	Expiring <-chan struct{}
+	// Release is called once, when the session that got it has ended.
+	Release func()
+}
+
+// LoginFunc returns a user for a new connection. Its error is shown as a
+// PasswordFunc's.
+type LoginFunc func(context.Context) (Login, error)
+
 // Source is one data source.
 type Source struct {
 	Name string
@@ -29,8 +42,10 @@ type Source struct {
 	Engine string
 	// DSN names host, database, user and TLS, never a password: see ValidateDSN.
 	DSN string
-	// Password is optional; nil means that the server asks for none.
+	// Password is optional; nil means that the server asks for none. Login is
+	// used instead of it and of the DSN's user, when it is set.
 	Password PasswordFunc
+	Login    LoginFunc
 	// MaxRows, MaxBytes and StatementTimeout bound every statement whatever
 	// the request says; 0 means DefaultMaxRows and so on.
 	MaxRows          uint64

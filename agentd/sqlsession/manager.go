@@ -220,7 +220,7 @@ func (m *Manager) acquire(ctx context.Context, src *source, owner string) (s *se
 	for owner != "" {
 		var resetting *session
 		for i, candidate := range slices.Backward(src.owned) {
-			if candidate.owner != owner {
+			if candidate.owner != owner || candidate.login.expiring() {
 				continue
 			}
 			if candidate.ready != nil {
@@ -248,6 +248,10 @@ func (m *Manager) acquire(ctx context.Context, src *source, owner string) (s *se
 		if expired {
 			break
 		}
+	}
+	for len(src.warm) > 0 && src.warm[len(src.warm)-1].login.expiring() {
+		m.endLocked(src.warm[len(src.warm)-1])
+		src.warm = src.warm[:len(src.warm)-1]
 	}
 	if n := len(src.warm); n > 0 {
 		s = src.warm[n-1]
@@ -372,11 +376,17 @@ func (m *Manager) retireSessions() {
 			m.mu.Lock()
 			for _, src := range m.sources {
 				src.owned = slices.DeleteFunc(src.owned, func(s *session) bool {
-					old := s.ready == nil && now.Sub(s.idleSince) > m.config.IdleTimeout
+					old := s.ready == nil && (now.Sub(s.idleSince) > m.config.IdleTimeout || s.login.expiring())
 					if old {
 						m.endLocked(s)
 					}
 					return old
+				})
+				src.warm = slices.DeleteFunc(src.warm, func(s *session) bool {
+					if s.login.expiring() {
+						m.endLocked(s)
+					}
+					return s.login.expiring()
 				})
 				if now.Sub(src.lastUsed) > 10*m.config.IdleTimeout {
 					for _, s := range src.warm {

@@ -42,6 +42,7 @@ const (
 // while it is idle or warm.
 type session struct {
 	source *source
+	login  Login  // the zero Login, unless the source has a LoginFunc
 	owner  string // set once, when the process gets its first statement
 	slot   int
 	cmd    *exec.Cmd
@@ -60,7 +61,7 @@ type session struct {
 }
 
 // spawn starts a process. The caller sends Connect.
-func (m *Manager) spawn(src *source, slot int) (*session, error) {
+func (m *Manager) spawn(src *source, slot int, login Login) (*session, error) {
 	if err := closeOnExec(); err != nil {
 		return nil, fmt.Errorf("close_range: %w", err)
 	}
@@ -112,7 +113,7 @@ func (m *Manager) spawn(src *source, slot int) (*session, error) {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: id, Gid: id}
 	}
 	s := &session{
-		source: src, slot: slot, cmd: cmd, conn: conn.(*net.UnixConn), frames: frame.NewReader(conn), exited: make(chan struct{}),
+		source: src, login: Login{Expiring: login.Expiring, Release: login.Release}, slot: slot, cmd: cmd, conn: conn.(*net.UnixConn), frames: frame.NewReader(conn), exited: make(chan struct{}),
 	}
 	if err := startConfined(cmd, src.confinement(m.config.Executable)); err != nil {
 		_ = conn.Close()
@@ -130,6 +131,7 @@ func (m *Manager) spawn(src *source, slot int) (*session, error) {
 		_ = cmd.Wait()
 		s.state = cmd.ProcessState
 		close(s.exited)
+		s.login.release()
 		m.gone(s)
 	}()
 	return s, nil
@@ -204,24 +206,24 @@ func (m *Manager) start(ctx context.Context, src *source) (s *session, err error
 	m.mu.Lock()
 	source := src.Source
 	m.mu.Unlock()
-	password := ""
-	if source.Password != nil {
-		if password, err = source.Password(ctx); err != nil {
-			return nil, &proto.Error{Code: proto.CodeSourceConfig, Message: fmt.Sprintf("data source %q: %s", source.Name, err), Err: err}
-		}
+	login, err := source.credentials(ctx)
+	if err != nil {
+		return nil, &proto.Error{Code: proto.CodeSourceConfig, Message: fmt.Sprintf("data source %q: %s", source.Name, err), Err: err}
 	}
 	slot, ok := m.takeSlot()
 	if !ok {
+		login.release()
 		return nil, proto.Errorf(proto.CodeOverloaded, "all %d places for SQL sessions are taken: try again later", m.config.UIDCount)
 	}
-	s, err = m.spawn(src, slot)
+	s, err = m.spawn(src, slot, login)
 	if err != nil {
 		m.freeSlot(slot)
+		login.release()
 		m.log.Error("cannot start a sql session", "source", source.Name, "err", err)
 		return nil, &proto.Error{Code: proto.CodeInternal, Err: err}
 	}
 	m.adopt(s)
-	err = s.handshake(ctx, source, password)
+	err = s.handshake(ctx, source, login)
 	if err != nil {
 		s.kill()
 		_ = s.conn.Close()
@@ -231,12 +233,39 @@ func (m *Manager) start(ctx context.Context, src *source) (s *session, err error
 	return s, nil
 }
 
-func (s *session) handshake(ctx context.Context, source Source, password string) error {
+// credentials are those of a new connection.
+func (s *Source) credentials(ctx context.Context) (login Login, err error) {
+	switch {
+	case s.Login != nil:
+		return s.Login(ctx)
+	case s.Password != nil:
+		login.Password, err = s.Password(ctx)
+	}
+	return login, err
+}
+
+func (l Login) release() {
+	if l.Release != nil {
+		l.Release()
+	}
+}
+
+// expiring tells whether the login ends soon.
+func (l Login) expiring() bool {
+	select {
+	case <-l.Expiring: // never of a nil channel
+		return true
+	default:
+		return false
+	}
+}
+
+func (s *session) handshake(ctx context.Context, source Source, login Login) error {
 	// The deadline wakes the read; a cancelled context does so at once.
 	stop := context.AfterFunc(ctx, func() { _ = s.conn.SetReadDeadline(time.Now().Add(-time.Second)) })
 	defer stop()
 	err := s.send(frame.Connect, frame.ConnectRequest{
-		Engine: source.Engine, DSN: source.DSN, Password: password,
+		Engine: source.Engine, DSN: source.DSN, User: login.User, Password: login.Password,
 		ApplicationName: "postern " + source.Name, TimeoutMillis: connectTimeout.Milliseconds(),
 	})
 	if err != nil {

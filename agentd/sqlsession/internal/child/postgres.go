@@ -76,6 +76,9 @@ func connect(ctx context.Context, r *frame.ConnectRequest, out *sink) (*session,
 		return nil, proto.Errorf(proto.CodeSourceConfig, "%w", err)
 	}
 	config.Password = r.Password
+	if r.User != "" {
+		config.User = r.User
+	}
 	params := config.RuntimeParams
 	if params["application_name"] == "" {
 		params["application_name"] = r.ApplicationName

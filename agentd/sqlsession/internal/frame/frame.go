@@ -87,6 +87,7 @@ type ConnectRequest struct {
 	Engine          string
 	DSN             string
 	Password        string
+	User            string // "" means the DSN's
 	ApplicationName string
 	TimeoutMillis   int64
 }
