@@ -29,15 +29,15 @@ const (
 // maxOutcome bounds an encoded outcome, in bytes; it fits any HTTP header limit.
 const maxOutcome = 24 << 10
 
-// EncodeOutcome is o as one line of ASCII JSON, at most 24 KiB: notices that do
-// not fit are dropped, oldest kept.
+// EncodeOutcome is o as one line of ASCII JSON, at most 24 KiB: parameters and
+// notices that do not fit are dropped, the first kept.
 func EncodeOutcome(o *posternv1.QueryOutcome) string {
 	text := encodeOutcome(o)
 	if len(text) <= maxOutcome {
 		return text
 	}
 	trimmed := &posternv1.QueryOutcome{
-		QueryId: o.QueryId, Rows: o.Rows, Bytes: o.Bytes, Duration: o.Duration, CommandTag: clip(o.CommandTag, 256),
+		QueryId: o.QueryId, Rows: o.Rows, Bytes: o.Bytes, Duration: o.Duration, CommandTag: clip(o.CommandTag, 256), RowsReported: o.RowsReported,
 	}
 	if o.Error != nil {
 		trimmed.Error = &posternv1.ErrorDetail{Code: o.Error.Code, Message: clip(o.Error.Message, 2048)}
@@ -45,6 +45,15 @@ func EncodeOutcome(o *posternv1.QueryOutcome) string {
 			trimmed.Error.Sql = &posternv1.SQLErrorDetail{
 				Sqlstate: clip(sql.Sqlstate, 16), Position: sql.Position, Hint: clip(sql.Hint, 1024), Detail: clip(sql.Detail, 1024),
 			}
+		}
+	}
+	// Parameters have at most the half of it, so that notices have room.
+	for _, p := range o.Parameters {
+		trimmed.Parameters = append(trimmed.Parameters, p)
+		if len(encodeOutcome(trimmed)) > maxOutcome/2 {
+			trimmed.Parameters = trimmed.Parameters[:len(trimmed.Parameters)-1]
+			trimmed.ParametersTruncated = true
+			break
 		}
 	}
 	for _, n := range o.Notices {

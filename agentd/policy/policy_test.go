@@ -14,6 +14,8 @@ func TestDecide(t *testing.T) {
 	readWrite.Mode = ModeReadWrite
 	metadata := Default()
 	metadata.Mode = ModeMetadata
+	unknown := Default()
+	unknown.Mode = "all"
 	tests := []struct {
 		name    string
 		source  Source
@@ -34,7 +36,8 @@ func TestDecide(t *testing.T) {
 			name: "read-write", source: readWrite,
 			want: Verdict{Allowed: true, ReadWrite: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute, KeepFirst: 100, KeepLast: 100},
 		},
-		{name: "metadata", source: metadata, reason: "not supported"},
+		{name: "metadata", source: metadata, want: Verdict{Allowed: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute, KeepFirst: 100, KeepLast: 100}},
+		{name: "unknown mode", source: unknown, reason: "not supported"},
 		{name: "zero policy", reason: "allows nothing"},
 		{name: "negative timeout", source: Default(), request: Request{Timeout: -1}, reason: "makes no sense"},
 	}
@@ -74,7 +77,7 @@ func TestSpec(t *testing.T) {
 		{name: "hide a schema's nothing", yaml: "{hide: ['hr.']}", err: `policy.hide: "hr." lacks a name`},
 		{name: "hide nobody's", yaml: "{hide: ['.x']}", err: `policy.hide: ".x" lacks a name`},
 		{name: "hide quoted", yaml: `{hide: ['"HR".x']}`, err: "write names as they are in the catalog"},
-		{name: "metadata", yaml: "mode: metadata", err: "metadata is not supported by this version"},
+		{name: "metadata", yaml: "mode: metadata", want: Source{Mode: ModeMetadata, MaxRows: 1_000_000, MaxBytes: 1 << 30, StatementTimeout: 5 * time.Minute, Concurrency: 8, KeepFirst: 100, KeepLast: 100, Plans: PlansOff, MaskFilters: FiltersEquality}},
 		{name: "unknown mode", yaml: "mode: readonly", err: `policy.mode: "readonly" is none of`},
 		{name: "plans", yaml: "plans: full", err: "plans: full is not supported by this version"},
 		{name: "unknown plans", yaml: "plans: some", err: "is none of off"},

@@ -37,12 +37,10 @@ func (s Spec) Source() (Source, error) {
 	source := Default()
 	switch Mode(s.Mode) {
 	case "":
-	case ModeReadOnly, ModeReadWrite:
+	case ModeMetadata, ModeReadOnly, ModeReadWrite:
 		source.Mode = Mode(s.Mode)
-	case ModeMetadata:
-		return Source{}, errors.New("policy.mode: metadata is not supported by this version: use read-only, or leave the source out")
 	default:
-		return Source{}, fmt.Errorf("policy.mode: %q is none of read-only, read-write", s.Mode)
+		return Source{}, fmt.Errorf("policy.mode: %q is none of metadata, read-only, read-write", s.Mode)
 	}
 	switch s.Plans {
 	case "", "off":

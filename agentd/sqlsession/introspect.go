@@ -41,8 +41,10 @@ func (m *Manager) introspect(ctx context.Context, request Introspection, take fu
 	m.mu.Lock()
 	src, closed := m.sources[request.Source], m.closed
 	var timeout time.Duration
+	var coarse bool
 	if src != nil && !closed {
 		m.wg.Add(1)
+		coarse = src.Guard.Mode == "metadata"
 		timeout = narrower(src.StatementTimeout, request.Timeout)
 	}
 	m.mu.Unlock()
@@ -77,7 +79,7 @@ func (m *Manager) introspect(ctx context.Context, request Introspection, take fu
 	defer m.drop(s)
 	wake := context.AfterFunc(ctx, func() { _ = s.conn.SetReadDeadline(time.Now().Add(-time.Second)) })
 	defer wake()
-	ask := frame.IntrospectRequest{Hide: request.Hide, TimeoutMillis: max(1, timeout.Milliseconds()), Known: map[string][]byte{}}
+	ask := frame.IntrospectRequest{Hide: request.Hide, TimeoutMillis: max(1, timeout.Milliseconds()), Coarse: coarse, Known: map[string][]byte{}}
 	for _, schema := range request.Known {
 		ask.Known[schema.Name] = schema.Fingerprint
 	}

@@ -145,6 +145,25 @@ aggregate shop.total [in  integer] -> integer false`
 	}
 }
 
+// TestIntrospectCoarsely looks at the estimates of a source that tells metadata alone.
+func TestIntrospectCoarsely(t *testing.T) {
+	catalogDatabase(t, "coarse")
+	src := catalogSource("coarse")
+	src.Guard.Mode = "metadata"
+	m := newManager(t, sqlsession.Config{}, src)
+	got := map[string]string{}
+	for _, x := range catalogOf(t, m, sqlsession.Introspection{Source: "db", Hide: hide}).Tables {
+		if x.Rows != nil && x.Bytes != nil {
+			got[x.Name] = fmt.Sprint(*x.Rows, *x.Bytes)
+		}
+	}
+	for name, want := range map[string]string{"orders": "10000 700000", "totals": "100 8000", "columns_only": "0 0"} {
+		if got[name] != want {
+			t.Errorf("%s: got %q, want %q", name, got[name], want)
+		}
+	}
+}
+
 func describe(x *posternv1.CatalogTable) string {
 	line := fmt.Sprintf("%s %s.%s", x.Kind, x.Schema, x.Name)
 	if x.Rows != nil {

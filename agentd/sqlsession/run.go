@@ -321,6 +321,9 @@ func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.
 	for _, n := range reply.Notices {
 		outcome.Notices = append(outcome.Notices, &posternv1.Notice{Severity: n.Severity, Sqlstate: n.SQLState, Message: n.Message})
 	}
+	for _, p := range reply.Parameters {
+		outcome.Parameters = append(outcome.Parameters, &posternv1.ParameterInfo{Name: p.Name, Type: p.Type})
+	}
 	if reply.Error != nil {
 		return false, kept, reply.Error.Proto()
 	}

@@ -67,6 +67,13 @@ func printList[T protobuf.Message](a *app, items []T, columns []string, row func
 
 // printRows prints rows with aligned columns, two spaces apart.
 func (a *app) printRows(rows [][]string) error {
+	_, err := a.stdout.WriteString(alignedRows(rows))
+	return err
+}
+
+// alignedRows is the text of rows with aligned columns, two spaces apart, safe for
+// a terminal.
+func alignedRows(rows [][]string) string {
 	var widths []int
 	cells := make([][]int, len(rows))
 	for r, row := range rows {
@@ -94,8 +101,7 @@ func (a *app) printRows(rows [][]string) error {
 		out.WriteString(strings.TrimRight(line.String(), " "))
 		out.WriteByte('\n')
 	}
-	_, err := a.stdout.WriteString(out.String())
-	return err
+	return out.String()
 }
 
 // printFields prints names and values, one a line; fields without a value are

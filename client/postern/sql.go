@@ -287,13 +287,34 @@ func (r *sqlRun) stream(ctx context.Context, p *progress) (*posternv1.QueryOutco
 	id := rows.QueryID()
 	r.queryID.Store(&id)
 	gate := &gate{w: p.writer(r.dst), run: r}
-	err = rowfmt.Convert(ctx, gate, p.reader(rows), r.format, rowfmt.Options{Rows: p.rows})
+	var out io.Writer = gate
+	in, count := p.reader(rows), p.rows
+	var empty *emptyTable
+	if r.format == rowfmt.Table {
+		empty = &emptyTable{w: gate}
+		out, in = empty, empty.tee(in)
+		count = func(n int64) {
+			empty.rows = empty.rows || n > 0
+			p.rows(n)
+		}
+	}
+	err = rowfmt.Convert(ctx, out, in, r.format, rowfmt.Options{Rows: count})
 	if gate.err != nil && !r.interrupted.Load() {
 		return nil, r.dst.failed(gate.err)
 	}
 	// To the end: the outcome comes after the last row.
 	_, readErr := io.Copy(io.Discard, rows)
 	outcome, outcomeErr := rows.Outcome()
+	if empty != nil {
+		if outcomeErr == nil && err == nil && readErr == nil && outcome.GetCommandTag() == describeTag {
+			err = empty.describe(outcome)
+		} else if releaseErr := empty.release(); releaseErr != nil && err == nil {
+			err = releaseErr
+		}
+		if gate.err != nil && !r.interrupted.Load() {
+			return nil, r.dst.failed(gate.err)
+		}
+	}
 	switch {
 	case outcomeErr != nil:
 		return outcome, outcomeErr

@@ -24,6 +24,7 @@ import (
 //	select 1         one row
 //	rows N           N rows, in batches of 1,000
 //	echo             the request: its parameters, limits, a row each
+//	describe         a description: two columns, two parameters, no rows
 //	update           no rows, a command tag and two notices
 //	bad column       a SQL error with position and hint
 //	refused          the host's policy says no
@@ -120,6 +121,14 @@ func (a *answer) run(text string, fields map[string]any) *posternv1.QueryOutcome
 		outcome.CommandTag = "UPDATE 3"
 		outcome.Notices = []*posternv1.Notice{{Severity: "NOTICE", Message: "three rows\x1b[31m changed"}, {Severity: "WARNING", Message: "slow"}}
 		a.open()
+	case strings.HasPrefix(text, "describe"):
+		outcome.CommandTag = "DESCRIBE"
+		outcome.Parameters = []*posternv1.ParameterInfo{{Name: "day", Type: "date"}, {Name: "n", Type: "integer"}}
+		id, name := column("id", arrow.PrimitiveTypes.Int64), column("na\x1b[31mme", arrow.BinaryTypes.String)
+		id.Nullable = false
+		id.Metadata = arrow.NewMetadata([]string{"pg.type", "pg.sqltype"}, []string{"int8", "bigint"})
+		name.Metadata = arrow.NewMetadata([]string{"pg.type", "pg.sqltype"}, []string{"varchar", "character varying(40)"})
+		a.open(id, name)
 	case strings.HasPrefix(text, "echo"):
 		a.open(column("name", arrow.BinaryTypes.String), column("value", arrow.BinaryTypes.String))
 		for _, key := range []string{"maxRows", "timeout"} {

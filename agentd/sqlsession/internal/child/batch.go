@@ -56,6 +56,8 @@ type field struct {
 	layout layout
 	binary bool // PostgreSQL's binary format is to be asked for
 	arrow  arrow.DataType
+	// notNull says that no value is ever NULL.
+	notNull bool
 	// meta are pairs of key and value for the Arrow schema.
 	meta []string
 }
@@ -99,7 +101,7 @@ func newFieldBatch(fields []field, out *sink) *batch {
 			keys, values = append(keys, f.meta[k]), append(values, f.meta[k+1])
 			b.preamble += 2 * (len(f.meta[k]) + len(f.meta[k+1]))
 		}
-		arrowFields[i] = arrow.Field{Name: f.name, Type: f.arrow, Nullable: true, Metadata: arrow.NewMetadata(keys, values)}
+		arrowFields[i] = arrow.Field{Name: f.name, Type: f.arrow, Nullable: !f.notNull, Metadata: arrow.NewMetadata(keys, values)}
 	}
 	b.schema = arrow.NewSchema(arrowFields, nil)
 	b.preamble += 1024

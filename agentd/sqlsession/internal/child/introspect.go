@@ -213,10 +213,10 @@ func (c *catalog) relation(row []string) *relation {
 	pages, _ := strconv.ParseInt(row[7], 10, 64)
 	unknown := rows < 0 || rows == 0 && pages == 0 && c.majorVersion() < 14
 	if t.Kind != "view" && !unknown {
-		t.Rows = gproto.Uint64(roughly(uint64(rows)))
+		t.Rows = gproto.Uint64(c.roughly(uint64(rows)))
 	}
 	if (t.Kind == "table" || t.Kind == "materialized view") && pages >= 0 && !unknown {
-		t.Bytes = gproto.Uint64(roughly(uint64(pages) * 8192))
+		t.Bytes = gproto.Uint64(c.roughly(uint64(pages) * 8192))
 	}
 	if parent := (&posternv1.CatalogName{Schema: name(row[8]), Name: name(row[9])}); row[10] == "t" && !c.hide.Object(parent.Schema, parent.Name) {
 		t.PartitionOf = parent
@@ -224,10 +224,26 @@ func (c *catalog) relation(row []string) *relation {
 	return &relation{oid: row[0], columns: columns, table: t, byNumber: map[int]string{}}
 }
 
-// roughly keeps two significant digits.
-func roughly(n uint64) uint64 {
+// fewest is the smallest estimate, but for 0, that is told where estimates are
+// coarse.
+const fewest = 100
+
+// roughly keeps two significant digits; one where estimates are coarse, and there
+// nothing from 1 to 100 is told apart.
+func (c *catalog) roughly(n uint64) uint64 {
+	if c.request.Coarse {
+		if n == 0 {
+			return 0
+		}
+		return max(fewest, significant(n, 10))
+	}
+	return significant(n, 100)
+}
+
+// significant rounds n so that what is left of it is below limit times a power of ten.
+func significant(n, limit uint64) uint64 {
 	unit := uint64(1)
-	for n/unit >= 100 {
+	for n/unit >= limit {
 		unit *= 10
 	}
 	rest := n % unit

@@ -49,8 +49,14 @@ func (x *execution) bind() *proto.Error {
 			return proto.Errorf(proto.CodeInvalid, "parameter %q: %q is no type that a parameter can have: use one of bool, int8, float8, numeric, text, date, timestamptz, uuid, jsonb and others, or leave it out and cast", p.Name, p.Type)
 		}
 	}
+	dialect := sqltext.PostgreSQL
+	if x.request.Guard.Mode == modeMetadata {
+		loose := *dialect
+		loose.Loose = true
+		dialect = &loose
+	}
 	var err error
-	if x.text, err = sqltext.PostgreSQL.Bind(x.request.SQL, values); err != nil {
+	if x.text, err = dialect.Bind(x.request.SQL, values); err != nil {
 		return proto.Errorf(proto.CodeInvalid, "%w", err)
 	}
 	x.types = make([]uint32, len(x.text.Args))

@@ -43,6 +43,8 @@ type execution struct {
 	batch   *batch
 	tag     string
 	value   *valueError
+	// parameters are told of a statement that was described.
+	parameters []frame.ParameterInfo
 	// drained is set while, or after, another goroutine reads to the end of
 	// the cycle: see stalled.
 	drained chan cycleEnd
@@ -76,6 +78,10 @@ func (s *session) run(r *frame.RunRequest, st *statement) (done frame.DoneReply,
 	}
 	done.Tag = x.tag
 	done.Error = frame.FromError(failure)
+	done.Parameters = x.parameters
+	if r.Guard.Mode == modeMetadata {
+		return done, false // a notice is a function's own words
+	}
 	for _, n := range s.wire.notices {
 		done.Notices = append(done.Notices, frame.Notice{
 			Severity: clean(n.Severity), SQLState: clean(n.Code), Message: frame.Clip(clean(n.Message), 1<<10),
@@ -101,6 +107,9 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	r := x.request
 	if failure := x.bind(); failure != nil {
 		return failure, false
+	}
+	if r.Guard.Mode == modeMetadata {
+		return x.describe()
 	}
 	if refused := guard(r); refused != nil {
 		return refused, false
@@ -192,18 +201,8 @@ var refusedInReadWrite = map[string]string{
 // read-only source, say whether it only reads. All of it is one round trip.
 func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *proto.Error, lost bool) {
 	r, c := x.request, x.wire
-	mode := "BEGIN READ ONLY;"
-	if r.ReadWrite {
-		mode = "BEGIN READ WRITE;"
-	}
-	lock := min(r.TimeoutMillis, maxLockTimeout.Milliseconds())
-	// The transaction must not be ended under a client that reads slowly:
-	// agentd ends it.
-	idle := r.TimeoutMillis + time.Minute.Milliseconds()
-	begin := fmt.Sprintf("%sSET LOCAL statement_timeout = %d;SET LOCAL lock_timeout = %d;SET LOCAL idle_in_transaction_session_timeout = %d;%s",
-		mode, r.TimeoutMillis, lock, idle, x.checkPeer)
 	err := c.send(
-		&pgproto3.Query{String: begin},
+		&pgproto3.Query{String: x.begin(r.ReadWrite)},
 		&pgproto3.Parse{Name: statementName, Query: x.text.Text, ParameterOIDs: x.types},
 		&pgproto3.Describe{ObjectType: 'S', Name: statementName},
 		&pgproto3.Sync{},
@@ -260,6 +259,21 @@ func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *prot
 		}
 	}
 	return fields, failure, false
+}
+
+// begin is the text that opens the statement's transaction, with its limits.
+func (x *execution) begin(readWrite bool) string {
+	r := x.request
+	mode := "BEGIN READ ONLY;"
+	if readWrite {
+		mode = "BEGIN READ WRITE;"
+	}
+	lock := min(r.TimeoutMillis, maxLockTimeout.Milliseconds())
+	// The transaction must not be ended under a client that reads slowly:
+	// agentd ends it.
+	idle := r.TimeoutMillis + time.Minute.Milliseconds()
+	return fmt.Sprintf("%sSET LOCAL statement_timeout = %d;SET LOCAL lock_timeout = %d;SET LOCAL idle_in_transaction_session_timeout = %d;%s",
+		mode, r.TimeoutMillis, lock, idle, x.checkPeer)
 }
 
 // copyFields copies the names out of the read buffer.

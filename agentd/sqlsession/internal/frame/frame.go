@@ -205,12 +205,21 @@ type DoneReply struct {
 	Tag     string
 	Error   *Error
 	Notices []Notice
+	// Parameters are told of a statement that was described and not run.
+	Parameters []ParameterInfo `json:",omitempty"`
+}
+
+// ParameterInfo is a placeholder of a statement and its type, as SQL writes it.
+type ParameterInfo struct {
+	Name, Type string
 }
 
 // IntrospectRequest asks for the catalog, less what Hide says.
 type IntrospectRequest struct {
 	Hide          []string
 	TimeoutMillis int64
+	// Coarse rounds estimates to one digit and hides small ones.
+	Coarse bool
 	// Known are fingerprints by schema: one that is the same is not sent.
 	Known map[string][]byte
 }

@@ -25,6 +25,29 @@ func FirstKeyword(text string) string {
 	}
 }
 
+// nullWords begin what can make a NULL of a column that has none, or mix a column
+// with others.
+var nullWords = map[string]bool{
+	"left": true, "right": true, "full": true, "outer": true, "rollup": true, "cube": true, "grouping": true, "merge": true,
+	"union": true, "intersect": true, "except": true,
+}
+
+// MayAddNulls tells whether a NULL may come out of a column of the text's result
+// although the column that it is of is NOT NULL: by an outer join and the like. It
+// says so too often rather than too rarely.
+func MayAddNulls(text string) bool {
+	scan := scanner{text: text}
+	for {
+		t, ok := scan.next()
+		if !ok {
+			return false
+		}
+		if t.kind == word && nullWords[strings.ToLower(t.text)] {
+			return true
+		}
+	}
+}
+
 // Call is a function call that a read-only source refuses.
 type Call struct {
 	// Name is the function's, without schema, in lower case.

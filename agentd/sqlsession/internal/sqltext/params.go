@@ -61,6 +61,9 @@ type Dialect struct {
 	// EmptyIn and EmptyNotIn replace IN and NOT IN before a list without elements,
 	// and EmptyList stands in its parentheses. An empty EmptyIn leaves the words.
 	EmptyIn, EmptyNotIn, EmptyList string
+	// Loose is for a text that is not run: a bound value need not be given. A
+	// missing one is like NULL.
+	Loose bool
 }
 
 // PostgreSQL is the dialect of PostgreSQL's extended protocol.
@@ -118,7 +121,7 @@ func (d *Dialect) Bind(text string, values []Value) (*Statement, error) {
 // given is a value and how it was used so far.
 type given struct {
 	Value
-	used bool
+	used, missing bool
 	// scalar and list are the placeholders that a numbered dialect repeats.
 	scalar, list string
 }
@@ -166,7 +169,7 @@ func (b *binder) bind() error {
 			name, form, _ = strings.Cut(t.text[2:len(t.text)-2], "|")
 			name, form = strings.TrimSpace(name), strings.TrimSpace(form)
 		case variable:
-			if name = t.text[1:]; b.brackets > 0 && (b.operand || b.values[name] == nil) {
+			if name = t.text[1:]; b.brackets > 0 && (b.operand || b.values[name] == nil || b.values[name].missing) {
 				name = ""
 			}
 		}
@@ -176,6 +179,10 @@ func (b *binder) bind() error {
 			continue
 		}
 		v := b.values[name]
+		if v == nil && form == "" && b.dialect.Loose {
+			v = &given{Value: Value{Name: name}, missing: true}
+			b.values[name] = v
+		}
 		if v == nil {
 			return fmt.Errorf("position %d: no value is given for parameter %q", b.position+1, name)
 		}
