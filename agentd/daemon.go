@@ -80,6 +80,7 @@ type Daemon struct {
 	abort    sync.Once
 	welcomed atomic.Bool // by the control plane, since the start
 	closing  sync.Once
+	offers   offers
 
 	// mu guards the following.
 	mu           sync.Mutex
@@ -189,7 +190,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if err := d.newLink(wake); err != nil {
 		return err
 	}
-	if d.control, err = control.Listen(d.runtimeDir(), control.Config{Status: d.status, Check: d.checkSource}); err != nil {
+	if d.control, err = control.Listen(d.runtimeDir(), control.Config{Status: d.status, Check: d.checkSource, Candidate: d.checkCandidate}); err != nil {
 		return err
 	}
 	d.registerMetrics()

@@ -96,7 +96,7 @@ func newRoot() *cobra.Command {
 		}
 		return usagef("%s: see %s --help", oneLine(text), cmd.CommandPath())
 	})
-	root.AddCommand(newRegister(), newRun(), newStatus(), newDoctor(), newAudit(), newVersion())
+	root.AddCommand(newRegister(), newRun(), newStatus(), newDoctor(), newSource(), newAudit(), newVersion())
 	return root
 }
 

@@ -194,7 +194,7 @@ func guard(p policy.Source) sqlsession.Guard {
 func (d *Daemon) newHost() *host.Host {
 	return host.New(host.Config{
 		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions, d.hidden}, Audit: d.log,
-		Decide: d.decide, DecideIntrospection: d.decideIntrospection, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows,
+		Decide: d.decide, DecideIntrospection: d.decideIntrospection, CheckOffered: d.checkOffered, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows,
 		Exposition: promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}),
 		Agent: func() (string, string) {
 			a := d.identity.Agent()

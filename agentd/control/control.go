@@ -1,6 +1,7 @@
 package control
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -35,6 +36,32 @@ type Config struct {
 	Status func() Status
 	// Check looks at one data source; it may take as long as ctx.
 	Check func(ctx context.Context, source string) []Check
+	// Candidate looks at a data source that is not saved.
+	Candidate func(ctx context.Context, c Candidate) CandidateAnswer
+}
+
+// MaxCandidate bounds the text of a candidate, in bytes.
+const MaxCandidate = 1 << 20
+
+// Candidate is a data source of a configuration that is not in force.
+type Candidate struct {
+	// File is what Text was read from, for messages.
+	File string `json:"file"`
+	Text string `json:"text"`
+	// Source is its name; "" is the only one of the file.
+	Source string `json:"source"`
+	// Offer asks for a one-time token.
+	Offer bool `json:"offer"`
+}
+
+// CandidateAnswer is what was found out; Error is set when nothing could be.
+type CandidateAnswer struct {
+	Source string  `json:"source"`
+	Checks []Check `json:"checks"`
+	// Token lets who has it check the source from the control plane, once.
+	Token   string    `json:"token,omitempty"`
+	Expires time.Time `json:"expires,omitzero"`
+	Error   string    `json:"error,omitempty"`
 }
 
 // Server answers at the socket.
@@ -69,6 +96,14 @@ func Listen(runtimeDir string, cfg Config) (*Server, error) {
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { write(w, cfg.Status()) })
 	mux.HandleFunc("GET /check", func(w http.ResponseWriter, r *http.Request) {
 		write(w, cfg.Check(r.Context(), r.URL.Query().Get("source")))
+	})
+	mux.HandleFunc("POST /candidate", func(w http.ResponseWriter, r *http.Request) {
+		var c Candidate
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 7*MaxCandidate)).Decode(&c); err != nil || len(c.Text) > MaxCandidate {
+			http.Error(w, "not a candidate", http.StatusBadRequest)
+			return
+		}
+		write(w, cfg.Candidate(r.Context(), c))
 	})
 	s := &Server{path: path, http: &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 5 * time.Second}}
 	s.wg.Go(func() {
@@ -135,16 +170,27 @@ const maxAnswer = 16 << 20
 // says that there is none.
 func Ask(ctx context.Context, runtimeDir string) (Status, error) {
 	var s Status
-	return s, ask(ctx, runtimeDir, "/status", &s)
+	return s, ask(ctx, runtimeDir, http.MethodGet, "/status", nil, &s)
 }
 
 // AskCheck has the agentd of this runtime directory check a data source.
 func AskCheck(ctx context.Context, runtimeDir, source string) ([]Check, error) {
 	var checks []Check
-	return checks, ask(ctx, runtimeDir, "/check?source="+url.QueryEscape(source), &checks)
+	return checks, ask(ctx, runtimeDir, http.MethodGet, "/check?source="+url.QueryEscape(source), nil, &checks)
 }
 
-func ask(ctx context.Context, runtimeDir, path string, answer any) error {
+// AskCandidate has the agentd of this runtime directory check a data source
+// that is not saved.
+func AskCandidate(ctx context.Context, runtimeDir string, c Candidate) (CandidateAnswer, error) {
+	body, err := json.Marshal(c)
+	if err != nil {
+		return CandidateAnswer{}, err
+	}
+	var a CandidateAnswer
+	return a, ask(ctx, runtimeDir, http.MethodPost, "/candidate", body, &a)
+}
+
+func ask(ctx context.Context, runtimeDir, method, path string, question []byte, answer any) error {
 	socket := Path(runtimeDir)
 	transport := &http.Transport{
 		DisableKeepAlives: true,
@@ -152,7 +198,7 @@ func ask(ctx context.Context, runtimeDir, path string, answer any) error {
 			return (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "unix", socket)
 		},
 	}
-	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agentd"+path, nil)
+	r, err := http.NewRequestWithContext(ctx, method, "http://agentd"+path, bytes.NewReader(question))
 	if err != nil {
 		return err
 	}

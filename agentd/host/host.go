@@ -90,6 +90,10 @@ type Config struct {
 	Audit   Audit
 	// Decide asks the policy of the source that the request names.
 	Decide func(*posternv1.SQLRequest) Verdict
+	// CheckOffered checks a source that somebody on the host offered with a
+	// one-time token, which ends with it; false when there is none of this name
+	// and token. nil: nothing is offered.
+	CheckOffered func(ctx context.Context, source, token string) ([]*posternv1.Check, bool)
 	// DecideIntrospection asks the policy of a source whether its catalog may be
 	// told of; of the verdict's limits, Timeout counts.
 	DecideIntrospection func(source string) Verdict

@@ -32,7 +32,8 @@ func (s rpc) CheckSource(ctx context.Context, r *connect.Request[posternv1.Check
 	for _, source := range h.cfg.Sources() {
 		known = known || source.Name == name
 	}
-	if !known {
+	offered := r.Msg.OneTimeToken != ""
+	if !known && !offered {
 		return nil, proto.ConnectError(proto.Errorf(proto.CodeNotFound, "this agent has no data source %q: see postern source list", clip(name)))
 	}
 	select {
@@ -45,7 +46,18 @@ func (s rpc) CheckSource(ctx context.Context, r *connect.Request[posternv1.Check
 	if err := h.settle(); err != nil {
 		return nil, proto.ConnectError(err)
 	}
-	checks := h.cfg.SQL.Check(ctx, name)
+	var checks []*posternv1.Check
+	if offered {
+		ok := h.cfg.CheckOffered != nil
+		if ok {
+			checks, ok = h.cfg.CheckOffered(ctx, name, r.Msg.OneTimeToken)
+		}
+		if !ok {
+			return nil, h.refuseOffer(r.Msg)
+		}
+	} else {
+		checks = h.cfg.SQL.Check(ctx, name)
+	}
 	entry := auditchain.Entry{
 		Action: actionCheck, Actor: actor(r.Msg.Principal), Role: r.Msg.Principal.GetRole(), Source: name, Verdict: "allowed", Outcome: "done",
 		DurationMillis: time.Since(began).Milliseconds(),
@@ -60,6 +72,17 @@ func (s rpc) CheckSource(ctx context.Context, r *connect.Request[posternv1.Check
 		return nil, proto.ConnectError(err)
 	}
 	return connect.NewResponse(&posternv1.CheckSourceResponse{Checks: checks}), nil
+}
+
+// refuseOffer records that somebody came with a token that is none.
+func (h *Host) refuseOffer(r *posternv1.CheckSourceRequest) error {
+	err := proto.Errorf(proto.CodePolicyDenied, "source %s is not offered with this one-time token: it was used, is older than 15 minutes, or is another's; run agentd source check --offer on the host again", clip(r.Source))
+	if failed := h.record(auditchain.Entry{
+		Action: actionCheck, Actor: actor(r.Principal), Role: r.Principal.GetRole(), Source: clip(r.Source), Verdict: "denied", Outcome: "denied", Error: err.Message,
+	}); failed != nil {
+		return proto.ConnectError(failed)
+	}
+	return proto.ConnectError(err)
 }
 
 // CancelQuery ends a statement.

@@ -28,6 +28,26 @@ func (m *Manager) Check(ctx context.Context, name string) []*posternv1.Check {
 		return failed("reachable", "the agent is going away", "try again")
 	}
 	defer m.wg.Done()
+	return m.check(ctx, src)
+}
+
+// CheckUnsaved does the same for a source that is not among ours. It must be
+// valid: see ValidateDSN.
+func (m *Manager) CheckUnsaved(ctx context.Context, s Source) []*posternv1.Check {
+	m.mu.Lock()
+	closed := m.closed
+	if !closed {
+		m.wg.Add(1)
+	}
+	m.mu.Unlock()
+	if closed {
+		return failed("reachable", "the agent is going away", "try again")
+	}
+	defer m.wg.Done()
+	return m.check(ctx, newSource(s))
+}
+
+func (m *Manager) check(ctx context.Context, src *source) []*posternv1.Check {
 	s, err := m.start(ctx, src)
 	if err != nil {
 		return connectChecks(err)

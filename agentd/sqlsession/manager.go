@@ -97,7 +97,7 @@ func (m *Manager) SetSources(sources []Source) {
 			kept.wakeLocked()
 			continue
 		}
-		m.sources[s.Name] = &source{Source: s, config: confine(s.DSN)}
+		m.sources[s.Name] = newSource(s)
 	}
 	for name, s := range old {
 		if m.sources[name] == s {
@@ -124,6 +124,11 @@ func (m *Manager) SetSources(sources []Source) {
 		}
 		s.wakeLocked()
 	}
+}
+
+func newSource(s Source) *source {
+	s = s.withDefaults()
+	return &source{Source: s, config: confine(s.DSN)}
 }
 
 // confine says what a source's processes may reach.

@@ -137,23 +137,38 @@ func (a *app) sourceCommand() *cobra.Command {
 			})
 		},
 	}
+	var tokenFile string
 	check := &cobra.Command{
-		Use: "check AGENT/SOURCE", Short: "Check a data source on its host, step by step", Example: "  postern source check edge-1/warehouse", Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeSources,
+		Use: "check AGENT/SOURCE", Short: "Check a data source on its host, step by step",
+		Long: `Checks a data source on its host, step by step.
+
+With a one-time token, which agentd source check --offer prints on the host, the
+source need not be saved in the host's configuration yet.`,
+		Example: "  postern source check edge-1/warehouse\n  postern source check edge-1/new --one-time-token-file -", Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeSources,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			agent, source, err := splitSource(args[0])
 			if err != nil {
 				return err
 			}
-			return a.with(func(c *client.Client) error { return a.checkSource(cmd.Context(), c, agent, source) })
+			oneTime := ""
+			if tokenFile != "" {
+				secret, err := a.readToken(tokenFile)
+				if err != nil {
+					return err
+				}
+				oneTime = secret.Reveal()
+			}
+			return a.with(func(c *client.Client) error { return a.checkSource(cmd.Context(), c, agent, source, oneTime) })
 		},
 	}
+	check.Flags().StringVar(&tokenFile, "one-time-token-file", "", "a file with the one-time token of a source that is not saved yet; - is standard input")
 	return group("source", "List, check and introspect data sources", list, check, a.introspectCommand())
 }
 
-func (a *app) checkSource(ctx context.Context, c *client.Client, agent, source string) error {
+func (a *app) checkSource(ctx context.Context, c *client.Client, agent, source, oneTime string) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 	defer cancel()
-	resp, err := c.Sources.CheckSource(ctx, connect.NewRequest(&posternv1.CheckOrganizationSourceRequest{Agent: agent, Source: source}))
+	resp, err := c.Sources.CheckSource(ctx, connect.NewRequest(&posternv1.CheckOrganizationSourceRequest{Agent: agent, Source: source, OneTimeToken: oneTime}))
 	if err != nil {
 		return err
 	}

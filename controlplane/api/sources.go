@@ -55,7 +55,7 @@ func (s sources) CheckSource(ctx context.Context, req *connect.Request[posternv1
 		}
 		ctx, cancel := context.WithTimeout(ctx, agentTime)
 		defer cancel()
-		resp, err := l.CheckSource(ctx, &posternv1.CheckSourceRequest{Source: req.Msg.Source, Principal: c.Principal})
+		resp, err := l.CheckSource(ctx, &posternv1.CheckSourceRequest{Source: req.Msg.Source, Principal: c.Principal, OneTimeToken: req.Msg.OneTimeToken})
 		entry := auditchain.Entry{Action: "source.check", Agent: agent.Name, Source: req.Msg.Source, Verdict: "allowed"}
 		if err != nil {
 			entry.Outcome, entry.Error = "failed", err.Error()

@@ -1546,9 +1546,11 @@ func (x *ListOrganizationSourcesResponse) GetSources() []*OrganizationSource {
 }
 
 type CheckOrganizationSourceRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
-	Source        string                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Agent  string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Source string                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// For a source that is not saved yet; see CheckSourceRequest.
+	OneTimeToken  string `protobuf:"bytes,3,opt,name=one_time_token,json=oneTimeToken,proto3" json:"one_time_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1593,6 +1595,13 @@ func (x *CheckOrganizationSourceRequest) GetAgent() string {
 func (x *CheckOrganizationSourceRequest) GetSource() string {
 	if x != nil {
 		return x.Source
+	}
+	return ""
+}
+
+func (x *CheckOrganizationSourceRequest) GetOneTimeToken() string {
+	if x != nil {
+		return x.OneTimeToken
 	}
 	return ""
 }
@@ -3198,10 +3207,11 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\x06online\x18\x02 \x01(\bR\x06online\x12.\n" +
 	"\x06source\x18\x03 \x01(\v2\x16.postern.v1.SourceInfoR\x06source\"[\n" +
 	"\x1fListOrganizationSourcesResponse\x128\n" +
-	"\asources\x18\x01 \x03(\v2\x1e.postern.v1.OrganizationSourceR\asources\"N\n" +
+	"\asources\x18\x01 \x03(\v2\x1e.postern.v1.OrganizationSourceR\asources\"t\n" +
 	"\x1eCheckOrganizationSourceRequest\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x16\n" +
-	"\x06source\x18\x02 \x01(\tR\x06source\"\xea\x01\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12$\n" +
+	"\x0eone_time_token\x18\x03 \x01(\tR\foneTimeToken\"\xea\x01\n" +
 	"\x17IntrospectSourceRequest\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x16\n" +
 	"\x06source\x18\x02 \x01(\tR\x06source\x12\x16\n" +

@@ -872,9 +872,12 @@ func (x *ListSourcesResponse) GetSources() []*SourceInfo {
 }
 
 type CheckSourceRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Source        string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
-	Principal     *Principal             `protobuf:"bytes,2,opt,name=principal,proto3" json:"principal,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Source    string                 `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Principal *Principal             `protobuf:"bytes,2,opt,name=principal,proto3" json:"principal,omitempty"`
+	// Of agentd source check --offer: then source is the offered one of that
+	// name, which is not in the host's configuration. It works once.
+	OneTimeToken  string `protobuf:"bytes,3,opt,name=one_time_token,json=oneTimeToken,proto3" json:"one_time_token,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -921,6 +924,13 @@ func (x *CheckSourceRequest) GetPrincipal() *Principal {
 		return x.Principal
 	}
 	return nil
+}
+
+func (x *CheckSourceRequest) GetOneTimeToken() string {
+	if x != nil {
+		return x.OneTimeToken
+	}
+	return ""
 }
 
 type CheckSourceResponse struct {
@@ -1553,10 +1563,11 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	" \x03(\tR\ftextPatterns\"\x14\n" +
 	"\x12ListSourcesRequest\"G\n" +
 	"\x13ListSourcesResponse\x120\n" +
-	"\asources\x18\x01 \x03(\v2\x16.postern.v1.SourceInfoR\asources\"a\n" +
+	"\asources\x18\x01 \x03(\v2\x16.postern.v1.SourceInfoR\asources\"\x87\x01\n" +
 	"\x12CheckSourceRequest\x12\x16\n" +
 	"\x06source\x18\x01 \x01(\tR\x06source\x123\n" +
-	"\tprincipal\x18\x02 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\"@\n" +
+	"\tprincipal\x18\x02 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\x12$\n" +
+	"\x0eone_time_token\x18\x03 \x01(\tR\foneTimeToken\"@\n" +
 	"\x13CheckSourceResponse\x12)\n" +
 	"\x06checks\x18\x01 \x03(\v2\x11.postern.v1.CheckR\x06checks\"\x91\x01\n" +
 	"\x11IntrospectRequest\x12\x16\n" +
