@@ -200,6 +200,24 @@ func TestNotices(t *testing.T) {
 	}
 }
 
+// TestNoticesBetweenRows: a notice right before a row is none of the result.
+func TestNoticesBetweenRows(t *testing.T) {
+	m := newManager(t, sqlsession.Config{})
+	if err := server.SQL(t.Context(), "CREATE FUNCTION chatty(i int) RETURNS int LANGUAGE plpgsql AS $$ BEGIN RAISE NOTICE 'row %', i; RETURN i; END $$"); err != nil {
+		t.Fatal(err)
+	}
+	cleanUp(t, "DROP FUNCTION chatty(int)")
+	r := request("SELECT chatty(i) FROM generate_series(1, 300) i")
+	r.ReadWrite = true
+	got, outcome := query(t, m, r)
+	if len(got.rows) != 300 || got.rows[0][0] != "1" || got.rows[299][0] != "300" {
+		t.Errorf("got %d rows", len(got.rows))
+	}
+	if len(outcome.Notices) != 50 || outcome.Notices[0].Message != "row 1" {
+		t.Errorf("got %d notices, want the first 50", len(outcome.Notices))
+	}
+}
+
 func TestLimits(t *testing.T) {
 	m := newManager(t, sqlsession.Config{})
 	tests := []struct {

@@ -421,7 +421,7 @@ func (x *execution) stream() cycleEnd {
 			}
 			continue
 		}
-		t, body, err := c.message()
+		t, body, err := c.one()
 		if err != nil {
 			if refusal != nil {
 				return cycleEnd{refusal, nil}
@@ -429,6 +429,7 @@ func (x *execution) stream() cycleEnd {
 			return cycleEnd{nil, err}
 		}
 		switch t {
+		case 0: // an aside
 		case 'Z':
 			return cycleEnd{refusal, nil}
 		case 'E':

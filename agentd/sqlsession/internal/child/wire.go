@@ -151,29 +151,38 @@ func (c *wire) skip(n int) error {
 // through here too, where they are not wanted.
 func (c *wire) message() (t byte, body []byte, err error) {
 	for {
-		t, size, err := c.header()
-		if err != nil {
-			return 0, nil, err
-		}
-		keep := size
-		if size > maxMessage {
-			keep = headOfMessage
-		}
-		if err := c.need(5 + keep); err != nil {
-			return 0, nil, err
-		}
-		body := c.in[c.r+5 : c.r+5+keep]
-		c.r += 5 + keep
-		if size > keep {
-			body = append([]byte(nil), body...)
-			if err := c.skip(size - keep); err != nil {
-				return 0, nil, err
-			}
-		}
-		if !c.aside(t, body) {
-			return t, body, nil
+		if t, body, err = c.one(); err != nil || t != 0 {
+			return t, body, err
 		}
 	}
+}
+
+// one takes one message; its type is 0 for an aside, which is taken care of.
+// What comes behind an aside may be a row, which has a way of its own.
+func (c *wire) one() (t byte, body []byte, err error) {
+	t, size, err := c.header()
+	if err != nil {
+		return 0, nil, err
+	}
+	keep := size
+	if size > maxMessage {
+		keep = headOfMessage
+	}
+	if err := c.need(5 + keep); err != nil {
+		return 0, nil, err
+	}
+	body = c.in[c.r+5 : c.r+5+keep]
+	c.r += 5 + keep
+	if size > keep {
+		body = append([]byte(nil), body...)
+		if err := c.skip(size - keep); err != nil {
+			return 0, nil, err
+		}
+	}
+	if c.aside(t, body) {
+		return 0, nil, nil
+	}
+	return t, body, nil
 }
 
 // aside takes what the server may send at any time; it tells whether it did.
