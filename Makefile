@@ -5,6 +5,7 @@
 #   make build      agentd, controlplane and postern in bin/
 #   make e2e-long   the end-to-end tests at full length: a statement that is silent
 #                   for 3 minutes behind nginx, 3 minutes over a slow link
+#   make vault-test the tests with Vault against a real one, which is built for it
 #   make race       the Go tests alone, with the race detector
 #   make lint       gofumpt, vet, staticcheck
 #   make fuzz       every fuzz target, FUZZTIME each (default 5m)
@@ -18,7 +19,7 @@ FUZZTIME ?= 5m
 LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
 export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
-.PHONY: build demo test e2e-long race lint fuzz bench proto clean deps
+.PHONY: build demo test e2e-long vault-test race lint fuzz bench proto clean deps
 
 build: deps
 	@mkdir -p bin
@@ -38,6 +39,12 @@ e2e-long:
 	@packaging/dev/deps.sh go postgresql nginx tinyproxy
 	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh netns
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v ./e2e
+
+vault-test:
+	@packaging/dev/deps.sh go postgresql
+	@mkdir -p bin
+	cd e2e/vaultserver && CGO_ENABLED=0 $(GO) build -o ../../bin/vaultserver .
+	POSTERN_VAULTSERVER=$(CURDIR)/bin/vaultserver $(GO) test -tags realvault -run 'TestRealVault|TestSimulatedVault' -v ./e2e
 
 race:
 	$(GO) test -race ./...
