@@ -28,7 +28,7 @@ const (
 	// doctorUIDs is where doctor's own SQL sessions have their user ids: behind
 	// those of the running agentd.
 	doctorUIDs = 65_536
-	uidCount   = doctorUIDs + 256
+	uidCount   = doctorUIDs + 256 + 2 // the last two are the parser's
 	// auditWarning is when the audit log is worth a thought, in bytes.
 	auditWarning = 4 << 30
 )
@@ -204,7 +204,7 @@ func examineSources(ctx context.Context, r *doctor.Report, p *places, c *config.
 		if client != nil {
 			defer client.Close() //nolint:errcheck // what is left of it ends by itself
 		}
-		m := sqlsession.New(sqlsession.Config{UIDBase: int(c.SQL.UIDBase) + doctorUIDs, UIDCount: 256, Warm: -1, Logger: slog.New(slog.DiscardHandler)})
+		m := sqlsession.New(sqlsession.Config{UIDBase: int(c.SQL.UIDBase) + doctorUIDs, UIDCount: 256, Warm: -1, NoParser: true, Logger: slog.New(slog.DiscardHandler)})
 		defer m.Close(ctx) //nolint:errcheck // nothing of it is left either way
 		m.SetSources(mapSources(c, nil, client))
 		check = func(name string) ([]control.Check, error) { return plainChecks(m.Check(ctx, name)), nil }

@@ -19,9 +19,12 @@ import (
 )
 
 func main() {
-	// A SQL session's process must do nothing else first.
+	// A SQL session's process, and a parser's, must do nothing else first.
 	if len(os.Args) > 1 && os.Args[1] == sqlsession.ChildArg {
 		os.Exit(sqlsession.ChildMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == sqlsession.ParserArg {
+		os.Exit(sqlsession.ParserMain())
 	}
 	os.Exit(run(os.Args[1:]))
 }

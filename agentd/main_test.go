@@ -16,6 +16,9 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == sqlsession.ChildArg {
 		os.Exit(sqlsession.ChildMain())
 	}
+	if len(os.Args) > 1 && os.Args[1] == sqlsession.ParserArg {
+		os.Exit(sqlsession.ParserMain())
+	}
 	if os.Getenv("POSTERN_TEST_AGENTD") == "1" { // a whole process of ours: see startProcess
 		os.Exit(run(os.Args[1:]))
 	}

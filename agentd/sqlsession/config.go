@@ -85,7 +85,8 @@ type Config struct {
 	// ChildArgs are its arguments; nil means ChildArg alone.
 	ChildArgs []string
 	// UIDBase is the first of UIDCount user and group ids that sessions get
-	// when we are root; 0 means 1,900,000,000 and 65,536. No account may have
+	// when we are root, and the Manager's own Parser has two from 256
+	// behind them on; 0 means 1,900,000,000 and 65,536. No account may have
 	// one of them.
 	UIDBase  int
 	UIDCount int
@@ -98,6 +99,12 @@ type Config struct {
 	// QueueTimeout is how long a statement waits for a place when Concurrency
 	// are running; 0 means 5 s. Then it fails with OVERLOADED.
 	QueueTimeout time.Duration
+	// Parser parses statements; the caller ends it, after Close. nil means one of
+	// the Manager's own, started with the first source.
+	Parser *Parser
+	// NoParser leaves the Manager without one: for checks alone, as every
+	// statement is refused.
+	NoParser bool
 	// Logger is optional; nil discards.
 	Logger *slog.Logger
 	// Metrics is optional.

@@ -392,7 +392,7 @@ func TestIdleSessionsEnd(t *testing.T) {
 }
 
 func TestClose(t *testing.T) {
-	m := sqlsession.New(sqlsession.Config{Logger: quietLog(t)})
+	m := sqlsession.New(sqlsession.Config{Logger: quietLog(t), Parser: parser})
 	m.SetSources([]sqlsession.Source{source("db")})
 	query(t, m, request("SELECT 1"))
 	result := make(chan error, 1)

@@ -27,6 +27,10 @@ import (
 // their own.
 var server *pgserver.Server
 
+// parser is shared by the package's tests: it takes a second to start, ten with
+// the race detector.
+var parser *sqlsession.Parser
+
 const readerPassword = "marked-reader-password"
 
 // TestMain serves as the SQL session's process, too, and as a parent to kill.
@@ -35,6 +39,8 @@ func TestMain(m *testing.M) {
 		switch os.Args[1] {
 		case sqlsession.ChildArg:
 			os.Exit(sqlsession.ChildMain())
+		case sqlsession.ParserArg:
+			os.Exit(sqlsession.ParserMain())
 		case helperParentArg:
 			os.Exit(helperParent())
 		}
@@ -43,7 +49,10 @@ func TestMain(m *testing.M) {
 	if err := startServer(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 	} else {
+		parser = sqlsession.NewParser(sqlsession.ParserConfig{})
+		parser.Start()
 		code = m.Run()
+		parser.Close()
 		if err := server.Stop(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1
@@ -124,6 +133,9 @@ func newManager(t testing.TB, config sqlsession.Config, sources ...sqlsession.So
 	t.Helper()
 	if config.Logger == nil {
 		config.Logger = quietLog(t)
+	}
+	if config.Parser == nil {
+		config.Parser = parser
 	}
 	m := sqlsession.New(config)
 	if len(sources) == 0 {

@@ -34,6 +34,7 @@ const (
 type Manager struct {
 	config Config
 	log    *slog.Logger
+	parser *Parser // nil with Config.NoParser
 	root   bool
 	wg     sync.WaitGroup // every goroutine
 	stop   chan struct{}  // closed by Close
@@ -71,6 +72,15 @@ func New(config Config) *Manager {
 		m.log.Info("agentd does not run as root: sql sessions share its user")
 	}
 	m.slots = make([]bool, m.config.UIDCount)
+	switch {
+	case m.config.NoParser:
+	case m.config.Parser != nil:
+		m.parser = m.config.Parser
+	default:
+		m.parser = NewParser(ParserConfig{
+			Executable: m.config.Executable, UID: m.config.UIDBase + m.config.UIDCount + parserUIDs, Logger: m.log, Metrics: m.config.Metrics,
+		})
+	}
 	m.wg.Add(1)
 	go m.retireSessions()
 	return m
@@ -85,6 +95,9 @@ func (m *Manager) SetSources(sources []Source) {
 	defer m.mu.Unlock()
 	if m.closed {
 		return
+	}
+	if m.parser != nil && slices.ContainsFunc(sources, func(s Source) bool { return s.Engine == "postgres" }) {
+		m.parser.Start()
 	}
 	old := m.sources
 	m.sources = make(map[string]*source, len(sources))
@@ -442,6 +455,14 @@ func (m *Manager) gone(s *session) {
 	}
 }
 
+// introducer is the descriptor over which a new process finds the parser.
+func (m *Manager) introducer() (*os.File, error) {
+	if m.parser == nil {
+		return os.Open(os.DevNull)
+	}
+	return m.parser.introducer()
+}
+
 func (m *Manager) takeSlot() (int, bool) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -495,6 +516,9 @@ var ErrClosed = errors.New("sqlsession: closed")
 // first, what is left is killed; then only a Run whose writer is blocked can
 // outlive Close. It may be called once.
 func (m *Manager) Close(ctx context.Context) error {
+	if m.parser != nil && m.config.Parser == nil {
+		defer m.parser.Close()
+	}
 	m.mu.Lock()
 	m.closed = true
 	close(m.stop)

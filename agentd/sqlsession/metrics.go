@@ -17,6 +17,10 @@ type Metrics struct {
 	seconds    prometheus.Histogram
 	rows       prometheus.Counter
 	bytes      prometheus.Counter
+
+	parses       *prometheus.CounterVec
+	parseSeconds *prometheus.CounterVec
+	parserStarts *prometheus.CounterVec
 }
 
 // NewMetrics makes the metrics and registers them; r may be nil.
@@ -41,9 +45,19 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 		}),
 		rows:  prometheus.NewCounter(prometheus.CounterOpts{Name: "agentd_sql_rows_total", Help: "Rows delivered."}),
 		bytes: prometheus.NewCounter(prometheus.CounterOpts{Name: "agentd_sql_result_bytes_total", Help: "Arrow IPC bytes delivered."}),
+
+		parses: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "agentd_sql_parses_total", Help: "Statements that a parser process has parsed; others were known to the session already.",
+		}, []string{"lane"}),
+		parseSeconds: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "agentd_sql_parse_seconds_total", Help: "Time that the parser processes took for statements.",
+		}, []string{"lane"}),
+		parserStarts: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "agentd_sql_parser_starts_total", Help: "Starts of parser processes: more than the first mean that one died.",
+		}, []string{"lane"}),
 	}
 	if r != nil {
-		r.MustRegister(m.sessions, m.running, m.starts, m.statements, m.seconds, m.rows, m.bytes)
+		r.MustRegister(m.parses, m.parseSeconds, m.parserStarts, m.sessions, m.running, m.starts, m.statements, m.seconds, m.rows, m.bytes)
 	}
 	return m
 }

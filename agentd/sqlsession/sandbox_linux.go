@@ -14,6 +14,10 @@ import (
 // loader, the resolver and TLS need. It may write nothing.
 var landlockPaths = []string{"/etc", "/usr", "/lib", "/lib32", "/lib64", "/run/systemd/resolve", "/run/resolvconf", "/var/lib/ca-certificates"}
 
+// loaderPaths are what the dynamic loader needs, where there is one; for a
+// process that needs nothing else.
+var loaderPaths = []string{"/usr/lib", "/usr/lib64", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache"}
+
 // Ports beside the database's that a process may connect to: DNS over TCP.
 const portDNS = 53
 
@@ -22,6 +26,9 @@ type confinement struct {
 	executable string
 	ports      []uint16 // of the database; nil leaves connecting free
 	readable   []string // files such as sslrootcert
+	// offline leaves no port to connect to, not even DNS, and no files but what
+	// the program itself needs.
+	offline bool
 }
 
 // startConfined starts cmd from a thread that has given up what the process
@@ -98,13 +105,16 @@ func (c confinement) landlock() error {
 	}
 	if abi >= 4 {
 		attr.Access_net = unix.LANDLOCK_ACCESS_NET_BIND_TCP
-		if c.ports != nil {
+		if c.ports != nil || c.offline {
 			attr.Access_net |= unix.LANDLOCK_ACCESS_NET_CONNECT_TCP
 		}
 		size += unsafe.Sizeof(attr.Access_net)
 	}
 	if abi >= 6 {
 		attr.Scoped = unix.LANDLOCK_SCOPE_SIGNAL
+		if c.offline {
+			attr.Scoped |= unix.LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET
+		}
 		size += unsafe.Sizeof(attr.Scoped)
 	}
 	fd, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, uintptr(unsafe.Pointer(&attr)), size, 0)
@@ -113,7 +123,11 @@ func (c confinement) landlock() error {
 	}
 	ruleset := int(fd)
 	defer func() { _ = unix.Close(ruleset) }()
-	for _, path := range landlockPaths {
+	paths, ports := landlockPaths, append([]uint16{portDNS}, c.ports...)
+	if c.offline {
+		paths, ports = loaderPaths, nil
+	}
+	for _, path := range paths {
 		if err := allowPath(ruleset, path, readDir); err != nil {
 			return err
 		}
@@ -124,7 +138,7 @@ func (c confinement) landlock() error {
 		}
 	}
 	if attr.Access_net&unix.LANDLOCK_ACCESS_NET_CONNECT_TCP != 0 {
-		for _, port := range append([]uint16{portDNS}, c.ports...) {
+		for _, port := range ports {
 			if err := allowPort(ruleset, port); err != nil {
 				return err
 			}

@@ -1,11 +1,9 @@
 package sqlsession
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -81,33 +79,18 @@ func (m *Manager) spawn(src *source, slot int, login Login) (*session, error) {
 	if err != nil {
 		return nil, fmt.Errorf("socketpair: %w", err)
 	}
-	stderr, stderrChild, err := os.Pipe()
+	introducer, err := m.introducer()
 	if err != nil {
 		_ = conn.Close()
-		return nil, fmt.Errorf("pipe: %w", err)
-	}
-	defer func() { _ = stderrChild.Close() }()
-	// Opened here: the thread that starts the process may not.
-	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
-	if err != nil {
-		_ = conn.Close()
-		_ = stderr.Close()
 		return nil, err
 	}
-	defer func() { _ = null.Close() }()
-	cmd := &exec.Cmd{
-		Path:       m.config.Executable,
-		Args:       append([]string{"agentd"}, m.config.ChildArgs...),
-		Env:        []string{},
-		Dir:        "/",
-		Stdin:      null,
-		Stdout:     null,
-		Stderr:     stderrChild,
-		ExtraFiles: []*os.File{theirs},
-		SysProcAttr: &syscall.SysProcAttr{
-			Setsid: true,
-		},
+	defer func() { _ = introducer.Close() }()
+	cmd, stderr, release, err := command(m.config.Executable, m.config.ChildArgs, theirs, introducer)
+	if err != nil {
+		_ = conn.Close()
+		return nil, err
 	}
+	defer release()
 	if m.root {
 		id := uint32(m.config.UIDBase + slot)
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: id, Gid: id}
@@ -139,16 +122,9 @@ func (m *Manager) spawn(src *source, slot int, login Login) (*session, error) {
 
 // drainStderr logs what a process complains of. It never has secrets to tell.
 func (m *Manager) drainStderr(s *session, stderr *os.File) {
-	defer func() { _ = stderr.Close() }()
-	lines := bufio.NewScanner(stderr)
-	lines.Buffer(nil, 4<<10)
-	for n := 0; lines.Scan(); n++ {
-		if n < maxStderr {
-			m.log.Warn("sql session says", "source", s.source.Name, "sql_session", s.cmd.Process.Pid, "line", lines.Text())
-		}
-	}
-	// A line that is too long ends the scan, not the reading.
-	_, _ = io.Copy(io.Discard, stderr)
+	logLines(stderr, func(line string) {
+		m.log.Warn("sql session says", "source", s.source.Name, "sql_session", s.cmd.Process.Pid, "line", line)
+	})
 }
 
 // send writes one frame.

@@ -4,6 +4,7 @@ import (
 	"context"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 	"github.com/postern-dev/postern/proto"
 )
 
@@ -43,22 +44,23 @@ type engine interface {
 }
 
 // connectors open the connection of each kind of data source. r holds the
-// password; nobody keeps it.
-var connectors = map[string]func(ctx context.Context, r *frame.ConnectRequest, out *sink) (engine, *proto.Error){
-	"postgres": func(ctx context.Context, r *frame.ConnectRequest, out *sink) (engine, *proto.Error) {
+// password; nobody keeps it. parser is for the engines whose grammar it knows.
+var connectors = map[string]func(ctx context.Context, r *frame.ConnectRequest, out *sink, parser pgtree.Parser) (engine, *proto.Error){
+	"postgres": func(ctx context.Context, r *frame.ConnectRequest, out *sink, parser pgtree.Parser) (engine, *proto.Error) {
 		s, failure := connect(ctx, r, out)
 		if failure != nil {
 			return nil, failure
 		}
+		s.parser = parser
 		return s, nil
 	},
 }
 
 // open opens the connection that a Connect frame asks for.
-func open(ctx context.Context, r *frame.ConnectRequest, out *sink) (engine, *proto.Error) {
+func open(ctx context.Context, r *frame.ConnectRequest, out *sink, parser pgtree.Parser) (engine, *proto.Error) {
 	connector := connectors[r.Engine]
 	if connector == nil {
 		return nil, proto.Errorf(proto.CodeSourceConfig, "engine %q is not supported by this version", clean(r.Engine))
 	}
-	return connector(ctx, r, out)
+	return connector(ctx, r, out, parser)
 }

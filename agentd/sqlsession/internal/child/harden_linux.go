@@ -19,7 +19,9 @@ const maxProcesses = 64
 // debugger (the memory holds a password), no file of any size written, few
 // descriptors. The user id, the capabilities, no_new_privs and Landlock are
 // agentd's to set before the process starts.
-func harden() error {
+func harden() error { return hardenFor(maxFiles) }
+
+func hardenFor(files uint64) error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("PR_SET_DUMPABLE: %w", err)
 	}
@@ -30,7 +32,7 @@ func harden() error {
 	}{
 		{"RLIMIT_CORE", unix.RLIMIT_CORE, 0},
 		{"RLIMIT_FSIZE", unix.RLIMIT_FSIZE, 0},
-		{"RLIMIT_NOFILE", unix.RLIMIT_NOFILE, maxFiles},
+		{"RLIMIT_NOFILE", unix.RLIMIT_NOFILE, files},
 		{"RLIMIT_MEMLOCK", unix.RLIMIT_MEMLOCK, 0},
 		{"RLIMIT_MSGQUEUE", unix.RLIMIT_MSGQUEUE, 0},
 	}

@@ -10,11 +10,16 @@ import (
 	"time"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 	"github.com/postern-dev/postern/proto"
 )
 
-// SocketFD is the descriptor of the socket to agentd.
-const SocketFD = 3
+// SocketFD is the descriptor of the socket to agentd, ParserFD that of the one
+// that leads to the parser of statements.
+const (
+	SocketFD = 3
+	ParserFD = 4
+)
 
 // Exit codes: agentd logs them.
 const (
@@ -30,6 +35,7 @@ const memoryLimit = 40 << 20
 
 // process is the state of the running process.
 type process struct {
+	parser   pgtree.Parser
 	sink     *sink
 	requests chan request // from the goroutine that reads agentd's frames
 	// session is set before Connected is sent, and so before any Run arrives.
@@ -54,23 +60,20 @@ func Main() int {
 	}
 	debug.SetMemoryLimit(memoryLimit)
 	runtime.GOMAXPROCS(min(2, runtime.GOMAXPROCS(0)))
-	f := os.NewFile(SocketFD, "agentd")
-	if f == nil {
-		fmt.Fprintln(os.Stderr, "sql session: started without agentd's socket: this command is agentd's own")
-		return exitUsage
-	}
-	conn, err := net.FileConn(f)
-	_ = f.Close()
+	conn, err := inherited(SocketFD)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "sql session: started without agentd's socket: this command is agentd's own")
 		return exitUsage
 	}
-	return serve(conn)
+	// Where agentd runs no parser there is something else: statements are
+	// refused then.
+	introducer, _ := inherited(ParserFD)
+	return serve(conn, pgtree.NewClient(introducer))
 }
 
 // serve answers agentd until its socket closes.
-func serve(conn net.Conn) int {
-	p := &process{sink: newSink(conn), requests: make(chan request, 1)}
+func serve(conn net.Conn, parser pgtree.Parser) int {
+	p := &process{parser: parser, sink: newSink(conn), requests: make(chan request, 1)}
 	ended := make(chan int, 1)
 	go p.read(conn, ended)
 	code := make(chan int, 1)
@@ -173,7 +176,7 @@ func (p *process) loop() int {
 		return exitProtocol
 	}
 	ctx, done := context.WithTimeout(context.Background(), time.Duration(r.connect.TimeoutMillis)*time.Millisecond)
-	session, failure := open(ctx, r.connect, p.sink)
+	session, failure := open(ctx, r.connect, p.sink, p.parser)
 	done()
 	if failure != nil {
 		_ = p.sink.send(frame.Failed, frame.FailedReply{Error: frame.FromError(failure)})

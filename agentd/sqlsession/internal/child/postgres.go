@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 	"github.com/postern-dev/postern/proto"
 )
 
@@ -56,6 +57,7 @@ func ParseDSN(dsn string) (*pgconn.Config, error) {
 
 // session is the process's one connection to the database.
 type session struct {
+	parser    pgtree.Parser
 	wire      *wire
 	sink      *sink
 	canceler  *pgconn.PgConn

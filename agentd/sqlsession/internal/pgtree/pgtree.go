@@ -3,6 +3,8 @@ package pgtree
 import (
 	"context"
 	"errors"
+	"fmt"
+	"strings"
 	"sync"
 
 	pgquery "github.com/pganalyze/pg_query_go/v6"
@@ -15,8 +17,9 @@ import (
 type Tree = pgquery.ParseResult
 
 // Parser parses texts; it is safe for concurrent use. A text that is no SQL
-// gives a *SyntaxError; any other error means that the text could not be looked
-// at, and so must be refused.
+// gives a *SyntaxError, one that is too much for the parser a
+// *TooComplexError; any other error means that the text could not be looked
+// at. In each case it must be refused.
 type Parser interface {
 	Parse(ctx context.Context, text string) (*Tree, error)
 }
@@ -36,25 +39,53 @@ func InProcess() Parser { return inProcess{} }
 
 type inProcess struct{}
 
+func (inProcess) Parse(ctx context.Context, text string) (*Tree, error) {
+	if _, err := Measure(text); err != nil {
+		return nil, err
+	}
+	raw, err := parse(text)
+	if err != nil {
+		return nil, err
+	}
+	if ctx.Err() != nil {
+		return nil, context.Cause(ctx)
+	}
+	return decode(raw)
+}
+
 // one keeps the library from starting a second parser for a second caller.
 var one sync.Mutex
 
-func (inProcess) Parse(ctx context.Context, text string) (*Tree, error) {
+// errBroken is returned after the parser has failed in a way from which the
+// library does not recover.
+var errBroken = errors.New("the parser broke down")
+
+// parse returns a tree as it is sent. After errBroken no call is of use.
+func parse(text string) (raw []byte, err error) {
 	one.Lock()
-	raw, err := parser.ParseToProtobuf(text)
-	one.Unlock()
+	defer one.Unlock()
+	defer func() {
+		if p := recover(); p != nil {
+			raw, err = nil, fmt.Errorf("%w: %v", errBroken, p)
+		}
+	}()
+	raw, err = parser.ParseToProtobuf(text)
 	var complaint *parser.Error
 	switch {
+	case errors.As(err, &complaint) && strings.HasPrefix(complaint.Message, "memory exhausted"), err == nil && len(raw) > MaxTree:
+		return nil, errTooComplex
 	case errors.As(err, &complaint):
 		return nil, &SyntaxError{Message: complaint.Message, Position: complaint.Cursorpos}
-	case err != nil:
-		return nil, err
-	case ctx.Err() != nil:
-		return nil, context.Cause(ctx)
 	}
+	return raw, err
+}
+
+// decode reads a tree. One that nests deeper than the decoder goes (10,000) is
+// too complex.
+func decode(raw []byte) (*Tree, error) {
 	tree := new(Tree)
 	if err := proto.Unmarshal(raw, tree); err != nil {
-		return nil, err
+		return nil, errTooComplex
 	}
 	return tree, nil
 }
