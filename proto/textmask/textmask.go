@@ -35,7 +35,7 @@ type Set struct {
 
 type compiled struct {
 	re      *regexp.Regexp
-	need    need
+	needs   []need // of each pattern
 	replace func(dst, match []byte) []byte
 }
 
@@ -66,7 +66,10 @@ func Compile(rules []Rule) (*Set, error) {
 		if err != nil {
 			return nil, errors.New("the patterns are too large together")
 		}
-		c := compiled{re: re, need: needOf(all), replace: r.Replace}
+		c := compiled{re: re, replace: r.Replace}
+		for _, p := range r.Patterns {
+			c.needs = append(c.needs, needOf(p))
+		}
 		if c.replace == nil {
 			c.replace = func(dst, _ []byte) []byte { return append(dst, Mark...) }
 		}
@@ -85,7 +88,7 @@ func (s *Set) May(text []byte) bool {
 		return false
 	}
 	for i := range s.rules {
-		if s.rules[i].need.in(text) {
+		if s.rules[i].may(text) {
 			return true
 		}
 	}
@@ -101,7 +104,7 @@ func (s *Set) Append(dst, text []byte) ([]byte, bool) {
 	found := false
 	for i := range s.rules {
 		r := &s.rules[i]
-		if !r.need.in(text) {
+		if !r.may(text) {
 			continue
 		}
 		if out, ok := r.replaceAll(text); ok {
@@ -123,6 +126,15 @@ func (s *Set) String(text string) string {
 		return string(out)
 	}
 	return text
+}
+
+func (r *compiled) may(text []byte) bool {
+	for i := range r.needs {
+		if r.needs[i].in(text) {
+			return true
+		}
+	}
+	return false
 }
 
 // replaceAll returns a new text; not ok means that nothing matches.
