@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/postern-dev/postern/controlplane/store"
 )
 
 // Options are the flags of `controlplane serve`.
@@ -24,6 +26,8 @@ type Options struct {
 	// DatabasePasswordFile is read afresh whenever PostgreSQL refuses the
 	// password that was read last.
 	DatabasePasswordFile string
+	// HistoryAge is how long queries and their rows are kept.
+	HistoryAge time.Duration
 	// DrainTimeout bounds how long requests under way may take to end at a stop.
 	DrainTimeout time.Duration
 	// LogLevel is debug, info, warn or error; LogFormat is text or json.
@@ -39,6 +43,8 @@ func (o Options) Validate() error {
 		return errors.New("--tls-cert and --tls-key belong together")
 	case o.DatabasePasswordFile != "" && o.Database == "":
 		return errors.New("--database-password-file needs --database")
+	case o.HistoryAge != 0 && o.HistoryAge < time.Minute:
+		return errors.New("--history-age must be at least 1m")
 	case o.DrainTimeout < 0:
 		return errors.New("--drain-timeout cannot be negative")
 	}
@@ -102,6 +108,7 @@ API tokens and results of users need that TLS.`,
 	f.StringVar(&o.TLSKey, "tls-key", "", "its private key, PEM")
 	f.StringVar(&o.Database, "database", "", "PostgreSQL for the metadata, postgres://user@host/db; default SQLite in --data")
 	f.StringVar(&o.DatabasePasswordFile, "database-password-file", "", "file with that database's password; may change at any time")
+	f.DurationVar(&o.HistoryAge, "history-age", store.DefaultHistoryAge, "how long queries and the rows kept with them stay in the history")
 	f.DurationVar(&o.DrainTimeout, "drain-timeout", 30*time.Second, "how long requests under way may take to end at a stop")
 	f.StringVar(&o.LogLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&o.LogFormat, "log-format", "text", "text or json")

@@ -121,7 +121,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 }
 
 func (s *Server) openStore(ctx context.Context) (err error) {
-	cfg := store.Config{PostgresDSN: s.options.Database, PasswordFile: s.options.DatabasePasswordFile, Logger: s.log}
+	cfg := store.Config{PostgresDSN: s.options.Database, PasswordFile: s.options.DatabasePasswordFile, HistoryAge: s.options.HistoryAge, Logger: s.log}
 	if s.options.Database == "" {
 		cfg.SQLitePath = filepath.Join(s.options.Data, "controlplane.db")
 	}
@@ -283,6 +283,20 @@ func (s *Server) housekeep(ctx context.Context) {
 			if err := s.store.TouchAgents(ctx, s.hub.OnlineIDs(), time.Now()); err != nil && ctx.Err() == nil {
 				s.log.Warn("last-seen times not written", "err", err)
 			}
+			s.forget(ctx)
+		}
+	}
+}
+
+// forget takes what is too old out of the history, as much as there is by now.
+func (s *Server) forget(ctx context.Context) {
+	for {
+		n, err := s.store.PruneQueries(ctx, "", time.Now())
+		if err != nil && ctx.Err() == nil {
+			s.log.Warn("history not pruned", "err", err)
+		}
+		if err != nil || n == 0 {
+			return
 		}
 	}
 }

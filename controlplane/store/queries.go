@@ -19,13 +19,15 @@ import (
 // each with at most this much of its text. Running queries are kept.
 const (
 	maxQueries      = 10_000
-	maxQueryAge     = 30 * 24 * time.Hour
 	maxQueryText    = 64 << 10
 	pruneEvery      = 64  // inserts
 	pruneBatch      = 256 // rows at a time, so that nobody waits long
 	defaultQueries  = 50
 	longestQueryRow = 1000 // rows in one listing
 )
+
+// DefaultHistoryAge is how long queries and their rows are kept.
+const DefaultHistoryAge = 30 * 24 * time.Hour
 
 // stateRunning is the one state that a query leaves.
 const stateRunning = "running"
@@ -208,13 +210,15 @@ func (s *Store) pruneDue() bool {
 	return true
 }
 
-// PruneQueries forgets one batch of what the history holds beyond its bounds,
-// and returns its size. InsertQuery calls it often enough.
+// PruneQueries forgets one batch of what the history holds beyond its bounds, of
+// every organization by age and of this one by number, and returns its size.
+// InsertQuery calls it often enough for the number; the age is the caller's
+// business, too: organizations that ask nothing any more grow old as well.
 func (s *Store) PruneQueries(ctx context.Context, org string, now time.Time) (int, error) {
 	var n int64
 	err := s.writeRelaxed(ctx, "prune the history", func(tx handle) error {
 		old, err := tx.exec(ctx, `DELETE FROM queries WHERE id IN
-			(SELECT id FROM queries WHERE started < ? AND state <> 'running' ORDER BY started LIMIT ?)`, millis(now.Add(-maxQueryAge)), pruneBatch)
+			(SELECT id FROM queries WHERE started < ? AND state <> 'running' ORDER BY started LIMIT ?)`, millis(now.Add(-s.age)), pruneBatch)
 		if err != nil {
 			return err
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"time"
 )
 
 // Config says where the metadata is. Exactly one of SQLitePath and PostgresDSN
@@ -24,6 +25,9 @@ type Config struct {
 	// Replica names this control plane process among those that share the store;
 	// it must survive a restart. Empty is a name too: that of the only one.
 	Replica string
+	// HistoryAge is how long queries and their rows are kept; zero means
+	// DefaultHistoryAge.
+	HistoryAge time.Duration
 	// Logger is optional; nil discards.
 	Logger *slog.Logger
 }
@@ -60,7 +64,8 @@ type Store struct {
 
 	rebound sync.Map // statement with ? -> statement with $1
 
-	keep    int // queries kept of an organization: maxQueries but in tests
+	age     time.Duration // Config.HistoryAge
+	keep    int           // queries kept of an organization: maxQueries but in tests
 	pruneMu sync.Mutex
 	inserts int // queries inserted since the last pruning; guarded by pruneMu
 	// keepBytes is maxKeptBytes but in tests; kept counts the bytes of rows since
@@ -72,19 +77,28 @@ type Store struct {
 // Open opens the store, checks that it may be used and brings its tables up to
 // date. ctx bounds the opening alone. A store that a newer control plane has
 // migrated is refused.
-func Open(ctx context.Context, cfg Config) (*Store, error) {
+func Open(ctx context.Context, cfg Config) (s *Store, err error) {
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	if cfg.HistoryAge == 0 {
+		cfg.HistoryAge = DefaultHistoryAge
 	}
 	switch {
 	case cfg.SQLitePath != "" && cfg.PostgresDSN != "":
 		return nil, errors.New("open the metadata store: both SQLite and PostgreSQL were given: choose one")
 	case cfg.SQLitePath != "":
-		return openSQLite(ctx, cfg)
+		s, err = openSQLite(ctx, cfg)
 	case cfg.PostgresDSN != "":
-		return openPostgres(ctx, cfg)
+		s, err = openPostgres(ctx, cfg)
+	default:
+		return nil, errors.New("open the metadata store: neither a SQLite file nor a PostgreSQL address was given")
 	}
-	return nil, errors.New("open the metadata store: neither a SQLite file nor a PostgreSQL address was given")
+	if err != nil {
+		return nil, err
+	}
+	s.age = cfg.HistoryAge
+	return s, nil
 }
 
 // Engine is "sqlite" or "postgres".

@@ -465,7 +465,8 @@ func TestQueries(t *testing.T) {
 		}
 		insert("old", "t1", "select 1", now.Add(-31*24*time.Hour))
 		must(0, s.FinishQuery(ctx, org, &posternv1.Query{Id: "old", State: "done"}))(t)
-		if n := must(s.PruneQueries(ctx, org, now))(t); n != 1 {
+		// By age, whatever organization the caller has in mind.
+		if n := must(s.PruneQueries(ctx, "", now))(t); n != 1 {
 			t.Errorf("pruned %d, want 1", n)
 		}
 	})
