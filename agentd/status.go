@@ -138,6 +138,13 @@ func printStatus(w io.Writer, s control.Status) error {
 		}
 		row(key, "%s on %s since %s, %d rows", q.ID, q.Source, q.Started.Format(time.RFC3339), q.Rows)
 	}
+	for i, o := range s.Sessions {
+		key := ""
+		if i == 0 {
+			key = "sessions"
+		}
+		row(key, "%s on %s of token %s since %s, transaction %s, %d statements", o.ID, o.Source, o.Token, o.Opened.Format(time.RFC3339), o.Transaction, o.Statements)
+	}
 	return t.Flush()
 }
 

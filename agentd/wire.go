@@ -40,10 +40,15 @@ var _ host.SQL = sqlRunner{}
 // Run implements host.SQL.
 func (r sqlRunner) Run(ctx context.Context, s host.Statement, w io.Writer) (*posternv1.QueryOutcome, error) {
 	return r.Manager.Run(ctx, sqlsession.Request{
-		QueryID: s.QueryID, Source: s.Source, Owner: s.Owner, SQL: s.SQL, Parameters: s.Parameters,
+		QueryID: s.QueryID, Source: s.Source, Owner: s.Owner, Session: s.Session, SQL: s.SQL, Parameters: s.Parameters,
 		MaxRows: s.MaxRows, MaxBytes: s.MaxBytes, Timeout: s.Timeout, ReadWrite: s.ReadWrite,
 		KeepFirst: s.KeepFirst, KeepLast: s.KeepLast, Kept: s.Kept,
 	}, w)
+}
+
+// OpenSession implements host.SQL.
+func (r sqlRunner) OpenSession(ctx context.Context, o host.OpenSession) (*posternv1.SQLSession, error) {
+	return r.Manager.OpenSession(ctx, sqlsession.Open(o))
 }
 
 // Introspect implements host.SQL. The session leaves out what is hidden; here, on
@@ -241,7 +246,7 @@ func (d *Daemon) hostStatus() *posternv1.HostStatusResponse {
 }
 
 func (d *Daemon) hello() *posternv1.HelloRequest {
-	return &posternv1.HelloRequest{Host: hostFacts(), Sources: d.inventory(), AuditHead: d.log.Head().Proto(), FirstSinceStart: !d.welcomed.Load()}
+	return &posternv1.HelloRequest{Host: hostFacts(), Sources: d.inventory(), AuditHead: d.log.Head().Proto(), FirstSinceStart: !d.welcomed.Load(), OpenSessions: uint32(len(d.sessions.Sessions()))}
 }
 
 // welcome takes the control plane's answer: the agent's name may have changed,
@@ -341,7 +346,7 @@ func (d *Daemon) status() control.Status {
 			ID: a.AgentID, Name: a.Name, Organization: a.Organization, URL: c.URL,
 			CertificateSerial: d.identity.Serial(), CertificateExpires: expires.UTC(),
 		},
-		Sources: []control.Source{}, Queries: []control.Query{},
+		Sources: []control.Source{}, Queries: []control.Query{}, Sessions: []control.Session{},
 	}
 	if d.stopping.Load() {
 		s.State = "stopping"
@@ -350,6 +355,12 @@ func (d *Daemon) status() control.Status {
 	for _, q := range d.sessions.Running() {
 		running[q.Source]++
 		s.Queries = append(s.Queries, control.Query{ID: q.QueryId, Source: q.Source, Started: q.Started.AsTime(), Rows: q.Rows})
+	}
+	for _, o := range d.sessions.Sessions() {
+		s.Sessions = append(s.Sessions, control.Session{
+			ID: o.Id, Source: o.Source, Token: o.Principal.GetTokenName(), Opened: o.Opened.AsTime(), LastUsed: o.LastUsed.AsTime(),
+			Transaction: o.Transaction, Statements: o.Statements,
+		})
 	}
 	for _, src := range c.Sources {
 		s.Sources = append(s.Sources, control.Source{

@@ -40,6 +40,7 @@ type Client struct {
 	Agents        posternv1connect.AgentServiceClient
 	Sources       posternv1connect.SourceServiceClient
 	Queries       posternv1connect.QueryServiceClient
+	Sessions      posternv1connect.SessionServiceClient
 	Audit         posternv1connect.AuditServiceClient
 	Organizations posternv1connect.OrganizationServiceClient
 	CA            posternv1connect.CAServiceClient
@@ -85,6 +86,7 @@ func New(cfg Config) (*Client, error) {
 		Agents:        posternv1connect.NewAgentServiceClient(hc, address, option),
 		Sources:       posternv1connect.NewSourceServiceClient(hc, address, option),
 		Queries:       posternv1connect.NewQueryServiceClient(hc, address, option),
+		Sessions:      posternv1connect.NewSessionServiceClient(hc, address, option),
 		Audit:         posternv1connect.NewAuditServiceClient(hc, address, option),
 		Organizations: posternv1connect.NewOrganizationServiceClient(hc, address, option),
 		CA:            posternv1connect.NewCAServiceClient(hc, address, option),

@@ -66,6 +66,7 @@ type Server struct {
 	audit    *audit.Log
 	hub      *hub.Hub
 	queries  *query.Runner
+	sessions *sessionCloser
 	catalogs *catalog.Service
 	tunnels  *tunnel.Server
 	events   *linkEvents
@@ -137,6 +138,10 @@ func (s *Server) wire() error {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), buildInfo())
 	s.events = newLinkEvents(s.store, s.log)
+	s.sessions = newSessionCloser(s.store, func(id string) (liveAgent, error) {
+		l, err := s.hub.Agent(id)
+		return liveAgent{l}, err
+	}, s.log)
 	s.catalogs = catalog.New(catalog.Config{
 		Store: s.store, Audit: s.audit, Logger: s.log, Generation: store.NewGeneration,
 		Connect: func(id string) (catalog.Agent, error) {
@@ -151,7 +156,7 @@ func (s *Server) wire() error {
 		},
 	})
 	s.hub = hub.New(hub.Config{
-		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs}, Rows: &rows{s}, Events: events{s.events, s.catalogs}, Metrics: hub.NewMetrics(registry),
+		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions}, Rows: &rows{s}, Events: events{s.events, s.catalogs, s.sessions}, Metrics: hub.NewMetrics(registry),
 	})
 	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
@@ -311,6 +316,12 @@ func (s *Server) recheck(ctx context.Context, since time.Time) time.Time {
 		}
 		return since // these are read next time
 	}
+	if err := s.sessions.revoked(ctx, since.Add(-clockSlack)); err != nil {
+		if ctx.Err() == nil {
+			s.log.Warn("revoked tokens not read", "err", err)
+		}
+		return since
+	}
 	if len(agents)+len(organizations) > 0 {
 		s.joins.Forget()
 		s.tokens.Forget()
@@ -329,6 +340,9 @@ func (s *Server) Close() error {
 	var err error
 	if s.listener != nil {
 		s.listener.Close() //nolint:errcheck // the server may have closed it
+	}
+	if s.sessions != nil {
+		s.sessions.close()
 	}
 	if s.catalogs != nil {
 		s.catalogs.Close()

@@ -69,6 +69,7 @@ func (g gate) CheckIdentity(ctx context.Context, id hub.Identity) error {
 type joiner struct {
 	*registration.Service
 	catalogs *catalog.Service
+	sessions *sessionCloser
 }
 
 func (j joiner) Renew(ctx context.Context, id hub.Identity, req *posternv1.RenewRequest, remote string) (*posternv1.RenewResponse, error) {
@@ -77,6 +78,9 @@ func (j joiner) Renew(ctx context.Context, id hub.Identity, req *posternv1.Renew
 
 func (j joiner) Hello(ctx context.Context, id hub.Identity, req *posternv1.HelloRequest) (*posternv1.HelloResponse, error) {
 	resp, err := j.Service.Hello(ctx, registration.Identity(id), req)
+	if err == nil && req.OpenSessions > 0 {
+		j.sessions.expect(id.Agent)
+	}
 	if err == nil && req.FirstSinceStart {
 		j.catalogs.Restarted(id.Organization, id.Agent)
 	}
@@ -95,11 +99,13 @@ func (j joiner) UpdateInventory(ctx context.Context, id hub.Identity, sources []
 type events struct {
 	*linkEvents
 	catalogs *catalog.Service
+	sessions *sessionCloser
 }
 
 func (e events) LinkUp(id hub.Identity, remote string) {
 	e.linkEvents.LinkUp(id, remote)
 	e.catalogs.Came(id.Organization, id.Agent)
+	e.sessions.came(id)
 }
 
 // catalogAgent asks an agent for a catalog, on a lane for bulk.
@@ -194,6 +200,24 @@ func (l liveAgent) ReadAudit(ctx context.Context, req *posternv1.ReadAuditReques
 	})
 }
 
+func (l liveAgent) OpenSession(ctx context.Context, req *posternv1.OpenSessionRequest) (*posternv1.OpenSessionResponse, error) {
+	return unwrap(l.Link, func() (*connect.Response[posternv1.OpenSessionResponse], error) {
+		return l.Host().OpenSession(ctx, connect.NewRequest(req))
+	})
+}
+
+func (l liveAgent) CloseSession(ctx context.Context, req *posternv1.CloseSessionRequest) (*posternv1.CloseSessionResponse, error) {
+	return unwrap(l.Link, func() (*connect.Response[posternv1.CloseSessionResponse], error) {
+		return l.Host().CloseSession(ctx, connect.NewRequest(req))
+	})
+}
+
+func (l liveAgent) ListSessions(ctx context.Context, req *posternv1.ListSessionsRequest) (*posternv1.ListSessionsResponse, error) {
+	return unwrap(l.Link, func() (*connect.Response[posternv1.ListSessionsResponse], error) {
+		return l.Host().ListSessions(ctx, connect.NewRequest(req))
+	})
+}
+
 func (l liveAgent) Get(ctx context.Context, path string) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://agent"+path, nil)
 	if err != nil {
@@ -258,7 +282,7 @@ func (a queryAudit) Append(ctx context.Context, e query.Entry) error {
 	q := e.Query
 	return a.log.Append(ctx, auditchain.Entry{
 		Time: time.Now(), Organization: e.Principal.Organization, Actor: "token " + e.Principal.TokenName, Role: e.Principal.Role,
-		Action: "sql.run", Agent: q.Agent, Source: q.Source, QueryID: q.Id, Verdict: e.Verdict, Statement: q.Sql,
+		Action: "sql.run", Agent: q.Agent, Source: q.Source, QueryID: q.Id, SessionID: e.SessionID, Verdict: e.Verdict, Statement: q.Sql,
 		Outcome: q.State, Error: q.Error.GetMessage(), Rows: q.Rows, Bytes: q.Bytes,
 		DurationMillis: q.Duration.AsDuration().Milliseconds(), Remote: e.Remote,
 	})

@@ -16,6 +16,7 @@ const (
 	TokenPrefix        = "tok_"
 	KeyPrefix          = "key_"
 	QueryPrefix        = "qry_"
+	SessionPrefix      = "ses_"
 )
 
 // NewID returns prefix and 26 characters of [0-9a-hjkmnp-tv-z]: 48 bits of Unix

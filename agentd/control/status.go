@@ -8,13 +8,14 @@ type Status struct {
 	PID      int       `json:"pid"`
 	Started  time.Time `json:"started"`
 	// State is running or stopping.
-	State   string   `json:"state"`
-	Agent   Agent    `json:"agent"`
-	Link    Link     `json:"link"`
-	Config  File     `json:"config"`
-	Sources []Source `json:"sources"`
-	Queries []Query  `json:"queries"`
-	Audit   Audit    `json:"audit"`
+	State    string    `json:"state"`
+	Agent    Agent     `json:"agent"`
+	Link     Link      `json:"link"`
+	Config   File      `json:"config"`
+	Sources  []Source  `json:"sources"`
+	Queries  []Query   `json:"queries"`
+	Sessions []Session `json:"sessions"`
+	Audit    Audit     `json:"audit"`
 }
 
 // Agent is who the host is.
@@ -72,6 +73,19 @@ type Query struct {
 	Source  string    `json:"source"`
 	Started time.Time `json:"started"`
 	Rows    uint64    `json:"rows"`
+}
+
+// Session is a SQL session that stays open.
+type Session struct {
+	ID     string `json:"id"`
+	Source string `json:"source"`
+	// Token is the name of the API token that opened it.
+	Token    string    `json:"token"`
+	Opened   time.Time `json:"opened"`
+	LastUsed time.Time `json:"last_used"`
+	// Transaction is none, open or failed.
+	Transaction string `json:"transaction"`
+	Statements  uint64 `json:"statements"`
 }
 
 // Audit is the end of the host's log.

@@ -22,7 +22,9 @@ type Statement struct {
 	QueryID string
 	Source  string
 	// Owner is whose database session it runs in; sessions are never shared.
-	Owner      string
+	Owner string
+	// Session is one that stays open, of this owner and source; "" is none.
+	Session    string
 	SQL        string
 	Parameters []*posternv1.Parameter
 	MaxRows    uint64
@@ -54,6 +56,12 @@ type SQL interface {
 	// Introspect hands on the catalog, less what the policy hides, in bounded
 	// pages; the last has Complete set.
 	Introspect(ctx context.Context, i Introspection, take func(*posternv1.CatalogPage) error) error
+	// OpenSession opens a session that stays. CloseSession ends one of an owner's,
+	// CloseSessions all of them: it returns how many. Sessions lists those open.
+	OpenSession(ctx context.Context, o OpenSession) (*posternv1.SQLSession, error)
+	CloseSession(id, owner, reason string) error
+	CloseSessions(owner, reason string) int
+	Sessions() []*posternv1.SQLSession
 	// Cancel ends a statement; false if it does not run.
 	Cancel(queryID string) bool
 	Running() []*posternv1.RunningQuery

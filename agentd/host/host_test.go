@@ -46,6 +46,22 @@ func (f fakeSQL) Introspect(ctx context.Context, i Introspection, take func(*pos
 	return take(&posternv1.CatalogPage{Schemas: []*posternv1.CatalogSchema{{Name: "s"}}, Complete: true})
 }
 
+func (f fakeSQL) OpenSession(_ context.Context, o OpenSession) (*posternv1.SQLSession, error) {
+	if o.Source == "full" {
+		return nil, proto.Errorf(proto.CodeOverloaded, "no place")
+	}
+	return &posternv1.SQLSession{Id: o.ID, Source: o.Source, Principal: o.Principal}, nil
+}
+
+func (f fakeSQL) CloseSession(id, owner, reason string) error {
+	if id != "s1" {
+		return proto.Errorf(proto.CodeNotFound, "no session")
+	}
+	return nil
+}
+func (f fakeSQL) CloseSessions(owner, reason string) int { return 2 }
+func (f fakeSQL) Sessions() []*posternv1.SQLSession      { return []*posternv1.SQLSession{{Id: "s1"}} }
+
 func (f fakeSQL) Cancel(id string) bool              { return id == "q1" }
 func (f fakeSQL) Running() []*posternv1.RunningQuery { return nil }
 

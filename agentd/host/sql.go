@@ -64,7 +64,7 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 
 	entry := auditchain.Entry{
 		Actor: actor(request.Principal), Role: request.Principal.GetRole(), Source: request.Source, QueryID: id,
-		Verdict: "allowed", Statement: request.Sql,
+		SessionID: request.SessionId, Verdict: "allowed", Statement: request.Sql,
 	}
 	began := time.Now()
 	var kept *posternv1.KeptRows
@@ -93,7 +93,8 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 		h.logger.Debug("statement ended", "query", id, "source", request.Source, "outcome", entry.Outcome, "duration_seconds", took.Seconds(), "bytes", entry.Bytes, "err", err)
 	}
 
-	if !out.begun && err != nil {
+	// In a session the client is to know what became of its transaction.
+	if !out.begun && err != nil && outcome.GetTransaction() == "" {
 		proto.WriteHTTPError(w, err)
 		return
 	}
@@ -146,7 +147,7 @@ func (h *Host) run(ctx context.Context, request *posternv1.SQLRequest, entry *au
 	h.cfg.Metrics.queryBegan()
 	defer h.cfg.Metrics.queryLeft()
 	statement := Statement{
-		QueryID: request.QueryId, Source: request.Source, Owner: owner(request.Principal),
+		QueryID: request.QueryId, Source: request.Source, Owner: owner(request.Principal), Session: request.SessionId,
 		SQL: request.Sql, Parameters: request.Parameters,
 		MaxRows: verdict.MaxRows, MaxBytes: verdict.MaxBytes, Timeout: verdict.Timeout, ReadWrite: verdict.ReadWrite,
 	}
@@ -230,6 +231,10 @@ func readRequest(w http.ResponseWriter, r *http.Request) (*posternv1.SQLRequest,
 	switch {
 	case !validID(request.QueryId):
 		return nil, proto.Errorf(proto.CodeInvalid, "the request has no good query id")
+	case request.SessionId != "" && !validID(request.SessionId):
+		return nil, proto.Errorf(proto.CodeInvalid, "the request has no good session id")
+	case request.SessionId != "" && request.Explain != posternv1.Explain_EXPLAIN_UNSPECIFIED:
+		return nil, proto.Errorf(proto.CodeInvalid, "plans are not told in a session that stays open: ask without one")
 	case request.Source == "" || len(request.Source) > maxIDLength:
 		return nil, proto.Errorf(proto.CodeInvalid, "the request names no data source")
 	case strings.TrimSpace(request.Sql) == "":

@@ -105,6 +105,12 @@ type Config struct {
 	// NoParser leaves the Manager without one: for checks alone, as every
 	// statement is refused.
 	NoParser bool
+	// SessionsPerOwner is how many sessions that stay open an owner may have; 0
+	// means 8.
+	SessionsPerOwner int
+	// IdleTransaction is how long a transaction in one may be idle before it is
+	// rolled back; 0 means 5 min.
+	IdleTransaction time.Duration
 	// Logger is optional; nil discards.
 	Logger *slog.Logger
 	// Metrics is optional.
@@ -133,6 +139,12 @@ func (c Config) withDefaults() Config {
 	}
 	if c.QueueTimeout == 0 {
 		c.QueueTimeout = 5 * time.Second
+	}
+	if c.SessionsPerOwner == 0 {
+		c.SessionsPerOwner = 8
+	}
+	if c.IdleTransaction == 0 {
+		c.IdleTransaction = 5 * time.Minute
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)
@@ -187,7 +199,9 @@ type Request struct {
 	Source  string
 	// Owner is on whose behalf it runs. Processes are kept for an owner's next
 	// statement; "" means that none is.
-	Owner      string
+	Owner string
+	// Session is one that OpenSession opened for Owner on Source; "" is none.
+	Session    string
 	SQL        string
 	Parameters []*posternv1.Parameter
 	MaxRows    uint64

@@ -45,6 +45,8 @@ type Manager struct {
 	sessions map[*session]bool
 	running  map[string]*run
 	slots    []bool
+	pinned   map[string]*pinned
+	ended    []endedSession // at most maxEnded, oldest first
 }
 
 // source is a data source with its sessions; all fields under Manager.mu.
@@ -66,6 +68,7 @@ func New(config Config) *Manager {
 	m := &Manager{
 		config: config.withDefaults(), root: os.Geteuid() == 0, stop: make(chan struct{}),
 		sources: make(map[string]*source), sessions: make(map[*session]bool), running: make(map[string]*run),
+		pinned: make(map[string]*pinned),
 	}
 	m.log = m.config.Logger
 	if !m.root {
@@ -105,6 +108,13 @@ func (m *Manager) SetSources(sources []Source) {
 		s = s.withDefaults()
 		kept := old[s.Name]
 		if kept != nil && kept.Engine == s.Engine && kept.DSN == s.DSN {
+			if !sameSource(kept.Source, s) {
+				for _, p := range m.pinned {
+					if p.source == kept {
+						m.endSoonLocked(p, "the policy of its data source changed", "policy", false)
+					}
+				}
+			}
 			kept.Source = s
 			m.sources[s.Name] = kept
 			kept.wakeLocked()
@@ -117,6 +127,11 @@ func (m *Manager) SetSources(sources []Source) {
 			continue
 		}
 		s.removed = true
+		for _, p := range m.pinned {
+			if p.source == s {
+				m.endSoonLocked(p, "its data source was removed or changed", "policy", false)
+			}
+		}
 		for _, idle := range slices.Concat(s.owned, s.warm) {
 			if idle.ready == nil { // one that is being reset ends after it
 				m.endLocked(idle)
@@ -525,6 +540,9 @@ func (m *Manager) Close(ctx context.Context) error {
 	var runs []*run
 	for _, r := range m.running {
 		runs = append(runs, r)
+	}
+	for _, p := range m.pinned {
+		m.endSoonLocked(p, "agentd stopped", "policy", false)
 	}
 	for _, src := range m.sources {
 		for _, s := range slices.Concat(src.owned, src.warm) {

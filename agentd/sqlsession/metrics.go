@@ -21,6 +21,8 @@ type Metrics struct {
 	parses       *prometheus.CounterVec
 	parseSeconds *prometheus.CounterVec
 	parserStarts *prometheus.CounterVec
+	open         prometheus.Gauge
+	ended        *prometheus.CounterVec
 }
 
 // NewMetrics makes the metrics and registers them; r may be nil.
@@ -56,8 +58,12 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 			Name: "agentd_sql_parser_starts_total", Help: "Starts of parser processes: more than the first mean that one died.",
 		}, []string{"lane"}),
 	}
+	m.open = prometheus.NewGauge(prometheus.GaugeOpts{Name: "agentd_sql_open_sessions", Help: "Sessions that stay open for their owners."})
+	m.ended = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "agentd_sql_open_sessions_ended_total", Help: "Sessions that stayed open, by why they ended: closed, idle, policy or lost.",
+	}, []string{"reason"})
 	if r != nil {
-		r.MustRegister(m.parses, m.parseSeconds, m.parserStarts, m.sessions, m.running, m.starts, m.statements, m.seconds, m.rows, m.bytes)
+		r.MustRegister(m.parses, m.parseSeconds, m.parserStarts, m.sessions, m.running, m.starts, m.statements, m.seconds, m.rows, m.bytes, m.open, m.ended)
 	}
 	return m
 }

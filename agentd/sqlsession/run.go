@@ -195,6 +195,12 @@ func (m *Manager) run(ctx context.Context, started time.Time, request Request, w
 	if err != nil {
 		return err
 	}
+	var open *pinned
+	if request.Session != "" {
+		if open, err = m.findPinned(&request); err != nil {
+			return err
+		}
+	}
 	unwatch := context.AfterFunc(ctx, func() {
 		if errors.Is(ctx.Err(), context.DeadlineExceeded) {
 			r.stop(frame.TimedOut)
@@ -203,6 +209,9 @@ func (m *Manager) run(ctx context.Context, started time.Time, request Request, w
 		}
 	})
 	defer unwatch()
+	if open != nil {
+		return m.runPinned(ctx, r, open, request, run, w, outcome)
+	}
 	if err := m.place(ctx, src); err != nil {
 		return err
 	}
@@ -278,8 +287,14 @@ func (m *Manager) limits(src *source, request *Request) (*frame.RunRequest, erro
 // means that its connection was dead before the statement was sent.
 func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.RunRequest, w io.Writer, outcome *posternv1.QueryOutcome) (lost bool, kept *posternv1.KeptRows, err error) {
 	if err := r.attach(s, request); err != nil {
-		m.drop(s)
 		var e *proto.Error
+		if errors.As(err, &e) && s.pinned {
+			m.mu.Lock()
+			s.unsent = true
+			m.mu.Unlock()
+			return false, nil, e
+		}
+		m.drop(s)
 		if errors.As(err, &e) {
 			return false, nil, e
 		}
@@ -315,7 +330,11 @@ func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.
 		}
 		return failed.Lost, nil, e
 	}
-	m.recycle(s)
+	if s.pinned {
+		outcome.Transaction = reply.Transaction
+	} else {
+		m.recycle(s)
+	}
 	outcome.Rows = reply.Rows
 	outcome.CommandTag = reply.Tag
 	for _, n := range reply.Notices {
@@ -349,6 +368,7 @@ const exitDatabase = 3
 func (m *Manager) drop(s *session) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	s.dropped = true
 	m.endLocked(s)
 }
 

@@ -56,6 +56,9 @@ type session struct {
 	idleSince time.Time
 	ready     chan struct{} // closed when a reset ends; nil unless resetting
 	used      bool          // has run a statement
+	pinned    bool          // belongs to one session that stays: see pinned
+	dropped   bool          // can't be used any more
+	unsent    bool          // the last statement was given up before it was sent
 }
 
 // spawn starts a process. The caller sends Connect.

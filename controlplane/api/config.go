@@ -86,6 +86,9 @@ type Store interface {
 type LiveAgent interface {
 	CheckSource(context.Context, *posternv1.CheckSourceRequest) (*posternv1.CheckSourceResponse, error)
 	ReadAudit(context.Context, *posternv1.ReadAuditRequest) (*posternv1.ReadAuditResponse, error)
+	OpenSession(context.Context, *posternv1.OpenSessionRequest) (*posternv1.OpenSessionResponse, error)
+	CloseSession(context.Context, *posternv1.CloseSessionRequest) (*posternv1.CloseSessionResponse, error)
+	ListSessions(context.Context, *posternv1.ListSessionsRequest) (*posternv1.ListSessionsResponse, error)
 	// Get fetches a path from the agent, over its tunnel.
 	Get(ctx context.Context, path string) (*http.Response, error)
 	RTT() time.Duration

@@ -24,9 +24,12 @@ var needed = map[string]string{
 	posternv1connect.SourceServiceIntrospectProcedure:  "analyst",
 
 	runSQL: "analyst",
-	posternv1connect.QueryServiceListQueriesProcedure: "analyst",
-	posternv1connect.QueryServiceGetQueryProcedure:    "analyst",
-	posternv1connect.QueryServiceCancelQueryProcedure: "analyst",
+	posternv1connect.SessionServiceOpenSessionProcedure:  "analyst",
+	posternv1connect.SessionServiceCloseSessionProcedure: "analyst",
+	posternv1connect.SessionServiceListSessionsProcedure: "analyst",
+	posternv1connect.QueryServiceListQueriesProcedure:    "analyst",
+	posternv1connect.QueryServiceGetQueryProcedure:       "analyst",
+	posternv1connect.QueryServiceCancelQueryProcedure:    "analyst",
 
 	posternv1connect.KeyServiceCreateKeyProcedure:     "operator",
 	posternv1connect.KeyServiceListKeysProcedure:      "operator",

@@ -1,6 +1,7 @@
 package api
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"io"
@@ -42,8 +43,38 @@ func (a *API) serveSQL(w http.ResponseWriter, r *http.Request, c Caller) {
 		a.framed(w, r, start)
 		return
 	}
+	if statement.SessionId != "" {
+		start = early(start)
+	}
 	bare(w, r, start, format)
 }
+
+// early turns an error before the first row, which in a session comes with the
+// outcome, into one of start, so that it becomes the response's status.
+func early(start func() (Result, error)) func() (Result, error) {
+	return func() (Result, error) {
+		result, err := start()
+		if err != nil {
+			return nil, err
+		}
+		p := &peeked{Result: result, rows: bufio.NewReader(result)}
+		if _, err := p.rows.Peek(1); errors.Is(err, io.EOF) {
+			if outcome := result.Finish(nil); outcome.Error != nil {
+				return nil, proto.FromDetail(outcome.Error)
+			}
+		}
+		return p, nil
+	}
+}
+
+// peeked is a result whose first rows have been waited for.
+type peeked struct {
+	Result
+	rows *bufio.Reader
+}
+
+// Read implements io.Reader.
+func (p *peeked) Read(b []byte) (int, error) { return p.rows.Read(b) }
 
 func resultHeader(h http.Header, contentType string) {
 	h.Set("Content-Type", contentType)

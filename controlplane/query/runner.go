@@ -74,6 +74,8 @@ type Entry struct {
 	Query     *posternv1.Query
 	Verdict   string
 	Remote    string
+	// SessionID is the session that stays open which it ran in.
+	SessionID string
 }
 
 // Runner runs statements. It is safe for concurrent use.
@@ -164,7 +166,7 @@ func (res *Result) send(ctx context.Context, agentID string) error {
 	encoded, err := gproto.Marshal(&posternv1.SQLRequest{
 		QueryId: res.QueryID, Source: res.request.Source, Sql: statement.Sql, Principal: res.request.Principal,
 		MaxRows: statement.MaxRows, MaxBytes: statement.MaxBytes, Timeout: statement.Timeout, Parameters: statement.Parameters,
-		TakesRows: true, Explain: statement.Explain, HypotheticalIndexes: statement.HypotheticalIndexes,
+		TakesRows: true, SessionId: statement.SessionId, Explain: statement.Explain, HypotheticalIndexes: statement.HypotheticalIndexes,
 	})
 	if err != nil {
 		return proto.Errorf(proto.CodeInvalid, "the statement is not valid UTF-8")
@@ -291,7 +293,7 @@ func (r *Runner) record(res *Result) {
 	if res.query.State == "denied" {
 		verdict = "denied"
 	}
-	entry := Entry{Principal: res.request.Principal, Query: res.query, Verdict: verdict, Remote: res.request.Remote}
+	entry := Entry{Principal: res.request.Principal, Query: res.query, Verdict: verdict, Remote: res.request.Remote, SessionID: res.request.Statement.SessionId}
 	if err := r.cfg.Audit.Append(ctx, entry); err != nil {
 		r.cfg.Logger.Error("audit entry not written", "query", res.QueryID, "err", err)
 		if res.outcome.Error == nil {

@@ -93,6 +93,20 @@ func (s *Store) RevokeToken(ctx context.Context, org, idOrName string, now time.
 	return r.value(), nil
 }
 
+// TokenOwner is a token and the organization that it belongs to, by their ids.
+type TokenOwner struct{ Organization, Token string }
+
+// TokensRevokedSince lists the tokens that were revoked at or after since, on any
+// control plane. Ask with some overlap, since the control planes' clocks differ.
+func (s *Store) TokensRevokedSince(ctx context.Context, since time.Time) ([]TokenOwner, error) {
+	rows, err := s.reader().query(ctx, "SELECT organization, id FROM tokens WHERE revoked IS NOT NULL AND revoked >= ?", millis(since))
+	return collect(ctx, s, "list revoked tokens", rows, err, func(rows *sql.Rows) (TokenOwner, error) {
+		var t TokenOwner
+		err := rows.Scan(&t.Organization, &t.Token)
+		return t, err
+	})
+}
+
 // TouchToken records that a token was used.
 func (s *Store) TouchToken(ctx context.Context, id string, now time.Time) error {
 	return s.writeRelaxed(ctx, "record a token's use", func(tx handle) error {

@@ -39,6 +39,8 @@ type Entry struct {
 	Agent   string `json:"agent,omitempty"`
 	Source  string `json:"source,omitempty"`
 	QueryID string `json:"query_id,omitempty"`
+	// SessionID is the session that stays open which this is about, or ran in.
+	SessionID string `json:"session_id,omitempty"`
 	// Verdict is the policy's: "allowed" or "denied".
 	Verdict string `json:"verdict,omitempty"`
 	// Statement is the query's text, at most MaxStatement bytes.
@@ -89,7 +91,7 @@ func (e *Entry) Seal(prev Head) Head {
 	e.Time = e.Time.UTC().Truncate(time.Millisecond)
 	e.Prev = hex.EncodeToString(prev.Hash[:])
 	for _, s := range []*string{
-		&e.Organization, &e.Actor, &e.Role, &e.Action, &e.Target, &e.Agent, &e.Source, &e.QueryID,
+		&e.Organization, &e.Actor, &e.Role, &e.Action, &e.Target, &e.Agent, &e.Source, &e.QueryID, &e.SessionID,
 		&e.Verdict, &e.Statement, &e.Outcome, &e.Error, &e.Remote,
 	} {
 		*s = string(bytes.ToValidUTF8([]byte(*s), []byte("\uFFFD")))

@@ -1818,8 +1818,10 @@ type RunSQLRequest struct {
 	// type json.
 	Explain             Explain  `protobuf:"varint,6,opt,name=explain,proto3,enum=postern.v1.Explain" json:"explain,omitempty"`
 	HypotheticalIndexes []string `protobuf:"bytes,7,rep,name=hypothetical_indexes,json=hypotheticalIndexes,proto3" json:"hypothetical_indexes,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// A session of SessionService, on the same agent and source.
+	SessionId     string `protobuf:"bytes,8,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *RunSQLRequest) Reset() {
@@ -1901,6 +1903,306 @@ func (x *RunSQLRequest) GetHypotheticalIndexes() []string {
 	return nil
 }
 
+func (x *RunSQLRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+type OpenSQLSessionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id or name.
+	Agent  string `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// 0: 10 min; at most 1 h.
+	IdleTimeout   *durationpb.Duration `protobuf:"bytes,3,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenSQLSessionRequest) Reset() {
+	*x = OpenSQLSessionRequest{}
+	mi := &file_postern_v1_api_proto_msgTypes[31]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenSQLSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenSQLSessionRequest) ProtoMessage() {}
+
+func (x *OpenSQLSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[31]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenSQLSessionRequest.ProtoReflect.Descriptor instead.
+func (*OpenSQLSessionRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{31}
+}
+
+func (x *OpenSQLSessionRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *OpenSQLSessionRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *OpenSQLSessionRequest) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+type OpenSQLSessionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Session       *SQLSession            `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenSQLSessionResponse) Reset() {
+	*x = OpenSQLSessionResponse{}
+	mi := &file_postern_v1_api_proto_msgTypes[32]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenSQLSessionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenSQLSessionResponse) ProtoMessage() {}
+
+func (x *OpenSQLSessionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[32]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenSQLSessionResponse.ProtoReflect.Descriptor instead.
+func (*OpenSQLSessionResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{32}
+}
+
+func (x *OpenSQLSessionResponse) GetSession() *SQLSession {
+	if x != nil {
+		return x.Session
+	}
+	return nil
+}
+
+type CloseSQLSessionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id or name.
+	Agent         string `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	SessionId     string `protobuf:"bytes,2,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseSQLSessionRequest) Reset() {
+	*x = CloseSQLSessionRequest{}
+	mi := &file_postern_v1_api_proto_msgTypes[33]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseSQLSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseSQLSessionRequest) ProtoMessage() {}
+
+func (x *CloseSQLSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[33]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseSQLSessionRequest.ProtoReflect.Descriptor instead.
+func (*CloseSQLSessionRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{33}
+}
+
+func (x *CloseSQLSessionRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *CloseSQLSessionRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+type CloseSQLSessionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseSQLSessionResponse) Reset() {
+	*x = CloseSQLSessionResponse{}
+	mi := &file_postern_v1_api_proto_msgTypes[34]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseSQLSessionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseSQLSessionResponse) ProtoMessage() {}
+
+func (x *CloseSQLSessionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[34]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseSQLSessionResponse.ProtoReflect.Descriptor instead.
+func (*CloseSQLSessionResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{34}
+}
+
+type ListSQLSessionsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id or name; empty: all agents online.
+	Agent         string `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSQLSessionsRequest) Reset() {
+	*x = ListSQLSessionsRequest{}
+	mi := &file_postern_v1_api_proto_msgTypes[35]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSQLSessionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSQLSessionsRequest) ProtoMessage() {}
+
+func (x *ListSQLSessionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[35]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSQLSessionsRequest.ProtoReflect.Descriptor instead.
+func (*ListSQLSessionsRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{35}
+}
+
+func (x *ListSQLSessionsRequest) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+type ListSQLSessionsResponse struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Sessions []*SQLSession          `protobuf:"bytes,1,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	// Agents that did not answer, by name.
+	Silent        []string `protobuf:"bytes,2,rep,name=silent,proto3" json:"silent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSQLSessionsResponse) Reset() {
+	*x = ListSQLSessionsResponse{}
+	mi := &file_postern_v1_api_proto_msgTypes[36]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSQLSessionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSQLSessionsResponse) ProtoMessage() {}
+
+func (x *ListSQLSessionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[36]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSQLSessionsResponse.ProtoReflect.Descriptor instead.
+func (*ListSQLSessionsResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{36}
+}
+
+func (x *ListSQLSessionsResponse) GetSessions() []*SQLSession {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
+func (x *ListSQLSessionsResponse) GetSilent() []string {
+	if x != nil {
+		return x.Silent
+	}
+	return nil
+}
+
 type Query struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
 	Id        string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1921,7 +2223,7 @@ type Query struct {
 
 func (x *Query) Reset() {
 	*x = Query{}
-	mi := &file_postern_v1_api_proto_msgTypes[31]
+	mi := &file_postern_v1_api_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1933,7 +2235,7 @@ func (x *Query) String() string {
 func (*Query) ProtoMessage() {}
 
 func (x *Query) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[31]
+	mi := &file_postern_v1_api_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1946,7 +2248,7 @@ func (x *Query) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Query.ProtoReflect.Descriptor instead.
 func (*Query) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{31}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Query) GetId() string {
@@ -2037,7 +2339,7 @@ type ListQueriesRequest struct {
 
 func (x *ListQueriesRequest) Reset() {
 	*x = ListQueriesRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[32]
+	mi := &file_postern_v1_api_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2049,7 +2351,7 @@ func (x *ListQueriesRequest) String() string {
 func (*ListQueriesRequest) ProtoMessage() {}
 
 func (x *ListQueriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[32]
+	mi := &file_postern_v1_api_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2062,7 +2364,7 @@ func (x *ListQueriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQueriesRequest.ProtoReflect.Descriptor instead.
 func (*ListQueriesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{32}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListQueriesRequest) GetLimit() uint32 {
@@ -2088,7 +2390,7 @@ type ListQueriesResponse struct {
 
 func (x *ListQueriesResponse) Reset() {
 	*x = ListQueriesResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[33]
+	mi := &file_postern_v1_api_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2100,7 +2402,7 @@ func (x *ListQueriesResponse) String() string {
 func (*ListQueriesResponse) ProtoMessage() {}
 
 func (x *ListQueriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[33]
+	mi := &file_postern_v1_api_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2113,7 +2415,7 @@ func (x *ListQueriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQueriesResponse.ProtoReflect.Descriptor instead.
 func (*ListQueriesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{33}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *ListQueriesResponse) GetQueries() []*Query {
@@ -2134,7 +2436,7 @@ type GetQueryRequest struct {
 
 func (x *GetQueryRequest) Reset() {
 	*x = GetQueryRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[34]
+	mi := &file_postern_v1_api_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2146,7 +2448,7 @@ func (x *GetQueryRequest) String() string {
 func (*GetQueryRequest) ProtoMessage() {}
 
 func (x *GetQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[34]
+	mi := &file_postern_v1_api_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2159,7 +2461,7 @@ func (x *GetQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetQueryRequest.ProtoReflect.Descriptor instead.
 func (*GetQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{34}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *GetQueryRequest) GetQueryId() string {
@@ -2187,7 +2489,7 @@ type GetQueryResponse struct {
 
 func (x *GetQueryResponse) Reset() {
 	*x = GetQueryResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[35]
+	mi := &file_postern_v1_api_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2199,7 +2501,7 @@ func (x *GetQueryResponse) String() string {
 func (*GetQueryResponse) ProtoMessage() {}
 
 func (x *GetQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[35]
+	mi := &file_postern_v1_api_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2212,7 +2514,7 @@ func (x *GetQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetQueryResponse.ProtoReflect.Descriptor instead.
 func (*GetQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{35}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *GetQueryResponse) GetQuery() *Query {
@@ -2238,7 +2540,7 @@ type CancelOrganizationQueryRequest struct {
 
 func (x *CancelOrganizationQueryRequest) Reset() {
 	*x = CancelOrganizationQueryRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[36]
+	mi := &file_postern_v1_api_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2250,7 +2552,7 @@ func (x *CancelOrganizationQueryRequest) String() string {
 func (*CancelOrganizationQueryRequest) ProtoMessage() {}
 
 func (x *CancelOrganizationQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[36]
+	mi := &file_postern_v1_api_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2263,7 +2565,7 @@ func (x *CancelOrganizationQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOrganizationQueryRequest.ProtoReflect.Descriptor instead.
 func (*CancelOrganizationQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{36}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CancelOrganizationQueryRequest) GetQueryId() string {
@@ -2282,7 +2584,7 @@ type CancelOrganizationQueryResponse struct {
 
 func (x *CancelOrganizationQueryResponse) Reset() {
 	*x = CancelOrganizationQueryResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[37]
+	mi := &file_postern_v1_api_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2294,7 +2596,7 @@ func (x *CancelOrganizationQueryResponse) String() string {
 func (*CancelOrganizationQueryResponse) ProtoMessage() {}
 
 func (x *CancelOrganizationQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[37]
+	mi := &file_postern_v1_api_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2307,7 +2609,7 @@ func (x *CancelOrganizationQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOrganizationQueryResponse.ProtoReflect.Descriptor instead.
 func (*CancelOrganizationQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{37}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CancelOrganizationQueryResponse) GetQuery() *Query {
@@ -2331,7 +2633,7 @@ type ListAuditRequest struct {
 
 func (x *ListAuditRequest) Reset() {
 	*x = ListAuditRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[38]
+	mi := &file_postern_v1_api_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2343,7 +2645,7 @@ func (x *ListAuditRequest) String() string {
 func (*ListAuditRequest) ProtoMessage() {}
 
 func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[38]
+	mi := &file_postern_v1_api_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2356,7 +2658,7 @@ func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditRequest.ProtoReflect.Descriptor instead.
 func (*ListAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{38}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ListAuditRequest) GetFrom() uint64 {
@@ -2390,7 +2692,7 @@ type ListAuditResponse struct {
 
 func (x *ListAuditResponse) Reset() {
 	*x = ListAuditResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[39]
+	mi := &file_postern_v1_api_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2402,7 +2704,7 @@ func (x *ListAuditResponse) String() string {
 func (*ListAuditResponse) ProtoMessage() {}
 
 func (x *ListAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[39]
+	mi := &file_postern_v1_api_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2415,7 +2717,7 @@ func (x *ListAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditResponse.ProtoReflect.Descriptor instead.
 func (*ListAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{39}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *ListAuditResponse) GetEntries() [][]byte {
@@ -2435,7 +2737,7 @@ type VerifyAuditRequest struct {
 
 func (x *VerifyAuditRequest) Reset() {
 	*x = VerifyAuditRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[40]
+	mi := &file_postern_v1_api_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2447,7 +2749,7 @@ func (x *VerifyAuditRequest) String() string {
 func (*VerifyAuditRequest) ProtoMessage() {}
 
 func (x *VerifyAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[40]
+	mi := &file_postern_v1_api_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2460,7 +2762,7 @@ func (x *VerifyAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyAuditRequest.ProtoReflect.Descriptor instead.
 func (*VerifyAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{40}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *VerifyAuditRequest) GetAgent() string {
@@ -2479,7 +2781,7 @@ type VerifyAuditResponse struct {
 
 func (x *VerifyAuditResponse) Reset() {
 	*x = VerifyAuditResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[41]
+	mi := &file_postern_v1_api_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2491,7 +2793,7 @@ func (x *VerifyAuditResponse) String() string {
 func (*VerifyAuditResponse) ProtoMessage() {}
 
 func (x *VerifyAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[41]
+	mi := &file_postern_v1_api_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2504,7 +2806,7 @@ func (x *VerifyAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyAuditResponse.ProtoReflect.Descriptor instead.
 func (*VerifyAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{41}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *VerifyAuditResponse) GetReports() []*ChainReport {
@@ -2528,7 +2830,7 @@ type ChainReport struct {
 
 func (x *ChainReport) Reset() {
 	*x = ChainReport{}
-	mi := &file_postern_v1_api_proto_msgTypes[42]
+	mi := &file_postern_v1_api_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2540,7 +2842,7 @@ func (x *ChainReport) String() string {
 func (*ChainReport) ProtoMessage() {}
 
 func (x *ChainReport) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[42]
+	mi := &file_postern_v1_api_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2553,7 +2855,7 @@ func (x *ChainReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChainReport.ProtoReflect.Descriptor instead.
 func (*ChainReport) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{42}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *ChainReport) GetChain() string {
@@ -2596,7 +2898,7 @@ type Organization struct {
 
 func (x *Organization) Reset() {
 	*x = Organization{}
-	mi := &file_postern_v1_api_proto_msgTypes[43]
+	mi := &file_postern_v1_api_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2608,7 +2910,7 @@ func (x *Organization) String() string {
 func (*Organization) ProtoMessage() {}
 
 func (x *Organization) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[43]
+	mi := &file_postern_v1_api_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2621,7 +2923,7 @@ func (x *Organization) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Organization.ProtoReflect.Descriptor instead.
 func (*Organization) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{43}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *Organization) GetId() string {
@@ -2661,7 +2963,7 @@ type CreateOrganizationRequest struct {
 
 func (x *CreateOrganizationRequest) Reset() {
 	*x = CreateOrganizationRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[44]
+	mi := &file_postern_v1_api_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2673,7 +2975,7 @@ func (x *CreateOrganizationRequest) String() string {
 func (*CreateOrganizationRequest) ProtoMessage() {}
 
 func (x *CreateOrganizationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[44]
+	mi := &file_postern_v1_api_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2686,7 +2988,7 @@ func (x *CreateOrganizationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateOrganizationRequest.ProtoReflect.Descriptor instead.
 func (*CreateOrganizationRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{44}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *CreateOrganizationRequest) GetName() string {
@@ -2707,7 +3009,7 @@ type CreateOrganizationResponse struct {
 
 func (x *CreateOrganizationResponse) Reset() {
 	*x = CreateOrganizationResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[45]
+	mi := &file_postern_v1_api_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2719,7 +3021,7 @@ func (x *CreateOrganizationResponse) String() string {
 func (*CreateOrganizationResponse) ProtoMessage() {}
 
 func (x *CreateOrganizationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[45]
+	mi := &file_postern_v1_api_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2732,7 +3034,7 @@ func (x *CreateOrganizationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateOrganizationResponse.ProtoReflect.Descriptor instead.
 func (*CreateOrganizationResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{45}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *CreateOrganizationResponse) GetOrganization() *Organization {
@@ -2757,7 +3059,7 @@ type ListOrganizationsRequest struct {
 
 func (x *ListOrganizationsRequest) Reset() {
 	*x = ListOrganizationsRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[46]
+	mi := &file_postern_v1_api_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2769,7 +3071,7 @@ func (x *ListOrganizationsRequest) String() string {
 func (*ListOrganizationsRequest) ProtoMessage() {}
 
 func (x *ListOrganizationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[46]
+	mi := &file_postern_v1_api_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2782,7 +3084,7 @@ func (x *ListOrganizationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrganizationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOrganizationsRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{46}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{52}
 }
 
 type ListOrganizationsResponse struct {
@@ -2794,7 +3096,7 @@ type ListOrganizationsResponse struct {
 
 func (x *ListOrganizationsResponse) Reset() {
 	*x = ListOrganizationsResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[47]
+	mi := &file_postern_v1_api_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2806,7 +3108,7 @@ func (x *ListOrganizationsResponse) String() string {
 func (*ListOrganizationsResponse) ProtoMessage() {}
 
 func (x *ListOrganizationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[47]
+	mi := &file_postern_v1_api_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2819,7 +3121,7 @@ func (x *ListOrganizationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrganizationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOrganizationsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{47}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ListOrganizationsResponse) GetOrganizations() []*Organization {
@@ -2839,7 +3141,7 @@ type SetOrganizationDisabledRequest struct {
 
 func (x *SetOrganizationDisabledRequest) Reset() {
 	*x = SetOrganizationDisabledRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[48]
+	mi := &file_postern_v1_api_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2851,7 +3153,7 @@ func (x *SetOrganizationDisabledRequest) String() string {
 func (*SetOrganizationDisabledRequest) ProtoMessage() {}
 
 func (x *SetOrganizationDisabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[48]
+	mi := &file_postern_v1_api_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2864,7 +3166,7 @@ func (x *SetOrganizationDisabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrganizationDisabledRequest.ProtoReflect.Descriptor instead.
 func (*SetOrganizationDisabledRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{48}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *SetOrganizationDisabledRequest) GetOrganization() string {
@@ -2890,7 +3192,7 @@ type SetOrganizationDisabledResponse struct {
 
 func (x *SetOrganizationDisabledResponse) Reset() {
 	*x = SetOrganizationDisabledResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[49]
+	mi := &file_postern_v1_api_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2902,7 +3204,7 @@ func (x *SetOrganizationDisabledResponse) String() string {
 func (*SetOrganizationDisabledResponse) ProtoMessage() {}
 
 func (x *SetOrganizationDisabledResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[49]
+	mi := &file_postern_v1_api_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2915,7 +3217,7 @@ func (x *SetOrganizationDisabledResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrganizationDisabledResponse.ProtoReflect.Descriptor instead.
 func (*SetOrganizationDisabledResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{49}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *SetOrganizationDisabledResponse) GetOrganization() *Organization {
@@ -2933,7 +3235,7 @@ type ShowCARequest struct {
 
 func (x *ShowCARequest) Reset() {
 	*x = ShowCARequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[50]
+	mi := &file_postern_v1_api_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2945,7 +3247,7 @@ func (x *ShowCARequest) String() string {
 func (*ShowCARequest) ProtoMessage() {}
 
 func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[50]
+	mi := &file_postern_v1_api_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2958,7 +3260,7 @@ func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
 func (*ShowCARequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{50}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{56}
 }
 
 type ShowCAResponse struct {
@@ -2970,7 +3272,7 @@ type ShowCAResponse struct {
 
 func (x *ShowCAResponse) Reset() {
 	*x = ShowCAResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[51]
+	mi := &file_postern_v1_api_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2982,7 +3284,7 @@ func (x *ShowCAResponse) String() string {
 func (*ShowCAResponse) ProtoMessage() {}
 
 func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[51]
+	mi := &file_postern_v1_api_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2995,7 +3297,7 @@ func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{51}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *ShowCAResponse) GetAuthorities() []*Authority {
@@ -3022,7 +3324,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_postern_v1_api_proto_msgTypes[52]
+	mi := &file_postern_v1_api_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3034,7 +3336,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[52]
+	mi := &file_postern_v1_api_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3047,7 +3349,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{52}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *Authority) GetFingerprint() string {
@@ -3229,7 +3531,7 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\tfunctions\x18\x03 \x03(\v2\x1b.postern.v1.CatalogFunctionR\tfunctions\x12&\n" +
 	"\x0fnext_page_token\x18\x04 \x01(\tR\rnextPageToken\x128\n" +
 	"\trefreshed\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\trefreshed\x12\x1c\n" +
-	"\ttruncated\x18\x06 \x01(\bR\ttruncated\"\xa7\x02\n" +
+	"\ttruncated\x18\x06 \x01(\bR\ttruncated\"\xc6\x02\n" +
 	"\rRunSQLRequest\x12\x10\n" +
 	"\x03sql\x18\x01 \x01(\tR\x03sql\x12\x19\n" +
 	"\bmax_rows\x18\x02 \x01(\x04R\amaxRows\x12\x1b\n" +
@@ -3239,7 +3541,25 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"parameters\x18\x05 \x03(\v2\x15.postern.v1.ParameterR\n" +
 	"parameters\x12-\n" +
 	"\aexplain\x18\x06 \x01(\x0e2\x13.postern.v1.ExplainR\aexplain\x121\n" +
-	"\x14hypothetical_indexes\x18\a \x03(\tR\x13hypotheticalIndexes\"\xd2\x02\n" +
+	"\x14hypothetical_indexes\x18\a \x03(\tR\x13hypotheticalIndexes\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\b \x01(\tR\tsessionId\"\x83\x01\n" +
+	"\x15OpenSQLSessionRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12<\n" +
+	"\fidle_timeout\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\"J\n" +
+	"\x16OpenSQLSessionResponse\x120\n" +
+	"\asession\x18\x01 \x01(\v2\x16.postern.v1.SQLSessionR\asession\"M\n" +
+	"\x16CloseSQLSessionRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x02 \x01(\tR\tsessionId\"\x19\n" +
+	"\x17CloseSQLSessionResponse\".\n" +
+	"\x16ListSQLSessionsRequest\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\"e\n" +
+	"\x17ListSQLSessionsResponse\x122\n" +
+	"\bsessions\x18\x01 \x03(\v2\x16.postern.v1.SQLSessionR\bsessions\x12\x16\n" +
+	"\x06silent\x18\x02 \x03(\tR\x06silent\"\xd2\x02\n" +
 	"\x05Query\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x16\n" +
@@ -3335,7 +3655,11 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\vListSources\x12*.postern.v1.ListOrganizationSourcesRequest\x1a+.postern.v1.ListOrganizationSourcesResponse\"\x00\x12\\\n" +
 	"\vCheckSource\x12*.postern.v1.CheckOrganizationSourceRequest\x1a\x1f.postern.v1.CheckSourceResponse\"\x00\x12Y\n" +
 	"\n" +
-	"Introspect\x12#.postern.v1.IntrospectSourceRequest\x1a$.postern.v1.IntrospectSourceResponse\"\x002\x93\x02\n" +
+	"Introspect\x12#.postern.v1.IntrospectSourceRequest\x1a$.postern.v1.IntrospectSourceResponse\"\x002\x9e\x02\n" +
+	"\x0eSessionService\x12V\n" +
+	"\vOpenSession\x12!.postern.v1.OpenSQLSessionRequest\x1a\".postern.v1.OpenSQLSessionResponse\"\x00\x12Y\n" +
+	"\fCloseSession\x12\".postern.v1.CloseSQLSessionRequest\x1a#.postern.v1.CloseSQLSessionResponse\"\x00\x12Y\n" +
+	"\fListSessions\x12\".postern.v1.ListSQLSessionsRequest\x1a#.postern.v1.ListSQLSessionsResponse\"\x002\x93\x02\n" +
 	"\fQueryService\x12P\n" +
 	"\vListQueries\x12\x1e.postern.v1.ListQueriesRequest\x1a\x1f.postern.v1.ListQueriesResponse\"\x00\x12G\n" +
 	"\bGetQuery\x12\x1b.postern.v1.GetQueryRequest\x1a\x1c.postern.v1.GetQueryResponse\"\x00\x12h\n" +
@@ -3362,7 +3686,7 @@ func file_postern_v1_api_proto_rawDescGZIP() []byte {
 	return file_postern_v1_api_proto_rawDescData
 }
 
-var file_postern_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
+var file_postern_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
 var file_postern_v1_api_proto_goTypes = []any{
 	(*WhoAmIRequest)(nil),                   // 0: postern.v1.WhoAmIRequest
 	(*WhoAmIResponse)(nil),                  // 1: postern.v1.WhoAmIResponse
@@ -3395,147 +3719,163 @@ var file_postern_v1_api_proto_goTypes = []any{
 	(*IntrospectSourceRequest)(nil),         // 28: postern.v1.IntrospectSourceRequest
 	(*IntrospectSourceResponse)(nil),        // 29: postern.v1.IntrospectSourceResponse
 	(*RunSQLRequest)(nil),                   // 30: postern.v1.RunSQLRequest
-	(*Query)(nil),                           // 31: postern.v1.Query
-	(*ListQueriesRequest)(nil),              // 32: postern.v1.ListQueriesRequest
-	(*ListQueriesResponse)(nil),             // 33: postern.v1.ListQueriesResponse
-	(*GetQueryRequest)(nil),                 // 34: postern.v1.GetQueryRequest
-	(*GetQueryResponse)(nil),                // 35: postern.v1.GetQueryResponse
-	(*CancelOrganizationQueryRequest)(nil),  // 36: postern.v1.CancelOrganizationQueryRequest
-	(*CancelOrganizationQueryResponse)(nil), // 37: postern.v1.CancelOrganizationQueryResponse
-	(*ListAuditRequest)(nil),                // 38: postern.v1.ListAuditRequest
-	(*ListAuditResponse)(nil),               // 39: postern.v1.ListAuditResponse
-	(*VerifyAuditRequest)(nil),              // 40: postern.v1.VerifyAuditRequest
-	(*VerifyAuditResponse)(nil),             // 41: postern.v1.VerifyAuditResponse
-	(*ChainReport)(nil),                     // 42: postern.v1.ChainReport
-	(*Organization)(nil),                    // 43: postern.v1.Organization
-	(*CreateOrganizationRequest)(nil),       // 44: postern.v1.CreateOrganizationRequest
-	(*CreateOrganizationResponse)(nil),      // 45: postern.v1.CreateOrganizationResponse
-	(*ListOrganizationsRequest)(nil),        // 46: postern.v1.ListOrganizationsRequest
-	(*ListOrganizationsResponse)(nil),       // 47: postern.v1.ListOrganizationsResponse
-	(*SetOrganizationDisabledRequest)(nil),  // 48: postern.v1.SetOrganizationDisabledRequest
-	(*SetOrganizationDisabledResponse)(nil), // 49: postern.v1.SetOrganizationDisabledResponse
-	(*ShowCARequest)(nil),                   // 50: postern.v1.ShowCARequest
-	(*ShowCAResponse)(nil),                  // 51: postern.v1.ShowCAResponse
-	(*Authority)(nil),                       // 52: postern.v1.Authority
-	nil,                                     // 53: postern.v1.Key.LabelsEntry
-	nil,                                     // 54: postern.v1.CreateKeyRequest.LabelsEntry
-	nil,                                     // 55: postern.v1.Agent.LabelsEntry
-	(*timestamppb.Timestamp)(nil),           // 56: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),             // 57: google.protobuf.Duration
-	(*SourceInfo)(nil),                      // 58: postern.v1.SourceInfo
-	(*CatalogSchema)(nil),                   // 59: postern.v1.CatalogSchema
-	(*CatalogTable)(nil),                    // 60: postern.v1.CatalogTable
-	(*CatalogFunction)(nil),                 // 61: postern.v1.CatalogFunction
-	(*Parameter)(nil),                       // 62: postern.v1.Parameter
-	(Explain)(0),                            // 63: postern.v1.Explain
-	(*ErrorDetail)(nil),                     // 64: postern.v1.ErrorDetail
-	(*KeptRows)(nil),                        // 65: postern.v1.KeptRows
-	(*CheckSourceResponse)(nil),             // 66: postern.v1.CheckSourceResponse
+	(*OpenSQLSessionRequest)(nil),           // 31: postern.v1.OpenSQLSessionRequest
+	(*OpenSQLSessionResponse)(nil),          // 32: postern.v1.OpenSQLSessionResponse
+	(*CloseSQLSessionRequest)(nil),          // 33: postern.v1.CloseSQLSessionRequest
+	(*CloseSQLSessionResponse)(nil),         // 34: postern.v1.CloseSQLSessionResponse
+	(*ListSQLSessionsRequest)(nil),          // 35: postern.v1.ListSQLSessionsRequest
+	(*ListSQLSessionsResponse)(nil),         // 36: postern.v1.ListSQLSessionsResponse
+	(*Query)(nil),                           // 37: postern.v1.Query
+	(*ListQueriesRequest)(nil),              // 38: postern.v1.ListQueriesRequest
+	(*ListQueriesResponse)(nil),             // 39: postern.v1.ListQueriesResponse
+	(*GetQueryRequest)(nil),                 // 40: postern.v1.GetQueryRequest
+	(*GetQueryResponse)(nil),                // 41: postern.v1.GetQueryResponse
+	(*CancelOrganizationQueryRequest)(nil),  // 42: postern.v1.CancelOrganizationQueryRequest
+	(*CancelOrganizationQueryResponse)(nil), // 43: postern.v1.CancelOrganizationQueryResponse
+	(*ListAuditRequest)(nil),                // 44: postern.v1.ListAuditRequest
+	(*ListAuditResponse)(nil),               // 45: postern.v1.ListAuditResponse
+	(*VerifyAuditRequest)(nil),              // 46: postern.v1.VerifyAuditRequest
+	(*VerifyAuditResponse)(nil),             // 47: postern.v1.VerifyAuditResponse
+	(*ChainReport)(nil),                     // 48: postern.v1.ChainReport
+	(*Organization)(nil),                    // 49: postern.v1.Organization
+	(*CreateOrganizationRequest)(nil),       // 50: postern.v1.CreateOrganizationRequest
+	(*CreateOrganizationResponse)(nil),      // 51: postern.v1.CreateOrganizationResponse
+	(*ListOrganizationsRequest)(nil),        // 52: postern.v1.ListOrganizationsRequest
+	(*ListOrganizationsResponse)(nil),       // 53: postern.v1.ListOrganizationsResponse
+	(*SetOrganizationDisabledRequest)(nil),  // 54: postern.v1.SetOrganizationDisabledRequest
+	(*SetOrganizationDisabledResponse)(nil), // 55: postern.v1.SetOrganizationDisabledResponse
+	(*ShowCARequest)(nil),                   // 56: postern.v1.ShowCARequest
+	(*ShowCAResponse)(nil),                  // 57: postern.v1.ShowCAResponse
+	(*Authority)(nil),                       // 58: postern.v1.Authority
+	nil,                                     // 59: postern.v1.Key.LabelsEntry
+	nil,                                     // 60: postern.v1.CreateKeyRequest.LabelsEntry
+	nil,                                     // 61: postern.v1.Agent.LabelsEntry
+	(*timestamppb.Timestamp)(nil),           // 62: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),             // 63: google.protobuf.Duration
+	(*SourceInfo)(nil),                      // 64: postern.v1.SourceInfo
+	(*CatalogSchema)(nil),                   // 65: postern.v1.CatalogSchema
+	(*CatalogTable)(nil),                    // 66: postern.v1.CatalogTable
+	(*CatalogFunction)(nil),                 // 67: postern.v1.CatalogFunction
+	(*Parameter)(nil),                       // 68: postern.v1.Parameter
+	(Explain)(0),                            // 69: postern.v1.Explain
+	(*SQLSession)(nil),                      // 70: postern.v1.SQLSession
+	(*ErrorDetail)(nil),                     // 71: postern.v1.ErrorDetail
+	(*KeptRows)(nil),                        // 72: postern.v1.KeptRows
+	(*CheckSourceResponse)(nil),             // 73: postern.v1.CheckSourceResponse
 }
 var file_postern_v1_api_proto_depIdxs = []int32{
-	56, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
-	56, // 1: postern.v1.Token.created:type_name -> google.protobuf.Timestamp
-	56, // 2: postern.v1.Token.expires:type_name -> google.protobuf.Timestamp
-	56, // 3: postern.v1.Token.revoked:type_name -> google.protobuf.Timestamp
-	56, // 4: postern.v1.Token.last_used:type_name -> google.protobuf.Timestamp
-	57, // 5: postern.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	62, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
+	62, // 1: postern.v1.Token.created:type_name -> google.protobuf.Timestamp
+	62, // 2: postern.v1.Token.expires:type_name -> google.protobuf.Timestamp
+	62, // 3: postern.v1.Token.revoked:type_name -> google.protobuf.Timestamp
+	62, // 4: postern.v1.Token.last_used:type_name -> google.protobuf.Timestamp
+	63, // 5: postern.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
 	2,  // 6: postern.v1.CreateTokenResponse.token:type_name -> postern.v1.Token
 	2,  // 7: postern.v1.ListTokensResponse.tokens:type_name -> postern.v1.Token
 	2,  // 8: postern.v1.RevokeTokenResponse.token:type_name -> postern.v1.Token
-	53, // 9: postern.v1.Key.labels:type_name -> postern.v1.Key.LabelsEntry
-	56, // 10: postern.v1.Key.created:type_name -> google.protobuf.Timestamp
-	56, // 11: postern.v1.Key.expires:type_name -> google.protobuf.Timestamp
-	56, // 12: postern.v1.Key.revoked:type_name -> google.protobuf.Timestamp
-	57, // 13: postern.v1.CreateKeyRequest.ttl:type_name -> google.protobuf.Duration
-	54, // 14: postern.v1.CreateKeyRequest.labels:type_name -> postern.v1.CreateKeyRequest.LabelsEntry
+	59, // 9: postern.v1.Key.labels:type_name -> postern.v1.Key.LabelsEntry
+	62, // 10: postern.v1.Key.created:type_name -> google.protobuf.Timestamp
+	62, // 11: postern.v1.Key.expires:type_name -> google.protobuf.Timestamp
+	62, // 12: postern.v1.Key.revoked:type_name -> google.protobuf.Timestamp
+	63, // 13: postern.v1.CreateKeyRequest.ttl:type_name -> google.protobuf.Duration
+	60, // 14: postern.v1.CreateKeyRequest.labels:type_name -> postern.v1.CreateKeyRequest.LabelsEntry
 	9,  // 15: postern.v1.CreateKeyResponse.key:type_name -> postern.v1.Key
 	9,  // 16: postern.v1.ListKeysResponse.keys:type_name -> postern.v1.Key
 	9,  // 17: postern.v1.RevokeKeyResponse.key:type_name -> postern.v1.Key
-	55, // 18: postern.v1.Agent.labels:type_name -> postern.v1.Agent.LabelsEntry
-	56, // 19: postern.v1.Agent.registered:type_name -> google.protobuf.Timestamp
-	56, // 20: postern.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
-	56, // 21: postern.v1.Agent.revoked:type_name -> google.protobuf.Timestamp
-	56, // 22: postern.v1.Agent.certificate_expires:type_name -> google.protobuf.Timestamp
-	58, // 23: postern.v1.Agent.sources:type_name -> postern.v1.SourceInfo
-	57, // 24: postern.v1.Agent.round_trip:type_name -> google.protobuf.Duration
+	61, // 18: postern.v1.Agent.labels:type_name -> postern.v1.Agent.LabelsEntry
+	62, // 19: postern.v1.Agent.registered:type_name -> google.protobuf.Timestamp
+	62, // 20: postern.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
+	62, // 21: postern.v1.Agent.revoked:type_name -> google.protobuf.Timestamp
+	62, // 22: postern.v1.Agent.certificate_expires:type_name -> google.protobuf.Timestamp
+	64, // 23: postern.v1.Agent.sources:type_name -> postern.v1.SourceInfo
+	63, // 24: postern.v1.Agent.round_trip:type_name -> google.protobuf.Duration
 	17, // 25: postern.v1.Agent.link_events:type_name -> postern.v1.LinkEvent
-	56, // 26: postern.v1.LinkEvent.time:type_name -> google.protobuf.Timestamp
+	62, // 26: postern.v1.LinkEvent.time:type_name -> google.protobuf.Timestamp
 	16, // 27: postern.v1.ListAgentsResponse.agents:type_name -> postern.v1.Agent
 	16, // 28: postern.v1.GetAgentResponse.agent:type_name -> postern.v1.Agent
 	16, // 29: postern.v1.RevokeAgentResponse.agent:type_name -> postern.v1.Agent
-	58, // 30: postern.v1.OrganizationSource.source:type_name -> postern.v1.SourceInfo
+	64, // 30: postern.v1.OrganizationSource.source:type_name -> postern.v1.SourceInfo
 	25, // 31: postern.v1.ListOrganizationSourcesResponse.sources:type_name -> postern.v1.OrganizationSource
-	59, // 32: postern.v1.IntrospectSourceResponse.schemas:type_name -> postern.v1.CatalogSchema
-	60, // 33: postern.v1.IntrospectSourceResponse.tables:type_name -> postern.v1.CatalogTable
-	61, // 34: postern.v1.IntrospectSourceResponse.functions:type_name -> postern.v1.CatalogFunction
-	56, // 35: postern.v1.IntrospectSourceResponse.refreshed:type_name -> google.protobuf.Timestamp
-	57, // 36: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
-	62, // 37: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
-	63, // 38: postern.v1.RunSQLRequest.explain:type_name -> postern.v1.Explain
-	56, // 39: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
-	57, // 40: postern.v1.Query.duration:type_name -> google.protobuf.Duration
-	64, // 41: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
-	31, // 42: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
-	31, // 43: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
-	65, // 44: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
-	31, // 45: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
-	42, // 46: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
-	56, // 47: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
-	43, // 48: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
-	43, // 49: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
-	43, // 50: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
-	52, // 51: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
-	56, // 52: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	56, // 53: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	0,  // 54: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
-	3,  // 55: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
-	5,  // 56: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
-	7,  // 57: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
-	10, // 58: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
-	12, // 59: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
-	14, // 60: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
-	18, // 61: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
-	20, // 62: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
-	22, // 63: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
-	24, // 64: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
-	27, // 65: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
-	28, // 66: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
-	32, // 67: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
-	34, // 68: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
-	36, // 69: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
-	38, // 70: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
-	40, // 71: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
-	44, // 72: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
-	46, // 73: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
-	48, // 74: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
-	50, // 75: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
-	1,  // 76: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
-	4,  // 77: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
-	6,  // 78: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
-	8,  // 79: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
-	11, // 80: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
-	13, // 81: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
-	15, // 82: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
-	19, // 83: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
-	21, // 84: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
-	23, // 85: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
-	26, // 86: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
-	66, // 87: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	29, // 88: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
-	33, // 89: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
-	35, // 90: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
-	37, // 91: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
-	39, // 92: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
-	41, // 93: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
-	45, // 94: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
-	47, // 95: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
-	49, // 96: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
-	51, // 97: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
-	76, // [76:98] is the sub-list for method output_type
-	54, // [54:76] is the sub-list for method input_type
-	54, // [54:54] is the sub-list for extension type_name
-	54, // [54:54] is the sub-list for extension extendee
-	0,  // [0:54] is the sub-list for field type_name
+	65, // 32: postern.v1.IntrospectSourceResponse.schemas:type_name -> postern.v1.CatalogSchema
+	66, // 33: postern.v1.IntrospectSourceResponse.tables:type_name -> postern.v1.CatalogTable
+	67, // 34: postern.v1.IntrospectSourceResponse.functions:type_name -> postern.v1.CatalogFunction
+	62, // 35: postern.v1.IntrospectSourceResponse.refreshed:type_name -> google.protobuf.Timestamp
+	63, // 36: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
+	68, // 37: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
+	69, // 38: postern.v1.RunSQLRequest.explain:type_name -> postern.v1.Explain
+	63, // 39: postern.v1.OpenSQLSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
+	70, // 40: postern.v1.OpenSQLSessionResponse.session:type_name -> postern.v1.SQLSession
+	70, // 41: postern.v1.ListSQLSessionsResponse.sessions:type_name -> postern.v1.SQLSession
+	62, // 42: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
+	63, // 43: postern.v1.Query.duration:type_name -> google.protobuf.Duration
+	71, // 44: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
+	37, // 45: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
+	37, // 46: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
+	72, // 47: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
+	37, // 48: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
+	48, // 49: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
+	62, // 50: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
+	49, // 51: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
+	49, // 52: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
+	49, // 53: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
+	58, // 54: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
+	62, // 55: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	62, // 56: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	0,  // 57: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
+	3,  // 58: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
+	5,  // 59: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
+	7,  // 60: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
+	10, // 61: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
+	12, // 62: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
+	14, // 63: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
+	18, // 64: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
+	20, // 65: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
+	22, // 66: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
+	24, // 67: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
+	27, // 68: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
+	28, // 69: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
+	31, // 70: postern.v1.SessionService.OpenSession:input_type -> postern.v1.OpenSQLSessionRequest
+	33, // 71: postern.v1.SessionService.CloseSession:input_type -> postern.v1.CloseSQLSessionRequest
+	35, // 72: postern.v1.SessionService.ListSessions:input_type -> postern.v1.ListSQLSessionsRequest
+	38, // 73: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
+	40, // 74: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
+	42, // 75: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
+	44, // 76: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
+	46, // 77: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
+	50, // 78: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
+	52, // 79: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
+	54, // 80: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
+	56, // 81: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
+	1,  // 82: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
+	4,  // 83: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
+	6,  // 84: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
+	8,  // 85: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
+	11, // 86: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
+	13, // 87: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
+	15, // 88: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
+	19, // 89: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
+	21, // 90: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
+	23, // 91: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
+	26, // 92: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
+	73, // 93: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	29, // 94: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
+	32, // 95: postern.v1.SessionService.OpenSession:output_type -> postern.v1.OpenSQLSessionResponse
+	34, // 96: postern.v1.SessionService.CloseSession:output_type -> postern.v1.CloseSQLSessionResponse
+	36, // 97: postern.v1.SessionService.ListSessions:output_type -> postern.v1.ListSQLSessionsResponse
+	39, // 98: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
+	41, // 99: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
+	43, // 100: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
+	45, // 101: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
+	47, // 102: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
+	51, // 103: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
+	53, // 104: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
+	55, // 105: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
+	57, // 106: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
+	82, // [82:107] is the sub-list for method output_type
+	57, // [57:82] is the sub-list for method input_type
+	57, // [57:57] is the sub-list for extension type_name
+	57, // [57:57] is the sub-list for extension extendee
+	0,  // [0:57] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_api_proto_init() }
@@ -3552,9 +3892,9 @@ func file_postern_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_api_proto_rawDesc), len(file_postern_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   56,
+			NumMessages:   62,
 			NumExtensions: 0,
-			NumServices:   9,
+			NumServices:   10,
 		},
 		GoTypes:           file_postern_v1_api_proto_goTypes,
 		DependencyIndexes: file_postern_v1_api_proto_depIdxs,

@@ -171,8 +171,11 @@ type SQLRequest struct {
 	// CREATE INDEX statements: the plan is as if these indexes were there. At most
 	// 20, with EXPLAIN_PLAN alone, and only where the database has hypopg.
 	HypotheticalIndexes []string `protobuf:"bytes,11,rep,name=hypothetical_indexes,json=hypotheticalIndexes,proto3" json:"hypothetical_indexes,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// The session to run it in, of the same source and principal; empty: one that
+	// ends with the statement.
+	SessionId     string `protobuf:"bytes,12,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *SQLRequest) Reset() {
@@ -282,6 +285,437 @@ func (x *SQLRequest) GetHypotheticalIndexes() []string {
 	return nil
 }
 
+func (x *SQLRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+// SQLSession is a session that stays open: it holds a transaction, temporary
+// tables, prepared statements and settings for the token that opened it.
+type SQLSession struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Id     string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Source string                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	// Who opened it; nobody else can use it.
+	Principal *Principal             `protobuf:"bytes,3,opt,name=principal,proto3" json:"principal,omitempty"`
+	Opened    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=opened,proto3" json:"opened,omitempty"`
+	LastUsed  *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=last_used,json=lastUsed,proto3" json:"last_used,omitempty"`
+	// How long it may be unused before it ends.
+	IdleTimeout *durationpb.Duration `protobuf:"bytes,6,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	// none | open | failed
+	Transaction string `protobuf:"bytes,7,opt,name=transaction,proto3" json:"transaction,omitempty"`
+	Statements  uint64 `protobuf:"varint,8,opt,name=statements,proto3" json:"statements,omitempty"`
+	// The statement under way, if there is one.
+	QueryId string `protobuf:"bytes,9,opt,name=query_id,json=queryId,proto3" json:"query_id,omitempty"`
+	// The agent's name; empty in what the agent itself says.
+	Agent         string `protobuf:"bytes,10,opt,name=agent,proto3" json:"agent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SQLSession) Reset() {
+	*x = SQLSession{}
+	mi := &file_postern_v1_host_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SQLSession) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SQLSession) ProtoMessage() {}
+
+func (x *SQLSession) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SQLSession.ProtoReflect.Descriptor instead.
+func (*SQLSession) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *SQLSession) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SQLSession) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *SQLSession) GetPrincipal() *Principal {
+	if x != nil {
+		return x.Principal
+	}
+	return nil
+}
+
+func (x *SQLSession) GetOpened() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Opened
+	}
+	return nil
+}
+
+func (x *SQLSession) GetLastUsed() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastUsed
+	}
+	return nil
+}
+
+func (x *SQLSession) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+func (x *SQLSession) GetTransaction() string {
+	if x != nil {
+		return x.Transaction
+	}
+	return ""
+}
+
+func (x *SQLSession) GetStatements() uint64 {
+	if x != nil {
+		return x.Statements
+	}
+	return 0
+}
+
+func (x *SQLSession) GetQueryId() string {
+	if x != nil {
+		return x.QueryId
+	}
+	return ""
+}
+
+func (x *SQLSession) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+type OpenSessionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Made by the caller, as query ids are.
+	SessionId string     `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	Source    string     `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Principal *Principal `protobuf:"bytes,3,opt,name=principal,proto3" json:"principal,omitempty"`
+	// 0: 10 min; more than 1 h is cut to it.
+	IdleTimeout   *durationpb.Duration `protobuf:"bytes,4,opt,name=idle_timeout,json=idleTimeout,proto3" json:"idle_timeout,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenSessionRequest) Reset() {
+	*x = OpenSessionRequest{}
+	mi := &file_postern_v1_host_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenSessionRequest) ProtoMessage() {}
+
+func (x *OpenSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenSessionRequest.ProtoReflect.Descriptor instead.
+func (*OpenSessionRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *OpenSessionRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *OpenSessionRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *OpenSessionRequest) GetPrincipal() *Principal {
+	if x != nil {
+		return x.Principal
+	}
+	return nil
+}
+
+func (x *OpenSessionRequest) GetIdleTimeout() *durationpb.Duration {
+	if x != nil {
+		return x.IdleTimeout
+	}
+	return nil
+}
+
+type OpenSessionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Session       *SQLSession            `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *OpenSessionResponse) Reset() {
+	*x = OpenSessionResponse{}
+	mi := &file_postern_v1_host_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *OpenSessionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*OpenSessionResponse) ProtoMessage() {}
+
+func (x *OpenSessionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use OpenSessionResponse.ProtoReflect.Descriptor instead.
+func (*OpenSessionResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *OpenSessionResponse) GetSession() *SQLSession {
+	if x != nil {
+		return x.Session
+	}
+	return nil
+}
+
+type CloseSessionRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty: all of the principal's token.
+	SessionId string `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// Whose session it is.
+	Principal *Principal `protobuf:"bytes,2,opt,name=principal,proto3" json:"principal,omitempty"`
+	// One line for the audit log; empty: the owner closed it.
+	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseSessionRequest) Reset() {
+	*x = CloseSessionRequest{}
+	mi := &file_postern_v1_host_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseSessionRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseSessionRequest) ProtoMessage() {}
+
+func (x *CloseSessionRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseSessionRequest.ProtoReflect.Descriptor instead.
+func (*CloseSessionRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *CloseSessionRequest) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *CloseSessionRequest) GetPrincipal() *Principal {
+	if x != nil {
+		return x.Principal
+	}
+	return nil
+}
+
+func (x *CloseSessionRequest) GetReason() string {
+	if x != nil {
+		return x.Reason
+	}
+	return ""
+}
+
+type CloseSessionResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Closed        uint32                 `protobuf:"varint,1,opt,name=closed,proto3" json:"closed,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CloseSessionResponse) Reset() {
+	*x = CloseSessionResponse{}
+	mi := &file_postern_v1_host_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CloseSessionResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CloseSessionResponse) ProtoMessage() {}
+
+func (x *CloseSessionResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CloseSessionResponse.ProtoReflect.Descriptor instead.
+func (*CloseSessionResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *CloseSessionResponse) GetClosed() uint32 {
+	if x != nil {
+		return x.Closed
+	}
+	return 0
+}
+
+type ListSessionsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSessionsRequest) Reset() {
+	*x = ListSessionsRequest{}
+	mi := &file_postern_v1_host_proto_msgTypes[7]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSessionsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSessionsRequest) ProtoMessage() {}
+
+func (x *ListSessionsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[7]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSessionsRequest.ProtoReflect.Descriptor instead.
+func (*ListSessionsRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{7}
+}
+
+type ListSessionsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Sessions      []*SQLSession          `protobuf:"bytes,1,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ListSessionsResponse) Reset() {
+	*x = ListSessionsResponse{}
+	mi := &file_postern_v1_host_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ListSessionsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ListSessionsResponse) ProtoMessage() {}
+
+func (x *ListSessionsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_host_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ListSessionsResponse.ProtoReflect.Descriptor instead.
+func (*ListSessionsResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ListSessionsResponse) GetSessions() []*SQLSession {
+	if x != nil {
+		return x.Sessions
+	}
+	return nil
+}
+
 // Parameter is a named value, bound and never pasted into the text.
 type Parameter struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -299,7 +733,7 @@ type Parameter struct {
 
 func (x *Parameter) Reset() {
 	*x = Parameter{}
-	mi := &file_postern_v1_host_proto_msgTypes[2]
+	mi := &file_postern_v1_host_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -311,7 +745,7 @@ func (x *Parameter) String() string {
 func (*Parameter) ProtoMessage() {}
 
 func (x *Parameter) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[2]
+	mi := &file_postern_v1_host_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -324,7 +758,7 @@ func (x *Parameter) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Parameter.ProtoReflect.Descriptor instead.
 func (*Parameter) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{2}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Parameter) GetName() string {
@@ -369,13 +803,16 @@ type QueryOutcome struct {
 	Parameters []*ParameterInfo `protobuf:"bytes,9,rep,name=parameters,proto3" json:"parameters,omitempty"`
 	// Some parameters are missing: they would not fit.
 	ParametersTruncated bool `protobuf:"varint,10,opt,name=parameters_truncated,json=parametersTruncated,proto3" json:"parameters_truncated,omitempty"`
-	unknownFields       protoimpl.UnknownFields
-	sizeCache           protoimpl.SizeCache
+	// Of a statement in a session: the transaction's state after it, none, open or
+	// failed; or ended: the session is gone.
+	Transaction   string `protobuf:"bytes,11,opt,name=transaction,proto3" json:"transaction,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *QueryOutcome) Reset() {
 	*x = QueryOutcome{}
-	mi := &file_postern_v1_host_proto_msgTypes[3]
+	mi := &file_postern_v1_host_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -387,7 +824,7 @@ func (x *QueryOutcome) String() string {
 func (*QueryOutcome) ProtoMessage() {}
 
 func (x *QueryOutcome) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[3]
+	mi := &file_postern_v1_host_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -400,7 +837,7 @@ func (x *QueryOutcome) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use QueryOutcome.ProtoReflect.Descriptor instead.
 func (*QueryOutcome) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{3}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *QueryOutcome) GetQueryId() string {
@@ -473,6 +910,13 @@ func (x *QueryOutcome) GetParametersTruncated() bool {
 	return false
 }
 
+func (x *QueryOutcome) GetTransaction() string {
+	if x != nil {
+		return x.Transaction
+	}
+	return ""
+}
+
 // ParameterInfo is a placeholder of a statement.
 type ParameterInfo struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -485,7 +929,7 @@ type ParameterInfo struct {
 
 func (x *ParameterInfo) Reset() {
 	*x = ParameterInfo{}
-	mi := &file_postern_v1_host_proto_msgTypes[4]
+	mi := &file_postern_v1_host_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -497,7 +941,7 @@ func (x *ParameterInfo) String() string {
 func (*ParameterInfo) ProtoMessage() {}
 
 func (x *ParameterInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[4]
+	mi := &file_postern_v1_host_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -510,7 +954,7 @@ func (x *ParameterInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ParameterInfo.ProtoReflect.Descriptor instead.
 func (*ParameterInfo) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{4}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ParameterInfo) GetName() string {
@@ -547,7 +991,7 @@ type KeptRows struct {
 
 func (x *KeptRows) Reset() {
 	*x = KeptRows{}
-	mi := &file_postern_v1_host_proto_msgTypes[5]
+	mi := &file_postern_v1_host_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -559,7 +1003,7 @@ func (x *KeptRows) String() string {
 func (*KeptRows) ProtoMessage() {}
 
 func (x *KeptRows) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[5]
+	mi := &file_postern_v1_host_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -572,7 +1016,7 @@ func (x *KeptRows) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KeptRows.ProtoReflect.Descriptor instead.
 func (*KeptRows) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{5}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *KeptRows) GetArrow() []byte {
@@ -621,7 +1065,7 @@ type Notice struct {
 
 func (x *Notice) Reset() {
 	*x = Notice{}
-	mi := &file_postern_v1_host_proto_msgTypes[6]
+	mi := &file_postern_v1_host_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -633,7 +1077,7 @@ func (x *Notice) String() string {
 func (*Notice) ProtoMessage() {}
 
 func (x *Notice) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[6]
+	mi := &file_postern_v1_host_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -646,7 +1090,7 @@ func (x *Notice) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Notice.ProtoReflect.Descriptor instead.
 func (*Notice) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{6}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Notice) GetSeverity() string {
@@ -693,7 +1137,7 @@ type SourceInfo struct {
 
 func (x *SourceInfo) Reset() {
 	*x = SourceInfo{}
-	mi := &file_postern_v1_host_proto_msgTypes[7]
+	mi := &file_postern_v1_host_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -705,7 +1149,7 @@ func (x *SourceInfo) String() string {
 func (*SourceInfo) ProtoMessage() {}
 
 func (x *SourceInfo) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[7]
+	mi := &file_postern_v1_host_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -718,7 +1162,7 @@ func (x *SourceInfo) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SourceInfo.ProtoReflect.Descriptor instead.
 func (*SourceInfo) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{7}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *SourceInfo) GetName() string {
@@ -799,7 +1243,7 @@ type ListSourcesRequest struct {
 
 func (x *ListSourcesRequest) Reset() {
 	*x = ListSourcesRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[8]
+	mi := &file_postern_v1_host_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -811,7 +1255,7 @@ func (x *ListSourcesRequest) String() string {
 func (*ListSourcesRequest) ProtoMessage() {}
 
 func (x *ListSourcesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[8]
+	mi := &file_postern_v1_host_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -824,7 +1268,7 @@ func (x *ListSourcesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSourcesRequest.ProtoReflect.Descriptor instead.
 func (*ListSourcesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{8}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{15}
 }
 
 type ListSourcesResponse struct {
@@ -836,7 +1280,7 @@ type ListSourcesResponse struct {
 
 func (x *ListSourcesResponse) Reset() {
 	*x = ListSourcesResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[9]
+	mi := &file_postern_v1_host_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -848,7 +1292,7 @@ func (x *ListSourcesResponse) String() string {
 func (*ListSourcesResponse) ProtoMessage() {}
 
 func (x *ListSourcesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[9]
+	mi := &file_postern_v1_host_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -861,7 +1305,7 @@ func (x *ListSourcesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSourcesResponse.ProtoReflect.Descriptor instead.
 func (*ListSourcesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{9}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *ListSourcesResponse) GetSources() []*SourceInfo {
@@ -884,7 +1328,7 @@ type CheckSourceRequest struct {
 
 func (x *CheckSourceRequest) Reset() {
 	*x = CheckSourceRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[10]
+	mi := &file_postern_v1_host_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -896,7 +1340,7 @@ func (x *CheckSourceRequest) String() string {
 func (*CheckSourceRequest) ProtoMessage() {}
 
 func (x *CheckSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[10]
+	mi := &file_postern_v1_host_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -909,7 +1353,7 @@ func (x *CheckSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckSourceRequest.ProtoReflect.Descriptor instead.
 func (*CheckSourceRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{10}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *CheckSourceRequest) GetSource() string {
@@ -942,7 +1386,7 @@ type CheckSourceResponse struct {
 
 func (x *CheckSourceResponse) Reset() {
 	*x = CheckSourceResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[11]
+	mi := &file_postern_v1_host_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -954,7 +1398,7 @@ func (x *CheckSourceResponse) String() string {
 func (*CheckSourceResponse) ProtoMessage() {}
 
 func (x *CheckSourceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[11]
+	mi := &file_postern_v1_host_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -967,7 +1411,7 @@ func (x *CheckSourceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckSourceResponse.ProtoReflect.Descriptor instead.
 func (*CheckSourceResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{11}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *CheckSourceResponse) GetChecks() []*Check {
@@ -990,7 +1434,7 @@ type IntrospectRequest struct {
 
 func (x *IntrospectRequest) Reset() {
 	*x = IntrospectRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[12]
+	mi := &file_postern_v1_host_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1002,7 +1446,7 @@ func (x *IntrospectRequest) String() string {
 func (*IntrospectRequest) ProtoMessage() {}
 
 func (x *IntrospectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[12]
+	mi := &file_postern_v1_host_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1015,7 +1459,7 @@ func (x *IntrospectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IntrospectRequest.ProtoReflect.Descriptor instead.
 func (*IntrospectRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{12}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *IntrospectRequest) GetSource() string {
@@ -1054,7 +1498,7 @@ type Check struct {
 
 func (x *Check) Reset() {
 	*x = Check{}
-	mi := &file_postern_v1_host_proto_msgTypes[13]
+	mi := &file_postern_v1_host_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1066,7 +1510,7 @@ func (x *Check) String() string {
 func (*Check) ProtoMessage() {}
 
 func (x *Check) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[13]
+	mi := &file_postern_v1_host_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1079,7 +1523,7 @@ func (x *Check) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Check.ProtoReflect.Descriptor instead.
 func (*Check) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{13}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *Check) GetName() string {
@@ -1120,7 +1564,7 @@ type CancelQueryRequest struct {
 
 func (x *CancelQueryRequest) Reset() {
 	*x = CancelQueryRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[14]
+	mi := &file_postern_v1_host_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1132,7 +1576,7 @@ func (x *CancelQueryRequest) String() string {
 func (*CancelQueryRequest) ProtoMessage() {}
 
 func (x *CancelQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[14]
+	mi := &file_postern_v1_host_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1145,7 +1589,7 @@ func (x *CancelQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelQueryRequest.ProtoReflect.Descriptor instead.
 func (*CancelQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{14}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *CancelQueryRequest) GetQueryId() string {
@@ -1172,7 +1616,7 @@ type CancelQueryResponse struct {
 
 func (x *CancelQueryResponse) Reset() {
 	*x = CancelQueryResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[15]
+	mi := &file_postern_v1_host_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1184,7 +1628,7 @@ func (x *CancelQueryResponse) String() string {
 func (*CancelQueryResponse) ProtoMessage() {}
 
 func (x *CancelQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[15]
+	mi := &file_postern_v1_host_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1197,7 +1641,7 @@ func (x *CancelQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelQueryResponse.ProtoReflect.Descriptor instead.
 func (*CancelQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{15}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *CancelQueryResponse) GetFound() bool {
@@ -1215,7 +1659,7 @@ type HostStatusRequest struct {
 
 func (x *HostStatusRequest) Reset() {
 	*x = HostStatusRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[16]
+	mi := &file_postern_v1_host_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1227,7 +1671,7 @@ func (x *HostStatusRequest) String() string {
 func (*HostStatusRequest) ProtoMessage() {}
 
 func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[16]
+	mi := &file_postern_v1_host_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1240,7 +1684,7 @@ func (x *HostStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusRequest.ProtoReflect.Descriptor instead.
 func (*HostStatusRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{16}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{23}
 }
 
 type HostStatusResponse struct {
@@ -1256,7 +1700,7 @@ type HostStatusResponse struct {
 
 func (x *HostStatusResponse) Reset() {
 	*x = HostStatusResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[17]
+	mi := &file_postern_v1_host_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1268,7 +1712,7 @@ func (x *HostStatusResponse) String() string {
 func (*HostStatusResponse) ProtoMessage() {}
 
 func (x *HostStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[17]
+	mi := &file_postern_v1_host_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1281,7 +1725,7 @@ func (x *HostStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostStatusResponse.ProtoReflect.Descriptor instead.
 func (*HostStatusResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{17}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *HostStatusResponse) GetStarted() *timestamppb.Timestamp {
@@ -1331,7 +1775,7 @@ type RunningQuery struct {
 
 func (x *RunningQuery) Reset() {
 	*x = RunningQuery{}
-	mi := &file_postern_v1_host_proto_msgTypes[18]
+	mi := &file_postern_v1_host_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1343,7 +1787,7 @@ func (x *RunningQuery) String() string {
 func (*RunningQuery) ProtoMessage() {}
 
 func (x *RunningQuery) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[18]
+	mi := &file_postern_v1_host_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1356,7 +1800,7 @@ func (x *RunningQuery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunningQuery.ProtoReflect.Descriptor instead.
 func (*RunningQuery) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{18}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RunningQuery) GetQueryId() string {
@@ -1399,7 +1843,7 @@ type ReadAuditRequest struct {
 
 func (x *ReadAuditRequest) Reset() {
 	*x = ReadAuditRequest{}
-	mi := &file_postern_v1_host_proto_msgTypes[19]
+	mi := &file_postern_v1_host_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1411,7 +1855,7 @@ func (x *ReadAuditRequest) String() string {
 func (*ReadAuditRequest) ProtoMessage() {}
 
 func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[19]
+	mi := &file_postern_v1_host_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1424,7 +1868,7 @@ func (x *ReadAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditRequest.ProtoReflect.Descriptor instead.
 func (*ReadAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{19}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ReadAuditRequest) GetFrom() uint64 {
@@ -1451,7 +1895,7 @@ type ReadAuditResponse struct {
 
 func (x *ReadAuditResponse) Reset() {
 	*x = ReadAuditResponse{}
-	mi := &file_postern_v1_host_proto_msgTypes[20]
+	mi := &file_postern_v1_host_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1463,7 +1907,7 @@ func (x *ReadAuditResponse) String() string {
 func (*ReadAuditResponse) ProtoMessage() {}
 
 func (x *ReadAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_host_proto_msgTypes[20]
+	mi := &file_postern_v1_host_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1476,7 +1920,7 @@ func (x *ReadAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReadAuditResponse.ProtoReflect.Descriptor instead.
 func (*ReadAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_host_proto_rawDescGZIP(), []int{20}
+	return file_postern_v1_host_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *ReadAuditResponse) GetEntries() [][]byte {
@@ -1497,7 +1941,7 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\btoken_id\x18\x02 \x01(\tR\atokenId\x12\x1d\n" +
 	"\n" +
 	"token_name\x18\x03 \x01(\tR\ttokenName\x12\x12\n" +
-	"\x04role\x18\x04 \x01(\tR\x04role\"\xab\x03\n" +
+	"\x04role\x18\x04 \x01(\tR\x04role\"\xca\x03\n" +
 	"\n" +
 	"SQLRequest\x12\x19\n" +
 	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12\x16\n" +
@@ -1514,12 +1958,47 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"takes_rows\x18\t \x01(\bR\ttakesRows\x12-\n" +
 	"\aexplain\x18\n" +
 	" \x01(\x0e2\x13.postern.v1.ExplainR\aexplain\x121\n" +
-	"\x14hypothetical_indexes\x18\v \x03(\tR\x13hypotheticalIndexes\"X\n" +
+	"\x14hypothetical_indexes\x18\v \x03(\tR\x13hypotheticalIndexes\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\f \x01(\tR\tsessionId\"\x87\x03\n" +
+	"\n" +
+	"SQLSession\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x123\n" +
+	"\tprincipal\x18\x03 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\x122\n" +
+	"\x06opened\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06opened\x127\n" +
+	"\tlast_used\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\blastUsed\x12<\n" +
+	"\fidle_timeout\x18\x06 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\x12 \n" +
+	"\vtransaction\x18\a \x01(\tR\vtransaction\x12\x1e\n" +
+	"\n" +
+	"statements\x18\b \x01(\x04R\n" +
+	"statements\x12\x19\n" +
+	"\bquery_id\x18\t \x01(\tR\aqueryId\x12\x14\n" +
+	"\x05agent\x18\n" +
+	" \x01(\tR\x05agent\"\xbe\x01\n" +
+	"\x12OpenSessionRequest\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x123\n" +
+	"\tprincipal\x18\x03 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\x12<\n" +
+	"\fidle_timeout\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\"G\n" +
+	"\x13OpenSessionResponse\x120\n" +
+	"\asession\x18\x01 \x01(\v2\x16.postern.v1.SQLSessionR\asession\"\x81\x01\n" +
+	"\x13CloseSessionRequest\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x123\n" +
+	"\tprincipal\x18\x02 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\x12\x16\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\".\n" +
+	"\x14CloseSessionResponse\x12\x16\n" +
+	"\x06closed\x18\x01 \x01(\rR\x06closed\"\x15\n" +
+	"\x13ListSessionsRequest\"J\n" +
+	"\x14ListSessionsResponse\x122\n" +
+	"\bsessions\x18\x01 \x03(\v2\x16.postern.v1.SQLSessionR\bsessions\"X\n" +
 	"\tParameter\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\x05value\x18\x02 \x01(\tH\x00R\x05value\x88\x01\x01\x12\x12\n" +
 	"\x04type\x18\x03 \x01(\tR\x04typeB\b\n" +
-	"\x06_value\"\x9b\x03\n" +
+	"\x06_value\"\xbd\x03\n" +
 	"\fQueryOutcome\x12\x19\n" +
 	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12\x12\n" +
 	"\x04rows\x18\x02 \x01(\x04R\x04rows\x12\x14\n" +
@@ -1534,7 +2013,8 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"parameters\x18\t \x03(\v2\x19.postern.v1.ParameterInfoR\n" +
 	"parameters\x121\n" +
 	"\x14parameters_truncated\x18\n" +
-	" \x01(\bR\x13parametersTruncated\"7\n" +
+	" \x01(\bR\x13parametersTruncated\x12 \n" +
+	"\vtransaction\x18\v \x01(\tR\vtransaction\"7\n" +
 	"\rParameterInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\"r\n" +
@@ -1604,12 +2084,15 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\aExplain\x12\x17\n" +
 	"\x13EXPLAIN_UNSPECIFIED\x10\x00\x12\x10\n" +
 	"\fEXPLAIN_PLAN\x10\x01\x12\x13\n" +
-	"\x0fEXPLAIN_ANALYZE\x10\x022\xe8\x03\n" +
+	"\x0fEXPLAIN_ANALYZE\x10\x022\xe4\x05\n" +
 	"\vHostService\x12P\n" +
 	"\vListSources\x12\x1e.postern.v1.ListSourcesRequest\x1a\x1f.postern.v1.ListSourcesResponse\"\x00\x12P\n" +
 	"\vCheckSource\x12\x1e.postern.v1.CheckSourceRequest\x1a\x1f.postern.v1.CheckSourceResponse\"\x00\x12H\n" +
 	"\n" +
 	"Introspect\x12\x1d.postern.v1.IntrospectRequest\x1a\x17.postern.v1.CatalogPage\"\x000\x01\x12P\n" +
+	"\vOpenSession\x12\x1e.postern.v1.OpenSessionRequest\x1a\x1f.postern.v1.OpenSessionResponse\"\x00\x12S\n" +
+	"\fCloseSession\x12\x1f.postern.v1.CloseSessionRequest\x1a .postern.v1.CloseSessionResponse\"\x00\x12S\n" +
+	"\fListSessions\x12\x1f.postern.v1.ListSessionsRequest\x1a .postern.v1.ListSessionsResponse\"\x00\x12P\n" +
 	"\vCancelQuery\x12\x1e.postern.v1.CancelQueryRequest\x1a\x1f.postern.v1.CancelQueryResponse\"\x00\x12M\n" +
 	"\n" +
 	"HostStatus\x12\x1d.postern.v1.HostStatusRequest\x1a\x1e.postern.v1.HostStatusResponse\"\x00\x12J\n" +
@@ -1628,74 +2111,96 @@ func file_postern_v1_host_proto_rawDescGZIP() []byte {
 }
 
 var file_postern_v1_host_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_postern_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
+var file_postern_v1_host_proto_msgTypes = make([]protoimpl.MessageInfo, 28)
 var file_postern_v1_host_proto_goTypes = []any{
 	(Explain)(0),                  // 0: postern.v1.Explain
 	(*Principal)(nil),             // 1: postern.v1.Principal
 	(*SQLRequest)(nil),            // 2: postern.v1.SQLRequest
-	(*Parameter)(nil),             // 3: postern.v1.Parameter
-	(*QueryOutcome)(nil),          // 4: postern.v1.QueryOutcome
-	(*ParameterInfo)(nil),         // 5: postern.v1.ParameterInfo
-	(*KeptRows)(nil),              // 6: postern.v1.KeptRows
-	(*Notice)(nil),                // 7: postern.v1.Notice
-	(*SourceInfo)(nil),            // 8: postern.v1.SourceInfo
-	(*ListSourcesRequest)(nil),    // 9: postern.v1.ListSourcesRequest
-	(*ListSourcesResponse)(nil),   // 10: postern.v1.ListSourcesResponse
-	(*CheckSourceRequest)(nil),    // 11: postern.v1.CheckSourceRequest
-	(*CheckSourceResponse)(nil),   // 12: postern.v1.CheckSourceResponse
-	(*IntrospectRequest)(nil),     // 13: postern.v1.IntrospectRequest
-	(*Check)(nil),                 // 14: postern.v1.Check
-	(*CancelQueryRequest)(nil),    // 15: postern.v1.CancelQueryRequest
-	(*CancelQueryResponse)(nil),   // 16: postern.v1.CancelQueryResponse
-	(*HostStatusRequest)(nil),     // 17: postern.v1.HostStatusRequest
-	(*HostStatusResponse)(nil),    // 18: postern.v1.HostStatusResponse
-	(*RunningQuery)(nil),          // 19: postern.v1.RunningQuery
-	(*ReadAuditRequest)(nil),      // 20: postern.v1.ReadAuditRequest
-	(*ReadAuditResponse)(nil),     // 21: postern.v1.ReadAuditResponse
-	(*durationpb.Duration)(nil),   // 22: google.protobuf.Duration
-	(*ErrorDetail)(nil),           // 23: postern.v1.ErrorDetail
-	(*CatalogSchema)(nil),         // 24: postern.v1.CatalogSchema
-	(*timestamppb.Timestamp)(nil), // 25: google.protobuf.Timestamp
-	(*CatalogPage)(nil),           // 26: postern.v1.CatalogPage
+	(*SQLSession)(nil),            // 3: postern.v1.SQLSession
+	(*OpenSessionRequest)(nil),    // 4: postern.v1.OpenSessionRequest
+	(*OpenSessionResponse)(nil),   // 5: postern.v1.OpenSessionResponse
+	(*CloseSessionRequest)(nil),   // 6: postern.v1.CloseSessionRequest
+	(*CloseSessionResponse)(nil),  // 7: postern.v1.CloseSessionResponse
+	(*ListSessionsRequest)(nil),   // 8: postern.v1.ListSessionsRequest
+	(*ListSessionsResponse)(nil),  // 9: postern.v1.ListSessionsResponse
+	(*Parameter)(nil),             // 10: postern.v1.Parameter
+	(*QueryOutcome)(nil),          // 11: postern.v1.QueryOutcome
+	(*ParameterInfo)(nil),         // 12: postern.v1.ParameterInfo
+	(*KeptRows)(nil),              // 13: postern.v1.KeptRows
+	(*Notice)(nil),                // 14: postern.v1.Notice
+	(*SourceInfo)(nil),            // 15: postern.v1.SourceInfo
+	(*ListSourcesRequest)(nil),    // 16: postern.v1.ListSourcesRequest
+	(*ListSourcesResponse)(nil),   // 17: postern.v1.ListSourcesResponse
+	(*CheckSourceRequest)(nil),    // 18: postern.v1.CheckSourceRequest
+	(*CheckSourceResponse)(nil),   // 19: postern.v1.CheckSourceResponse
+	(*IntrospectRequest)(nil),     // 20: postern.v1.IntrospectRequest
+	(*Check)(nil),                 // 21: postern.v1.Check
+	(*CancelQueryRequest)(nil),    // 22: postern.v1.CancelQueryRequest
+	(*CancelQueryResponse)(nil),   // 23: postern.v1.CancelQueryResponse
+	(*HostStatusRequest)(nil),     // 24: postern.v1.HostStatusRequest
+	(*HostStatusResponse)(nil),    // 25: postern.v1.HostStatusResponse
+	(*RunningQuery)(nil),          // 26: postern.v1.RunningQuery
+	(*ReadAuditRequest)(nil),      // 27: postern.v1.ReadAuditRequest
+	(*ReadAuditResponse)(nil),     // 28: postern.v1.ReadAuditResponse
+	(*durationpb.Duration)(nil),   // 29: google.protobuf.Duration
+	(*timestamppb.Timestamp)(nil), // 30: google.protobuf.Timestamp
+	(*ErrorDetail)(nil),           // 31: postern.v1.ErrorDetail
+	(*CatalogSchema)(nil),         // 32: postern.v1.CatalogSchema
+	(*CatalogPage)(nil),           // 33: postern.v1.CatalogPage
 }
 var file_postern_v1_host_proto_depIdxs = []int32{
 	1,  // 0: postern.v1.SQLRequest.principal:type_name -> postern.v1.Principal
-	22, // 1: postern.v1.SQLRequest.timeout:type_name -> google.protobuf.Duration
-	3,  // 2: postern.v1.SQLRequest.parameters:type_name -> postern.v1.Parameter
+	29, // 1: postern.v1.SQLRequest.timeout:type_name -> google.protobuf.Duration
+	10, // 2: postern.v1.SQLRequest.parameters:type_name -> postern.v1.Parameter
 	0,  // 3: postern.v1.SQLRequest.explain:type_name -> postern.v1.Explain
-	22, // 4: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
-	23, // 5: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
-	7,  // 6: postern.v1.QueryOutcome.notices:type_name -> postern.v1.Notice
-	5,  // 7: postern.v1.QueryOutcome.parameters:type_name -> postern.v1.ParameterInfo
-	22, // 8: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
-	8,  // 9: postern.v1.ListSourcesResponse.sources:type_name -> postern.v1.SourceInfo
-	1,  // 10: postern.v1.CheckSourceRequest.principal:type_name -> postern.v1.Principal
-	14, // 11: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
-	1,  // 12: postern.v1.IntrospectRequest.principal:type_name -> postern.v1.Principal
-	24, // 13: postern.v1.IntrospectRequest.known:type_name -> postern.v1.CatalogSchema
-	1,  // 14: postern.v1.CancelQueryRequest.principal:type_name -> postern.v1.Principal
-	25, // 15: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
-	8,  // 16: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
-	19, // 17: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
-	25, // 18: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
-	25, // 19: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
-	9,  // 20: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
-	11, // 21: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
-	13, // 22: postern.v1.HostService.Introspect:input_type -> postern.v1.IntrospectRequest
-	15, // 23: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
-	17, // 24: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
-	20, // 25: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
-	10, // 26: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
-	12, // 27: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	26, // 28: postern.v1.HostService.Introspect:output_type -> postern.v1.CatalogPage
-	16, // 29: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
-	18, // 30: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
-	21, // 31: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
-	26, // [26:32] is the sub-list for method output_type
-	20, // [20:26] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	1,  // 4: postern.v1.SQLSession.principal:type_name -> postern.v1.Principal
+	30, // 5: postern.v1.SQLSession.opened:type_name -> google.protobuf.Timestamp
+	30, // 6: postern.v1.SQLSession.last_used:type_name -> google.protobuf.Timestamp
+	29, // 7: postern.v1.SQLSession.idle_timeout:type_name -> google.protobuf.Duration
+	1,  // 8: postern.v1.OpenSessionRequest.principal:type_name -> postern.v1.Principal
+	29, // 9: postern.v1.OpenSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
+	3,  // 10: postern.v1.OpenSessionResponse.session:type_name -> postern.v1.SQLSession
+	1,  // 11: postern.v1.CloseSessionRequest.principal:type_name -> postern.v1.Principal
+	3,  // 12: postern.v1.ListSessionsResponse.sessions:type_name -> postern.v1.SQLSession
+	29, // 13: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
+	31, // 14: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
+	14, // 15: postern.v1.QueryOutcome.notices:type_name -> postern.v1.Notice
+	12, // 16: postern.v1.QueryOutcome.parameters:type_name -> postern.v1.ParameterInfo
+	29, // 17: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
+	15, // 18: postern.v1.ListSourcesResponse.sources:type_name -> postern.v1.SourceInfo
+	1,  // 19: postern.v1.CheckSourceRequest.principal:type_name -> postern.v1.Principal
+	21, // 20: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
+	1,  // 21: postern.v1.IntrospectRequest.principal:type_name -> postern.v1.Principal
+	32, // 22: postern.v1.IntrospectRequest.known:type_name -> postern.v1.CatalogSchema
+	1,  // 23: postern.v1.CancelQueryRequest.principal:type_name -> postern.v1.Principal
+	30, // 24: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
+	15, // 25: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
+	26, // 26: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
+	30, // 27: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
+	30, // 28: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
+	16, // 29: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
+	18, // 30: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
+	20, // 31: postern.v1.HostService.Introspect:input_type -> postern.v1.IntrospectRequest
+	4,  // 32: postern.v1.HostService.OpenSession:input_type -> postern.v1.OpenSessionRequest
+	6,  // 33: postern.v1.HostService.CloseSession:input_type -> postern.v1.CloseSessionRequest
+	8,  // 34: postern.v1.HostService.ListSessions:input_type -> postern.v1.ListSessionsRequest
+	22, // 35: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
+	24, // 36: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
+	27, // 37: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
+	17, // 38: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
+	19, // 39: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	33, // 40: postern.v1.HostService.Introspect:output_type -> postern.v1.CatalogPage
+	5,  // 41: postern.v1.HostService.OpenSession:output_type -> postern.v1.OpenSessionResponse
+	7,  // 42: postern.v1.HostService.CloseSession:output_type -> postern.v1.CloseSessionResponse
+	9,  // 43: postern.v1.HostService.ListSessions:output_type -> postern.v1.ListSessionsResponse
+	23, // 44: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
+	25, // 45: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
+	28, // 46: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
+	38, // [38:47] is the sub-list for method output_type
+	29, // [29:38] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_host_proto_init() }
@@ -1705,14 +2210,14 @@ func file_postern_v1_host_proto_init() {
 	}
 	file_postern_v1_catalog_proto_init()
 	file_postern_v1_error_proto_init()
-	file_postern_v1_host_proto_msgTypes[2].OneofWrappers = []any{}
+	file_postern_v1_host_proto_msgTypes[9].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_host_proto_rawDesc), len(file_postern_v1_host_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   21,
+			NumMessages:   28,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -319,8 +319,11 @@ type HelloRequest struct {
 	AuditHead *AuditHead             `protobuf:"bytes,6,opt,name=audit_head,json=auditHead,proto3" json:"audit_head,omitempty"`
 	// The first since agentd started: its policies may be others than before.
 	FirstSinceStart bool `protobuf:"varint,7,opt,name=first_since_start,json=firstSinceStart,proto3" json:"first_since_start,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// How many SQL sessions stay open on the host: the tokens of some may have been
+	// revoked while the tunnel was away.
+	OpenSessions  uint32 `protobuf:"varint,8,opt,name=open_sessions,json=openSessions,proto3" json:"open_sessions,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *HelloRequest) Reset() {
@@ -400,6 +403,13 @@ func (x *HelloRequest) GetFirstSinceStart() bool {
 		return x.FirstSinceStart
 	}
 	return false
+}
+
+func (x *HelloRequest) GetOpenSessions() uint32 {
+	if x != nil {
+		return x.OpenSessions
+	}
+	return 0
 }
 
 type HelloResponse struct {
@@ -887,7 +897,7 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\thost_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bhostTime\"S\n" +
 	"\rRenewResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12 \n" +
-	"\vauthorities\x18\x02 \x03(\fR\vauthorities\"\xd9\x02\n" +
+	"\vauthorities\x18\x02 \x03(\fR\vauthorities\"\xfe\x02\n" +
 	"\fHelloRequest\x125\n" +
 	"\aversion\x18\x01 \x01(\v2\x1b.postern.v1.ProtocolVersionR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12)\n" +
@@ -896,7 +906,8 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\asources\x18\x05 \x03(\v2\x16.postern.v1.SourceInfoR\asources\x124\n" +
 	"\n" +
 	"audit_head\x18\x06 \x01(\v2\x15.postern.v1.AuditHeadR\tauditHead\x12*\n" +
-	"\x11first_since_start\x18\a \x01(\bR\x0ffirstSinceStart\"\xd5\x02\n" +
+	"\x11first_since_start\x18\a \x01(\bR\x0ffirstSinceStart\x12#\n" +
+	"\ropen_sessions\x18\b \x01(\rR\fopenSessions\"\xd5\x02\n" +
 	"\rHelloResponse\x125\n" +
 	"\aversion\x18\x01 \x01(\v2\x1b.postern.v1.ProtocolVersionR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12\x19\n" +

@@ -39,6 +39,10 @@ func parameterType(name string) (oid uint32, ok bool) {
 
 // bind puts the values into the request's text.
 func (x *execution) bind() *proto.Error {
+	if x.request.Session && len(x.request.Parameters) == 0 && sqltext.FirstKeyword(x.request.SQL) == "prepare" {
+		x.text = sqltext.Verbatim(x.request.SQL) // $1 is its own here
+		return nil
+	}
 	values := make([]sqltext.Value, len(x.request.Parameters))
 	for i, p := range x.request.Parameters {
 		values[i] = sqltext.Value{Name: p.Name, Text: p.Value, Type: p.Type}

@@ -57,16 +57,19 @@ func ParseDSN(dsn string) (*pgconn.Config, error) {
 
 // session is the process's one connection to the database.
 type session struct {
-	parser    pgtree.Parser
-	wire      *wire
-	sink      *sink
-	canceler  *pgconn.PgConn
-	user      string
-	network   string
-	tls       bool
-	verified  bool
-	local     bool
-	version   string
+	parser   pgtree.Parser
+	wire     *wire
+	sink     *sink
+	canceler *pgconn.PgConn
+	user     string
+	network  string
+	tls      bool
+	verified bool
+	local    bool
+	version  string
+	// stay is set once the session is one that stays: nothing is reset between its
+	// statements.
+	stay      *interactive
 	checkPeer string // SET LOCAL client_connection_check_interval where the server has it
 }
 
@@ -176,6 +179,9 @@ const resetTimeout = 10 * time.Second
 // reset brings the database session back to what it was after connecting:
 // nothing of a statement reaches the next one.
 func (s *session) reset() error {
+	if s.stay != nil {
+		return s.settled()
+	}
 	_ = s.wire.conn.SetDeadline(time.Now().Add(resetTimeout))
 	for attempt := 0; s.wire.tx != 'I'; attempt++ {
 		if attempt == 3 {

@@ -8,10 +8,12 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgverb"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/sqltext"
 	"github.com/postern-dev/postern/proto"
 )
@@ -23,6 +25,9 @@ const (
 	laterDelay = 20 * time.Millisecond
 	// maxLockTimeout is how long a statement waits for a lock at most.
 	maxLockTimeout = 30 * time.Second
+	// explicitIdle is when the server itself ends a transaction of the user's that
+	// is idle: long after agentd has rolled it back.
+	explicitIdle = 15 * time.Minute
 	// statementName and classifyName are our prepared statements'; DISCARD ALL
 	// removes them.
 	statementName = "postern"
@@ -48,6 +53,18 @@ type execution struct {
 	// drained is set while, or after, another goroutine reads to the end of
 	// the cycle: see stalled.
 	drained chan cycleEnd
+
+	// What follows is for sessions that stay: see interact. own tells that the
+	// transaction is ours, verb what kind of statement it is, if it is one of a
+	// session's; then query is the query in it, from the byte queryStart of the
+	// text on, or (foreign) from an earlier text, and rewritten tells that the
+	// text is not the user's.
+	own        bool
+	verb       *pgverb.Statement
+	query      string
+	queryStart int
+	foreign    bool
+	rewritten  bool
 }
 
 // cycleEnd is how the server's answer to Execute ended.
@@ -75,6 +92,10 @@ func (s *session) run(r *frame.RunRequest, st *statement) (done frame.DoneReply,
 		if s.sink.submitted > 0 {
 			x.sendKept()
 		}
+	}
+	if r.Session {
+		failure = x.settle(failure)
+		done.Transaction = s.stay.status(s.wire.tx)
 	}
 	done.Tag = x.tag
 	done.Error = frame.FromError(failure)
@@ -111,9 +132,16 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	if r.Guard.Mode == modeMetadata {
 		return x.describe()
 	}
-	if refused := guard(r); refused != nil {
+	x.query = x.text.Text
+	if r.Session {
+		if done, failure, lost := x.interact(); done {
+			return failure, lost
+		}
+	}
+	if refused := x.guard(); refused != nil {
 		return refused, false
 	}
+	x.own = !x.explicit()
 	fields, failure, lost := x.prepare()
 	if failure != nil {
 		return failure, lost
@@ -144,6 +172,43 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 		return failure, false
 	}
 	return x.commit(), false
+}
+
+// guard judges the query by the text alone.
+func (x *execution) guard() *proto.Error {
+	if x.verb == nil {
+		return guard(x.request)
+	}
+	if x.query == "" {
+		return nil
+	}
+	r := *x.request
+	r.SQL = x.query
+	refused := guard(&r)
+	if position := refusedAt(refused); position > 0 {
+		message, _, _ := strings.Cut(refused.Message, " (position ")
+		return denied(x.queryPosition(position), "%s", message)
+	}
+	return refused
+}
+
+// refusedAt is the position in a refusal; 0 is none.
+func refusedAt(e *proto.Error) int {
+	if e == nil {
+		return 0
+	}
+	return int(e.SQL.GetPosition())
+}
+
+// queryPosition turns a position in the query into that in the user's text.
+func (x *execution) queryPosition(position int) int {
+	switch {
+	case position <= 0, x.foreign, x.rewritten:
+		return 0
+	case x.verb != nil:
+		position += utf8.RuneCountInString(x.text.Text[:x.queryStart])
+	}
+	return x.text.Position(position)
 }
 
 // guard refuses by the text alone what needs no server to be refused.
@@ -201,14 +266,22 @@ var refusedInReadWrite = map[string]string{
 // read-only source, say whether it only reads. All of it is one round trip.
 func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *proto.Error, lost bool) {
 	r, c := x.request, x.wire
-	err := c.send(
+	var err error
+	if r.Session { // what the statement before left; a session is not reset
+		err = c.send(&pgproto3.Close{ObjectType: 'S', Name: statementName}, &pgproto3.Close{ObjectType: 'S', Name: classifyName})
+	}
+	if err != nil {
+		return nil, x.broken(err), true
+	}
+	err = c.send(
 		&pgproto3.Query{String: x.begin(r.ReadWrite)},
 		&pgproto3.Parse{Name: statementName, Query: x.text.Text, ParameterOIDs: x.types},
 		&pgproto3.Describe{ObjectType: 'S', Name: statementName},
 		&pgproto3.Sync{},
 	)
-	if err == nil && !r.ReadWrite {
-		err = c.send(&pgproto3.Parse{Name: classifyName, Query: classifyPrefix + x.text.Text, ParameterOIDs: x.types}, &pgproto3.Sync{})
+	classify := !r.ReadWrite && x.query != ""
+	if err == nil && classify {
+		err = c.send(&pgproto3.Parse{Name: classifyName, Query: classifyPrefix + x.query, ParameterOIDs: x.types}, &pgproto3.Sync{})
 	}
 	if err == nil {
 		err = c.flush()
@@ -216,11 +289,31 @@ func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *prot
 	if err != nil {
 		return nil, x.broken(err), true
 	}
-	refusal, err := c.untilReady(nil)
+	held := x.own || r.ReadWrite
+	refusal, err := c.untilReady(func(t byte, body []byte) error {
+		var row pgproto3.DataRow
+		if t == 'D' && row.Decode(body) == nil && len(row.Values) == 1 && string(row.Values[0]) == "on" {
+			held = true
+		}
+		return nil
+	})
 	if err != nil || refusal != nil && isFatal(refusal) {
 		return nil, x.lostError(refusal, err), true
 	}
+	if refusal == nil && !held {
+		return nil, x.lostError(nil, fmt.Errorf("%w: a transaction that was to be read only is not", errProtocol)), true
+	}
 	if refusal != nil {
+		// The cycles behind it are read to their ends.
+		cycles := 1
+		if classify {
+			cycles = 2
+		}
+		for range cycles {
+			if _, err := c.untilReady(nil); err != nil {
+				return nil, x.lostError(nil, err), true
+			}
+		}
 		return nil, x.refused(refusal), false
 	}
 	var parameters int
@@ -249,7 +342,7 @@ func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *prot
 	} else if parameters != len(x.text.Args) {
 		failure = proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, and %d values are given", parameters, len(x.text.Args))
 	}
-	if !r.ReadWrite {
+	if classify {
 		class, err := c.untilReady(nil)
 		if err != nil || class != nil && isFatal(class) {
 			return nil, x.lostError(class, err), true
@@ -264,7 +357,7 @@ func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *prot
 // begin is the text that opens the statement's transaction, with its limits.
 func (x *execution) begin(readWrite bool) string {
 	r := x.request
-	mode := "BEGIN READ ONLY;"
+	mode, readOnly := "BEGIN READ ONLY;", ""
 	if readWrite {
 		mode = "BEGIN READ WRITE;"
 	}
@@ -272,9 +365,22 @@ func (x *execution) begin(readWrite bool) string {
 	// The transaction must not be ended under a client that reads slowly:
 	// agentd ends it.
 	idle := r.TimeoutMillis + time.Minute.Milliseconds()
-	return fmt.Sprintf("%sSET LOCAL statement_timeout = %d;SET LOCAL lock_timeout = %d;SET LOCAL idle_in_transaction_session_timeout = %d;%s",
-		mode, r.TimeoutMillis, lock, idle, x.checkPeer)
+	if x.stay != nil && x.stay.lockTimeout > 0 {
+		lock = min(lock, x.stay.lockTimeout)
+	}
+	if x.explicit() {
+		mode = ""
+		idle = r.TimeoutMillis + explicitIdle.Milliseconds()
+		if !readWrite {
+			readOnly = askReadOnly
+		}
+	}
+	return fmt.Sprintf("%sSET LOCAL statement_timeout = %d;SET LOCAL lock_timeout = %d;SET LOCAL idle_in_transaction_session_timeout = %d;%s%s",
+		mode, r.TimeoutMillis, lock, idle, x.checkPeer, readOnly)
 }
+
+// askReadOnly asks whether a transaction that began earlier is what it was to be.
+const askReadOnly = "SHOW transaction_read_only;"
 
 // copyFields copies the names out of the read buffer.
 func copyFields(fields []pgproto3.FieldDescription) []pgproto3.FieldDescription {
@@ -289,11 +395,11 @@ func copyFields(fields []pgproto3.FieldDescription) []pgproto3.FieldDescription 
 // refusedClass is for a statement that is right by itself but can't be the
 // query of a cursor.
 func (x *execution) refusedClass(e *pgproto3.ErrorResponse) *proto.Error {
-	if e.Code == stateQueryCanceled {
+	if e.Code == stateQueryCanceled || e.Code == stateUnknownParam {
 		return x.refused(e)
 	}
 	// Behind the line that we put in front.
-	position := x.text.Position(int(e.Position) - len(classifyPrefix))
+	position := x.queryPosition(int(e.Position) - len(classifyPrefix))
 	return denied(position, "the statement is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT, and nothing in them that writes or locks")
 }
 
@@ -327,6 +433,11 @@ func (x *execution) broken(err error) *proto.Error {
 
 // refused turns the server's error into ours.
 func (x *execution) refused(e *pgproto3.ErrorResponse) *proto.Error {
+	if x.rewritten && e.Position != 0 {
+		own := *e
+		own.Position = 0
+		e = &own
+	}
 	switch {
 	case e.Code == stateQueryCanceled && x.st.stopReason() != 0:
 		return stopError(x.st.stopReason(), x.request)
@@ -616,7 +727,15 @@ func (x *execution) verdict(end cycleEnd) *proto.Error {
 
 // commit makes a read-write statement's changes last.
 func (x *execution) commit() *proto.Error {
-	if !x.request.ReadWrite {
+	switch {
+	case !x.own:
+		return nil
+	case !x.request.ReadWrite && !x.request.Session:
+		return nil
+	case !x.request.ReadWrite:
+		if _, _, err := x.wire.simple("ROLLBACK"); err != nil {
+			return x.broken(err)
+		}
 		return nil
 	}
 	_, refusal, err := x.wire.simple("COMMIT")

@@ -119,6 +119,12 @@ type RunRequest struct {
 	KeepFirst, KeepLast int
 	// Guard is what the policy says to the statement itself.
 	Guard Guard
+	// Session says that the process is one session's from its first statement to
+	// its end: transactions, settings and temporary objects stay.
+	Session bool `json:",omitempty"`
+	// Expire rolls back a transaction that has been idle for too long, in place of
+	// a statement.
+	Expire bool `json:",omitempty"`
 }
 
 // Guard is the part of a source's policy that the process enforces on each
@@ -201,10 +207,12 @@ type Notice struct {
 
 // DoneReply is how a statement ended; the Data frames before it hold Rows rows.
 type DoneReply struct {
-	Rows    uint64
-	Tag     string
-	Error   *Error
-	Notices []Notice
+	// Transaction is a session's: I none, T open, E failed; else empty.
+	Transaction string `json:",omitempty"`
+	Rows        uint64
+	Tag         string
+	Error       *Error
+	Notices     []Notice
 	// Parameters are told of a statement that was described and not run.
 	Parameters []ParameterInfo `json:",omitempty"`
 }

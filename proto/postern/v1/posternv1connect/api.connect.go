@@ -31,6 +31,8 @@ const (
 	AgentServiceName = "postern.v1.AgentService"
 	// SourceServiceName is the fully-qualified name of the SourceService service.
 	SourceServiceName = "postern.v1.SourceService"
+	// SessionServiceName is the fully-qualified name of the SessionService service.
+	SessionServiceName = "postern.v1.SessionService"
 	// QueryServiceName is the fully-qualified name of the QueryService service.
 	QueryServiceName = "postern.v1.QueryService"
 	// AuditServiceName is the fully-qualified name of the AuditService service.
@@ -81,6 +83,15 @@ const (
 	// SourceServiceIntrospectProcedure is the fully-qualified name of the SourceService's Introspect
 	// RPC.
 	SourceServiceIntrospectProcedure = "/postern.v1.SourceService/Introspect"
+	// SessionServiceOpenSessionProcedure is the fully-qualified name of the SessionService's
+	// OpenSession RPC.
+	SessionServiceOpenSessionProcedure = "/postern.v1.SessionService/OpenSession"
+	// SessionServiceCloseSessionProcedure is the fully-qualified name of the SessionService's
+	// CloseSession RPC.
+	SessionServiceCloseSessionProcedure = "/postern.v1.SessionService/CloseSession"
+	// SessionServiceListSessionsProcedure is the fully-qualified name of the SessionService's
+	// ListSessions RPC.
+	SessionServiceListSessionsProcedure = "/postern.v1.SessionService/ListSessions"
 	// QueryServiceListQueriesProcedure is the fully-qualified name of the QueryService's ListQueries
 	// RPC.
 	QueryServiceListQueriesProcedure = "/postern.v1.QueryService/ListQueries"
@@ -667,6 +678,130 @@ func (UnimplementedSourceServiceHandler) CheckSource(context.Context, *connect.R
 
 func (UnimplementedSourceServiceHandler) Introspect(context.Context, *connect.Request[v1.IntrospectSourceRequest]) (*connect.Response[v1.IntrospectSourceResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.SourceService.Introspect is not implemented"))
+}
+
+// SessionServiceClient is a client for the postern.v1.SessionService service.
+type SessionServiceClient interface {
+	OpenSession(context.Context, *connect.Request[v1.OpenSQLSessionRequest]) (*connect.Response[v1.OpenSQLSessionResponse], error)
+	CloseSession(context.Context, *connect.Request[v1.CloseSQLSessionRequest]) (*connect.Response[v1.CloseSQLSessionResponse], error)
+	// ListSessions asks the agents that are online. Operators see all sessions.
+	ListSessions(context.Context, *connect.Request[v1.ListSQLSessionsRequest]) (*connect.Response[v1.ListSQLSessionsResponse], error)
+}
+
+// NewSessionServiceClient constructs a client for the postern.v1.SessionService service. By
+// default, it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses,
+// and sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the
+// connect.WithGRPC() or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewSessionServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) SessionServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	sessionServiceMethods := v1.File_postern_v1_api_proto.Services().ByName("SessionService").Methods()
+	return &sessionServiceClient{
+		openSession: connect.NewClient[v1.OpenSQLSessionRequest, v1.OpenSQLSessionResponse](
+			httpClient,
+			baseURL+SessionServiceOpenSessionProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("OpenSession")),
+			connect.WithClientOptions(opts...),
+		),
+		closeSession: connect.NewClient[v1.CloseSQLSessionRequest, v1.CloseSQLSessionResponse](
+			httpClient,
+			baseURL+SessionServiceCloseSessionProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("CloseSession")),
+			connect.WithClientOptions(opts...),
+		),
+		listSessions: connect.NewClient[v1.ListSQLSessionsRequest, v1.ListSQLSessionsResponse](
+			httpClient,
+			baseURL+SessionServiceListSessionsProcedure,
+			connect.WithSchema(sessionServiceMethods.ByName("ListSessions")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// sessionServiceClient implements SessionServiceClient.
+type sessionServiceClient struct {
+	openSession  *connect.Client[v1.OpenSQLSessionRequest, v1.OpenSQLSessionResponse]
+	closeSession *connect.Client[v1.CloseSQLSessionRequest, v1.CloseSQLSessionResponse]
+	listSessions *connect.Client[v1.ListSQLSessionsRequest, v1.ListSQLSessionsResponse]
+}
+
+// OpenSession calls postern.v1.SessionService.OpenSession.
+func (c *sessionServiceClient) OpenSession(ctx context.Context, req *connect.Request[v1.OpenSQLSessionRequest]) (*connect.Response[v1.OpenSQLSessionResponse], error) {
+	return c.openSession.CallUnary(ctx, req)
+}
+
+// CloseSession calls postern.v1.SessionService.CloseSession.
+func (c *sessionServiceClient) CloseSession(ctx context.Context, req *connect.Request[v1.CloseSQLSessionRequest]) (*connect.Response[v1.CloseSQLSessionResponse], error) {
+	return c.closeSession.CallUnary(ctx, req)
+}
+
+// ListSessions calls postern.v1.SessionService.ListSessions.
+func (c *sessionServiceClient) ListSessions(ctx context.Context, req *connect.Request[v1.ListSQLSessionsRequest]) (*connect.Response[v1.ListSQLSessionsResponse], error) {
+	return c.listSessions.CallUnary(ctx, req)
+}
+
+// SessionServiceHandler is an implementation of the postern.v1.SessionService service.
+type SessionServiceHandler interface {
+	OpenSession(context.Context, *connect.Request[v1.OpenSQLSessionRequest]) (*connect.Response[v1.OpenSQLSessionResponse], error)
+	CloseSession(context.Context, *connect.Request[v1.CloseSQLSessionRequest]) (*connect.Response[v1.CloseSQLSessionResponse], error)
+	// ListSessions asks the agents that are online. Operators see all sessions.
+	ListSessions(context.Context, *connect.Request[v1.ListSQLSessionsRequest]) (*connect.Response[v1.ListSQLSessionsResponse], error)
+}
+
+// NewSessionServiceHandler builds an HTTP handler from the service implementation. It returns the
+// path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewSessionServiceHandler(svc SessionServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	sessionServiceMethods := v1.File_postern_v1_api_proto.Services().ByName("SessionService").Methods()
+	sessionServiceOpenSessionHandler := connect.NewUnaryHandler(
+		SessionServiceOpenSessionProcedure,
+		svc.OpenSession,
+		connect.WithSchema(sessionServiceMethods.ByName("OpenSession")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sessionServiceCloseSessionHandler := connect.NewUnaryHandler(
+		SessionServiceCloseSessionProcedure,
+		svc.CloseSession,
+		connect.WithSchema(sessionServiceMethods.ByName("CloseSession")),
+		connect.WithHandlerOptions(opts...),
+	)
+	sessionServiceListSessionsHandler := connect.NewUnaryHandler(
+		SessionServiceListSessionsProcedure,
+		svc.ListSessions,
+		connect.WithSchema(sessionServiceMethods.ByName("ListSessions")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/postern.v1.SessionService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case SessionServiceOpenSessionProcedure:
+			sessionServiceOpenSessionHandler.ServeHTTP(w, r)
+		case SessionServiceCloseSessionProcedure:
+			sessionServiceCloseSessionHandler.ServeHTTP(w, r)
+		case SessionServiceListSessionsProcedure:
+			sessionServiceListSessionsHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedSessionServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedSessionServiceHandler struct{}
+
+func (UnimplementedSessionServiceHandler) OpenSession(context.Context, *connect.Request[v1.OpenSQLSessionRequest]) (*connect.Response[v1.OpenSQLSessionResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.SessionService.OpenSession is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) CloseSession(context.Context, *connect.Request[v1.CloseSQLSessionRequest]) (*connect.Response[v1.CloseSQLSessionResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.SessionService.CloseSession is not implemented"))
+}
+
+func (UnimplementedSessionServiceHandler) ListSessions(context.Context, *connect.Request[v1.ListSQLSessionsRequest]) (*connect.Response[v1.ListSQLSessionsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.SessionService.ListSessions is not implemented"))
 }
 
 // QueryServiceClient is a client for the postern.v1.QueryService service.

@@ -39,6 +39,14 @@ const (
 	HostServiceCheckSourceProcedure = "/postern.v1.HostService/CheckSource"
 	// HostServiceIntrospectProcedure is the fully-qualified name of the HostService's Introspect RPC.
 	HostServiceIntrospectProcedure = "/postern.v1.HostService/Introspect"
+	// HostServiceOpenSessionProcedure is the fully-qualified name of the HostService's OpenSession RPC.
+	HostServiceOpenSessionProcedure = "/postern.v1.HostService/OpenSession"
+	// HostServiceCloseSessionProcedure is the fully-qualified name of the HostService's CloseSession
+	// RPC.
+	HostServiceCloseSessionProcedure = "/postern.v1.HostService/CloseSession"
+	// HostServiceListSessionsProcedure is the fully-qualified name of the HostService's ListSessions
+	// RPC.
+	HostServiceListSessionsProcedure = "/postern.v1.HostService/ListSessions"
 	// HostServiceCancelQueryProcedure is the fully-qualified name of the HostService's CancelQuery RPC.
 	HostServiceCancelQueryProcedure = "/postern.v1.HostService/CancelQuery"
 	// HostServiceHostStatusProcedure is the fully-qualified name of the HostService's HostStatus RPC.
@@ -54,6 +62,11 @@ type HostServiceClient interface {
 	// Introspect sends the catalog of a source in pages of at most 8 MiB, all of
 	// one moment, as fast as they are read. What the policy hides is not in them.
 	Introspect(context.Context, *connect.Request[v1.IntrospectRequest]) (*connect.ServerStreamForClient[v1.CatalogPage], error)
+	// OpenSession opens a session that stays until it is closed, unused for its idle
+	// timeout, or agentd ends. CloseSession rolls back what is open in it.
+	OpenSession(context.Context, *connect.Request[v1.OpenSessionRequest]) (*connect.Response[v1.OpenSessionResponse], error)
+	CloseSession(context.Context, *connect.Request[v1.CloseSessionRequest]) (*connect.Response[v1.CloseSessionResponse], error)
+	ListSessions(context.Context, *connect.Request[v1.ListSessionsRequest]) (*connect.Response[v1.ListSessionsResponse], error)
 	// CancelQuery ends a statement under way, in the database too.
 	CancelQuery(context.Context, *connect.Request[v1.CancelQueryRequest]) (*connect.Response[v1.CancelQueryResponse], error)
 	HostStatus(context.Context, *connect.Request[v1.HostStatusRequest]) (*connect.Response[v1.HostStatusResponse], error)
@@ -91,6 +104,24 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(hostServiceMethods.ByName("Introspect")),
 			connect.WithClientOptions(opts...),
 		),
+		openSession: connect.NewClient[v1.OpenSessionRequest, v1.OpenSessionResponse](
+			httpClient,
+			baseURL+HostServiceOpenSessionProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("OpenSession")),
+			connect.WithClientOptions(opts...),
+		),
+		closeSession: connect.NewClient[v1.CloseSessionRequest, v1.CloseSessionResponse](
+			httpClient,
+			baseURL+HostServiceCloseSessionProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("CloseSession")),
+			connect.WithClientOptions(opts...),
+		),
+		listSessions: connect.NewClient[v1.ListSessionsRequest, v1.ListSessionsResponse](
+			httpClient,
+			baseURL+HostServiceListSessionsProcedure,
+			connect.WithSchema(hostServiceMethods.ByName("ListSessions")),
+			connect.WithClientOptions(opts...),
+		),
 		cancelQuery: connect.NewClient[v1.CancelQueryRequest, v1.CancelQueryResponse](
 			httpClient,
 			baseURL+HostServiceCancelQueryProcedure,
@@ -114,12 +145,15 @@ func NewHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 
 // hostServiceClient implements HostServiceClient.
 type hostServiceClient struct {
-	listSources *connect.Client[v1.ListSourcesRequest, v1.ListSourcesResponse]
-	checkSource *connect.Client[v1.CheckSourceRequest, v1.CheckSourceResponse]
-	introspect  *connect.Client[v1.IntrospectRequest, v1.CatalogPage]
-	cancelQuery *connect.Client[v1.CancelQueryRequest, v1.CancelQueryResponse]
-	hostStatus  *connect.Client[v1.HostStatusRequest, v1.HostStatusResponse]
-	readAudit   *connect.Client[v1.ReadAuditRequest, v1.ReadAuditResponse]
+	listSources  *connect.Client[v1.ListSourcesRequest, v1.ListSourcesResponse]
+	checkSource  *connect.Client[v1.CheckSourceRequest, v1.CheckSourceResponse]
+	introspect   *connect.Client[v1.IntrospectRequest, v1.CatalogPage]
+	openSession  *connect.Client[v1.OpenSessionRequest, v1.OpenSessionResponse]
+	closeSession *connect.Client[v1.CloseSessionRequest, v1.CloseSessionResponse]
+	listSessions *connect.Client[v1.ListSessionsRequest, v1.ListSessionsResponse]
+	cancelQuery  *connect.Client[v1.CancelQueryRequest, v1.CancelQueryResponse]
+	hostStatus   *connect.Client[v1.HostStatusRequest, v1.HostStatusResponse]
+	readAudit    *connect.Client[v1.ReadAuditRequest, v1.ReadAuditResponse]
 }
 
 // ListSources calls postern.v1.HostService.ListSources.
@@ -135,6 +169,21 @@ func (c *hostServiceClient) CheckSource(ctx context.Context, req *connect.Reques
 // Introspect calls postern.v1.HostService.Introspect.
 func (c *hostServiceClient) Introspect(ctx context.Context, req *connect.Request[v1.IntrospectRequest]) (*connect.ServerStreamForClient[v1.CatalogPage], error) {
 	return c.introspect.CallServerStream(ctx, req)
+}
+
+// OpenSession calls postern.v1.HostService.OpenSession.
+func (c *hostServiceClient) OpenSession(ctx context.Context, req *connect.Request[v1.OpenSessionRequest]) (*connect.Response[v1.OpenSessionResponse], error) {
+	return c.openSession.CallUnary(ctx, req)
+}
+
+// CloseSession calls postern.v1.HostService.CloseSession.
+func (c *hostServiceClient) CloseSession(ctx context.Context, req *connect.Request[v1.CloseSessionRequest]) (*connect.Response[v1.CloseSessionResponse], error) {
+	return c.closeSession.CallUnary(ctx, req)
+}
+
+// ListSessions calls postern.v1.HostService.ListSessions.
+func (c *hostServiceClient) ListSessions(ctx context.Context, req *connect.Request[v1.ListSessionsRequest]) (*connect.Response[v1.ListSessionsResponse], error) {
+	return c.listSessions.CallUnary(ctx, req)
 }
 
 // CancelQuery calls postern.v1.HostService.CancelQuery.
@@ -159,6 +208,11 @@ type HostServiceHandler interface {
 	// Introspect sends the catalog of a source in pages of at most 8 MiB, all of
 	// one moment, as fast as they are read. What the policy hides is not in them.
 	Introspect(context.Context, *connect.Request[v1.IntrospectRequest], *connect.ServerStream[v1.CatalogPage]) error
+	// OpenSession opens a session that stays until it is closed, unused for its idle
+	// timeout, or agentd ends. CloseSession rolls back what is open in it.
+	OpenSession(context.Context, *connect.Request[v1.OpenSessionRequest]) (*connect.Response[v1.OpenSessionResponse], error)
+	CloseSession(context.Context, *connect.Request[v1.CloseSessionRequest]) (*connect.Response[v1.CloseSessionResponse], error)
+	ListSessions(context.Context, *connect.Request[v1.ListSessionsRequest]) (*connect.Response[v1.ListSessionsResponse], error)
 	// CancelQuery ends a statement under way, in the database too.
 	CancelQuery(context.Context, *connect.Request[v1.CancelQueryRequest]) (*connect.Response[v1.CancelQueryResponse], error)
 	HostStatus(context.Context, *connect.Request[v1.HostStatusRequest]) (*connect.Response[v1.HostStatusResponse], error)
@@ -192,6 +246,24 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(hostServiceMethods.ByName("Introspect")),
 		connect.WithHandlerOptions(opts...),
 	)
+	hostServiceOpenSessionHandler := connect.NewUnaryHandler(
+		HostServiceOpenSessionProcedure,
+		svc.OpenSession,
+		connect.WithSchema(hostServiceMethods.ByName("OpenSession")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceCloseSessionHandler := connect.NewUnaryHandler(
+		HostServiceCloseSessionProcedure,
+		svc.CloseSession,
+		connect.WithSchema(hostServiceMethods.ByName("CloseSession")),
+		connect.WithHandlerOptions(opts...),
+	)
+	hostServiceListSessionsHandler := connect.NewUnaryHandler(
+		HostServiceListSessionsProcedure,
+		svc.ListSessions,
+		connect.WithSchema(hostServiceMethods.ByName("ListSessions")),
+		connect.WithHandlerOptions(opts...),
+	)
 	hostServiceCancelQueryHandler := connect.NewUnaryHandler(
 		HostServiceCancelQueryProcedure,
 		svc.CancelQuery,
@@ -218,6 +290,12 @@ func NewHostServiceHandler(svc HostServiceHandler, opts ...connect.HandlerOption
 			hostServiceCheckSourceHandler.ServeHTTP(w, r)
 		case HostServiceIntrospectProcedure:
 			hostServiceIntrospectHandler.ServeHTTP(w, r)
+		case HostServiceOpenSessionProcedure:
+			hostServiceOpenSessionHandler.ServeHTTP(w, r)
+		case HostServiceCloseSessionProcedure:
+			hostServiceCloseSessionHandler.ServeHTTP(w, r)
+		case HostServiceListSessionsProcedure:
+			hostServiceListSessionsHandler.ServeHTTP(w, r)
 		case HostServiceCancelQueryProcedure:
 			hostServiceCancelQueryHandler.ServeHTTP(w, r)
 		case HostServiceHostStatusProcedure:
@@ -243,6 +321,18 @@ func (UnimplementedHostServiceHandler) CheckSource(context.Context, *connect.Req
 
 func (UnimplementedHostServiceHandler) Introspect(context.Context, *connect.Request[v1.IntrospectRequest], *connect.ServerStream[v1.CatalogPage]) error {
 	return connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.HostService.Introspect is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) OpenSession(context.Context, *connect.Request[v1.OpenSessionRequest]) (*connect.Response[v1.OpenSessionResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.HostService.OpenSession is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) CloseSession(context.Context, *connect.Request[v1.CloseSessionRequest]) (*connect.Response[v1.CloseSessionResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.HostService.CloseSession is not implemented"))
+}
+
+func (UnimplementedHostServiceHandler) ListSessions(context.Context, *connect.Request[v1.ListSessionsRequest]) (*connect.Response[v1.ListSessionsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.HostService.ListSessions is not implemented"))
 }
 
 func (UnimplementedHostServiceHandler) CancelQuery(context.Context, *connect.Request[v1.CancelQueryRequest]) (*connect.Response[v1.CancelQueryResponse], error) {
