@@ -126,6 +126,9 @@ func (x *execution) sendKept() {
 
 func (x *execution) execute() (failure *proto.Error, lost bool) {
 	r := x.request
+	if position, is := sqltext.Laborious(r.SQL); is {
+		return denied(position, "the statement is refused: PostgreSQL can't be interrupted while it reads that many comments or operators in a row"), false
+	}
 	if failure := x.bind(); failure != nil {
 		return failure, false
 	}
