@@ -36,7 +36,7 @@ test:
 	@packaging/dev/test.sh
 
 e2e-long:
-	@packaging/dev/deps.sh go postgresql nginx tinyproxy
+	@packaging/dev/deps.sh go postgresql mariadb nginx tinyproxy
 	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh netns
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v ./e2e
 

@@ -50,12 +50,28 @@ func (p *problems) sources(in file, c *Config, at func(...any) int, deeper func(
 			if err != nil {
 				p.add(line("dsn"), "%s: dsn: %v", where, err)
 			}
-		case "mysql", "sqlite":
-			p.add(line("engine"), "%s: engine %s is not supported by this version: only postgres is", where, s.Engine)
+		case "mysql":
+			if s.Password.Dynamic() {
+				s.DSN = withUser(s.DSN)
+			}
+			var err error
+			switch {
+			case strings.TrimSpace(s.DSN) == "":
+				err = errors.New("it is empty: set host, dbname and user")
+			case dsnPassword.MatchString(s.DSN):
+				err = errors.New("it holds a password: use password: {file: ...} beside it")
+			case deeper != nil:
+				err = deeper(s.Engine, s.DSN)
+			}
+			if err != nil {
+				p.add(line("dsn"), "%s: dsn: %v", where, err)
+			}
+		case "sqlite":
+			p.add(line("engine"), "%s: engine %s is not supported by this version: use postgres or mysql", where, s.Engine)
 		case "":
 			p.add(line(), "%s: it has no engine: set engine: postgres", where)
 		default:
-			p.add(line("engine"), "%s: engine %q is unknown: only postgres is supported", where, s.Engine)
+			p.add(line("engine"), "%s: engine %q is unknown: use postgres or mysql (also for MariaDB)", where, s.Engine)
 		}
 		if !s.Password.IsZero() {
 			if err := s.Password.Validate(); err != nil {
@@ -65,6 +81,9 @@ func (p *problems) sources(in file, c *Config, at func(...any) int, deeper func(
 			}
 		}
 		checked, err := s.Policy.Source()
+		if err == nil {
+			err = s.Policy.CheckEngine(s.Engine)
+		}
 		if err != nil {
 			// Its text begins with the key: policy.max_rows: ...
 			key, _, _ := strings.Cut(strings.TrimPrefix(err.Error(), "policy."), ":")

@@ -50,7 +50,7 @@ func (m *Manager) CheckUnsaved(ctx context.Context, s Source) []*posternv1.Check
 func (m *Manager) check(ctx context.Context, src *source) []*posternv1.Check {
 	s, err := m.start(ctx, src)
 	if err != nil {
-		return connectChecks(err)
+		return connectChecks(src.Engine, err)
 	}
 	defer m.drop(s)
 	stop := context.AfterFunc(ctx, func() { _ = s.conn.SetReadDeadline(time.Now().Add(-time.Second)) })
@@ -78,15 +78,15 @@ func failed(name, message, remedy string) []*posternv1.Check {
 }
 
 // connectChecks explains why there is no connection.
-func connectChecks(err error) []*posternv1.Check {
+func connectChecks(engine string, err error) []*posternv1.Check {
 	var e *proto.Error
 	if !errors.As(err, &e) {
 		return failed("session", "the SQL session did not start", "look at agentd's log")
 	}
 	switch e.Code {
 	case proto.CodeSourceCredentials:
-		return append([]*posternv1.Check{{Name: "reachable", Result: "ok", Message: "PostgreSQL answers"}},
-			failed("credentials", e.Error(), "check user in the dsn, the password's file, and the server's pg_hba.conf")...)
+		return append([]*posternv1.Check{{Name: "reachable", Result: "ok", Message: engineNames[engine] + " answers"}},
+			failed("credentials", e.Error(), "check user in the dsn, the password, and "+rulesOf[engine])...)
 	case proto.CodeSourceUnreachable, proto.CodeTimeout, proto.CodeCancelled, proto.CodeOverloaded:
 		return failed("reachable", e.Error(), "check host and port in the dsn, the firewall, and that the server runs")
 	case proto.CodeSourceConfig:
@@ -94,3 +94,9 @@ func connectChecks(err error) []*posternv1.Check {
 	}
 	return failed("session", e.Error(), "look at agentd's log")
 }
+
+// engineNames and rulesOf are for messages: what answers, and where it says who is let in.
+var (
+	engineNames = map[string]string{"postgres": "PostgreSQL", "mysql": "MySQL", "sqlite": "SQLite"}
+	rulesOf     = map[string]string{"postgres": "the server's pg_hba.conf", "mysql": "the host part of the server's account", "sqlite": "the file's owner and mode"}
+)

@@ -38,7 +38,7 @@ type LoginFunc func(context.Context) (Login, error)
 // Source is one data source.
 type Source struct {
 	Name string
-	// Engine is "postgres".
+	// Engine is "postgres" or "mysql", which is MariaDB's, too.
 	Engine string
 	// DSN names host, database, user and TLS, never a password: see ValidateDSN.
 	DSN string
@@ -180,14 +180,17 @@ func (s Source) withDefaults() Source {
 // ValidateDSN checks a data source's engine and connection string without
 // connecting. The error is one line and shows no password.
 func ValidateDSN(engine, dsn string) error {
+	var err error
 	switch engine {
 	case "postgres":
-	case "mysql", "sqlite":
-		return fmt.Errorf("engine %s is not supported by this version: use postgres", engine)
+		_, err = child.ParseDSN(dsn)
+	case "mysql":
+		_, err = child.ParseMySQLDSN(dsn)
+	case "sqlite":
+		return fmt.Errorf("engine %s is not supported by this version: use postgres or mysql", engine)
 	default:
-		return fmt.Errorf("engine %q is none of postgres", engine)
+		return fmt.Errorf("engine %q is none of postgres, mysql", engine)
 	}
-	_, err := child.ParseDSN(dsn)
 	return err
 }
 

@@ -98,7 +98,7 @@ func TestBadSources(t *testing.T) {
 		{"no user", "postgres", "host=x dbname=y", proto.CodeSourceConfig, "names no user"},
 		{"bad sslmode", "postgres", "host=x user=y sslmode=marked", proto.CodeSourceConfig, "garbled"},
 		{"no TLS", "postgres", server.DSN("reader", "postgres") + " sslmode=require", proto.CodeSourceConfig, "does not speak TLS"},
-		{"engine", "mysql", "x", proto.CodeSourceConfig, `engine "mysql" is not supported`},
+		{"engine", "oracle", "x", proto.CodeSourceConfig, `engine "oracle" is not supported`},
 	}
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
@@ -126,9 +126,26 @@ func TestValidateDSN(t *testing.T) {
 			t.Errorf("%s: %v", dsn, err)
 		}
 	}
+	for _, dsn := range []string{"host=/run/mysqld/mysqld.sock user=x", "host=db.example.com port=3307 dbname=shop user='a b' sslrootcert=/etc/ca.pem"} {
+		if err := sqlsession.ValidateDSN("mysql", dsn); err != nil {
+			t.Errorf("%s: %v", dsn, err)
+		}
+	}
 	for _, bad := range []struct{ engine, dsn, says string }{
 		{"postgres", "host=x password=marked", "password in the dsn"},
-		{"mysql", "x", "mysql is not supported"},
+		{"mysql", "x", "garbled"},
+		{"mysql", "host=h password=marked", "password in the dsn"},
+		{"mysql", "mysql://u:marked@h/x=y", "garbled"},
+		{"mysql", "u:marked@tcp(h)/x?a=b", "garbled"},
+		{"mysql", "host=h", "names no user"},
+		{"mysql", "user=u", "names no host"},
+		{"mysql", "host=h user=u port=0", "port"},
+		{"mysql", "host=h user=u sslmode=allow", "sslmode"},
+		{"mysql", "host=h user=u allowAllFiles=1", "not supported"},
+		{"mysql", "host=h host=i user=u", "twice"},
+		{"mysql", "host='h user=u", "garbled"},
+		{"mysql", "host=h user=u sslrootcert=ca.pem", "absolute"},
+		{"mysql", "host=h user=u sslmode=require sslrootcert=/ca.pem", "no effect"},
 		{"oracle", "x", `"oracle" is none of`},
 		{"postgres", "postgres://u@h:port/x", "garbled"},
 		{"postgres", "host", "garbled"},

@@ -156,11 +156,22 @@ func (m *Manager) SetSources(sources []Source) {
 
 func newSource(s Source) *source {
 	s = s.withDefaults()
-	return &source{Source: s, config: confine(s.DSN)}
+	return &source{Source: s, config: confine(s.Engine, s.DSN)}
 }
 
 // confine says what a source's processes may reach.
-func confine(dsn string) confinement {
+func confine(engine, dsn string) confinement {
+	if engine == "mysql" {
+		d, err := child.ParseMySQLDSN(dsn)
+		if err != nil {
+			return confinement{ports: []uint16{}} // refused when it connects
+		}
+		c := confinement{ports: []uint16{d.Port}}
+		if d.SSLRootCert != "" {
+			c.readable = []string{d.SSLRootCert}
+		}
+		return c
+	}
 	config, err := child.ParseDSN(dsn)
 	if err != nil {
 		return confinement{} // refused when it connects

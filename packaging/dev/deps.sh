@@ -1,6 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
-# say what is installed. NAME is one of: go gcc postgresql nginx tinyproxy netns.
+# say what is installed. NAME is one of: go gcc postgresql mariadb
+# nginx tinyproxy netns.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -68,6 +69,7 @@ for name in "$@"; do
 	postgresql)
 		ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v psql >/dev/null 2>&1 || install postgresql
 		;;
+	mariadb) [ -x /usr/sbin/mariadbd ] || install mariadb-server ;;
 	nginx) [ -x /usr/sbin/nginx ] || install nginx-light ;;
 	tinyproxy) command -v tinyproxy >/dev/null 2>&1 || install tinyproxy-bin ;;
 	netns)

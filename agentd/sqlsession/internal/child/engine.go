@@ -54,6 +54,7 @@ var connectors = map[string]func(ctx context.Context, r *frame.ConnectRequest, o
 		s.parser = parser
 		return s, nil
 	},
+	"mysql": connectMySQL,
 }
 
 // open opens the connection that a Connect frame asks for.

@@ -64,6 +64,8 @@ type Dialect struct {
 	// Loose is for a text that is not run: a bound value need not be given. A
 	// missing one is like NULL.
 	Loose bool
+
+	lex func(*scanner) kind
 }
 
 // PostgreSQL is the dialect of PostgreSQL's extended protocol.
@@ -97,7 +99,7 @@ func (d *Dialect) Bind(text string, values []Value) (*Statement, error) {
 		}
 		b.values[v.Name] = &given{Value: v}
 	}
-	b.scan.text = text
+	b.scan.text, b.scan.lex = text, d.lex
 	if err := b.bind(); err != nil {
 		return nil, err
 	}

@@ -31,6 +31,8 @@ type token struct {
 type scanner struct {
 	text string
 	at   int
+	// lex passes one token of another dialect; nil: of PostgreSQL's.
+	lex func(*scanner) kind
 }
 
 func isSpace(c byte) bool {
@@ -53,7 +55,11 @@ func (s *scanner) next() (t token, ok bool) {
 	if start >= len(s.text) {
 		return token{}, false
 	}
-	k := s.scan()
+	lex := s.lex
+	if lex == nil {
+		lex = (*scanner).scan
+	}
+	k := lex(s)
 	return token{k, s.text[start:s.at]}, true
 }
 

@@ -1,0 +1,29 @@
+package policy
+
+import "fmt"
+
+// CheckEngine refuses what the engine of a source does not enforce. The error is one
+// line that names the key and says what to do. Source has checked the rest.
+func (s Spec) CheckEngine(engine string) error {
+	if engine != "mysql" && engine != "sqlite" {
+		return nil
+	}
+	refuse := func(key, instead string) error {
+		return fmt.Errorf("policy.%s: %s is not supported for engine %s: %s", key, key, engine, instead)
+	}
+	switch {
+	case Mode(s.Mode) == ModeMetadata && engine == "mysql":
+		return fmt.Errorf("policy.mode: metadata is not supported for engine %s: use read-only, or leave the source out", engine)
+	case s.Plans != "" && s.Plans != string(PlansOff):
+		return refuse("plans", "remove it or set it to off")
+	case len(s.Mask) > 0:
+		return refuse("mask", "grant the account a view with the columns that may be seen, and nothing else")
+	case s.MaskFilters != "":
+		return refuse("mask_filters", "remove it")
+	case len(s.MaskSafeFunctions) > 0:
+		return refuse("mask_safe_functions", "remove it")
+	case s.Write != nil:
+		return refuse("write", "remove it, and grant the account no more than it needs")
+	}
+	return nil
+}

@@ -1,0 +1,295 @@
+package child
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/go-sql-driver/mysql"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/mysqlguard"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/sqltext"
+	"github.com/postern-dev/postern/proto"
+)
+
+// mysqlExecution is one statement on its way.
+type mysqlExecution struct {
+	*mysqlSession
+	request *frame.RunRequest
+	st      *statement
+	text    *sqltext.Statement
+	done    frame.DoneReply
+}
+
+// run is engine's.
+func (s *mysqlSession) run(r *frame.RunRequest, st *statement) (done frame.DoneReply, lost bool) {
+	x := &mysqlExecution{mysqlSession: s, request: r, st: st}
+	if r.ReadWrite || len(r.Guard.Functions) > 0 {
+		s.spent = true
+	}
+	timer := time.AfterFunc(time.Duration(r.TimeoutMillis)*time.Millisecond, func() { st.stop(frame.TimedOut) })
+	defer timer.Stop()
+	failure, lost := x.execute()
+	x.done.Error = frame.FromError(failure)
+	if lost {
+		return frame.DoneReply{Error: x.done.Error}, true
+	}
+	return x.done, false
+}
+
+// unenforced refuses what an engine does not enforce. The configuration refuses it
+// first; this is for the day on which it forgets.
+func unenforced(product string, g *frame.Guard) *proto.Error {
+	what := ""
+	switch {
+	case g.Mode != "read-only" && g.Mode != "read-write" && g.Mode != "":
+		what = "mode " + g.Mode
+	case g.Plans != "" && g.Plans != "off":
+		what = "plans"
+	case len(g.Masks) > 0:
+		what = "mask"
+	case len(g.WriteSchemas) > 0 || len(g.WriteStatements) > 0:
+		what = "write"
+	default:
+		return nil
+	}
+	return denied(0, "the statement is refused: the data source's policy has %s, which is not supported for %s", what, product)
+}
+
+func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
+	r := x.request
+	if failure := unenforced("MySQL", &r.Guard); failure != nil {
+		return failure, false
+	}
+	values := make([]sqltext.Value, len(r.Parameters))
+	for i, p := range r.Parameters {
+		values[i] = sqltext.Value{Name: p.Name, Text: p.Value, Type: p.Type}
+	}
+	var err error
+	if x.text, err = sqltext.MySQL.Bind(r.SQL, values); err != nil {
+		return proto.Errorf(proto.CodeInvalid, "%w", err), false
+	}
+	arguments, failure := argumentValues(x.text.Args)
+	if failure != nil {
+		return failure, false
+	}
+	ctx := context.Background() // st ends what takes too long
+	if failure, lost := x.judge(ctx); failure != nil {
+		return failure, lost
+	}
+	if err := x.begin(ctx); err != nil {
+		return x.failure(err, r, x.st, nil), isBroken(err)
+	}
+	prepared, err := x.conn.(driver.ConnPrepareContext).PrepareContext(ctx, x.text.Text)
+	if err != nil {
+		return x.failure(err, r, x.st, x.text), isBroken(err)
+	}
+	defer func() { _ = prepared.Close() }()
+	if n := prepared.NumInput(); n != len(arguments) {
+		return proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, and %d values are given", n, len(arguments)), false
+	}
+	if x.st.isStopped() {
+		return stopError(x.st.stopReason(), r), false
+	}
+	if err := x.sink.send(frame.Begun, nil); err != nil {
+		return proto.Errorf(proto.CodeInternal, "%w", err), false
+	}
+	rows, err := prepared.(driver.StmtQueryContext).QueryContext(ctx, arguments)
+	if err != nil {
+		return x.failure(err, r, x.st, x.text), false
+	}
+	c, fields := newMySQLCursor(rows)
+	f := newFeed(x.sink, r, x.st, fields, c)
+	err = f.run()
+	if closing := rows.Close(); err == nil {
+		err = closing
+	}
+	switch reason := x.st.stopReason(); {
+	case f.value != nil:
+		failure = proto.Errorf(proto.CodeInvalid, "%w", f.value)
+	case err != nil:
+		failure = x.failure(err, r, x.st, x.text)
+	case reason != 0:
+		failure = stopError(reason, r)
+	}
+	if failure == nil {
+		failure = x.finish(ctx, len(fields))
+	}
+	x.done.Rows, failure = f.end(failure)
+	return failure, false
+}
+
+// judge refuses what the policy does not allow, before the database hears of it.
+func (x *mysqlExecution) judge(ctx context.Context) (failure *proto.Error, lost bool) {
+	text, r := x.request.SQL, x.request
+	if r.ReadWrite {
+		if refusal := mysqlguard.ReadWrite(text); refusal != nil {
+			return mysqlDenial(refusal), false
+		}
+		return nil, false
+	}
+	uses, refusal := mysqlguard.ReadOnly(text, r.Guard.Functions)
+	if refusal != nil {
+		return mysqlDenial(refusal), false
+	}
+	failure, err := x.judgeNames(ctx, uses)
+	if err != nil {
+		return x.failure(err, r, x.st, nil), isBroken(err)
+	}
+	return failure, false
+}
+
+func mysqlDenial(r *mysqlguard.Refusal) *proto.Error {
+	if r.Reason == "the statement is empty" {
+		return proto.Errorf(proto.CodeInvalid, "%s", r.Reason)
+	}
+	return denied(r.Position, "%s", r.Reason)
+}
+
+// begin opens the statement's transaction.
+func (x *mysqlExecution) begin(ctx context.Context) error {
+	if x.timeout != x.request.TimeoutMillis {
+		// The server ends what is too slow also when nobody asks it to any more.
+		set := fmt.Sprintf("SET SESSION max_execution_time = %d", x.request.TimeoutMillis)
+		if x.mariadb {
+			set = "SET SESSION max_statement_time = " + strconv.FormatFloat(float64(x.request.TimeoutMillis)/1000, 'f', 3, 64)
+		}
+		if err := x.tell(ctx, set); err != nil {
+			return err
+		}
+		x.timeout = x.request.TimeoutMillis
+	}
+	if !x.request.ReadWrite {
+		return x.tell(ctx, "START TRANSACTION READ ONLY")
+	}
+	// DDL ends a transaction and goes by the session's.
+	if err := x.tell(ctx, "SET SESSION TRANSACTION READ WRITE"); err != nil {
+		return err
+	}
+	return x.tell(ctx, "START TRANSACTION READ WRITE")
+}
+
+// finish makes a read-write statement's changes last.
+func (x *mysqlExecution) finish(ctx context.Context, columns int) *proto.Error {
+	if !x.request.ReadWrite {
+		return nil
+	}
+	// What the server counted and warned of is told by the next answer alone.
+	counted, err := x.ask(ctx, "SELECT ROW_COUNT(), @@warning_count")
+	if err == nil && columns == 0 && len(counted) == 1 {
+		x.done.Tag = strings.ToUpper(sqltext.FirstWord(sqltext.MySQL, x.request.SQL))
+		if n, err := strconv.ParseInt(counted[0][0], 10, 64); err == nil && n >= 0 {
+			x.done.Tag += " " + counted[0][0]
+		}
+	}
+	if err == nil {
+		err = x.tell(ctx, "COMMIT")
+	}
+	var refusal *mysql.MySQLError
+	switch {
+	case errors.As(err, &refusal):
+		return x.failure(err, x.request, x.st, nil)
+	case err != nil:
+		x.spent = true
+		return proto.Errorf(proto.CodeSourceUnreachable, "the connection to %s was lost during COMMIT: whether the statement took effect is unknown", x.name())
+	}
+	return nil
+}
+
+// isBroken tells whether an error is the connection's and not the statement's.
+func isBroken(err error) bool {
+	var refusal *mysql.MySQLError
+	return !errors.As(err, &refusal) || refusal.Number == mysqlKilled
+}
+
+// argumentTypes are what a parameter's type means where the database has no types of
+// its own for parameters: 'i' an integer, 'f' a float, 'b' a boolean, 't' a text.
+var argumentTypes = map[string]byte{
+	"": 't', "int2": 'i', "int4": 'i', "int8": 'i', "smallint": 'i', "int": 'i', "integer": 'i', "bigint": 'i',
+	"float4": 'f', "float8": 'f', "real": 'f', "double": 'f', "double precision": 'f', "bool": 'b', "boolean": 'b',
+	"numeric": 't', "decimal": 't', "text": 't', "varchar": 't', "char": 't', "date": 't', "time": 't', "timestamp": 't', "timestamptz": 't',
+	"json": 't', "uuid": 't',
+}
+
+// argumentValues are the values to bind.
+func argumentValues(args []sqltext.Arg) ([]driver.NamedValue, *proto.Error) {
+	values := make([]driver.NamedValue, len(args))
+	for i, a := range args {
+		values[i].Ordinal = i + 1
+		kind, ok := argumentTypes[strings.ToLower(strings.TrimSpace(a.Type))]
+		if !ok {
+			return nil, proto.Errorf(proto.CodeInvalid, "parameter %q: %q is no type that a parameter of this data source can have: use one of bool, int8, float8, numeric, text, date, timestamp, or leave it out and cast", a.Name, a.Type)
+		}
+		if a.Text == nil {
+			continue
+		}
+		var err error
+		switch kind {
+		case 'i':
+			values[i].Value, err = strconv.ParseInt(strings.TrimSpace(*a.Text), 10, 64)
+		case 'f':
+			values[i].Value, err = strconv.ParseFloat(strings.TrimSpace(*a.Text), 64)
+		case 'b':
+			var b bool
+			b, err = strconv.ParseBool(strings.ToLower(strings.TrimSpace(*a.Text)))
+			values[i].Value = int64(0)
+			if b {
+				values[i].Value = int64(1)
+			}
+		default:
+			values[i].Value = *a.Text
+		}
+		if err != nil {
+			return nil, proto.Errorf(proto.CodeInvalid, "parameter %q: its value is no %s", a.Name, a.Type)
+		}
+	}
+	return values, nil
+}
+
+// mysqlCursor hands out the rows of the driver.
+type mysqlCursor struct {
+	rows   driver.Rows
+	fields []field
+	types  []string
+	values []driver.Value
+}
+
+func newMySQLCursor(rows driver.Rows) (*mysqlCursor, []field) {
+	names := rows.Columns()
+	c := &mysqlCursor{rows: rows, fields: make([]field, len(names)), types: make([]string, len(names)), values: make([]driver.Value, len(names))}
+	for i, name := range names {
+		if t, ok := rows.(driver.RowsColumnTypeDatabaseTypeName); ok {
+			c.types[i] = t.ColumnTypeDatabaseTypeName(i)
+		}
+		c.fields[i], _ = mysqlField(name, c.types[i])
+	}
+	return c, c.fields
+}
+
+func (c *mysqlCursor) next(cells []cell) error {
+	if err := c.rows.Next(c.values); err != nil {
+		return err
+	}
+	for i, v := range c.values {
+		if err := mysqlCell(&cells[i], &c.fields[i], c.types[i], v); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (c *mysqlCursor) rest() error {
+	for {
+		if err := c.rows.Next(c.values); err == io.EOF {
+			return nil
+		} else if err != nil {
+			return err
+		}
+	}
+}
