@@ -19,6 +19,8 @@ type Options struct {
 	Data string
 	// Listen is the address of API and tunnel endpoint.
 	Listen string
+	// PGListen is the address for clients of PostgreSQL; empty means none.
+	PGListen string
 	// TLSCert and TLSKey are PEM files; both or none.
 	TLSCert, TLSKey string
 	// Database is a PostgreSQL URL without a password; empty means SQLite.
@@ -80,9 +82,13 @@ PostgreSQL that --database names.
 
 Without --tls-cert it speaks plain HTTP: put a TLS-terminating proxy in front of
 anything but a lab. Agents authenticate every byte by themselves either way, but
-API tokens and results of users need that TLS.`,
+API tokens and results of users need that TLS.
+
+With --pg-listen clients of PostgreSQL connect with user=TOKENNAME, the API token as
+the password and dbname=AGENT/SOURCE.`,
 		Example: `  controlplane serve --data /var/lib/postern
   controlplane serve --data /var/lib/postern --listen 0.0.0.0:443 --tls-cert cert.pem --tls-key key.pem
+  controlplane serve --data /var/lib/postern --listen 0.0.0.0:443 --pg-listen 0.0.0.0:5432 --tls-cert cert.pem --tls-key key.pem
   controlplane serve --data /var/lib/postern --database postgres://postern@db/postern --database-password-file /etc/postern/db.pw`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -104,6 +110,7 @@ API tokens and results of users need that TLS.`,
 	f := cmd.Flags()
 	f.StringVar(&o.Data, "data", "", "directory to keep state in; made if it is not there")
 	f.StringVar(&o.Listen, "listen", "127.0.0.1:8080", "address of the API and the tunnel endpoint")
+	f.StringVar(&o.PGListen, "pg-listen", "", "address for psql and other clients of PostgreSQL, such as 127.0.0.1:5432; none if empty; needs --tls-cert but on loopback")
 	f.StringVar(&o.TLSCert, "tls-cert", "", "certificate chain, PEM; read again when it changes")
 	f.StringVar(&o.TLSKey, "tls-key", "", "its private key, PEM")
 	f.StringVar(&o.Database, "database", "", "PostgreSQL for the metadata, postgres://user@host/db; default SQLite in --data")

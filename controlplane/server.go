@@ -22,6 +22,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/audit"
 	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
+	"github.com/postern-dev/postern/controlplane/pgwire"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/query"
 	"github.com/postern-dev/postern/controlplane/ratelimit"
@@ -38,6 +39,7 @@ const (
 	failureRate, failureBurst = 20, 100  // failed authentications of one address, maybe a proxy's
 	joinRate, joinBurst       = 2, 200   // failed joins of one address, likewise
 	renewRate, renewBurst     = 0.01, 20 // renewals of one agent
+	cancelRate, cancelBurst   = 0.2, 20  // PostgreSQL's cancel requests of one address that fit no session
 )
 
 const (
@@ -67,14 +69,17 @@ type Server struct {
 	hub      *hub.Hub
 	queries  *query.Runner
 	sessions *sessionCloser
+	journal  *query.Journal
+	pg       *pgwire.Server
 	catalogs *catalog.Service
 	tunnels  *tunnel.Server
 	events   *linkEvents
 	http     *http.Server
 
-	lock     *os.File // held on DATA for as long as this runs
-	listener net.Listener
-	draining atomic.Bool
+	lock       *os.File // held on DATA for as long as this runs
+	listener   net.Listener
+	pgListener net.Listener // nil without --pg-listen
+	draining   atomic.Bool
 }
 
 // NewServer opens the store and the CA and listens. Run serves; if Run is not
@@ -169,9 +174,10 @@ func (s *Server) wire() error {
 	if err != nil {
 		return err
 	}
+	queryMetrics := query.NewMetrics(registry)
 	s.queries = query.NewRunner(query.Config{
 		Box:    box,
-		Logger: s.log, History: s.store, Audit: queryAudit{s.audit}, Metrics: query.NewMetrics(registry),
+		Logger: s.log, History: s.store, Audit: queryAudit{s.audit}, Metrics: queryMetrics,
 		Find: s.store.FindAgent,
 		Connect: func(id string) (query.Agent, error) {
 			if s.draining.Load() {
@@ -184,26 +190,51 @@ func (s *Server) wire() error {
 			return queryAgent{l}, nil
 		},
 	})
+	requests := ratelimit.New(requestRate, requestBurst)
+	s.journal = query.NewJournal(query.JournalConfig{Logger: s.log, Record: recorder{s.store}.record, Append: queryAudit{s.audit}.appendAll, Metrics: queryMetrics})
+	if err := s.listen(); err != nil {
+		return err
+	}
+	s.pg = pgwire.New(pgwire.Config{
+		Logger: s.log, Tokens: pgTokens{s.tokens}, Permit: mayRunStatements, Find: s.store.FindAgent, Journal: pgJournal{s.journal}, TLS: s.pgTLS(),
+		Requests: requests, Cancels: ratelimit.New(cancelRate, cancelBurst), Metrics: pgwire.NewMetrics(registry),
+		Connect: func(id string) (pgwire.Agent, error) {
+			l, err := s.hub.Agent(id)
+			if err != nil {
+				return nil, err
+			}
+			return pgAgent{l}, nil
+		},
+	})
+	s.http.Handler = api.New(api.Config{
+		Logger: s.log, Tokens: tokens{s.tokens, s.pg}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
+		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs,
+		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
+	})
+	return nil
+}
+
+// listen makes the listeners and the HTTP server, which has no handler yet.
+func (s *Server) listen() error {
 	s.http = &http.Server{
-		Handler: api.New(api.Config{
-			Logger: s.log, Tokens: tokens{s.tokens}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
-			Agents: agents{s.hub, s.store, s.joins, s.tokens}, Queries: queries{s.queries}, Catalogs: s.catalogs,
-			Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: ratelimit.New(requestRate, requestBurst),
-		}),
 		ReadHeaderTimeout: readHeaderTimeout,
 		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
 	}
-	return s.listen()
-}
-
-func (s *Server) listen() error {
 	listener, err := net.Listen("tcp", s.options.Listen)
 	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
 	s.listener = listener
+	if s.options.PGListen != "" {
+		if s.pgListener, err = net.Listen("tcp", s.options.PGListen); err != nil {
+			return fmt.Errorf("--pg-listen: %w", err)
+		}
+		if address := s.pgListener.Addr().(*net.TCPAddr); s.options.TLSCert == "" && !address.IP.IsLoopback() {
+			return fmt.Errorf("--pg-listen %s: API tokens and data would cross the network in the clear: give --tls-cert and --tls-key too, or a loopback address", s.options.PGListen)
+		}
+	}
 	if s.options.TLSCert != "" {
 		files, err := newCertificateFiles(s.options.TLSCert, s.options.TLSKey)
 		if err != nil {
@@ -214,11 +245,32 @@ func (s *Server) listen() error {
 	return nil
 }
 
+// pgTLS is the TLS of PostgreSQL's clients, which may also begin with it at once; nil
+// without a certificate.
+func (s *Server) pgTLS() *tls.Config {
+	if s.http.TLSConfig == nil {
+		return nil
+	}
+	config := s.http.TLSConfig.Clone()
+	config.NextProtos = []string{"postgresql"}
+	// Results are long: full records from the start.
+	config.DynamicRecordSizingDisabled = true
+	return config
+}
+
 // errDraining is what new statements get while the control plane stops.
 var errDraining = proto.Errorf(proto.CodeUnavailable, "this control plane is stopping: try again")
 
 // Addr is the address that it listens on.
 func (s *Server) Addr() net.Addr { return s.listener.Addr() }
+
+// PGAddr is the address for clients of PostgreSQL; nil if there is none.
+func (s *Server) PGAddr() net.Addr {
+	if s.pgListener == nil {
+		return nil
+	}
+	return s.pgListener.Addr()
+}
 
 func (s *Server) ready(ctx context.Context) error {
 	if s.draining.Load() {
@@ -246,6 +298,16 @@ func (s *Server) Run(ctx context.Context) error {
 		}
 		return nil
 	})
+	if s.pgListener != nil {
+		s.log.Info("serving clients of PostgreSQL", "listen", s.pgListener.Addr().String())
+		group.Go(func() error {
+			if err := s.pg.Serve(s.pgListener); !errors.Is(err, pgwire.ErrClosed) {
+				stop()
+				return fmt.Errorf("serve %s: %w", s.pgListener.Addr(), err)
+			}
+			return nil
+		})
+	}
 	group.Go(func() error { s.housekeep(work); return nil })
 	select {
 	case <-ctx.Done():
@@ -259,10 +321,18 @@ func (s *Server) Run(ctx context.Context) error {
 // drain lets requests under way end.
 func (s *Server) drain() {
 	s.draining.Store(true)
-	s.log.Info("control plane draining", "agents", s.hub.Online(), "queries", s.queries.Running())
+	s.log.Info("control plane draining", "agents", s.hub.Online(), "queries", s.queries.Running(), "sessions", s.pg.Sessions())
 	s.hub.Drain(time.Second, s.options.DrainTimeout)
 	ctx, cancel := context.WithTimeout(context.Background(), s.options.DrainTimeout)
 	defer cancel()
+	sessions := make(chan struct{})
+	go func() {
+		defer close(sessions)
+		if err := s.pg.Drain(ctx); err != nil {
+			s.pg.Close()
+		}
+	}()
+	defer func() { <-sessions }()
 	if err := s.http.Shutdown(ctx); err != nil {
 		s.queries.CancelAll(errDraining)
 		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
@@ -316,20 +386,28 @@ func (s *Server) recheck(ctx context.Context, since time.Time) time.Time {
 		}
 		return since // these are read next time
 	}
-	if err := s.sessions.revoked(ctx, since.Add(-clockSlack)); err != nil {
+	tokens, err := s.store.TokensRevokedSince(ctx, since.Add(-clockSlack))
+	if err == nil {
+		err = s.sessions.revoked(ctx, since.Add(-clockSlack), tokens)
+	}
+	if err != nil {
 		if ctx.Err() == nil {
 			s.log.Warn("revoked tokens not read", "err", err)
 		}
 		return since
 	}
-	if len(agents)+len(organizations) > 0 {
+	if len(agents)+len(tokens)+len(organizations) > 0 {
 		s.joins.Forget()
 		s.tokens.Forget()
 	}
 	for _, id := range agents {
 		s.hub.Disconnect(id, hub.ErrRevoked)
 	}
+	for _, revoked := range tokens {
+		s.pg.CutToken(revoked.Token)
+	}
 	for _, id := range organizations {
+		s.pg.CutOrganization(id)
 		s.hub.DisconnectOrganization(id, hub.ErrDisabled)
 	}
 	return now
@@ -340,6 +418,16 @@ func (s *Server) Close() error {
 	var err error
 	if s.listener != nil {
 		s.listener.Close() //nolint:errcheck // the server may have closed it
+	}
+	if s.pgListener != nil {
+		s.pgListener.Close() //nolint:errcheck // likewise
+	}
+	if s.pg != nil {
+		s.pg.Close()
+	}
+	if s.journal != nil {
+		s.journal.Close()
+		s.journal = nil
 	}
 	if s.sessions != nil {
 		s.sessions.close()

@@ -54,11 +54,7 @@ func (c *sessionCloser) close() {
 
 // revoked ends the sessions of tokens that were revoked since a time. It may be
 // told of the same ones again.
-func (c *sessionCloser) revoked(ctx context.Context, since time.Time) error {
-	tokens, err := c.store.TokensRevokedSince(ctx, since)
-	if err != nil {
-		return err
-	}
+func (c *sessionCloser) revoked(ctx context.Context, since time.Time, tokens []store.TokenOwner) error {
 	c.mu.Lock()
 	for id, at := range c.done {
 		if at.Before(since.Add(-time.Minute)) {

@@ -28,6 +28,7 @@ import (
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
 	"github.com/postern-dev/postern/proto/regkey"
+	"github.com/postern-dev/postern/proto/wirestream"
 	"github.com/postern-dev/postern/tunnel"
 )
 
@@ -184,6 +185,7 @@ func (a *simulatedAgent) attach(t *testing.T) *tunnel.Tunnel {
 	mux := http.NewServeMux()
 	mux.Handle(posternv1connect.NewHostServiceHandler(a))
 	mux.HandleFunc(proto.SQLPath, a.serveSQL)
+	mux.HandleFunc(wirestream.Path, a.serveWire)
 	mux.HandleFunc(proto.MetricsPath, func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "agentd_up 1\n") })
 	server := &http.Server{Handler: mux}
 	served := make(chan struct{})

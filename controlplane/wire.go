@@ -12,6 +12,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/audit"
 	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
+	"github.com/postern-dev/postern/controlplane/pgwire"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/query"
 	"github.com/postern-dev/postern/controlplane/registration"
@@ -26,24 +27,27 @@ import (
 
 // Each consumer's interface, and who fills it.
 var (
-	_ hub.Gate      = gate{}
-	_ hub.Joiner    = joiner{}
-	_ hub.Rows      = (*rows)(nil)
-	_ hub.Events    = events{}
-	_ catalog.Store = (*store.Store)(nil)
-	_ catalog.Agent = catalogAgent{}
-	_ api.Catalogs  = (*catalog.Service)(nil)
-	_ query.Agent   = queryAgent{}
-	_ query.Audit   = queryAudit{}
-	_ query.History = (*store.Store)(nil)
-	_ query.Box     = (*pki.Box)(nil)
-	_ api.Tokens    = tokens{}
-	_ api.Keys      = (*registration.Service)(nil)
-	_ api.Store     = (*store.Store)(nil)
-	_ api.Agents    = agents{}
-	_ api.Queries   = queries{}
-	_ api.Audit     = (*audit.Log)(nil)
-	_ api.CA        = (*pki.Authority)(nil)
+	_ hub.Gate       = gate{}
+	_ hub.Joiner     = joiner{}
+	_ hub.Rows       = (*rows)(nil)
+	_ hub.Events     = events{}
+	_ catalog.Store  = (*store.Store)(nil)
+	_ catalog.Agent  = catalogAgent{}
+	_ api.Catalogs   = (*catalog.Service)(nil)
+	_ query.Agent    = queryAgent{}
+	_ query.Audit    = queryAudit{}
+	_ query.History  = (*store.Store)(nil)
+	_ query.Box      = (*pki.Box)(nil)
+	_ api.Tokens     = tokens{}
+	_ api.Keys       = (*registration.Service)(nil)
+	_ api.Store      = (*store.Store)(nil)
+	_ api.Agents     = agents{}
+	_ api.Queries    = queries{}
+	_ api.Audit      = (*audit.Log)(nil)
+	_ api.CA         = (*pki.Authority)(nil)
+	_ pgwire.Agent   = pgAgent{}
+	_ pgwire.Tokens  = pgTokens{}
+	_ pgwire.Journal = pgJournal{}
 )
 
 // gate lets peers in: pki knows certificates, registration what became of them.
@@ -147,7 +151,19 @@ func (r *rows) ReportRows(ctx context.Context, id hub.Identity, queryID string, 
 }
 
 // tokens tells the API who calls.
-type tokens struct{ *token.Service }
+type tokens struct {
+	*token.Service
+	pg *pgwire.Server
+}
+
+// Revoke revokes a token and ends its PostgreSQL clients' sessions.
+func (t tokens) Revoke(ctx context.Context, organization, idOrName string) (*posternv1.Token, error) {
+	revoked, err := t.Service.Revoke(ctx, organization, idOrName)
+	if err == nil {
+		t.pg.CutToken(revoked.Id)
+	}
+	return revoked, err
+}
 
 func (t tokens) Authenticate(ctx context.Context, bearer, remote string) (api.Caller, error) {
 	p, err := t.Service.Authenticate(ctx, bearer, remote)
@@ -160,6 +176,7 @@ type agents struct {
 	store  *store.Store
 	joins  *registration.Service
 	tokens *token.Service
+	pg     *pgwire.Server
 }
 
 func (a agents) Agent(id string) (api.LiveAgent, error) {
@@ -182,6 +199,7 @@ func (a agents) Disconnect(id string) {
 func (a agents) DisconnectOrganization(id string) {
 	a.joins.Forget()
 	a.tokens.Forget()
+	a.pg.CutOrganization(id)
 	a.hub.DisconnectOrganization(id, hub.ErrDisabled)
 }
 
@@ -257,7 +275,18 @@ func (q queryAgent) CancelQuery(ctx context.Context, req *posternv1.CancelQueryR
 }
 
 // queries runs statements for the API.
-type queries struct{ *query.Runner }
+type queries struct {
+	*query.Runner
+	journal *query.Journal
+}
+
+// Cancel ends a statement, of whatever client.
+func (q queries) Cancel(ctx context.Context, by *posternv1.Principal, id string, may func(owner *posternv1.Principal) error) (bool, error) {
+	if found, err := q.Runner.Cancel(ctx, by, id, may); found || err != nil {
+		return found, err
+	}
+	return q.journal.Cancel(ctx, by, id, may)
+}
 
 func (q queries) Start(ctx context.Context, c api.Caller, agent, source string, statement *posternv1.RunSQLRequest) (api.Result, error) {
 	res, err := q.Runner.Start(ctx, query.Request{
@@ -279,11 +308,28 @@ func (r result) Read(p []byte) (int, error) { return r.Body.Read(p) }
 type queryAudit struct{ log *audit.Log }
 
 func (a queryAudit) Append(ctx context.Context, e query.Entry) error {
+	return a.log.Append(ctx, a.entry(e))
+}
+
+// appendAll writes entries of one organization.
+func (a queryAudit) appendAll(ctx context.Context, entries []query.Entry) error {
+	all := make([]auditchain.Entry, len(entries))
+	for i, e := range entries {
+		all[i] = a.entry(e)
+	}
+	return a.log.AppendAll(ctx, all)
+}
+
+func (a queryAudit) entry(e query.Entry) auditchain.Entry {
 	q := e.Query
-	return a.log.Append(ctx, auditchain.Entry{
+	action := e.Action
+	if action == "" {
+		action = "sql.run"
+	}
+	return auditchain.Entry{
 		Time: time.Now(), Organization: e.Principal.Organization, Actor: "token " + e.Principal.TokenName, Role: e.Principal.Role,
-		Action: "sql.run", Agent: q.Agent, Source: q.Source, QueryID: q.Id, SessionID: e.SessionID, Verdict: e.Verdict, Statement: q.Sql,
+		Action: action, Target: e.Target, Agent: q.Agent, Source: q.Source, QueryID: q.Id, SessionID: e.SessionID, Verdict: e.Verdict, Statement: q.Sql,
 		Outcome: q.State, Error: q.Error.GetMessage(), Rows: q.Rows, Bytes: q.Bytes,
 		DurationMillis: q.Duration.AsDuration().Milliseconds(), Remote: e.Remote,
-	})
+	}
 }

@@ -101,24 +101,40 @@ func New(cfg Config) *Log {
 // present. A caller that gives up does not take its entry back: ctx gives values,
 // not an end. STORAGE_FULL and UNAVAILABLE mean that it is not written.
 func (l *Log) Append(ctx context.Context, e auditchain.Entry) error {
-	if e.Organization == "" {
-		e.Organization = l.cfg.DefaultOrganization
+	return l.AppendAll(ctx, []auditchain.Entry{e})
+}
+
+// AppendAll is Append for several entries of one organization, in their order. After
+// an error the first of them may be written.
+func (l *Log) AppendAll(ctx context.Context, entries []auditchain.Entry) error {
+	if len(entries) == 0 {
+		return nil
 	}
-	if e.Time.IsZero() {
-		e.Time = l.cfg.Now()
+	items := make([]*item, len(entries))
+	for i := range entries {
+		e := entries[i]
+		if e.Organization == "" {
+			e.Organization = l.cfg.DefaultOrganization
+		}
+		if i > 0 && e.Organization != items[0].entry.Organization {
+			return fmt.Errorf("append %d audit entries at once: they are of several organizations", len(entries))
+		}
+		if e.Time.IsZero() {
+			e.Time = l.cfg.Now()
+		}
+		bound(&e)
+		items[i] = &item{entry: e}
 	}
-	bound(&e)
-	c := l.chain(e.Organization)
-	it := &item{entry: e}
+	c := l.chain(items[0].entry.Organization)
 	c.mu.Lock()
-	c.waiting = append(c.waiting, it)
+	c.waiting = append(c.waiting, items...)
 	c.mu.Unlock()
 
 	// Whoever gets the lock first writes for all that wait; the others find their
-	// entry done.
+	// entries done.
 	c.writing.Lock()
 	defer c.writing.Unlock()
-	for !it.done {
+	for last := items[len(items)-1]; !last.done; {
 		c.mu.Lock()
 		n := min(len(c.waiting), maxGroup)
 		group := c.waiting[:n:n]
@@ -129,7 +145,12 @@ func (l *Log) Append(ctx context.Context, e auditchain.Entry) error {
 			one.done, one.err = true, err
 		}
 	}
-	return it.err
+	for _, it := range items {
+		if it.err != nil {
+			return it.err
+		}
+	}
+	return nil
 }
 
 func bound(e *auditchain.Entry) {

@@ -20,8 +20,18 @@ func (c *counted) RoundTrip(r *http.Request) (*http.Response, error) {
 		c.link.end()
 		return nil, err
 	}
-	resp.Body = &countedBody{ReadCloser: resp.Body, end: sync.OnceFunc(c.link.end)}
+	body := &countedBody{ReadCloser: resp.Body, end: sync.OnceFunc(c.link.end)}
+	resp.Body = body
+	if w, ok := body.ReadCloser.(io.Writer); ok { // an upgraded connection
+		resp.Body = countedConn{body, w}
+	}
 	return resp, nil
+}
+
+// countedConn is the body of a response that upgrades the connection.
+type countedConn struct {
+	*countedBody
+	io.Writer
 }
 
 type countedBody struct {

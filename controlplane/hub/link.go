@@ -26,6 +26,8 @@ type Link struct {
 	Since time.Time
 
 	peer *peer
+	// retiring is closed by retire.
+	retiring chan struct{}
 
 	mu      sync.Mutex
 	active  int // requests under way
@@ -34,7 +36,7 @@ type Link struct {
 }
 
 func newLink(p *peer, name string) *Link {
-	return &Link{Agent: p.id.Agent, Organization: p.id.Organization, Name: name, Since: time.Now(), peer: p}
+	return &Link{Agent: p.id.Agent, Organization: p.id.Organization, Name: name, Since: time.Now(), peer: p, retiring: make(chan struct{})}
 }
 
 // Host calls the agent's HostService. Its errors are those of Connect; turn them
@@ -59,6 +61,10 @@ func (l *Link) RemoteAddress() string { return l.peer.tunnel.RemoteAddr().String
 
 // Done is closed when the tunnel has ended.
 func (l *Link) Done() <-chan struct{} { return l.peer.tunnel.Done() }
+
+// Retired is closed when the tunnel is to end as soon as no request is under way: a
+// newer one takes its place, or the agent goes away.
+func (l *Link) Retired() <-chan struct{} { return l.retiring }
 
 // Err is why the tunnel ended, as an error that says so; nil while it is up.
 func (l *Link) Err() error {
@@ -85,6 +91,7 @@ func (l *Link) retire(cause error) {
 		return
 	}
 	l.retired = cause
+	close(l.retiring)
 	if l.active == 0 {
 		go l.peer.tunnel.Close(cause) //nolint:errcheck // it ends either way
 		return

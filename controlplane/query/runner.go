@@ -68,8 +68,13 @@ type Audit interface {
 	Append(ctx context.Context, e Entry) error
 }
 
-// Entry is what a finished query leaves in the organization's audit log.
+// Entry is what a finished query, or a session, leaves in the organization's audit
+// log.
 type Entry struct {
+	// Action is what was done; empty means "sql.run".
+	Action string
+	// Target is what it was done in, where the query does not say.
+	Target    string
 	Principal *posternv1.Principal
 	Query     *posternv1.Query
 	Verdict   string

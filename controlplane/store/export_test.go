@@ -14,6 +14,9 @@ var HasPassword = hasPassword
 // KeepQueries replaces maxQueries.
 func (s *Store) KeepQueries(n int) { s.keep = n }
 
+// KeepWireQueries does it for statements of PostgreSQL clients.
+func (s *Store) KeepWireQueries(n int) { s.keepWire = n }
+
 // KeepBytes replaces maxKeptBytes.
 func (s *Store) KeepBytes(n int64) { s.keepBytes = n }
 

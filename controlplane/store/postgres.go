@@ -30,7 +30,7 @@ func openPostgres(ctx context.Context, cfg Config) (*Store, error) {
 	if cfg.MaxConns == 0 {
 		cfg.MaxConns = defaultMaxConns
 	}
-	s := &Store{engine: postgres, log: cfg.Logger, replica: cfg.Replica, keep: maxQueries, keepBytes: maxKeptBytes, kept: map[string]int64{}}
+	s := &Store{engine: postgres, log: cfg.Logger, replica: cfg.Replica, keep: maxQueries, keepBytes: maxKeptBytes, kept: map[string]int64{}, keepWire: maxWireQueries, wire: map[string]int{}}
 	s.read = sql.OpenDB(&connector{
 		Connector: stdlib.GetConnector(*config, stdlib.OptionBeforeConnect(readPassword(cfg.PasswordFile))),
 		rereads:   cfg.PasswordFile != "",

@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -126,7 +127,8 @@ func (s *Store) FinishQuery(ctx context.Context, org string, q *posternv1.Query)
 // before the first query, and FailRunningQueries when they are dealt with.
 func (s *Store) LostQueries(ctx context.Context) (map[string][]*posternv1.Query, error) {
 	lost := map[string][]*posternv1.Query{}
-	rows, err := s.reader().query(ctx, "SELECT q.organization, "+queryColumns+" FROM queries q WHERE q.state = 'running' AND q.replica = ?", s.replica)
+	rows, err := s.reader().query(ctx, "SELECT q.organization, "+queryColumns+" FROM queries q WHERE q.state = 'running' AND q.replica = ? "+
+		"UNION ALL SELECT q.organization, "+strings.Replace(queryColumns, "q.started", "q.started / 1000", 1)+" FROM wire_queries q WHERE q.state = 'running' AND q.replica = ?", s.replica, s.replica)
 	_, err = collect(ctx, s, "list lost queries", rows, err, func(rows *sql.Rows) (*posternv1.Query, error) {
 		var org string
 		var r queryRow
@@ -150,15 +152,25 @@ func (s *Store) FailRunningQueries(ctx context.Context, why *posternv1.ErrorDeta
 	}
 	var n int64
 	err = s.write(ctx, "end the queries of a process that died", func(tx handle) error {
-		var err error
-		n, err = tx.exec(ctx, `UPDATE queries SET state = 'failed', error = ?, duration = (CASE WHEN started < ? THEN (? - started) * 1000 ELSE 0 END)
-			WHERE state = 'running' AND replica = ?`, failure, millis(now), millis(now), s.replica)
-		return err
+		n = 0
+		for _, table := range []struct {
+			name string
+			now  int64 // in the table's unit
+			unit int   // microseconds
+		}{{"queries", millis(now), 1000}, {"wire_queries", now.UnixMicro(), 1}} {
+			some, err := tx.exec(ctx, "UPDATE "+table.name+` SET state = 'failed', error = ?, duration = (CASE WHEN started < ? THEN (? - started) * ? ELSE 0 END)
+				WHERE state = 'running' AND replica = ?`, failure, table.now, table.now, table.unit, s.replica)
+			if err != nil {
+				return err
+			}
+			n += some
+		}
+		return nil
 	})
 	return int(n), err
 }
 
-// GetQuery returns one query of the history. A token's id limits it to that
+// GetQuery returns one query of the history, of PostgreSQL clients as well. A token's id limits it to that
 // token's; empty means any.
 func (s *Store) GetQuery(ctx context.Context, org, token, id string) (*posternv1.Query, error) {
 	query, args := "SELECT "+queryColumns+" FROM queries q WHERE q.organization = ? AND q.id = ?", []any{org, plainText(id)}
@@ -168,7 +180,7 @@ func (s *Store) GetQuery(ctx context.Context, org, token, id string) (*posternv1
 	var r queryRow
 	err := s.reader().row(ctx, query, args...).Scan(r.into()...)
 	if errors.Is(err, sql.ErrNoRows) {
-		return nil, notFound("query", id)
+		return s.wireQuery(ctx, org, token, id)
 	}
 	if err != nil {
 		return nil, s.fail(ctx, "get query", err)
@@ -189,14 +201,30 @@ func (s *Store) ListQueries(ctx context.Context, org, token string, limit int, r
 	if runningOnly {
 		query += " AND q.state = 'running'"
 	}
-	rows, err := s.reader().query(ctx, query+" ORDER BY q.started DESC, q.id DESC LIMIT ?", append(args, min(limit, longestQueryRow))...)
-	return collect(ctx, s, "list queries", rows, err, func(rows *sql.Rows) (*posternv1.Query, error) {
+	limit = min(limit, longestQueryRow)
+	rows, err := s.reader().query(ctx, query+" ORDER BY q.started DESC, q.id DESC LIMIT ?", append(args, limit)...)
+	all, err := collect(ctx, s, "list queries", rows, err, func(rows *sql.Rows) (*posternv1.Query, error) {
 		var r queryRow
 		if err := rows.Scan(r.into()...); err != nil {
 			return nil, err
 		}
 		return r.value()
 	})
+	if err != nil {
+		return nil, err
+	}
+	wire, err := s.wireQueries(ctx, org, token, limit, runningOnly)
+	if err != nil || len(wire) == 0 {
+		return all, err
+	}
+	all = append(all, wire...)
+	slices.SortStableFunc(all, func(a, b *posternv1.Query) int {
+		if c := b.Started.AsTime().Compare(a.Started.AsTime()); c != 0 {
+			return c
+		}
+		return strings.Compare(b.Id, a.Id)
+	})
+	return all[:min(len(all), limit)], nil
 }
 
 func (s *Store) pruneDue() bool {
@@ -224,7 +252,11 @@ func (s *Store) PruneQueries(ctx context.Context, org string, now time.Time) (in
 		}
 		many, err := tx.exec(ctx, `DELETE FROM queries WHERE state <> 'running' AND id IN
 			(SELECT id FROM queries WHERE organization = ? ORDER BY started DESC, id DESC LIMIT ? OFFSET ?)`, org, pruneBatch, s.keep)
-		n = old + many
+		if err != nil {
+			return err
+		}
+		wire, err := s.ageWire(ctx, tx, now)
+		n = old + many + wire
 		return err
 	})
 	return int(n), err

@@ -32,7 +32,7 @@ func openSQLite(ctx context.Context, cfg Config) (*Store, error) {
 	if err := file.Close(); err != nil {
 		return nil, fmt.Errorf("open the metadata store: %w", err)
 	}
-	s := &Store{engine: sqlite, log: cfg.Logger, replica: cfg.Replica, keep: maxQueries, keepBytes: maxKeptBytes, kept: map[string]int64{}, writer: make(chan struct{}, 1)}
+	s := &Store{engine: sqlite, log: cfg.Logger, replica: cfg.Replica, keep: maxQueries, keepBytes: maxKeptBytes, kept: map[string]int64{}, keepWire: maxWireQueries, wire: map[string]int{}, writer: make(chan struct{}, 1)}
 	for _, db := range []struct {
 		at      **sql.DB
 		pragmas []string

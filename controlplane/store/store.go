@@ -72,6 +72,10 @@ type Store struct {
 	// the last pruning, by organization; guarded by pruneMu.
 	keepBytes int64
 	kept      map[string]int64
+	// keepWire is maxWireQueries but in tests; wire counts statements of PostgreSQL
+	// clients since the last pruning, by organization; guarded by pruneMu.
+	keepWire int
+	wire     map[string]int
 }
 
 // Open opens the store, checks that it may be used and brings its tables up to

@@ -624,3 +624,100 @@ func TestKeptRows(t *testing.T) {
 		want(other, "other", bytes.Repeat([]byte("o"), 100))
 	})
 }
+
+// TestWireQueries: the statements of PostgreSQL clients have a history of their own,
+// which is read together with the other one.
+func TestWireQueries(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, s *store.Store) {
+		org, other := tenants(t, s)
+		record := func(id, token, state string, at time.Time, known bool) store.QueryRecord {
+			q := &posternv1.Query{Id: id, Agent: "host", Source: "db", TokenName: "me", Sql: "select \x00 " + id, State: state, Started: timestamppb.New(at)}
+			if state != "running" {
+				q.Duration, q.Rows, q.Bytes = durationpb.New(time.Millisecond), 3, 30
+			}
+			return store.QueryRecord{Organization: org, Token: token, Query: q, Known: known}
+		}
+		failed := record("w3", "t2", "failed", now.Add(2*time.Second), false)
+		failed.Query.Error = &posternv1.ErrorDetail{Code: proto.CodeSQL, Message: "no"}
+		stranger := record("w1", "t1", "done", now, true)
+		stranger.Organization = other
+		if err := s.RecordQueries(ctx, []store.QueryRecord{
+			record("w1", "t1", "running", now, false), record("w2", "t1", "done", now.Add(time.Second), false), failed,
+			record("w2", "t9", "failed", now, false), // an id that is taken
+			stranger,                                 // another organization's end
+			record("w2", "t1", "failed", now, true),  // it has ended
+		}); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.InsertQuery(ctx, org, "t1", record("q1", "t1", "running", now.Add(1500*time.Millisecond), false).Query); err != nil {
+			t.Fatal(err)
+		}
+		list := func(token string, limit int, running bool) string {
+			var ids []string
+			for _, q := range must(s.ListQueries(ctx, org, token, limit, running))(t) {
+				ids = append(ids, q.Id+" "+q.State)
+			}
+			return strings.Join(ids, ", ")
+		}
+		for _, c := range []struct{ got, want string }{
+			{list("", 0, false), "w3 failed, q1 running, w2 done, w1 running"},
+			{list("", 2, false), "w3 failed, q1 running"},
+			{list("t1", 0, false), "q1 running, w2 done, w1 running"},
+			{list("", 0, true), "q1 running, w1 running"},
+		} {
+			if c.got != c.want {
+				t.Errorf("got %s, want %s", c.got, c.want)
+			}
+		}
+		if q := must(s.GetQuery(ctx, org, "t2", "w3"))(t); q.Error.GetMessage() != "no" || q.Rows != 3 || q.Sql != "select \uFFFD w3" || q.Duration.AsDuration() != time.Millisecond {
+			t.Errorf("got %v", q)
+		}
+		for _, at := range [][2]string{{other, ""}, {org, "t1"}} {
+			_, err := s.GetQuery(ctx, at[0], at[1], "w3")
+			wantCode(t, err, proto.CodeNotFound)
+		}
+		if err := s.RecordQueries(ctx, []store.QueryRecord{record("w1", "t1", "cancelled", now, true)}); err != nil {
+			t.Fatal(err)
+		}
+		if q := must(s.GetQuery(ctx, org, "", "w1"))(t); q.State != "cancelled" {
+			t.Errorf("got %v", q)
+		}
+		if err := s.RecordQueries(ctx, []store.QueryRecord{record("w4", "t1", "running", now, false)}); err != nil {
+			t.Fatal(err)
+		}
+		if lost := must(s.LostQueries(ctx))(t); len(lost[org]) != 2 {
+			t.Errorf("lost: %v", lost)
+		}
+		if n := must(s.FailRunningQueries(ctx, &posternv1.ErrorDetail{Code: proto.CodeUnavailable}, now.Add(time.Second)))(t); n != 2 {
+			t.Errorf("ended %d, want 2", n)
+		}
+		if q := must(s.GetQuery(ctx, org, "", "w4"))(t); q.State != "failed" || q.Duration.AsDuration() != time.Second || !q.Started.AsTime().Equal(now.Truncate(time.Microsecond)) {
+			t.Errorf("got %v", q)
+		}
+
+		if err := s.RecordQueries(ctx, []store.QueryRecord{record("a1", "t1", "done", now.Add(-31*24*time.Hour), false)}); err != nil {
+			t.Fatal(err)
+		}
+		if n := must(s.PruneQueries(ctx, "", now))(t); n != 1 {
+			t.Errorf("pruned %d, want the old one", n)
+		}
+
+		// Far more than are kept push out the oldest, of their own kind.
+		s.KeepWireQueries(100)
+		for i := range 10 {
+			var many []store.QueryRecord
+			for j := range 70 {
+				many = append(many, record(fmt.Sprintf("x%02d%02d", i, j), "t1", "done", now.Add(time.Minute), false))
+			}
+			if err := s.RecordQueries(ctx, many); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := len(must(s.ListQueries(ctx, org, "", 1000, false))(t)); n < 101 || n > 272 {
+			t.Errorf("%d queries are kept, want 100 or somewhat more", n)
+		}
+		if q := must(s.GetQuery(ctx, org, "", "q1"))(t); q == nil {
+			t.Error("another query was pushed out")
+		}
+	})
+}

@@ -144,7 +144,7 @@ func (s *Service) Authenticate(ctx context.Context, text, remote string) (Princi
 	}
 	from := addressKey(remote)
 	if s.cfg.Failures != nil && s.cfg.Failures.Exhausted(from) {
-		return Principal{}, proto.Errorf(proto.CodeRateLimited, "too many requests without a valid API token from %s: try again in a minute", from)
+		return Principal{}, rateLimited(from)
 	}
 	generation := s.cache.generation()
 	p, err := s.look(ctx, text, now)
@@ -162,6 +162,37 @@ func (s *Service) Authenticate(ctx context.Context, text, remote string) (Princi
 	return p, nil
 }
 
+// AuthenticateAs is Authenticate for a client that also says the token's name, as
+// clients of PostgreSQL must. A token of another name and an unknown token are the same
+// error, and count alike.
+func (s *Service) AuthenticateAs(ctx context.Context, name, text, remote string) (Principal, error) {
+	p, err := s.Authenticate(ctx, text, remote)
+	if err != nil {
+		return Principal{}, err
+	}
+	if subtle.ConstantTimeCompare([]byte(p.TokenName), []byte(name)) == 1 {
+		return p, nil
+	}
+	from := addressKey(remote)
+	if s.cfg.Failures != nil {
+		if s.cfg.Failures.Exhausted(from) {
+			return Principal{}, rateLimited(from)
+		}
+		s.cfg.Failures.Take(from)
+	}
+	return Principal{}, unknown()
+}
+
+func rateLimited(from string) error {
+	return proto.Errorf(proto.CodeRateLimited, "too many requests without a valid API token from %s: try again in a minute", from)
+}
+
+const another = "ask an admin for another (`postern token create`)"
+
+func unknown() error {
+	return proto.Errorf(proto.CodeUnauthenticated, "the control plane does not know this API token: check that it is one of this control plane's, or %s", another)
+}
+
 // look asks the store. An unknown id and a wrong secret are the same error and
 // take the same time; who has the secret learns more.
 func (s *Service) look(ctx context.Context, text string, now time.Time) (Principal, error) {
@@ -174,10 +205,9 @@ func (s *Service) look(ctx context.Context, text string, now time.Time) (Princip
 		return Principal{}, err
 	}
 	got := token.Hash()
-	const another = "ask an admin for another (`postern token create`)"
 	switch {
 	case subtle.ConstantTimeCompare(got[:], want[:]) != 1 || err != nil:
-		return Principal{}, proto.Errorf(proto.CodeUnauthenticated, "the control plane does not know this API token: check that it is one of this control plane's, or %s", another)
+		return Principal{}, unknown()
 	case t.Revoked != nil:
 		return Principal{}, proto.Errorf(proto.CodeUnauthenticated, "API token %s was revoked on %s: %s", t.Name, at(t.Revoked), another)
 	case t.Expires != nil && ended(t.Expires.AsTime(), now):

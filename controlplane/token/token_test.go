@@ -361,3 +361,34 @@ func (p *pausing) TokenByID(ctx context.Context, id string) (*posternv1.Organiza
 	p.once.Do(func() { close(p.reached); <-p.resume })
 	return o, t, hash, err
 }
+
+// TestAuthenticateAs: the right token under a wrong name is as unknown as any.
+func TestAuthenticateAs(t *testing.T) {
+	s := storetest.SQLite(t)
+	service := token.New(token.Config{Store: s, Failures: ratelimit.New(1e-6, 3)})
+	org, err := s.EnsureDefaultOrganization(ctx, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, err := service.Create(ctx, org.Id, "ana", "analyst", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if p, err := service.AuthenticateAs(ctx, "ana", text, "192.0.2.1"); err != nil || p.TokenName != "ana" {
+		t.Fatalf("got %v, %v", p, err)
+	}
+	_, unknown := service.AuthenticateAs(ctx, "ana", token.NewText().Encode(), "192.0.2.1")
+	_, wrong := service.AuthenticateAs(ctx, "Ana", text, "192.0.2.1")
+	wantCode(t, wrong, proto.CodeUnauthenticated)
+	if wrong.Error() != unknown.Error() {
+		t.Errorf("a wrong name: %v; an unknown token: %v", wrong, unknown)
+	}
+	_, err = service.AuthenticateAs(ctx, "", text, "192.0.2.1")
+	wantCode(t, err, proto.CodeUnauthenticated)
+	// Three failures were all that the address had.
+	_, err = service.AuthenticateAs(ctx, "bob", text, "192.0.2.1")
+	wantCode(t, err, proto.CodeRateLimited)
+	if _, err := service.AuthenticateAs(ctx, "ana", text, "192.0.2.1"); err != nil {
+		t.Errorf("a token that was good a moment ago: %v", err)
+	}
+}
