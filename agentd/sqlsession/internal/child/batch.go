@@ -14,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/mask"
 )
 
 const (
@@ -48,6 +49,14 @@ type batch struct {
 	// wire: all of the first, NULLs of the second.
 	uuids, words int
 	keep         *keeper // nil: nothing is kept
+	// hides tells that values are masked; grows is by how many bytes of a row
+	// its masks may make it longer, at most, but for those of texts: limit is
+	// the longest that the stream may become (0: any), and exceeded is called
+	// when masked rows don't fit.
+	hides    bool
+	grows    int
+	limit    uint64
+	exceeded func()
 }
 
 // field is what a batch needs to know of a column.
@@ -60,11 +69,15 @@ type field struct {
 	notNull bool
 	// meta are pairs of key and value for the Arrow schema.
 	meta []string
+	// oid is PostgreSQL's type; mask and texts are column's.
+	oid   uint32
+	mask  *mask.Column
+	texts *mask.Texts
 }
 
 // newBatch describes a result of PostgreSQL's; name gives the name of a type that
-// pgTypes does not have.
-func newBatch(fields []pgproto3.FieldDescription, name func(oid uint32) string, out *sink) *batch {
+// pgTypes does not have. hidden and m, which may be nil, say what is masked.
+func newBatch(fields []pgproto3.FieldDescription, name func(oid uint32) string, hidden *hidden, m *masking, out *sink) *batch {
 	own := make([]field, len(fields))
 	for i, f := range fields {
 		t, ok := pgTypes[f.DataTypeOID]
@@ -72,8 +85,13 @@ func newBatch(fields []pgproto3.FieldDescription, name func(oid uint32) string, 
 			t = text(name(f.DataTypeOID))
 		}
 		own[i] = field{
-			name: string(f.Name), layout: t.layout, binary: t.binary, arrow: t.arrow,
+			name: string(f.Name), layout: t.layout, binary: t.binary, arrow: t.arrow, oid: f.DataTypeOID,
 			meta: []string{"pg.type", t.name, "pg.typmod", strconv.Itoa(int(f.TypeModifier))},
+		}
+		if hidden != nil && hidden.columns[i] != nil {
+			own[i].hide(hidden.columns[i], hidden.kinds[i])
+		} else if m != nil && m.texts.Looks(f.DataTypeOID) {
+			own[i].texts = m.texts
 		}
 	}
 	return newFieldBatch(own, out)
@@ -87,8 +105,12 @@ func newFieldBatch(fields []field, out *sink) *batch {
 	arrowFields := make([]arrow.Field, len(fields))
 	for i, f := range fields {
 		c := &b.columns[i]
-		*c = column{layout: f.layout, binary: f.binary, name: f.name, arrow: f.arrow}
+		*c = column{layout: f.layout, binary: f.binary, name: f.name, arrow: f.arrow, oid: f.oid, mask: f.mask, texts: f.texts}
 		c.reset()
+		b.hides = b.hides || c.mask != nil || c.texts != nil
+		if c.mask != nil {
+			b.grows += c.mask.Grows()
+		}
 		switch c.layout {
 		case layoutUUID:
 			b.uuids++
@@ -133,14 +155,15 @@ func (b *batch) full() bool {
 func (b *batch) fits(limit uint64, size int, row []byte) bool {
 	// The cheap answer never says yes too often.
 	rest := b.sink.total + uint64(b.overhead+b.preamble+endOfStream)
-	cheap := rest + uint64(b.bytes+size) + uint64((b.rows+1)*(20*b.uuids+4*b.words+len(b.columns)/8+1))
+	cheap := rest + uint64(b.bytes+size) + uint64((b.rows+1)*(20*b.uuids+4*b.words+b.grows+len(b.columns)/8+1))
 	if cheap <= limit {
 		return true
 	}
+	masked := (b.rows + 1) * b.grows
 	if row == nil {
-		return rest+uint64(b.size()+size) <= limit
+		return rest+uint64(b.size()+size+masked) <= limit
 	}
-	return rest+uint64(b.size()+b.measure(row)) <= limit
+	return rest+uint64(b.size()+b.measure(row)+masked) <= limit
 }
 
 func (b *batch) size() int {
@@ -303,6 +326,11 @@ func (b *batch) flush() error {
 	if b.rows == 0 {
 		return nil
 	}
+	b.hideRows()
+	if b.rows == 0 {
+		b.clear()
+		return nil
+	}
 	arrays := make([]arrow.Array, len(b.columns))
 	for i := range b.columns {
 		arrays[i] = b.columns[i].array(b.rows)
@@ -321,17 +349,23 @@ func (b *batch) flush() error {
 		b.keep.take(b.columns, b.rows, b.flushed)
 	}
 	b.flushed += uint64(b.rows)
-	b.rows, b.bytes = 0, 0
 	b.first, b.preamble = false, 0
 	b.target = min(2*b.target, maxBatchBytes)
-	for i := range b.columns {
-		b.columns[i].reset()
-	}
+	b.clear()
 	if giant {
 		debug.FreeOSMemory() // give back what one value took
 	}
 	b.sink.flush()
 	return b.sink.send(frame.Progress, binary.BigEndian.AppendUint64(nil, b.flushed))
+}
+
+// clear forgets the rows at hand.
+func (b *batch) clear() {
+	b.rows, b.bytes = 0, 0
+	for i := range b.columns {
+		b.columns[i].reset()
+		b.columns[i].spare = recycle(b.columns[i].spare)
+	}
 }
 
 // close ends the stream.

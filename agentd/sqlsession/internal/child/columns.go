@@ -9,6 +9,8 @@ import (
 	"github.com/apache/arrow-go/v18/arrow"
 	"github.com/apache/arrow-go/v18/arrow/array"
 	"github.com/apache/arrow-go/v18/arrow/memory"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/mask"
 )
 
 // layout is how a column's values are kept and read.
@@ -105,6 +107,13 @@ type column struct {
 	offsets []byte // little-endian int32, layoutText and layoutUUID only
 	valid   []byte // bitmap; in use from the first NULL of a batch on
 	nulls   int
+
+	// oid is PostgreSQL's type; mask hides all values, texts what matches in
+	// them; nil: they don't. spare is the buffer that rewritten values go to.
+	oid   uint32
+	mask  *mask.Column
+	texts *mask.Texts
+	spare []byte
 }
 
 func (c *column) reset() {

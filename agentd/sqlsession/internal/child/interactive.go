@@ -176,7 +176,7 @@ func (x *execution) command(verb *pgverb.Statement) (failure *proto.Error, lost 
 // answerEmpty begins a result without columns, as any statement without rows has.
 func (x *execution) answerEmpty() *proto.Error {
 	x.sink.start()
-	x.batch = newBatch(nil, func(uint32) string { return "" }, x.sink)
+	x.batch = newBatch(nil, func(uint32) string { return "" }, nil, nil, x.sink)
 	return nil
 }
 

@@ -58,6 +58,7 @@ func ParseDSN(dsn string) (*pgconn.Config, error) {
 // session is the process's one connection to the database.
 type session struct {
 	parser   pgtree.Parser
+	masking  *masking // of the statement before
 	wire     *wire
 	sink     *sink
 	canceler *pgconn.PgConn

@@ -47,6 +47,9 @@ type execution struct {
 	types   []uint32 // of the arguments, 0: the server infers it
 	batch   *batch
 	tag     string
+	masking *masking // nil: nothing is masked
+	// touches tells that what the server says may quote masked values.
+	touches bool
 	value   *valueError
 	// parameters are told of a statement that was described.
 	parameters []frame.ParameterInfo
@@ -104,6 +107,12 @@ func (s *session) run(r *frame.RunRequest, st *statement) (done frame.DoneReply,
 		return done, false // a notice is a function's own words
 	}
 	for _, n := range s.wire.notices {
+		if x.touches {
+			continue // it may be made of masked values
+		}
+		if x.masking != nil {
+			n.Message = x.masking.texts.String(n.Message)
+		}
 		done.Notices = append(done.Notices, frame.Notice{
 			Severity: clean(n.Severity), SQLState: clean(n.Code), Message: frame.Clip(clean(n.Message), 1<<10),
 		})
@@ -135,6 +144,9 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	if r.Guard.Mode == modeMetadata {
 		return x.describe()
 	}
+	if x.masking, failure = x.session.masksOf(&r.Guard); failure != nil {
+		return failure, false
+	}
 	x.query = x.text.Text
 	if r.Session {
 		if done, failure, lost := x.interact(); done {
@@ -149,12 +161,17 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	if failure != nil {
 		return failure, lost
 	}
+	hidden, failure := x.hide(fields)
+	if failure != nil {
+		return failure, false
+	}
 	types, failure := x.typeNames(fields)
 	if failure != nil {
 		return failure, false
 	}
 	x.sink.start()
-	x.batch = newBatch(fields, types, x.sink)
+	x.batch = newBatch(fields, types, hidden, x.masking, x.sink)
+	x.batch.limit, x.batch.exceeded = r.MaxBytes, func() { x.st.stop(byteLimit) }
 	x.batch.keep = newKeeper(x.batch.columns, r.KeepFirst, r.KeepLast)
 	if x.st.isStopped() {
 		return stopError(x.st.stopReason(), r), false
@@ -170,6 +187,12 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	x.sink.wait = nil
 	if err := x.wire.endBulk(); err != nil && end.err == nil {
 		end.err = err
+	}
+	if x.batch.hides && end.err == nil {
+		// Masked rows may turn out too long: that is known before the verdict.
+		if err := x.batch.flush(); err != nil {
+			end.err = err
+		}
 	}
 	if failure := x.verdict(end); failure != nil {
 		return failure, false
@@ -451,7 +474,7 @@ func (x *execution) refused(e *pgproto3.ErrorResponse) *proto.Error {
 	case e.Code == stateSyntaxError && e.Routine == "exec_parse_message":
 		return denied(0, "the text has more than one statement: send them one by one")
 	}
-	return sqlError(e, x.text)
+	return sqlError(x.masking.scrub(e, x.touches), x.text)
 }
 
 // typeNames asks for the names of types that pgTypes does not have.
@@ -746,7 +769,7 @@ func (x *execution) commit() *proto.Error {
 		return proto.Errorf(proto.CodeSourceUnreachable, "the connection to PostgreSQL at %s was lost during COMMIT: whether the statement took effect is unknown", x.network)
 	}
 	if refusal != nil {
-		return sqlError(refusal, nil)
+		return sqlError(x.masking.scrub(refusal, x.touches), nil)
 	}
 	return nil
 }

@@ -30,6 +30,14 @@ func (a *analyzer) statement(n *pgquery.Node) {
 	case *pgquery.Node_ExplainStmt:
 		a.query(v.ExplainStmt.Query, &scope{})
 		a.plan.Touches = true
+	case *pgquery.Node_ExecuteStmt:
+		// Its values; the query that they are for is a statement of its own.
+		for _, p := range v.ExecuteStmt.Params {
+			if t, _ := a.expr(&scope{}, p); t.on {
+				a.refuse(locationOf(p), "a value for the prepared statement is made of the masked column %s", t.source)
+			}
+		}
+		a.plan.Touches = true
 	case *pgquery.Node_CreateStmt:
 		if len(v.CreateStmt.InhRelations) > 0 || v.CreateStmt.Partbound != nil || v.CreateStmt.OfTypename != nil {
 			a.other(n, "CREATE TABLE with INHERITS, PARTITION OF or OF")
