@@ -75,6 +75,7 @@ type Daemon struct {
 	countDown atomic.Pointer[prometheus.Counter]
 
 	config   atomic.Pointer[config.Config]
+	texts    atomic.Pointer[map[string]*sqlsession.Texts] // patterns by source
 	stopping atomic.Bool
 	aborted  chan struct{}
 	abort    sync.Once
@@ -175,7 +176,9 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 		Executable: d.Executable, UIDBase: int(c.SQL.UIDBase), Warm: warm(c.SQL.Warm), IdleTimeout: c.SQL.IdleTimeout,
 		Logger: d.logger, Metrics: sqlsession.NewMetrics(d.registry),
 	})
-	d.sessions.SetSources(d.sources(c))
+	if err := d.setSources(c); err != nil {
+		return err
+	}
 	d.host = d.newHost()
 	if err := d.host.Recover(found.Begun); err != nil {
 		return err
@@ -314,7 +317,13 @@ func (d *Daemon) Reload() error {
 	if c.URL == "" {
 		c.URL = d.identity.Agent().URL
 	}
-	d.sessions.SetSources(d.sources(c))
+	if err := d.setSources(c); err != nil {
+		d.mu.Lock()
+		d.reloadError = err.Error()
+		d.mu.Unlock()
+		d.logger.Error("configuration not reloaded, the old one stays in force", "err", err)
+		return err
+	}
 	d.useConfig(c)
 	if err := d.record("config.reload"); err != nil {
 		d.logger.Error("reload not recorded", "err", err)

@@ -206,7 +206,7 @@ func examineSources(ctx context.Context, r *doctor.Report, p *places, c *config.
 		}
 		m := sqlsession.New(sqlsession.Config{UIDBase: int(c.SQL.UIDBase) + doctorUIDs, UIDCount: 256, Warm: -1, NoParser: true, Logger: slog.New(slog.DiscardHandler)})
 		defer m.Close(ctx) //nolint:errcheck // nothing of it is left either way
-		m.SetSources(mapSources(c, nil, client))
+		m.SetSources(mapSources(c, nil, client, nil))
 		check = func(name string) ([]control.Check, error) { return plainChecks(m.Check(ctx, name)), nil }
 	}
 	for _, s := range c.Sources {

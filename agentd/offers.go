@@ -90,7 +90,7 @@ func (d *Daemon) candidate(c control.Candidate) (sqlsession.Source, error) {
 	if err != nil {
 		return sqlsession.Source{}, err
 	}
-	sources := mapSources(parsed, d.secrets, d.vault)
+	sources := mapSources(parsed, d.secrets, d.vault, nil)
 	switch {
 	case len(sources) == 0:
 		return sqlsession.Source{}, fmt.Errorf("%s declares no data source: write it under sources: as in agentd.yaml", c.File)

@@ -45,7 +45,7 @@ func runDaemon(d *Daemon) error {
 			names = append(names, s.Password.Env)
 		}
 	}
-	for _, ref := range []secret.Ref{c.Vault.Token, c.Vault.SecretID} {
+	for _, ref := range []secret.Ref{c.Vault.Token, c.Vault.SecretID, c.MaskKey} {
 		if ref.Env != "" {
 			names = append(names, ref.Env)
 		}

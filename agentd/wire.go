@@ -112,11 +112,6 @@ func (d *Daemon) decideIntrospection(source string) host.Verdict {
 	return host.Verdict{}
 }
 
-// sources maps the configuration to what the SQL sessions need.
-func (d *Daemon) sources(c *config.Config) []sqlsession.Source {
-	return mapSources(c, d.secrets, d.vault)
-}
-
 // newVault is the client of the configuration's Vault; nil if it has none.
 func newVault(c *config.Config, env *secret.Environment, logger *slog.Logger) *vault.Client {
 	v := c.Vault
@@ -161,14 +156,16 @@ func fromVault(source *sqlsession.Source, ref secret.VaultRef, client *vault.Cli
 	}
 }
 
-func mapSources(c *config.Config, env *secret.Environment, client *vault.Client) []sqlsession.Source {
+// mapSources maps the configuration to what the SQL sessions need. key is that of
+// masks; nil where no statement will run.
+func mapSources(c *config.Config, env *secret.Environment, client *vault.Client, key []byte) []sqlsession.Source {
 	var out []sqlsession.Source
 	for _, s := range c.Sources {
 		source := sqlsession.Source{
 			Name: s.Name, Engine: s.Engine, DSN: s.DSN,
 			MaxRows: s.Policy.MaxRows, MaxBytes: s.Policy.MaxBytes, StatementTimeout: s.Policy.StatementTimeout,
 			Concurrency: s.Policy.Concurrency, ReadWrite: s.Policy.Mode == policy.ModeReadWrite,
-			Guard: guard(s.Policy),
+			Guard: guard(s.Policy, key),
 		}
 		if ref := s.Password; ref.Vault != nil {
 			fromVault(&source, *ref.Vault, client)
@@ -184,11 +181,14 @@ func mapSources(c *config.Config, env *secret.Environment, client *vault.Client)
 }
 
 // guard is what the processes enforce of a policy.
-func guard(p policy.Source) sqlsession.Guard {
+func guard(p policy.Source, key []byte) sqlsession.Guard {
 	g := sqlsession.Guard{
 		Mode: string(p.Mode), Plans: string(p.Plans), Functions: p.Functions,
 		WriteSchemas: p.Write.Schemas, WriteStatements: p.Write.Statements,
 		MaskFilters: string(p.MaskFilters), SafeFunctions: p.SafeFunctions,
+	}
+	if len(p.Masks) > 0 {
+		g.MaskKey = key
 	}
 	for _, m := range p.Masks {
 		g.Masks = append(g.Masks, sqlsession.Mask{Columns: m.Columns, Pattern: m.Pattern, With: string(m.With), Keep: m.Keep, Noise: m.Noise})
@@ -199,7 +199,7 @@ func guard(p policy.Source) sqlsession.Guard {
 func (d *Daemon) newHost() *host.Host {
 	return host.New(host.Config{
 		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions, d.hidden}, Audit: d.log,
-		Decide: d.decide, DecideIntrospection: d.decideIntrospection, CheckOffered: d.checkOffered, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows,
+		Decide: d.decide, DecideIntrospection: d.decideIntrospection, CheckOffered: d.checkOffered, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows, MaskText: d.maskText,
 		Exposition: promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}),
 		Agent: func() (string, string) {
 			a := d.identity.Agent()
@@ -232,9 +232,21 @@ func (d *Daemon) inventory() []*posternv1.SourceInfo {
 		out = append(out, &posternv1.SourceInfo{
 			Name: s.Name, Engine: s.Engine, Mode: string(s.Policy.Mode), MaxRows: s.Policy.MaxRows, MaxBytes: s.Policy.MaxBytes,
 			StatementTimeout: durationpb.New(s.Policy.StatementTimeout), Concurrency: uint32(s.Policy.Concurrency),
+			Masked: len(s.Policy.Masks) > 0, TextPatterns: textPatterns(s.Policy),
 		})
 	}
 	return out
+}
+
+// textPatterns are what the control plane must not store either.
+func textPatterns(p policy.Source) []string {
+	var patterns []string
+	for _, m := range p.Masks {
+		if m.Pattern != "" {
+			patterns = append(patterns, m.Pattern)
+		}
+	}
+	return patterns
 }
 
 func (d *Daemon) hostStatus() *posternv1.HostStatusResponse {

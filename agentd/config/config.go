@@ -54,6 +54,8 @@ type Config struct {
 	Log     Log
 	SQL     SQL
 	Vault   Vault
+	// MaskKey is the key of masks that hosts share; zero means the host's own.
+	MaskKey secret.Ref
 	Sources []Source
 
 	proxy, noProxy string // as written; proxy may hold a password
@@ -141,8 +143,9 @@ type file struct {
 		IdleTimeout string  `yaml:"idle_timeout"`
 		UIDBase     *uint32 `yaml:"uid_base"`
 	} `yaml:"sql"`
-	Vault   vaultFile `yaml:"vault"`
-	Sources []source  `yaml:"sources"`
+	Vault   vaultFile  `yaml:"vault"`
+	MaskKey secret.Ref `yaml:"mask_key"`
+	Sources []source   `yaml:"sources"`
 }
 
 type source struct {
@@ -227,6 +230,14 @@ func Parse(path string, raw []byte, checkDSN func(engine, dsn string) error) (*C
 	p.log(in, c, at)
 	p.sql(in, c, at)
 	p.vault(in, c, at)
+	if c.MaskKey = in.MaskKey; !in.MaskKey.IsZero() {
+		switch err := in.MaskKey.Validate(); {
+		case err != nil:
+			p.add(at("mask_key"), "mask_key: %v", err)
+		case in.MaskKey.Vault != nil:
+			p.add(at("mask_key"), "mask_key: vault is not supported here: use file, env or credential")
+		}
+	}
 	p.sources(in, c, at, checkDSN)
 	if err := p.err(); err != nil {
 		return nil, err

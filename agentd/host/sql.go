@@ -64,7 +64,7 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 
 	entry := auditchain.Entry{
 		Actor: actor(request.Principal), Role: request.Principal.GetRole(), Source: request.Source, QueryID: id,
-		SessionID: request.SessionId, Verdict: "allowed", Statement: request.Sql,
+		SessionID: request.SessionId, Verdict: "allowed", Statement: h.maskText(request.Source, request.Sql),
 	}
 	began := time.Now()
 	var kept *posternv1.KeptRows
@@ -76,6 +76,7 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 	if cause := context.Cause(ctx); err != nil && errors.Is(cause, ErrAborted) {
 		err = ErrAborted
 	}
+	err = h.maskError(request.Source, err)
 	entry.Action = actionRun
 	entry.Rows, entry.Bytes, entry.DurationMillis = outcome.GetRows(), outcome.GetBytes(), took.Milliseconds()
 	entry.Outcome, entry.Time = ending(err), time.Time{}
@@ -112,6 +113,31 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 	}
 	out.begin()
 	w.Header().Set(proto.OutcomeTrailer, proto.EncodeOutcome(outcome))
+}
+
+func (h *Host) maskText(source, text string) string {
+	if h.cfg.MaskText == nil || text == "" {
+		return text
+	}
+	return h.cfg.MaskText(source, text)
+}
+
+// maskError holds the patterns of a source on an error that is logged, recorded
+// and sent.
+func (h *Host) maskError(source string, err error) error {
+	if err == nil || h.cfg.MaskText == nil {
+		return err
+	}
+	detail := proto.Detail(err)
+	masked := gproto.Clone(detail).(*posternv1.ErrorDetail)
+	masked.Message = h.maskText(source, masked.Message)
+	if masked.Sql != nil {
+		masked.Sql.Hint, masked.Sql.Detail = h.maskText(source, masked.Sql.Hint), h.maskText(source, masked.Sql.Detail)
+	}
+	if gproto.Equal(detail, masked) {
+		return err
+	}
+	return proto.FromDetail(masked)
 }
 
 // run decides, records the intent and runs; begun tells that the intent is in

@@ -73,8 +73,6 @@ func (s Spec) Source() (Source, error) {
 	source.SafeFunctions = s.MaskSafeFunctions
 	// What this version parses and does not enforce yet is refused, never ignored.
 	switch {
-	case len(s.Mask) > 0:
-		return Source{}, errors.New("policy.mask: mask is not supported by this version: leave the source out, or grant its role only columns that may be seen")
 	case len(s.Functions) > 0:
 		return Source{}, errors.New("policy.functions: functions is not supported by this version: remove it")
 	case s.Write != nil:
