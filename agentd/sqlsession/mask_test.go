@@ -345,3 +345,33 @@ func TestCanary(t *testing.T) {
 		})
 	}
 }
+
+// TestMaskedSession: what only a session that stays can do.
+func TestMaskedSession(t *testing.T) {
+	m := newManager(t, sqlsession.Config{}, maskSource(t, "equality"))
+	s := openSession(t, m, "tok_a", "db")
+	s.run("PREPARE p(text) AS SELECT email, $1 FROM people WHERE id = 1", "none")
+	if got := s.run("EXECUTE p('x')", "none"); len(got.rows) != 1 || len(got.rows[0][0]) != 32 || got.rows[0][1] != "x" {
+		t.Errorf("got %v", got.rows)
+	}
+	s.run("PREPARE own(text) AS SELECT $1", "none")
+	s.fails("EXECUTE own(query_to_xml('select email from masked.people', true, true, ''))", proto.CodePolicyDenied, "", "none")
+	s.run("CREATE TEMP TABLE mine AS SELECT id, note FROM people", "none")
+	s.fails("CREATE TEMP TABLE his AS SELECT id, email FROM people", proto.CodePolicyDenied, "copy", "none")
+	s.fails("CREATE TEMP VIEW his AS SELECT id, email AS x FROM people", proto.CodePolicyDenied, "refused", "none")
+	s.run("BEGIN", "open")
+	s.run("DECLARE c CURSOR FOR SELECT id, note FROM people ORDER BY id", "open")
+	if got := s.run("FETCH 1 FROM c", "open"); len(got.rows) != 1 || got.rows[0][1] != "note 1 card ************1001" {
+		t.Errorf("got %v", got.rows)
+	}
+	s.fails("DECLARE d CURSOR FOR SELECT email FROM people", proto.CodePolicyDenied, "cursor", "failed")
+	s.run("ROLLBACK", "none")
+	// Another table under the same name.
+	s.run("CREATE TEMP TABLE people (email text)", "none")
+	if got := s.value("SELECT count(email) FROM people", "none"); got != "0" {
+		t.Errorf("got %s", got)
+	}
+	if got := s.run("SELECT email FROM masked.people WHERE id = 1", "none"); len(got.rows[0][0]) != 32 {
+		t.Errorf("got %v", got.rows)
+	}
+}
