@@ -21,8 +21,6 @@ import (
 // the salary.
 var canaries = []string{"c4nary", "C4NARY", "yran4c", "8123457", "c4na"}
 
-const maskedSchema = "masked"
-
 var maskSetUp = []string{
 	"CREATE SCHEMA masked",
 	`CREATE TABLE masked.people (id int PRIMARY KEY, email text, name varchar(40), salary int, pay numeric(12,2), score float8, vip bool, token uuid,
