@@ -126,13 +126,17 @@ func (a *app) sourceCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return printList(a, resp.Msg.Sources, []string{"SOURCE", "STATE", "ENGINE", "MODE", "MAX ROWS", "MAX BYTES", "TIMEOUT", "CONCURRENCY"}, func(s *posternv1.OrganizationSource) []string {
+				return printList(a, resp.Msg.Sources, []string{"SOURCE", "STATE", "ENGINE", "MODE", "MAX ROWS", "MAX BYTES", "TIMEOUT", "CONCURRENCY", "MASKED"}, func(s *posternv1.OrganizationSource) []string {
 					state := "offline"
 					if s.Online {
 						state = "online"
 					}
 					i := s.GetSource()
-					return []string{s.Agent + "/" + i.GetName(), state, i.GetEngine(), i.GetMode(), fmt.Sprint(i.GetMaxRows()), sizeText(i.GetMaxBytes()), durationText(i.GetStatementTimeout()), fmt.Sprint(i.GetConcurrency())}
+					masked := "no"
+					if i.GetMasked() {
+						masked = "yes"
+					}
+					return []string{s.Agent + "/" + i.GetName(), state, i.GetEngine(), i.GetMode(), fmt.Sprint(i.GetMaxRows()), sizeText(i.GetMaxBytes()), durationText(i.GetStatementTimeout()), fmt.Sprint(i.GetConcurrency()), masked}
 				})
 			})
 		},

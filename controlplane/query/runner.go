@@ -91,6 +91,8 @@ type Runner struct {
 	running map[string]*Result
 	// reports are the queries whose rows may still be reported.
 	reports map[string]*report
+
+	maskers maskers
 }
 
 // NewRunner returns a runner.
@@ -116,6 +118,7 @@ type Result struct {
 	runner    *Runner
 	request   Request
 	query     *posternv1.Query
+	mask      func(string) string // for texts that are stored
 	agent     Agent
 	agentName string
 	response  *http.Response
@@ -136,9 +139,10 @@ func (r *Runner) Start(ctx context.Context, req Request) (*Result, error) {
 	res := &Result{
 		QueryID: proto.NewID(proto.QueryPrefix), runner: r, request: req, done: make(chan struct{}), agentName: agent.Name,
 	}
+	res.mask = r.maskers.of(agent, req.Source)
 	res.query = &posternv1.Query{
 		Id: res.QueryID, Agent: agent.Name, Source: req.Source, TokenName: req.Principal.TokenName,
-		Sql: req.Statement.Sql, State: "running", Started: timestamppb.Now(),
+		Sql: res.mask(req.Statement.Sql), State: "running", Started: timestamppb.Now(),
 	}
 	if err := r.cfg.History.InsertQuery(ctx, req.Principal.Organization, req.Principal.TokenId, res.query); err != nil {
 		return nil, err
@@ -279,7 +283,7 @@ func (res *Result) finish(broke error) {
 		res.outcome.Duration = durationpb.New(took)
 	}
 	q := res.query
-	q.Rows, q.Bytes, q.Duration, q.Error = res.outcome.Rows, res.outcome.Bytes, durationpb.New(took), res.outcome.Error
+	q.Rows, q.Bytes, q.Duration, q.Error = res.outcome.Rows, res.outcome.Bytes, durationpb.New(took), maskedError(res.outcome.Error, res.mask)
 	q.State = state(q.Error)
 	r.cfg.Metrics.finished(q)
 	if broke != nil && proto.CodeOf(broke) == proto.CodeInternal {
