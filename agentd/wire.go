@@ -42,6 +42,7 @@ func (r sqlRunner) Run(ctx context.Context, s host.Statement, w io.Writer) (*pos
 	return r.Manager.Run(ctx, sqlsession.Request{
 		QueryID: s.QueryID, Source: s.Source, Owner: s.Owner, Session: s.Session, SQL: s.SQL, Parameters: s.Parameters,
 		MaxRows: s.MaxRows, MaxBytes: s.MaxBytes, Timeout: s.Timeout, ReadWrite: s.ReadWrite,
+		Explain: s.Explain, HypotheticalIndexes: s.HypotheticalIndexes,
 		KeepFirst: s.KeepFirst, KeepLast: s.KeepLast, Kept: s.Kept,
 	}, w)
 }
@@ -214,7 +215,10 @@ func (d *Daemon) decide(r *posternv1.SQLRequest) host.Verdict {
 		if s.Name != r.Source {
 			continue
 		}
-		v := policy.Decide(s.Policy, policy.Request{MaxRows: r.MaxRows, MaxBytes: r.MaxBytes, Timeout: r.Timeout.AsDuration()})
+		v := policy.Decide(s.Policy, policy.Request{
+			MaxRows: r.MaxRows, MaxBytes: r.MaxBytes, Timeout: r.Timeout.AsDuration(),
+			Plan: r.Explain != posternv1.Explain_EXPLAIN_UNSPECIFIED, Analyze: r.Explain == posternv1.Explain_EXPLAIN_ANALYZE,
+		})
 		return host.Verdict{
 			Known: true, Allowed: v.Allowed, Reason: v.Reason,
 			MaxRows: v.MaxRows, MaxBytes: v.MaxBytes, Timeout: v.Timeout, ReadWrite: v.ReadWrite,
@@ -230,7 +234,7 @@ func (d *Daemon) inventory() []*posternv1.SourceInfo {
 	var out []*posternv1.SourceInfo
 	for _, s := range d.config.Load().Sources {
 		out = append(out, &posternv1.SourceInfo{
-			Name: s.Name, Engine: s.Engine, Mode: string(s.Policy.Mode), MaxRows: s.Policy.MaxRows, MaxBytes: s.Policy.MaxBytes,
+			Name: s.Name, Engine: s.Engine, Mode: string(s.Policy.Mode), Plans: string(s.Policy.Plans), MaxRows: s.Policy.MaxRows, MaxBytes: s.Policy.MaxBytes,
 			StatementTimeout: durationpb.New(s.Policy.StatementTimeout), Concurrency: uint32(s.Policy.Concurrency),
 			Masked: len(s.Policy.Masks) > 0, TextPatterns: textPatterns(s.Policy),
 		})

@@ -132,7 +132,7 @@ func TestProblems(t *testing.T) {
 		{"keep rows", source + "    policy:\n      keep_rows: some\n", "f.yaml:6: policy.keep_rows is neither off nor {first: N, last: N}"},
 		{"keep rows, unknown key", source + "    policy:\n      keep_rows: {frist: 1}\n", "f.yaml:6: unknown key sources.policy.keep_rows.frist: did you mean first?"},
 		{"keep too many rows", source + "    policy:\n      keep_rows: {first: 5000}\n", "f.yaml:6: source w: policy.keep_rows: first: 5000 is not between 0 and 1000"},
-		{"plans", source + "    policy:\n      plans: full\n", "f.yaml:6: source w: policy.plans: full is not supported"},
+		{"plans", source + "    policy:\n      plans: some\n", `f.yaml:6: source w: policy.plans: "some" is none of off, structure, full, analyze`},
 		{"unknown mode", source + "    policy: {mode: all}\n", `f.yaml:5: source w: policy.mode: "all" is none of metadata, read-only, read-write`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

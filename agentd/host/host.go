@@ -31,6 +31,10 @@ type Statement struct {
 	MaxBytes   uint64
 	Timeout    time.Duration
 	ReadWrite  bool
+	// Explain asks for the plan in place of the rows: "plan" or "analyze".
+	// HypotheticalIndexes are CREATE INDEX statements as if which it is.
+	Explain             string
+	HypotheticalIndexes []string
 	// KeepFirst and KeepLast are how many of the first and last rows Kept is
 	// called with, at most once and before Run returns. Kept may be nil.
 	KeepFirst, KeepLast int

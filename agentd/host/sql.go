@@ -176,6 +176,7 @@ func (h *Host) run(ctx context.Context, request *posternv1.SQLRequest, entry *au
 		QueryID: request.QueryId, Source: request.Source, Owner: owner(request.Principal), Session: request.SessionId,
 		SQL: request.Sql, Parameters: request.Parameters,
 		MaxRows: verdict.MaxRows, MaxBytes: verdict.MaxBytes, Timeout: verdict.Timeout, ReadWrite: verdict.ReadWrite,
+		Explain: explain(request.Explain), HypotheticalIndexes: request.HypotheticalIndexes,
 	}
 	if request.TakesRows && h.cfg.Report != nil && verdict.KeepFirst+verdict.KeepLast > 0 {
 		statement.KeepFirst, statement.KeepLast, statement.Kept = verdict.KeepFirst, verdict.KeepLast, kept
@@ -267,12 +268,28 @@ func readRequest(w http.ResponseWriter, r *http.Request) (*posternv1.SQLRequest,
 		return nil, proto.Errorf(proto.CodeInvalid, "the statement is empty")
 	case len(request.Parameters) > maxParameters:
 		return nil, proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, more than %d", len(request.Parameters), maxParameters)
-	case request.Explain != posternv1.Explain_EXPLAIN_UNSPECIFIED || len(request.HypotheticalIndexes) > 0:
-		return nil, proto.Errorf(proto.CodeInvalid, "plans are not supported by this version of agentd")
+	case explain(request.Explain) == "?":
+		return nil, proto.Errorf(proto.CodeInvalid, "the request asks for a plan of a kind that this version of agentd does not know")
+	case len(request.HypotheticalIndexes) > 0 && request.Explain != posternv1.Explain_EXPLAIN_PLAN:
+		return nil, proto.Errorf(proto.CodeInvalid, "hypothetical indexes are for a plan alone: ask for it with --explain, without --analyze")
 	case request.Timeout != nil && !request.Timeout.IsValid():
 		return nil, proto.Errorf(proto.CodeInvalid, "the request's timeout is out of range")
 	}
 	return &request, nil
+}
+
+// explain is what is asked for in place of rows: "", "plan", "analyze", or "?" for
+// what is not known.
+func explain(e posternv1.Explain) string {
+	switch e {
+	case posternv1.Explain_EXPLAIN_UNSPECIFIED:
+		return ""
+	case posternv1.Explain_EXPLAIN_PLAN:
+		return "plan"
+	case posternv1.Explain_EXPLAIN_ANALYZE:
+		return "analyze"
+	}
+	return "?"
 }
 
 func validID(id string) bool {

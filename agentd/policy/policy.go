@@ -2,6 +2,7 @@ package policy
 
 import (
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -22,7 +23,7 @@ type Plans string
 // The kinds of plans.
 const (
 	PlansOff       Plans = "off"
-	PlansStructure Plans = "structure" // nodes, tables, indexes; no literals, no numbers
+	PlansStructure Plans = "structure" // nodes, tables, indexes; no literals, powers of ten for numbers
 	PlansFull      Plans = "full"      // as the database tells it
 	PlansAnalyze   Plans = "analyze"   // full, and the statement may be run for it
 )
@@ -78,6 +79,9 @@ type Request struct {
 	MaxRows  uint64
 	MaxBytes uint64
 	Timeout  time.Duration
+	// Plan asks for the statement's plan in place of its rows; Analyze for one that
+	// it is run for.
+	Plan, Analyze bool
 }
 
 // Verdict is the answer: Reason says in one line why not when Allowed is
@@ -124,6 +128,12 @@ func Decide(source Source, request Request) Verdict {
 		return Verdict{Reason: fmt.Sprintf("a timeout of %s makes no sense", request.Timeout)}
 	case source.MaxRows == 0 || source.MaxBytes == 0 || source.StatementTimeout <= 0 || source.Concurrency < 1:
 		return Verdict{Reason: "the data source's policy has no limits: it allows nothing"}
+	}
+	switch {
+	case (request.Plan || request.Analyze) && !slices.Contains([]Plans{PlansStructure, PlansFull, PlansAnalyze}, source.Plans):
+		return Verdict{Reason: "plans are refused: the data source's policy says plans: off"}
+	case request.Analyze && source.Plans != PlansAnalyze:
+		return Verdict{Reason: fmt.Sprintf("running a statement for its plan is refused: the data source's policy says plans: %s", source.Plans)}
 	}
 	switch source.Mode {
 	case ModeMetadata, ModeReadOnly:

@@ -14,6 +14,8 @@ func TestDecide(t *testing.T) {
 	readWrite.Mode = ModeReadWrite
 	metadata := Default()
 	metadata.Mode = ModeMetadata
+	planned, unplanned := Default(), Default()
+	planned.Plans, unplanned.Plans = PlansFull, ""
 	unknown := Default()
 	unknown.Mode = "all"
 	tests := []struct {
@@ -38,6 +40,13 @@ func TestDecide(t *testing.T) {
 		},
 		{name: "metadata", source: metadata, want: Verdict{Allowed: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute, KeepFirst: 100, KeepLast: 100}},
 		{name: "unknown mode", source: unknown, reason: "not supported"},
+		{name: "plans off", source: Default(), request: Request{Plan: true}, reason: "plans: off"},
+		{name: "no plans at all", source: unplanned, request: Request{Plan: true}, reason: "plans: off"},
+		{
+			name: "a plan", source: planned, request: Request{Plan: true},
+			want: Verdict{Allowed: true, MaxRows: 1_000_000, MaxBytes: 1 << 30, Timeout: 5 * time.Minute, KeepFirst: 100, KeepLast: 100},
+		},
+		{name: "a plan that is run for", source: planned, request: Request{Plan: true, Analyze: true}, reason: "plans: full"},
 		{name: "zero policy", reason: "allows nothing"},
 		{name: "negative timeout", source: Default(), request: Request{Timeout: -1}, reason: "makes no sense"},
 	}
@@ -79,7 +88,7 @@ func TestSpec(t *testing.T) {
 		{name: "hide quoted", yaml: `{hide: ['"HR".x']}`, err: "write names as they are in the catalog"},
 		{name: "metadata", yaml: "mode: metadata", want: Source{Mode: ModeMetadata, MaxRows: 1_000_000, MaxBytes: 1 << 30, StatementTimeout: 5 * time.Minute, Concurrency: 8, KeepFirst: 100, KeepLast: 100, Plans: PlansOff, MaskFilters: FiltersEquality}},
 		{name: "unknown mode", yaml: "mode: readonly", err: `policy.mode: "readonly" is none of`},
-		{name: "plans", yaml: "plans: full", err: "plans: full is not supported by this version"},
+		{name: "plans", yaml: "plans: full", want: Source{Mode: ModeReadOnly, MaxRows: 1_000_000, MaxBytes: 1 << 30, StatementTimeout: 5 * time.Minute, Concurrency: 8, KeepFirst: 100, KeepLast: 100, Plans: PlansFull, MaskFilters: FiltersEquality}},
 		{name: "unknown plans", yaml: "plans: some", err: "is none of off"},
 		{name: "mask", yaml: "mask: [{columns: ['*.email'], with: hash}, {pattern: 'a+', with: partial, keep: 2}]\nmask_filters: refuse\nmask_safe_functions: [domain_of]", want: Source{
 			Mode: ModeReadOnly, MaxRows: 1_000_000, MaxBytes: 1 << 30, StatementTimeout: 5 * time.Minute, Concurrency: 8, KeepFirst: 100, KeepLast: 100, Plans: PlansOff, MaskFilters: FiltersRefuse,

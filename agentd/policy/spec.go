@@ -43,9 +43,9 @@ func (s Spec) Source() (Source, error) {
 		return Source{}, fmt.Errorf("policy.mode: %q is none of metadata, read-only, read-write", s.Mode)
 	}
 	switch s.Plans {
-	case "", "off":
-	case "structure", "full", "analyze":
-		return Source{}, fmt.Errorf("policy.plans: %s is not supported by this version: remove it or set it to off", s.Plans)
+	case "":
+	case "off", "structure", "full", "analyze":
+		source.Plans = Plans(s.Plans)
 	default:
 		return Source{}, fmt.Errorf("policy.plans: %q is none of off, structure, full, analyze", s.Plans)
 	}

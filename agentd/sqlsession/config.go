@@ -214,6 +214,11 @@ type Request struct {
 	// committed; else the server holds the transaction read-only and it is
 	// rolled back.
 	ReadWrite bool
+	// Explain asks for the statement's plan in place of its rows: "plan" without
+	// running it, "analyze" with what running it took. HypotheticalIndexes are
+	// CREATE INDEX statements as if which the plan is; at most 20.
+	Explain             string
+	HypotheticalIndexes []string
 	// KeepFirst and KeepLast are how many of the first and last rows Kept is
 	// called with, once, before Run returns, if the statement has rows; also
 	// when it ends early. Both 0: it is not called.

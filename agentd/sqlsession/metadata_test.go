@@ -35,13 +35,19 @@ func metadataManager(t *testing.T, change func(*sqlsession.Source)) *sqlsession.
 		t.Fatal(err)
 	}
 	cleanUp(t, "DROP SCHEMA vault CASCADE")
-	src := source("db")
-	src.DSN, src.Password, src.ReadWrite = server.DSN(pgserver.Superuser, pgserver.Superuser), password(server.Password), false
-	src.Guard.Mode = "metadata"
+	src := superSource()
 	if change != nil {
 		change(&src)
 	}
 	return newManager(t, sqlsession.Config{}, src)
+}
+
+// superSource is the shared server in mode metadata, as superuser.
+func superSource() sqlsession.Source {
+	src := source("db")
+	src.DSN, src.Password, src.ReadWrite = server.DSN(pgserver.Superuser, pgserver.Superuser), password(server.Password), false
+	src.Guard.Mode = "metadata"
+	return src
 }
 
 // everything is all that comes out of a statement, as one text.

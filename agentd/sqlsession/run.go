@@ -273,6 +273,7 @@ func (m *Manager) limits(src *source, request *Request) (*frame.RunRequest, erro
 		MaxRows:       narrower(source.MaxRows, request.MaxRows),
 		MaxBytes:      narrower(source.MaxBytes, request.MaxBytes),
 		TimeoutMillis: max(1, narrower(source.StatementTimeout, request.Timeout).Milliseconds()),
+		Explain:       request.Explain, Indexes: request.HypotheticalIndexes,
 	}
 	if request.Kept != nil {
 		run.KeepFirst, run.KeepLast = request.KeepFirst, request.KeepLast

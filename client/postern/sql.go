@@ -33,6 +33,7 @@ type sqlOptions struct {
 	format     string
 	parameters []string
 	nulls      []string
+	plan       explainOptions
 	maxRows    uint64
 	timeout    time.Duration
 	file       string
@@ -50,7 +51,8 @@ func (a *app) sqlCommand() *cobra.Command {
 			"{{name|identifier}} is a table's or column's name, put into quotes.\n" +
 			"Rows before an error or a limit are printed; the exit code then is not 0. Ctrl-C cancels the statement\n" +
 			"in the database and waits up to 5 s for its end (exit 1).",
-		Example: "  postern sql edge-1/warehouse 'select * from orders where day = :day' -p day=2026-11-22\n" +
+		Example: "  postern sql edge-1/warehouse --explain 'select * from orders where day = :day' -p day=2026-11-22\n" +
+			"  postern sql edge-1/warehouse 'select * from orders where day = :day' -p day=2026-11-22\n" +
 			"  postern sql edge-1/warehouse -f csv -O orders.csv < orders.sql",
 		Args:              cobra.RangeArgs(1, 2),
 		ValidArgsFunction: a.completeSources,
@@ -67,6 +69,9 @@ func (a *app) sqlCommand() *cobra.Command {
 	flags.StringArrayVar(&o.nulls, "null", nil, "a NULL for the text, by name (repeatable)")
 	flags.Uint64Var(&o.maxRows, "max-rows", 0, "fail beyond this many rows (0: the host's limit)")
 	flags.DurationVar(&o.timeout, "timeout", 0, "cancel the statement after this time, as in 30s (0: the host's limit)")
+	flags.BoolVar(&o.plan.explain, "explain", false, "the plan instead of the rows, without running the statement")
+	flags.BoolVar(&o.plan.analyze, "analyze", false, "with --explain: run the statement, rolled back, for what it took")
+	flags.StringArrayVar(&o.plan.indexes, "hypothetical-index", nil, "with --explain: as if this CREATE INDEX had been run (repeatable; needs hypopg)")
 	flags.StringVarP(&o.file, "output-file", "O", "", "write the result to this file, whole or not at all")
 	names := make([]string, 0, 6)
 	for _, f := range rowfmt.Formats() {
@@ -94,6 +99,9 @@ func (a *app) sql(ctx context.Context, args []string, o sqlOptions) error {
 	statement := &posternv1.RunSQLRequest{MaxRows: o.maxRows}
 	if o.timeout > 0 {
 		statement.Timeout = durationpb.New(o.timeout)
+	}
+	if err := o.plan.ask(statement); err != nil {
+		return err
 	}
 	if statement.Parameters, err = parseParameters(o.parameters, o.nulls); err != nil {
 		return err
@@ -298,7 +306,11 @@ func (r *sqlRun) stream(ctx context.Context, p *progress) (*posternv1.QueryOutco
 			p.rows(n)
 		}
 	}
-	err = rowfmt.Convert(ctx, out, in, r.format, rowfmt.Options{Rows: count})
+	if r.statement.Explain != posternv1.Explain_EXPLAIN_UNSPECIFIED && printsPlan(r.format) {
+		err = convertPlan(ctx, out, in, r.format)
+	} else {
+		err = rowfmt.Convert(ctx, out, in, r.format, rowfmt.Options{Rows: count})
+	}
 	if gate.err != nil && !r.interrupted.Load() {
 		return nil, r.dst.failed(gate.err)
 	}

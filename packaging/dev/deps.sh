@@ -68,6 +68,10 @@ for name in "$@"; do
 	gcc) command -v gcc >/dev/null 2>&1 || install gcc libc6-dev ;;
 	postgresql)
 		ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v psql >/dev/null 2>&1 || install postgresql
+		for dir in /usr/lib/postgresql/*/bin; do # hypothetical indexes are tested with each
+			version=$(basename "$(dirname "$dir")")
+			[ -f "/usr/share/postgresql/$version/extension/hypopg.control" ] || install "postgresql-$version-hypopg"
+		done
 		;;
 	mariadb) [ -x /usr/sbin/mariadbd ] || install mariadb-server ;;
 	nginx) [ -x /usr/sbin/nginx ] || install nginx-light ;;

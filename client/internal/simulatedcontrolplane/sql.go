@@ -25,6 +25,7 @@ import (
 //	rows N           N rows, in batches of 1,000
 //	echo             the request: its parameters, limits, a row each
 //	describe         a description: two columns, two parameters, no rows
+//	plan             a plan, if one is asked for
 //	update           no rows, a command tag and two notices
 //	bad column       a SQL error with position and hint
 //	refused          the host's policy says no
@@ -121,6 +122,12 @@ func (a *answer) run(text string, fields map[string]any) *posternv1.QueryOutcome
 		outcome.CommandTag = "UPDATE 3"
 		outcome.Notices = []*posternv1.Notice{{Severity: "NOTICE", Message: "three rows\x1b[31m changed"}, {Severity: "WARNING", Message: "slow"}}
 		a.open()
+	case strings.HasPrefix(text, "plan"):
+		outcome.CommandTag = "EXPLAIN"
+		plan := column("QUERY PLAN", arrow.BinaryTypes.String)
+		plan.Metadata = arrow.NewMetadata([]string{"pg.type"}, []string{"json"})
+		a.open(plan)
+		a.row(fmt.Sprintf(`[{"Plan":{"Node Type":"Seq Scan","Relation Name":"or\u001bders","Total Cost":100,"Plan Rows":10,"Filter":"(\"a\" = ?) %v %v"}}]`, fields["explain"], fields["hypotheticalIndexes"]))
 	case strings.HasPrefix(text, "describe"):
 		outcome.CommandTag = "DESCRIBE"
 		outcome.Parameters = []*posternv1.ParameterInfo{{Name: "day", Type: "date"}, {Name: "n", Type: "integer"}}

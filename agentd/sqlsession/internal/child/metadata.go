@@ -31,8 +31,11 @@ var describable = words(`select values table with insert update delete merge`)
 // run. The answer is a result without rows, whose schema has the types as SQL
 // writes them, and whether a column is known never to be NULL.
 func (x *execution) describe() (failure *proto.Error, lost bool) {
+	x.discreet = true
 	keyword := sqltext.FirstKeyword(x.request.SQL)
 	switch {
+	case keyword == "explain":
+		return explainRefused(), false
 	case keyword == "":
 		return proto.Errorf(proto.CodeInvalid, "the statement is empty"), false
 	case !describable[keyword]:
@@ -113,7 +116,7 @@ func (x *execution) parse(text string, prefix int) (d description, failure *prot
 		return d, x.lostError(refusal, err), true
 	}
 	if refusal != nil {
-		return d, x.reduced(refusal, 0), false
+		return d, x.tell(refusal, 0), false
 	}
 	refusal, err = c.untilReady(func(t byte, body []byte) error {
 		switch t {
@@ -136,7 +139,7 @@ func (x *execution) parse(text string, prefix int) (d description, failure *prot
 		return d, x.lostError(refusal, err), true
 	}
 	if refusal != nil {
-		return d, x.reduced(refusal, prefix), false
+		return d, x.tell(refusal, prefix), false
 	}
 	return d, nil, false
 }
@@ -177,7 +180,7 @@ func (x *execution) facts(d description) (columns, parameters []fact, failure *p
 		return nil, nil, x.broken(err)
 	}
 	if refusal != nil {
-		return nil, nil, x.reduced(refusal, 0)
+		return nil, nil, x.tell(refusal, 0)
 	}
 	for _, row := range rows {
 		if len(row) != 5 {
@@ -224,6 +227,17 @@ var ownWords = map[string]string{
 	"54000": "the statement is too large",
 	"54011": "the statement has too many columns",
 	"54023": "a function call in the statement has too many arguments",
+}
+
+// tell turns the server's refusal into ours, in full or, where a value must not get
+// out, reduced. prefix is how many characters of ours the text begins with.
+func (x *execution) tell(e *pgproto3.ErrorResponse, prefix int) *proto.Error {
+	if x.discreet {
+		return x.reduced(e, prefix)
+	}
+	own := *e
+	own.Position = max(0, e.Position-int32(prefix))
+	return x.refused(&own)
 }
 
 // reduced turns the server's refusal into one that holds no value: the condition

@@ -54,7 +54,7 @@ func (x *execution) bind() *proto.Error {
 		}
 	}
 	dialect := sqltext.PostgreSQL
-	if x.request.Guard.Mode == modeMetadata {
+	if x.request.Guard.Mode == modeMetadata && x.request.Explain == "" {
 		loose := *dialect
 		loose.Loose = true
 		dialect = &loose

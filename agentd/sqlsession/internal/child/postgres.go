@@ -71,6 +71,8 @@ type session struct {
 	// stay is set once the session is one that stays: nothing is reset between its
 	// statements.
 	stay      *interactive
+	// forget is what reset runs besides, once: what DISCARD ALL leaves.
+	forget    string
 	checkPeer string // SET LOCAL client_connection_check_interval where the server has it
 }
 
@@ -192,6 +194,16 @@ func (s *session) reset() error {
 		if _, _, err := s.wire.simple("ROLLBACK"); err != nil {
 			return err
 		}
+	}
+	if s.forget != "" {
+		_, refusal, err := s.wire.simple(s.forget)
+		if err != nil {
+			return err
+		}
+		if refusal != nil {
+			return fmt.Errorf("%s: %s", s.forget, clean(refusal.Message))
+		}
+		s.forget = ""
 	}
 	for attempt := 0; ; attempt++ {
 		_, refusal, err := s.wire.simple("DISCARD ALL")

@@ -51,6 +51,9 @@ type execution struct {
 	// touches tells that what the server says may quote masked values.
 	touches bool
 	value   *valueError
+	// discreet is set where nothing of the server's words is told that may hold a
+	// value.
+	discreet bool
 	// parameters are told of a statement that was described.
 	parameters []frame.ParameterInfo
 	// drained is set while, or after, another goroutine reads to the end of
@@ -103,7 +106,7 @@ func (s *session) run(r *frame.RunRequest, st *statement) (done frame.DoneReply,
 	done.Tag = x.tag
 	done.Error = frame.FromError(failure)
 	done.Parameters = x.parameters
-	if r.Guard.Mode == modeMetadata {
+	if x.discreet || r.Guard.Mode == modeMetadata {
 		return done, false // a notice is a function's own words
 	}
 	for _, n := range s.wire.notices {
@@ -141,7 +144,10 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	if failure := x.bind(); failure != nil {
 		return failure, false
 	}
-	if r.Guard.Mode == modeMetadata {
+	switch {
+	case r.Explain != "" || len(r.Indexes) > 0:
+		return x.explain()
+	case r.Guard.Mode == modeMetadata:
 		return x.describe()
 	}
 	if x.masking, failure = x.session.masksOf(&r.Guard); failure != nil {
@@ -243,6 +249,9 @@ func guard(r *frame.RunRequest) *proto.Error {
 	if keyword == "" {
 		return proto.Errorf(proto.CodeInvalid, "the statement is empty")
 	}
+	if keyword == "explain" {
+		return explainRefused()
+	}
 	if r.ReadWrite {
 		if reason := refusedInReadWrite[keyword]; reason != "" {
 			return denied(0, "%s is refused: %s", strings.ToUpper(keyword), reason)
@@ -256,6 +265,11 @@ func guard(r *frame.RunRequest) *proto.Error {
 		return denied(call.Position, "the function %s is refused: the data source is read-only, and this one acts outside the transaction", call.Name)
 	}
 	return nil
+}
+
+// explainRefused is for a text with the word EXPLAIN: it and its options are ours.
+func explainRefused() *proto.Error {
+	return denied(0, "EXPLAIN is refused: leave it out of the text, and ask for the plan with postern sql --explain (or explain in the request), which the data source's policy decides on")
 }
 
 // refusedInReadOnly are the keywords that start a statement of another kind

@@ -117,6 +117,10 @@ type RunRequest struct {
 	// KeepFirst and KeepLast are how many of the first and last rows go into
 	// the Kept frame; both 0: there is none.
 	KeepFirst, KeepLast int
+	// Explain is plan or analyze: the plan is asked for in place of the rows.
+	Explain string `json:",omitempty"`
+	// Indexes are CREATE INDEX statements as if which the plan is.
+	Indexes []string `json:",omitempty"`
 	// Guard is what the policy says to the statement itself.
 	Guard Guard
 	// Session says that the process is one session's from its first statement to
