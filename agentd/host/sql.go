@@ -260,8 +260,6 @@ func readRequest(w http.ResponseWriter, r *http.Request) (*posternv1.SQLRequest,
 		return nil, proto.Errorf(proto.CodeInvalid, "the request has no good query id")
 	case request.SessionId != "" && !validID(request.SessionId):
 		return nil, proto.Errorf(proto.CodeInvalid, "the request has no good session id")
-	case request.SessionId != "" && request.Explain != posternv1.Explain_EXPLAIN_UNSPECIFIED:
-		return nil, proto.Errorf(proto.CodeInvalid, "plans are not told in a session that stays open: ask without one")
 	case request.Source == "" || len(request.Source) > maxIDLength:
 		return nil, proto.Errorf(proto.CodeInvalid, "the request names no data source")
 	case strings.TrimSpace(request.Sql) == "":

@@ -304,3 +304,24 @@ func TestPlanCancelled(t *testing.T) {
 		return one(t, "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'EXPLAIN%1000000000000%'") == "0"
 	})
 }
+
+// TestPlansInASession asks for plans in a session that stays, between its own
+// statements.
+func TestPlansInASession(t *testing.T) {
+	m := plansManager(t, "read-write", "full")
+	s := openSession(t, m, "tok_a", "db")
+	s.run("CREATE TEMP TABLE mine (a int)", "none")
+	r := s.request("SELECT * FROM mine WHERE a = 4711")
+	if plan := planOf(t, m, r); !strings.Contains(plan, `"Relation Name":"mine"`) {
+		t.Errorf("got %s", plan)
+	}
+	s.run("BEGIN", "open")
+	s.run("INSERT INTO mine VALUES (1)", "open")
+	r = s.request("SELECT * FROM mine")
+	r.Explain = "plan"
+	refuse(t, m, r, proto.CodeInvalid)
+	s.run("ROLLBACK", "none")
+	if n := s.value("SELECT count(*) FROM mine", "none"); n != "0" {
+		t.Errorf("got %s rows, want 0", n)
+	}
+}

@@ -52,9 +52,7 @@ func (x *execution) explicit() bool { return x.request.Session && x.wire.tx != '
 // is over; else it goes on as any other, with x.query and x.verb set.
 func (x *execution) interact() (done bool, failure *proto.Error, lost bool) {
 	s, r := x.session, x.request
-	if s.stay == nil {
-		s.stay = &interactive{prepared: make(map[string]string)}
-	}
+	s.remain()
 	if r.Expire {
 		return true, x.expire(), false
 	}
@@ -112,6 +110,13 @@ func (x *execution) interact() (done bool, failure *proto.Error, lost bool) {
 		x.rewritten = true
 	}
 	return false, nil, false
+}
+
+// remain makes the session one that stays.
+func (s *session) remain() {
+	if s.stay == nil {
+		s.stay = &interactive{prepared: make(map[string]string)}
+	}
 }
 
 // command runs a statement that has no rows and no query in it.
@@ -242,6 +247,9 @@ func (i *interactive) status(tx byte) string {
 func (s *session) settled() error {
 	_ = s.wire.conn.SetDeadline(time.Now().Add(resetTimeout))
 	s.wire.notices = s.wire.notices[:0]
+	if err := s.forgetNow(); err != nil {
+		return err
+	}
 	if s.stay.unsure {
 		s.stay.unsure = false
 		// In a failed transaction the server refuses it, which is as good.

@@ -1,6 +1,7 @@
 package child
 
 import (
+	"errors"
 	"fmt"
 	"strconv"
 	"strings"
@@ -99,12 +100,18 @@ type description struct {
 // Its error tells nothing that came out of a table.
 func (x *execution) parse(text string, prefix int) (d description, failure *proto.Error, lost bool) {
 	c := x.wire
-	err := c.send(
+	var err error
+	if x.request.Session { // what the statement before left
+		for _, name := range []string{statementName, classifyName, planName} {
+			err = errors.Join(err, c.send(&pgproto3.Close{ObjectType: 'S', Name: name}))
+		}
+	}
+	err = errors.Join(err, c.send(
 		&pgproto3.Query{String: x.begin(false)},
 		&pgproto3.Parse{Name: statementName, Query: text, ParameterOIDs: x.types},
 		&pgproto3.Describe{ObjectType: 'S', Name: statementName},
 		&pgproto3.Sync{},
-	)
+	))
 	if err == nil {
 		err = c.flush()
 	}

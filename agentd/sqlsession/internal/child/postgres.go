@@ -70,7 +70,7 @@ type session struct {
 	version  string
 	// stay is set once the session is one that stays: nothing is reset between its
 	// statements.
-	stay      *interactive
+	stay *interactive
 	// forget is what reset runs besides, once: what DISCARD ALL leaves.
 	forget    string
 	checkPeer string // SET LOCAL client_connection_check_interval where the server has it
@@ -195,15 +195,8 @@ func (s *session) reset() error {
 			return err
 		}
 	}
-	if s.forget != "" {
-		_, refusal, err := s.wire.simple(s.forget)
-		if err != nil {
-			return err
-		}
-		if refusal != nil {
-			return fmt.Errorf("%s: %s", s.forget, clean(refusal.Message))
-		}
-		s.forget = ""
+	if err := s.forgetNow(); err != nil {
+		return err
 	}
 	for attempt := 0; ; attempt++ {
 		_, refusal, err := s.wire.simple("DISCARD ALL")
@@ -222,6 +215,22 @@ func (s *session) reset() error {
 	}
 	s.wire.notices = s.wire.notices[:0]
 	return s.wire.conn.SetDeadline(time.Time{})
+}
+
+// forgetNow removes what a statement left outside of its transaction.
+func (s *session) forgetNow() error {
+	if s.forget == "" {
+		return nil
+	}
+	_, refusal, err := s.wire.simple(s.forget)
+	if err != nil {
+		return err
+	}
+	if refusal != nil {
+		return fmt.Errorf("%s: %s", s.forget, clean(refusal.Message))
+	}
+	s.forget = ""
+	return nil
 }
 
 // about is engine's.

@@ -145,10 +145,11 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 		return failure, false
 	}
 	switch {
+	case r.Expire:
 	case r.Explain != "" || len(r.Indexes) > 0:
-		return x.explain()
+		return x.apart(x.explain)
 	case r.Guard.Mode == modeMetadata:
-		return x.describe()
+		return x.apart(x.describe)
 	}
 	if x.masking, failure = x.session.masksOf(&r.Guard); failure != nil {
 		return failure, false
@@ -204,6 +205,29 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 		return failure, false
 	}
 	return x.commit(), false
+}
+
+// apart runs what has a transaction of its own, which is rolled back, also in a
+// session that stays.
+func (x *execution) apart(f func() (*proto.Error, bool)) (failure *proto.Error, lost bool) {
+	if !x.request.Session {
+		return f()
+	}
+	x.session.remain()
+	switch {
+	case x.session.stay.expired || x.wire.tx == 'E':
+		return failedTransaction("the transaction has failed: say ROLLBACK first"), false
+	case x.explicit():
+		return proto.Errorf(proto.CodeInvalid, "the plan of a statement, or its description, is told outside of a transaction alone: say COMMIT or ROLLBACK first"), false
+	}
+	x.own = true
+	failure, lost = f()
+	if failure == nil && x.wire.tx != 'I' {
+		if _, _, err := x.wire.simple("ROLLBACK"); err != nil {
+			return x.broken(err), false
+		}
+	}
+	return failure, lost
 }
 
 // guard judges the query by the text alone.

@@ -2,6 +2,7 @@ package pgplan
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	pgquery "github.com/pganalyze/pg_query_go/v6"
@@ -98,6 +99,9 @@ func Read(tree *pgtree.Tree) (*Statement, error) {
 	}
 	if err := w.walk(node.ProtoReflect(), 0); err != nil {
 		return nil, err
+	}
+	for _, names := range [][]Name{w.out.Functions, w.out.Operators, w.out.Fields} {
+		slices.SortStableFunc(names, func(a, b Name) int { return a.Offset - b.Offset })
 	}
 	return w.out, nil
 }
