@@ -325,3 +325,29 @@ func TestPlansInASession(t *testing.T) {
 		t.Errorf("got %s rows, want 0", n)
 	}
 }
+
+// TestPlansOfMaskedColumns looks at what the plans of a source with masks tell.
+func TestPlansOfMaskedColumns(t *testing.T) {
+	m := metadataManager(t, func(s *sqlsession.Source) {
+		s.Guard.Mode, s.Guard.Plans, s.Guard.MaskFilters, s.Guard.MaskKey = "read-only", "analyze", "equality", bytes.Repeat([]byte{7}, 32)
+		s.Guard.Masks = []sqlsession.Mask{{Columns: []string{"vault.people.mail"}, With: "hash"}, {Pattern: `zebra\d+`, With: "redact"}}
+	})
+	plan := planOf(t, m, request("SELECT c FROM vault.strict WHERE c::text = 'zebra4711'"))
+	if strings.Contains(plan, canary) || !strings.Contains(plan, `"Plan Rows"`) || !strings.Contains(plan, `"Output"`) {
+		t.Errorf("without masked columns: got %s", plan)
+	}
+	plan = planOf(t, m, request("SELECT mail FROM vault.people WHERE mail = 'zebra4711-mail'"))
+	if strings.Contains(plan, canary) || strings.Contains(plan, "Rows") || !strings.Contains(plan, "mail = ?") {
+		t.Errorf("with masked columns: got %s", plan)
+	}
+	for _, sql := range []string{"SELECT id FROM vault.people WHERE mail > 'a'", "SELECT id FROM vault.people ORDER BY mail"} {
+		r := request(sql)
+		r.Explain = "plan"
+		refuse(t, m, r, proto.CodePolicyDenied)
+	}
+	r := request("SELECT id FROM vault.people WHERE mail = 'a'")
+	r.Explain = "analyze"
+	if e := refuse(t, m, r, proto.CodePolicyDenied); !strings.Contains(e.Error(), "masked") {
+		t.Errorf("got %q", e)
+	}
+}

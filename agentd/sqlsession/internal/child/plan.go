@@ -53,7 +53,10 @@ func (x *execution) explain() (failure *proto.Error, lost bool) {
 	plain := *r
 	plain.ReadWrite = false
 	x.request = &plain
-	x.discreet = r.Guard.Mode == modeMetadata || len(r.Guard.Masks) > 0
+	x.discreet = r.Guard.Mode == modeMetadata
+	if x.masking, failure = x.session.masksOf(&r.Guard); failure != nil {
+		return failure, false
+	}
 	calls, failure := x.readStatement(analyze)
 	if failure != nil {
 		return failure, false
@@ -65,6 +68,14 @@ func (x *execution) explain() (failure *proto.Error, lost bool) {
 	case len(d.parameters) != len(x.text.Args):
 		return proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, and %d values are given", len(d.parameters), len(x.text.Args)), false
 	}
+	// A statement that may not run for what it does with masked columns has no plan.
+	if _, failure := x.hide(d.fields); failure != nil {
+		return failure, false
+	}
+	if x.touches && analyze {
+		return denied(0, "running the statement for its plan is refused: its tables have masked columns, and what it took tells of them; ask without --analyze"), false
+	}
+	x.discreet = x.discreet || x.touches
 	if analyze {
 		if failure := x.mustOnlyRead(); failure != nil {
 			return failure, false
@@ -413,18 +424,22 @@ func (c *wire) document(limit int) (text []byte, refusal *pgproto3.ErrorResponse
 	}
 }
 
-// narrowed makes of the server's plan what the policy lets out. Of a source with
-// masks it is the structure at most: an estimate tells how often a value occurs.
+// narrowed makes of the server's plan what the policy lets out. Of tables with masked
+// columns it is the structure at most: an estimate tells how often a value occurs.
 func (x *execution) narrowed(plan []byte) ([]byte, *proto.Error) {
 	var err error
-	if x.request.Guard.Plans == plansStructure || len(x.request.Guard.Masks) > 0 {
+	if x.request.Guard.Plans == plansStructure || x.touches {
 		numbers := pgplan.Magnitude
 		if x.discreet {
 			numbers = pgplan.NoNumbers
 		}
 		plan, err = pgplan.Structure(plan, numbers)
 	} else {
-		plan, err = pgplan.Check(plan, nil)
+		var texts func(string) string
+		if x.masking != nil {
+			texts = x.masking.texts.String
+		}
+		plan, err = pgplan.Check(plan, texts)
 	}
 	if err != nil {
 		return nil, proto.Errorf(proto.CodeInternal, "%w", err)
