@@ -73,6 +73,21 @@ func sharedWorld(t *testing.T) *world {
 	return theWorld
 }
 
+// ownWorld is one for a test that changes it.
+func ownWorld(t *testing.T) *world {
+	t.Helper()
+	w, err := makeWorld(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := w.stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	return w
+}
+
 func stopWorlds() error {
 	if theWorld == nil {
 		return nil
