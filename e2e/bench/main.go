@@ -55,6 +55,7 @@ type measurement struct {
 var measurements = append(tunnelMeasurements,
 	measurement{"sql", measureSQL},
 	measurement{"agent-sql", measureSQLAgent},
+	measurement{"mask", measureMask},
 	measurement{"introspect", measureIntrospection},
 	measurement{"fleet", measureFleet},
 )

@@ -195,7 +195,7 @@ func (c *Column) Apply(dst, value []byte, in, out int16) (result []byte, null bo
 		return append(dst, `"`+textmask.Mark+`"`...), false
 	case toHash:
 		sum := c.digest(nil, c.canonical(value))
-		return hex.AppendEncode(dst, sum[:16]), false
+		return appendHash(dst, sum), false
 	case toUUID:
 		sum := c.digest(nil, c.canonical(value))
 		sum[6], sum[8] = sum[6]&0x0f|0x80, sum[8]&0x3f|0x80
@@ -210,6 +210,26 @@ func (c *Column) Apply(dst, value []byte, in, out int16) (result []byte, null bo
 	}
 	return dst, true
 }
+
+// appendHash appends the first 16 bytes of a digest as 26 characters: base32 in
+// lower case, first bits first, as RFC 4648 has it.
+func appendHash(dst, sum []byte) []byte {
+	const digits = "abcdefghijklmnopqrstuvwxyz234567"
+	hi, lo := binary.BigEndian.Uint64(sum), binary.BigEndian.Uint64(sum[8:])
+	var out [hashLength]byte
+	out[25] = digits[lo<<2&31]
+	lo = lo>>3 | hi<<61
+	hi >>= 3
+	for i := 24; i >= 0; i-- {
+		out[i] = digits[lo&31]
+		lo = lo>>5 | hi<<59
+		hi >>= 5
+	}
+	return append(dst, out[:]...)
+}
+
+// hashLength is the length of a hash as text.
+const hashLength = 26
 
 func appendUUID(dst, u []byte) []byte {
 	for i, n := range []int{4, 2, 2, 2, 6} {

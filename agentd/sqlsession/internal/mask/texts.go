@@ -3,7 +3,6 @@ package mask
 import (
 	"crypto/hmac"
 	"crypto/sha256"
-	"encoding/hex"
 
 	"github.com/postern-dev/postern/proto/textmask"
 )
@@ -48,7 +47,7 @@ func replacer(rule Rule, key []byte) func(dst, match []byte) []byte {
 		return func(dst, match []byte) []byte {
 			mac := hmac.New(sha256.New, key)
 			mac.Write(match)
-			return hex.AppendEncode(dst, mac.Sum(nil)[:16])
+			return appendHash(dst, mac.Sum(nil))
 		}
 	case Partial:
 		return func(dst, match []byte) []byte { return appendPartial(dst, match, rule.Keep) }
