@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -20,6 +21,8 @@ type destination struct {
 	name  string
 	// touched is set by the first byte.
 	touched bool
+	// w is written to instead of f; optional.
+	w io.Writer
 }
 
 // destination opens the file called name, or stdout if name is empty. What exists
@@ -64,6 +67,9 @@ func (a *app) destination(name string) (*destination, error) {
 // Write implements io.Writer.
 func (d *destination) Write(p []byte) (int, error) {
 	d.touched = d.touched || len(p) > 0
+	if d.w != nil {
+		return d.w.Write(p)
+	}
 	return d.f.Write(p)
 }
 

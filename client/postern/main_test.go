@@ -83,6 +83,11 @@ func TestScripts(t *testing.T) {
 			"size":    size,
 			"running": func(ts *testscript.TestScript, _ bool, _ []string) { awaitRunning(ts, all.server(ts)) },
 			"hungup":  func(ts *testscript.TestScript, _ bool, _ []string) { awaitHangup(ts, all.server(ts)) },
+			"nosessions": func(ts *testscript.TestScript, _ bool, _ []string) {
+				if n := all.server(ts).Sessions(); n != 0 {
+					ts.Fatalf("%d sessions are open, want none", n)
+				}
+			},
 			"breakaudit": func(ts *testscript.TestScript, _ bool, _ []string) {
 				all.server(ts).BreakAudit()
 			},

@@ -18,6 +18,9 @@ import (
 	"github.com/postern-dev/postern/client/internal/simulatedcontrolplane"
 )
 
+// terminate asks a process to go.
+const terminate = syscall.SIGTERM
+
 // terminal is the command on a pseudo-terminal of its own.
 type terminal struct {
 	t      *testing.T
@@ -64,7 +67,12 @@ func onTerminal(t *testing.T, s *simulatedcontrolplane.Server, stdout *os.File, 
 	}
 	term := &terminal{t: t, master: master, read: make(chan struct{}), cmd: exec.Command(path, args...)}
 	home := t.TempDir()
-	term.cmd.Env = []string{"HOME=" + home, "XDG_CONFIG_HOME=" + filepath.Join(home, "config"), "POSTERN_URL=" + s.URL, "POSTERN_TOKEN=" + simulatedcontrolplane.AdminToken}
+	term.cmd.Env = []string{"HOME=" + home, "XDG_CONFIG_HOME=" + filepath.Join(home, "config"), "POSTERN_URL=" + s.URL, "POSTERN_TOKEN=" + simulatedcontrolplane.AdminToken, "TERM=xterm", "PAGER=" + os.Getenv("PAGER")}
+	if raw.Control(func(fd uintptr) {
+		err = unix.IoctlSetWinsize(int(fd), unix.TIOCSWINSZ, &unix.Winsize{Row: 40, Col: 120})
+	}) != nil || err != nil {
+		t.Fatal(err)
+	}
 	term.cmd.Stdin, term.cmd.Stdout, term.cmd.Stderr = slave, stdout, slave
 	term.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true}
 	if err := term.cmd.Start(); err != nil {

@@ -37,6 +37,8 @@ type sqlOptions struct {
 	maxRows    uint64
 	timeout    time.Duration
 	file       string
+	interact   bool
+	idle       time.Duration
 }
 
 func (a *app) sqlCommand() *cobra.Command {
@@ -60,6 +62,12 @@ func (a *app) sqlCommand() *cobra.Command {
 			if !cmd.Flags().Changed("format") && a.output == "json" {
 				o.format = "json"
 			}
+			if o.interact {
+				return a.shell(cmd.Context(), args, o)
+			}
+			if o.idle != 0 {
+				return usagef("--idle-timeout is for sessions: add -i")
+			}
 			return a.sql(cmd.Context(), args, o)
 		},
 	}
@@ -73,6 +81,8 @@ func (a *app) sqlCommand() *cobra.Command {
 	flags.BoolVar(&o.plan.analyze, "analyze", false, "with --explain: run the statement, rolled back, for what it took")
 	flags.StringArrayVar(&o.plan.indexes, "hypothetical-index", nil, "with --explain: as if this CREATE INDEX had been run (repeatable; needs hypopg)")
 	flags.StringVarP(&o.file, "output-file", "O", "", "write the result to this file, whole or not at all")
+	flags.BoolVarP(&o.interact, "interactive", "i", false, "open a session that stays and run statements in it, one after the other")
+	flags.DurationVar(&o.idle, "idle-timeout", 0, "with -i: end the session when it is unused for so long, 1h at most (default 10m)")
 	names := make([]string, 0, 6)
 	for _, f := range rowfmt.Formats() {
 		names = append(names, string(f))
@@ -234,6 +244,12 @@ type sqlRun struct {
 	format        rowfmt.Format
 	dst           *destination
 
+	// expanded is the table's form with a line for each column; quiet leaves out
+	// what is said of a result on a terminal.
+	expanded, quiet bool
+	// outcome is how the statement ended, as far as that is known.
+	outcome *posternv1.QueryOutcome
+
 	queryID     atomic.Pointer[string]
 	interrupted atomic.Bool
 }
@@ -258,6 +274,7 @@ func (r *sqlRun) do(ctx context.Context) error {
 	defer p.stop()
 	outcome, err := r.stream(request, p)
 	p.stop()
+	r.outcome = outcome
 	for _, n := range outcome.GetNotices() {
 		r.app.info("%s:  %s", safe(n.Severity), safe(n.Message))
 	}
@@ -309,7 +326,7 @@ func (r *sqlRun) stream(ctx context.Context, p *progress) (*posternv1.QueryOutco
 	if r.statement.Explain != posternv1.Explain_EXPLAIN_UNSPECIFIED && printsPlan(r.format) {
 		err = convertPlan(ctx, out, in, r.format)
 	} else {
-		err = rowfmt.Convert(ctx, out, in, r.format, rowfmt.Options{Rows: count})
+		err = rowfmt.Convert(ctx, out, in, r.format, rowfmt.Options{Rows: count, Expanded: r.expanded})
 	}
 	if gate.err != nil && !r.interrupted.Load() {
 		return nil, r.dst.failed(gate.err)
@@ -349,7 +366,7 @@ func (r *sqlRun) footer(outcome *posternv1.QueryOutcome, d time.Duration) error 
 		}
 		return nil
 	}
-	if r.format != rowfmt.Table && isTerminal(r.app.stderr) {
+	if r.format != rowfmt.Table && !r.quiet && isTerminal(r.app.stderr) {
 		unit := "rows"
 		if outcome.GetRows() == 1 {
 			unit = "row"
@@ -369,13 +386,16 @@ func (r *sqlRun) watch(ctx context.Context, finished <-chan struct{}, hangUp fun
 	case <-ctx.Done():
 	}
 	r.interrupted.Store(true)
+	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelTime)
+	defer cancel()
 	id := r.queryID.Load()
+	if (id == nil || *id == "") && r.statement.SessionId != "" {
+		id = r.idInSession(deadline)
+	}
 	if id == nil || *id == "" {
 		hangUp()
 		return
 	}
-	deadline, cancel := context.WithTimeout(context.WithoutCancel(ctx), cancelTime)
-	defer cancel()
 	_, err := r.client.Queries.CancelQuery(deadline, connect.NewRequest(&posternv1.CancelOrganizationQueryRequest{QueryId: *id}))
 	if err == nil {
 		select {
@@ -385,6 +405,21 @@ func (r *sqlRun) watch(ctx context.Context, finished <-chan struct{}, hangUp fun
 		}
 	}
 	hangUp()
+}
+
+// idInSession asks what runs in the session: an answer whose first row is not there
+// has no id yet, and the session's transaction is told with its end.
+func (r *sqlRun) idInSession(ctx context.Context) *string {
+	resp, err := r.client.Sessions.ListSessions(ctx, connect.NewRequest(&posternv1.ListSQLSessionsRequest{Agent: r.agent}))
+	if err != nil {
+		return nil
+	}
+	for _, s := range resp.Msg.Sessions {
+		if s.Id == r.statement.SessionId && s.QueryId != "" {
+			return &s.QueryId
+		}
+	}
+	return nil
 }
 
 // gate stands before the output: it remembers the first error, and closes at

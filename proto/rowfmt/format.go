@@ -73,6 +73,8 @@ const DefaultMaxMessage = 256 << 20
 type Options struct {
 	// Null is what a NULL looks like in a table; empty as in psql.
 	Null string
+	// Expanded shows each row of a table as a block, with a line for each column.
+	Expanded bool
 	// MaxMessage bounds one message (a batch of rows) of the source, in bytes;
 	// 0 means DefaultMaxMessage. Not looked at for Arrow, which is copied.
 	MaxMessage int64
@@ -121,6 +123,10 @@ func Convert(ctx context.Context, dst io.Writer, src io.Reader, f Format, opts O
 	case JSON, NDJSON:
 		e = newJSON(o, s.columns, f == NDJSON)
 	case Table:
+		if opts.Expanded {
+			e = newExpanded(o, s.columns, opts.Null)
+			break
+		}
 		table := newTable(o, s.columns, opts.Null)
 		table.excerpt = opts.Excerpt
 		e = table

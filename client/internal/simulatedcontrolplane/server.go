@@ -37,11 +37,13 @@ type Server struct {
 	queries   map[string]*posternv1.Query
 	requests  []*http.Request
 	broken    bool
+	sessions  map[string]*posternv1.SQLSession
+	opened    int
 }
 
 // Start starts a server; TLS if secure. The caller closes it.
 func Start(secure bool) *Server {
-	s := &Server{cancelled: map[string]chan struct{}{}, queries: map[string]*posternv1.Query{}}
+	s := &Server{cancelled: map[string]chan struct{}{}, queries: map[string]*posternv1.Query{}, sessions: map[string]*posternv1.SQLSession{}}
 	mux := http.NewServeMux()
 	for _, service := range []func() (string, http.Handler){
 		func() (string, http.Handler) { return posternv1connect.NewIdentityServiceHandler(s) },
@@ -50,6 +52,7 @@ func Start(secure bool) *Server {
 		func() (string, http.Handler) { return posternv1connect.NewAgentServiceHandler(s) },
 		func() (string, http.Handler) { return posternv1connect.NewSourceServiceHandler(s) },
 		func() (string, http.Handler) { return posternv1connect.NewQueryServiceHandler(s) },
+		func() (string, http.Handler) { return posternv1connect.NewSessionServiceHandler(s) },
 		func() (string, http.Handler) { return posternv1connect.NewAuditServiceHandler(s) },
 		func() (string, http.Handler) { return posternv1connect.NewOrganizationServiceHandler(s) },
 		func() (string, http.Handler) { return posternv1connect.NewCAServiceHandler(s) },

@@ -33,6 +33,7 @@ import (
 //	vanish           10 rows, then the connection breaks
 //	no trailer       10 rows and a clean end without trailer; the history knows
 //	no trail at all  the same, and the history says it still runs
+//	begin, commit, rollback  likewise; in a session they mean something
 //	nothing          an outcome and not a byte
 //	wait             10 rows, then waits to be cancelled
 //	wait silently    waits to be cancelled before the answer begins
@@ -55,6 +56,21 @@ func (s *Server) serveSQL(w http.ResponseWriter, r *http.Request) {
 	case strings.HasPrefix(text, "bad column"):
 		err = &proto.Error{Code: proto.CodeSQL, Message: `the database refused the statement: column "foo" does not exist (SQLSTATE 42703, position 12)`, SQL: &posternv1.SQLErrorDetail{Sqlstate: "42703", Position: int32(strings.Index(text, "foo") + 1), Hint: `Perhaps you meant "fob".`}}
 	}
+	session, _ := fields["sessionId"].(string)
+	s.mu.Lock()
+	if session != "" && s.sessions[session] == nil {
+		err = noSession(session)
+		session = ""
+	}
+	s.mu.Unlock()
+	if err != nil && session != "" { // the outcome has what became of the transaction, too
+		outcome := &posternv1.QueryOutcome{Error: proto.Detail(err)}
+		s.after(session, text, outcome)
+		w.Header().Set("Trailer", proto.OutcomeTrailer)
+		w.WriteHeader(http.StatusOK)
+		w.Header().Set(proto.OutcomeTrailer, proto.EncodeOutcome(outcome))
+		return
+	}
 	if err != nil {
 		proto.WriteHTTPError(w, err)
 		return
@@ -63,9 +79,15 @@ func (s *Server) serveSQL(w http.ResponseWriter, r *http.Request) {
 	stop := make(chan struct{})
 	s.mu.Lock()
 	s.queries[q.Id], s.cancelled[q.Id] = q, stop
+	if open := s.sessions[session]; open != nil {
+		open.QueryId = q.Id
+	}
 	s.mu.Unlock()
 	a := &answer{server: s, w: w, r: r, query: q, stop: stop}
 	outcome := a.run(text, fields)
+	if session != "" {
+		s.after(session, text, outcome)
+	}
 	s.mu.Lock()
 	q.State, q.Rows, q.Bytes, q.Duration, q.Error = "done", outcome.Rows, uint64(a.sent), outcome.Duration, outcome.Error
 	if outcome.Error != nil {
@@ -104,6 +126,8 @@ func (a *answer) run(text string, fields map[string]any) *posternv1.QueryOutcome
 	if strings.HasPrefix(text, "wait silently") {
 		if a.wait() {
 			fail(proto.CodeCancelled, "cancelled")
+			a.w.Header().Set("Trailer", proto.OutcomeTrailer)
+			a.w.WriteHeader(http.StatusOK)
 		}
 		return outcome
 	}
@@ -115,8 +139,11 @@ func (a *answer) run(text string, fields map[string]any) *posternv1.QueryOutcome
 	}
 	a.w.WriteHeader(http.StatusOK)
 	switch {
-	case strings.HasPrefix(text, "nothing"):
+	case strings.HasPrefix(text, "nothing"), strings.HasPrefix(text, "begin"):
 		outcome.CommandTag = "BEGIN"
+		return outcome
+	case strings.HasPrefix(text, "commit"), strings.HasPrefix(text, "rollback"):
+		outcome.CommandTag = strings.ToUpper(strings.Fields(text)[0])
 		return outcome
 	case strings.HasPrefix(text, "update"):
 		outcome.CommandTag = "UPDATE 3"
@@ -167,7 +194,7 @@ func (a *answer) run(text string, fields map[string]any) *posternv1.QueryOutcome
 func (a *answer) numbered(text string, outcome *posternv1.QueryOutcome, fail func(proto.Code, string)) {
 	n := 10
 	if rest, ok := strings.CutPrefix(text, "rows "); ok {
-		n, _ = strconv.Atoi(strings.TrimSpace(rest))
+		n, _ = strconv.Atoi(strings.Fields(rest)[0])
 	}
 	for left := n; left > 0 && a.r.Context().Err() == nil; left -= 1000 {
 		a.numbers(min(left, 1000))
