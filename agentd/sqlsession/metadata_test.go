@@ -154,7 +154,7 @@ func TestMetadataErrors(t *testing.T) {
 		{"SELECT * FROM vault.nothing", proto.CodeSQL, `relation "vault.nothing" does not exist`, 15},
 		{"SELECT 'abc'::int", proto.CodeSQL, "a value in the statement is not of the type that it should be (SQLSTATE 22P02, position 8)", 8},
 		{"INSERT INTO vault.strict VALUES ('{1}')", proto.CodeSQL, "the reason is not told, as it may hold data (SQLSTATE 42P01", 34},
-		{"SELECT 1; SELECT 2", proto.CodePolicyDenied, "more than one statement", 0},
+		{"SELECT 1; SELECT 2", proto.CodePolicyDenied, "more than one statement", 10},
 		{"VACUUM", proto.CodePolicyDenied, "VACUUM is refused: the data source tells metadata only", 0},
 		{"SELECT selec FROM (", proto.CodeSQL, "syntax error at end of input", 20},
 	}
@@ -163,5 +163,91 @@ func TestMetadataErrors(t *testing.T) {
 		if !strings.Contains(e.Error(), test.says) || e.SQL.GetPosition() != test.position {
 			t.Errorf("%s: got %q at %d, want %q at %d", test.sql, e, e.SQL.GetPosition(), test.says, test.position)
 		}
+	}
+}
+
+func TestMetadataReadsTheCatalog(t *testing.T) {
+	m := metadataManager(t, nil)
+	tests := []struct{ sql, want string }{
+		{"SELECT attname, format_type(atttypid, atttypmod), attnotnull FROM pg_attribute WHERE attrelid = 'vault.people'::regclass AND attnum BETWEEN 1 AND 2 ORDER BY attnum", "id|integer|true;name|character varying(40)|true"},
+		{"SELECT table_name, table_type FROM information_schema.tables WHERE table_schema = 'vault' ORDER BY 1", "people|BASE TABLE;seen|VIEW;strict|BASE TABLE"},
+		{"SELECT column_name FROM information_schema.columns WHERE table_schema = 'vault' AND table_name = 'people' ORDER BY ordinal_position LIMIT 2", "id;name"},
+		{"SELECT c.relname FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = 'vault' AND c.relkind = 'r' ORDER BY 1", "people;strict"},
+		{"SELECT proname, pg_get_function_identity_arguments(oid) FROM pg_proc WHERE pronamespace = 'vault'::regnamespace ORDER BY 1", "cried|integer;told|"},
+		{"SELECT conname, contype FROM pg_constraint WHERE conrelid = 'vault.people'::regclass", "people_pkey|p"},
+		{"WITH t AS (SELECT oid, relname AS n FROM pg_class WHERE relnamespace = 'vault'::regnamespace AND relkind = 'v') SELECT n FROM t", "seen"},
+	}
+	for _, test := range tests {
+		got, _ := query(t, m, request(test.sql))
+		var rows []string
+		for _, row := range got.rows {
+			rows = append(rows, strings.Join(row, "|"))
+		}
+		if text := strings.Join(rows, ";"); text != test.want {
+			t.Errorf("%s: got %s, want %s", test.sql, text, test.want)
+		}
+	}
+	r := request("SELECT relname FROM pg_class WHERE oid = :table::regclass")
+	refuse(t, m, r, proto.CodeInvalid)
+	people := "vault.people"
+	r = request(r.SQL)
+	r.Parameters = []*posternv1.Parameter{{Name: "table", Value: &people}}
+	if got, _ := query(t, m, r); len(got.rows) != 1 || got.rows[0][0] != "people" {
+		t.Errorf("with a parameter: got %v", got.rows)
+	}
+}
+
+// TestMetadataHidesInTheCatalog tries to have the catalog tell data.
+func TestMetadataHidesInTheCatalog(t *testing.T) {
+	m := metadataManager(t, nil)
+	err := server.SQL(t.Context(),
+		"CREATE TABLE vault.many (a int DEFAULT length('zebra4711-expression'), b text CHECK (b <> 'zebra4711-check'), c text GENERATED ALWAYS AS ('zebra4711-generated') STORED)",
+		"CREATE INDEX ON vault.many ((b || 'zebra4711-index')) WHERE b > 'zebra4711-where'",
+		"ALTER TABLE vault.many ADD COLUMN d text DEFAULT 'zebra4711-missing'",
+		"CREATE FUNCTION vault.defaults(a text DEFAULT 'zebra4711-argument') RETURNS int LANGUAGE sql SET application_name = 'zebra4711-set' AS 'SELECT 1 -- zebra4711-source'",
+		"CREATE TABLE vault.by_list (k text) PARTITION BY LIST (k)", "CREATE TABLE vault.by_list_1 PARTITION OF vault.by_list FOR VALUES IN ('zebra4711-bound')",
+		"CREATE FUNCTION vault.whole(pg_catalog.pg_proc) RETURNS text LANGUAGE sql AS 'SELECT $1.prosrc'",
+		"CREATE FUNCTION vault.length(oid) RETURNS text IMMUTABLE LANGUAGE sql AS 'SELECT max(name) FROM vault.people'",
+		"CREATE VIEW vault.pg_class AS SELECT name AS relname FROM vault.people",
+		"CREATE DOMAIN vault.known AS text DEFAULT 'zebra4711-domain' CHECK (VALUE <> 'zebra4711-known')",
+	)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{
+		"SELECT prosrc FROM pg_proc", "SELECT * FROM pg_proc", "SELECT p FROM pg_proc p", "SELECT p.whole FROM pg_proc p", "SELECT vault.whole(p) FROM pg_proc p",
+		"SELECT p.row_to_json FROM pg_proc p", "SELECT p.to_jsonb FROM pg_proc AS p", "SELECT p.text FROM pg_proc p", "SELECT p.array_agg FROM pg_proc p", "SELECT p::text FROM pg_proc p",
+		"SELECT x.to_json FROM (SELECT prosrc FROM pg_proc) x", "SELECT json_agg(p) FROM pg_proc p", "SELECT count(p.*) FROM pg_proc p",
+		"SELECT pg_get_functiondef(oid) FROM pg_proc", "SELECT pg_get_function_arguments(oid) FROM pg_proc WHERE proname = 'defaults'", "SELECT pg_get_function_sqlbody(oid) FROM pg_proc",
+		"SELECT pg_get_constraintdef(oid) FROM pg_constraint", "SELECT pg_get_indexdef(indexrelid) FROM pg_index", "SELECT pg_get_viewdef(oid) FROM pg_class", "SELECT pg_get_partkeydef(oid) FROM pg_class",
+		"SELECT pg_get_expr(adbin, adrelid) FROM pg_attrdef", "SELECT adbin FROM pg_attrdef", "SELECT relpartbound FROM pg_class", "SELECT attmissingval FROM pg_attribute",
+		"SELECT typdefault FROM pg_type", "SELECT proconfig FROM pg_proc", "SELECT proargdefaults FROM pg_proc", "SELECT column_default FROM information_schema.columns",
+		"SELECT generation_expression FROM information_schema.columns", "SELECT routine_definition FROM information_schema.routines", "SELECT parameter_default FROM information_schema.parameters",
+		"SELECT view_definition FROM information_schema.views", "SELECT check_clause FROM information_schema.check_constraints", "SELECT domain_default FROM information_schema.domains",
+		"SELECT most_common_vals FROM pg_stats", "SELECT stavalues1 FROM pg_statistic", "SELECT query FROM pg_stat_activity", "SELECT rolpassword FROM pg_authid", "SELECT passwd FROM pg_shadow",
+		"SELECT definition FROM pg_views", "SELECT indexdef FROM pg_indexes", "SELECT ev_action FROM pg_rewrite", "SELECT reltuples FROM pg_class", "SELECT n_live_tup FROM pg_stat_user_tables",
+		"SELECT relname FROM vault.pg_class", "SELECT length(oid) FROM pg_class", "SELECT vault.length(oid) FROM pg_class", "SELECT vault.told() FROM pg_class",
+		"SELECT table_to_xml('vault.people', true, true, '') FROM pg_class", "SELECT query_to_xml('table vault.people', true, true, '') FROM pg_class", "SELECT pg_read_file('PG_VERSION') FROM pg_class",
+		"SELECT pg_relation_size(oid) FROM pg_class", "SELECT current_setting('application_name') FROM pg_class", "SELECT last_value FROM pg_sequences",
+		"SELECT relname::int FROM pg_class", "SELECT relname, (SELECT name FROM vault.people LIMIT 1) FROM pg_class",
+		"SELECT lo_get(oid) FROM pg_class", "SELECT pg_sleep(60) FROM pg_class", "SELECT relname FROM pg_class FOR UPDATE",
+		"WITH people AS (SELECT 1) SELECT relname, x.name FROM pg_class, (SELECT name FROM vault.people) x",
+		"WITH a AS (SELECT relname FROM pg_class), b AS (DELETE FROM vault.people RETURNING name) SELECT * FROM a, b",
+		"SELECT pg_notify('a', relname) FROM pg_class", "SELECT nextval('vault.s') FROM pg_class", "SELECT set_config('a.b', relname, false) FROM pg_class",
+		"SELECT a FROM vault.many", "SELECT 1 FROM pg_class WHERE 1 / (oid::int - oid::int) > 0", "SELECT dumped FROM pg_stat_statements",
+	} {
+		var out bytes.Buffer
+		outcome, err := m.Run(t.Context(), request(sql), &out)
+		if all := everything(out.Bytes(), outcome, err); strings.Contains(all, canary) || outcome.Rows > 0 {
+			t.Errorf("%s: it was told: %.300s", sql, all)
+		}
+		switch proto.CodeOf(err) {
+		case 0, proto.CodeSQL, proto.CodePolicyDenied, proto.CodeInvalid:
+		default:
+			t.Errorf("%s: was not looked at: %v", sql, err)
+		}
+	}
+	if n := one(t, "SELECT count(*) FROM vault.people"); n != "500" {
+		t.Errorf("got %s people, want 500", n)
 	}
 }

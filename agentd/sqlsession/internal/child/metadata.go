@@ -10,6 +10,8 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgcatalog"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgplan"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/sqltext"
 	"github.com/postern-dev/postern/proto"
 )
@@ -44,9 +46,26 @@ func (x *execution) describe() (failure *proto.Error, lost bool) {
 	case len(x.text.Args) > maxDescribed || namesLength(x.text.Args) > 64*maxDescribed:
 		return proto.Errorf(proto.CodeInvalid, "the statement has %d parameters: at most %d, of 64 characters, can be described", len(x.text.Args), maxDescribed), false
 	}
+	plain := *x.request
+	plain.ReadWrite = false
+	x.request = &plain
+	tree, calls, failure := x.readTree(x.text.Text, x.position)
+	if failure != nil {
+		return failure, false
+	}
+	if calls.Kind == pgplan.Index {
+		return denied(0, "CREATE INDEX is refused: the data source tells metadata only"), false
+	}
+	catalog := pgcatalog.Judge(tree)
+	if catalog.Reason != "" {
+		return denied(x.position(catalog.Offset), "the statement is refused: %s", catalog.Reason), false
+	}
 	d, failure, lost := x.parse(x.text.Text, 0)
 	if failure != nil {
 		return failure, lost
+	}
+	if catalog.Catalog && !calls.Writes {
+		return x.readCatalog(d, calls), false
 	}
 	if len(d.parameters) != len(x.text.Args) {
 		return proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, and the server knows %d", len(x.text.Args), len(d.parameters)), false
@@ -80,6 +99,60 @@ func (x *execution) describe() (failure *proto.Error, lost bool) {
 	x.batch = newFieldBatch(fields, x.sink)
 	x.tag = describeTag
 	return nil, false
+}
+
+// readCatalog runs a statement that reads the catalog alone.
+func (x *execution) readCatalog(d description, calls *pgplan.Statement) *proto.Error {
+	given := make(map[string]bool)
+	for _, p := range x.request.Parameters {
+		given[p.Name] = true
+	}
+	for _, a := range x.text.Args {
+		if !given[a.Name] {
+			return proto.Errorf(proto.CodeInvalid, "no value is given for parameter %q: a statement that reads the catalog is run", a.Name)
+		}
+	}
+	if len(d.parameters) != len(x.text.Args) {
+		return proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, and %d values are given", len(d.parameters), len(x.text.Args))
+	}
+	if failure := x.ownRelationsOnly(calls); failure != nil {
+		return failure
+	}
+	if failure := x.judgeCalls(calls, "the statement", pgcatalog.Told); failure != nil {
+		return failure
+	}
+	if failure := x.mustOnlyRead(); failure != nil {
+		return failure
+	}
+	x.own = true
+	return x.deliver(d.fields)
+}
+
+// ownRelationsOnly asks the server what the names in the statement mean, which it
+// has parsed in this transaction: the relations that it has locked for that must
+// all have come with the server, and x.f must be no function of a whole row.
+func (x *execution) ownRelationsOnly(calls *pgplan.Statement) *proto.Error {
+	rows, refusal, err := x.wire.simple(fmt.Sprintf(`SELECT
+ (SELECT pg_catalog.count(*) FROM pg_catalog.pg_locks l WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid()
+  AND l.locktype OPERATOR(pg_catalog.=) 'relation' AND l.relation OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid),
+ 'information_schema' OPERATOR(pg_catalog.=) ANY (pg_catalog.current_schemas(true)),
+ (SELECT pg_catalog.min(p.proname::pg_catalog.text) FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) p.proargtypes[0]
+  WHERE p.proname OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.name[]) AND t.typtype IN ('c', 'p'))`, nameArray(calls.Fields)))
+	switch {
+	case err != nil:
+		return x.broken(err)
+	case refusal != nil:
+		return x.tell(refusal, 0)
+	case len(rows) != 1 || len(rows[0]) != 3:
+		return proto.Errorf(proto.CodeInternal, "the server's answer about relations is not understood")
+	case rows[0][0] != "0":
+		return denied(0, "the statement is refused: a name in it that looks like the catalog's is that of another relation")
+	case rows[0][1] != "f":
+		return denied(0, "the statement is refused: information_schema is on the search path, where names are not certain: run ALTER ROLE ... RESET search_path")
+	case rows[0][2] != "":
+		return denied(0, "the statement is refused: .%s may be a call with a whole row: give the column another name", clean(rows[0][2]))
+	}
+	return nil
 }
 
 func namesLength(args []sqltext.Arg) (n int) {

@@ -16,6 +16,7 @@ import (
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgplan"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/sqltext"
 	"github.com/postern-dev/postern/proto"
 )
 
@@ -50,6 +51,9 @@ func (x *execution) explain() (failure *proto.Error, lost bool) {
 	if failure := plansAllow(r); failure != nil {
 		return failure, false
 	}
+	if sqltext.FirstKeyword(r.SQL) == "explain" {
+		return explainRefused(), false
+	}
 	plain := *r
 	plain.ReadWrite = false
 	x.request = &plain
@@ -81,7 +85,7 @@ func (x *execution) explain() (failure *proto.Error, lost bool) {
 			return failure, false
 		}
 	}
-	if failure := x.judgeCalls(calls); failure != nil {
+	if failure := x.judgeCalls(calls, "the plan", func(string) bool { return false }); failure != nil {
 		return failure, false
 	}
 	if failure := x.hypothesize(); failure != nil {
@@ -123,9 +127,7 @@ func plansAllow(r *frame.RunRequest) *proto.Error {
 // readStatement reads the statement, and those of the hypothetical indexes, on
 // their trees.
 func (x *execution) readStatement(analyze bool) (*pgplan.Statement, *proto.Error) {
-	all, failure := x.readTree(x.text.Text, func(offset int) int {
-		return x.text.Position(characters(x.text.Text, offset))
-	})
+	_, all, failure := x.readTree(x.text.Text, x.position)
 	switch {
 	case failure != nil:
 		return nil, failure
@@ -135,7 +137,7 @@ func (x *execution) readStatement(analyze bool) (*pgplan.Statement, *proto.Error
 		return nil, denied(0, "the statement is refused: only one that reads is run for its plan; ask without --analyze")
 	}
 	for i, text := range x.request.Indexes {
-		index, failure := x.readTree(text, func(int) int { return 0 })
+		_, index, failure := x.readTree(text, func(int) int { return 0 })
 		if failure == nil && index.Kind != pgplan.Index {
 			failure = proto.Errorf(proto.CodeInvalid, "it is not CREATE INDEX")
 		}
@@ -153,7 +155,13 @@ func (x *execution) readStatement(analyze bool) (*pgplan.Statement, *proto.Error
 	return all, nil
 }
 
-func (x *execution) readTree(text string, position func(offset int) int) (*pgplan.Statement, *proto.Error) {
+// position is that of a byte of the server's text in the user's; 0 is unknown.
+func (x *execution) position(offset int) int {
+	return x.text.Position(characters(x.text.Text, offset))
+}
+
+// readTree parses one statement and reads what it may call.
+func (x *execution) readTree(text string, position func(offset int) int) (*pgtree.Tree, *pgplan.Statement, *proto.Error) {
 	ctx, done := context.WithTimeout(context.Background(), time.Duration(x.request.TimeoutMillis)*time.Millisecond)
 	defer done()
 	tree, err := x.parser.Parse(ctx, text)
@@ -164,20 +172,20 @@ func (x *execution) readTree(text string, position func(offset int) int) (*pgpla
 	)
 	switch {
 	case errors.As(err, &syntax):
-		return nil, sqlError(&pgproto3.ErrorResponse{Code: stateSyntaxError, Message: syntax.Message, Position: int32(syntax.Position)}, x.text)
+		return nil, nil, sqlError(&pgproto3.ErrorResponse{Code: stateSyntaxError, Message: syntax.Message, Position: int32(syntax.Position)}, x.text)
 	case errors.As(err, &complex):
-		return nil, denied(0, "the statement is refused: %s", complex)
+		return nil, nil, denied(0, "the statement is refused: %s", complex)
 	case err != nil:
-		return nil, proto.Errorf(proto.CodeUnavailable, "%w", err)
+		return nil, nil, proto.Errorf(proto.CodeUnavailable, "%w", err)
 	}
 	statement, err := pgplan.Read(tree)
 	switch {
 	case errors.As(err, &refusal):
-		return nil, denied(position(refusal.Offset), "the statement is refused: %s", refusal.Message)
+		return nil, nil, denied(position(refusal.Offset), "the statement is refused: %s", refusal.Message)
 	case err != nil:
-		return nil, proto.Errorf(proto.CodeInternal, "%w", err)
+		return nil, nil, proto.Errorf(proto.CodeInternal, "%w", err)
 	}
-	return statement, nil
+	return tree, statement, nil
 }
 
 // characters is the position in characters from 1 of a byte of text; 0 of none.
@@ -190,6 +198,7 @@ func characters(text string, offset int) int {
 
 // mustOnlyRead asks the server whether the statement is a query.
 func (x *execution) mustOnlyRead() *proto.Error {
+	x.query = x.text.Text
 	refusal, failure := x.cycle(&pgproto3.Parse{Name: classifyName, Query: classifyPrefix + x.text.Text, ParameterOIDs: x.types})
 	if failure == nil && refusal != nil {
 		failure = x.refusedClass(refusal)
@@ -239,11 +248,11 @@ LEFT JOIN pg_catalog.pg_extension e ON e.oid OPERATOR(pg_catalog.=) d.refobjid L
 // maxCandidates is how many rows of candidatesQuery are looked at.
 const maxCandidates = 10_000
 
-// judgeCalls refuses a statement that could make the planner call a function which
+// judgeCalls refuses a statement, or what of it is asked for, that could make the planner call a function which
 // is not known to look at its arguments alone. The planner runs what is declared
 // immutable or stable on constants, so that a plan can hold what such a function
-// read.
-func (x *execution) judgeCalls(s *pgplan.Statement) *proto.Error {
+// read. besides names functions of the server that may be called, too.
+func (x *execution) judgeCalls(s *pgplan.Statement, what string, besides func(name string) bool) *proto.Error {
 	query := fmt.Sprintf(candidatesQuery, nameArray(s.Functions), nameArray(s.Operators), nameArray(s.Fields))
 	rows, refusal, err := x.wire.simple(query)
 	switch {
@@ -265,9 +274,9 @@ func (x *execution) judgeCalls(s *pgplan.Statement) *proto.Error {
 		}
 		all = append(all, candidate{row[0], row[1], pgplan.Candidate{Schema: row[2], Name: row[3], BuiltIn: row[4] == "t", Volatility: row[5], Extension: row[6]}})
 	}
-	const remedy = "name it in functions of the data source's policy if planning may run it"
+	const remedy = "name it in functions of the data source's policy if it may be run"
 	for _, c := range all {
-		if c.Plannable(x.request.Guard.Functions) {
+		if c.Plannable(x.request.Guard.Functions) || c.BuiltIn && besides(c.Candidate.Name) {
 			continue
 		}
 		full := clean(c.Schema + "." + c.Candidate.Name)
@@ -275,15 +284,15 @@ func (x *execution) judgeCalls(s *pgplan.Statement) *proto.Error {
 		case "f":
 			for _, f := range s.Functions {
 				if f.Name == c.name && (f.Schema == "" || f.Schema == c.Schema) {
-					return denied(x.text.Position(characters(x.text.Text, f.Offset)), "the plan is refused: the statement may call %s, which is not known to be harmless: %s", full, remedy)
+					return denied(x.text.Position(characters(x.text.Text, f.Offset)), "%s is refused: the statement may call %s, which is not known to be harmless: %s", what, full, remedy)
 				}
 			}
 		case "o", "x":
-			return denied(0, "the plan is refused: the statement may call %s as %s: %s", full, clean(c.name), remedy)
+			return denied(0, "%s is refused: it may call %s as %s: %s", what, full, clean(c.name), remedy)
 		case "c":
-			return denied(0, "the plan is refused: the database has a cast by %s: %s", full, remedy)
+			return denied(0, "%s is refused: the database has a cast by %s: %s", what, full, remedy)
 		default:
-			return denied(0, "the plan is refused: a view or a row security policy of the statement's tables calls %s: %s", full, remedy)
+			return denied(0, "%s is refused: a view or a row security policy of the statement's tables calls %s: %s", what, full, remedy)
 		}
 	}
 	return nil

@@ -168,26 +168,33 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 	if failure != nil {
 		return failure, lost
 	}
+	return x.deliver(fields), false
+}
+
+// deliver runs the statement that the server has parsed, sends its rows and ends
+// its transaction.
+func (x *execution) deliver(fields []pgproto3.FieldDescription) *proto.Error {
+	r := x.request
 	hidden, failure := x.hide(fields)
 	if failure != nil {
-		return failure, false
+		return failure
 	}
 	types, failure := x.typeNames(fields)
 	if failure != nil {
-		return failure, false
+		return failure
 	}
 	x.sink.start()
 	x.batch = newBatch(fields, types, hidden, x.masking, x.sink)
 	x.batch.limit, x.batch.exceeded = r.MaxBytes, func() { x.st.stop(byteLimit) }
 	x.batch.keep = newKeeper(x.batch.columns, r.KeepFirst, r.KeepLast)
 	if x.st.isStopped() {
-		return stopError(x.st.stopReason(), r), false
+		return stopError(x.st.stopReason(), r)
 	}
 	if err := x.sink.send(frame.Begun, nil); err != nil {
-		return proto.Errorf(proto.CodeInternal, "%w", err), false
+		return proto.Errorf(proto.CodeInternal, "%w", err)
 	}
 	if err := x.sendExecute(); err != nil {
-		return x.broken(err), false
+		return x.broken(err)
 	}
 	x.sink.wait = x.stalled
 	end := x.stream()
@@ -202,9 +209,9 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 		}
 	}
 	if failure := x.verdict(end); failure != nil {
-		return failure, false
+		return failure
 	}
-	return x.commit(), false
+	return x.commit()
 }
 
 // apart runs what has a transaction of its own, which is rolled back, also in a
@@ -497,6 +504,9 @@ func (x *execution) broken(err error) *proto.Error {
 
 // refused turns the server's error into ours.
 func (x *execution) refused(e *pgproto3.ErrorResponse) *proto.Error {
+	if x.discreet {
+		return x.reduced(e, 0)
+	}
 	if x.rewritten && e.Position != 0 {
 		own := *e
 		own.Position = 0

@@ -95,7 +95,7 @@ func Read(tree *pgtree.Tree) (*Statement, error) {
 			return nil, err
 		}
 	default:
-		return nil, &Refusal{0, "only SELECT, VALUES, TABLE, WITH, INSERT, UPDATE, DELETE and MERGE have a plan"}
+		return nil, &Refusal{0, "it is none of SELECT, VALUES, TABLE, WITH, INSERT, UPDATE, DELETE and MERGE"}
 	}
 	if err := w.walk(node.ProtoReflect(), 0); err != nil {
 		return nil, err
@@ -176,7 +176,7 @@ func (w *walker) note(kind string, m protoreflect.Message) error {
 	switch x := m.Interface().(type) {
 	case *pgquery.SelectStmt:
 		if x.IntoClause != nil {
-			return &Refusal{location(x.IntoClause.ProtoReflect()), "SELECT INTO makes a table: it has no plan to be told"}
+			return &Refusal{location(x.IntoClause.ProtoReflect()), "SELECT INTO makes a table"}
 		}
 	case *pgquery.InsertStmt, *pgquery.UpdateStmt, *pgquery.DeleteStmt, *pgquery.MergeStmt:
 		w.out.Writes = true
