@@ -252,6 +252,9 @@ func (a *analyzer) condition(s *scope, n *pgquery.Node, where string) {
 	if a.policy.Filters == FiltersRefuse {
 		a.refuse(locationOf(n), "%s uses the masked column %s, which the data source's mask_filters does not allow", where, t.source)
 	}
+	// With values that the statement makes itself (generate_series, VALUES, a
+	// subquery without a table) a comparison would find out any value, or be a
+	// range: only constants and columns of tables are compared with.
 	var sides []*pgquery.Node
 	good := false
 	switch v := n.Node.(type) {
@@ -272,8 +275,7 @@ func (a *analyzer) condition(s *scope, n *pgquery.Node, where string) {
 		case pgquery.A_Expr_Kind_AEXPR_IN:
 			sides, good = append([]*pgquery.Node{e.Lexpr}, e.Rexpr.GetList().GetItems()...), equality
 		case pgquery.A_Expr_Kind_AEXPR_OP_ANY, pgquery.A_Expr_Kind_AEXPR_OP_ALL:
-			inside, _ := a.expr(s, e.Rexpr)
-			sides, good = []*pgquery.Node{e.Lexpr}, equality && !inside.on
+			sides, good = []*pgquery.Node{e.Lexpr}, equality && a.fixed(e.Rexpr)
 		}
 	case *pgquery.Node_SubLink:
 		link := v.SubLink
@@ -282,10 +284,10 @@ func (a *analyzer) condition(s *scope, n *pgquery.Node, where string) {
 			good = len(link.OperName) == 0 || isEquality(link.OperName)
 			sides = []*pgquery.Node{link.Testexpr}
 			for _, c := range a.query(link.Subselect, s) {
-				good = good && (!c.taint.on || c.taint.plain)
+				good = good && (c.taint.on && c.taint.plain && !c.taint.mixed || !c.taint.on && a.comparable(c))
 			}
 		case pgquery.SubLinkType_EXPR_SUBLINK: // a boolean
-			good = t.plain
+			good = t.plain && !t.mixed
 		}
 	}
 	for _, side := range sides {
@@ -296,8 +298,8 @@ func (a *analyzer) condition(s *scope, n *pgquery.Node, where string) {
 	}
 }
 
-// bare tells whether one side of a comparison is clean, or a masked column
-// itself, or a row of such.
+// bare tells whether one side of a comparison is a column of a table, masked or
+// not, a value that is the same for all rows, or a row of such.
 func (a *analyzer) bare(s *scope, n *pgquery.Node) bool {
 	if row := n.GetRowExpr(); row != nil {
 		for _, arg := range row.Args {
@@ -307,8 +309,40 @@ func (a *analyzer) bare(s *scope, n *pgquery.Node) bool {
 		}
 		return true
 	}
-	t, _ := a.expr(s, n)
-	return !t.on || t.plain
+	if n.GetTypeCast() != nil && castToText(n.GetTypeCast().TypeName) {
+		return a.bare(s, n.GetTypeCast().Arg)
+	}
+	if ref := n.GetColumnRef(); ref != nil {
+		t, from := a.columnRef(s, ref)
+		return t.on && t.plain && !t.mixed || !t.on && a.comparable(col{from: from})
+	}
+	return a.fixed(n)
+}
+
+// comparable tells whether a clean column is one of a table, and so may be
+// compared with a masked one.
+func (a *analyzer) comparable(c col) bool {
+	return c.taint.on || c.from.relation != 0 && !a.made[c.from.relation]
+}
+
+// fixed tells whether an expression names no column and asks no table: it has one
+// value.
+func (a *analyzer) fixed(n *pgquery.Node) bool {
+	switch v := n.GetNode().(type) {
+	case *pgquery.Node_ColumnRef, *pgquery.Node_SubLink:
+		return false
+	case *pgquery.Node_FuncCall:
+		for _, c := range a.found.Functions[nameOf(v.FuncCall.Funcname)] {
+			if c.Set {
+				return false
+			}
+		}
+	case nil:
+		return true
+	}
+	fixed := true
+	children(inner(n), func(child *pgquery.Node) { fixed = fixed && a.fixed(child) })
+	return fixed
 }
 
 func isEquality(name []*pgquery.Node) bool {

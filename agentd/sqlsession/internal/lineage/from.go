@@ -2,6 +2,7 @@ package lineage
 
 import (
 	"slices"
+	"strings"
 
 	pgquery "github.com/pganalyze/pg_query_go/v6"
 )
@@ -19,7 +20,7 @@ func (a *analyzer) relationColumns(r *Relation, location int32) []col {
 		cols[i] = col{name: c.Name, sure: true, from: origin{r.OID, c.Number}}
 		if rule := a.ruleOf(r, c.Name); rule >= 0 {
 			cols[i].taint = taint{on: true, plain: true, rule: rule, null: a.policy.Rules[rule].Null, source: name}
-		} else if r.system() && slices.Contains(hidden, c.Name) {
+		} else if r.system() && slices.Contains(hidden, c.Name) || r.Kind == 't' && c.Name == "chunk_data" {
 			cols[i].taint = taint{on: true, rule: -1, source: name}
 		}
 	}
@@ -28,6 +29,9 @@ func (a *analyzer) relationColumns(r *Relation, location int32) []col {
 	}
 	a.generated(r, cols, location)
 	a.views[r.OID] = cols
+	if r.system() || r.Schema == "pg_temp" || strings.HasPrefix(r.Schema, "pg_temp_") {
+		a.made[r.OID] = true
+	}
 	a.plan.known[r.OID] = true
 	for _, c := range cols {
 		if c.taint.on {
@@ -332,6 +336,9 @@ func (a *analyzer) join(s *scope, j *pgquery.JoinExpr) {
 		}
 		for _, t := range []taint{l.taint, r.taint} {
 			a.equal(s, t, locationOf(j.Larg), "JOIN")
+		}
+		if a.strict(s) && (l.taint.on && !a.comparable(r) || r.taint.on && !a.comparable(l)) {
+			a.refuse(locationOf(j.Larg), "JOIN compares the masked column %s with values that the statement makes: only columns of tables may be joined with it", either(l.taint, r.taint).source)
 		}
 		merged.cols = append(merged.cols, col{name: name, sure: true, taint: either(l.taint, r.taint)})
 	}

@@ -191,6 +191,7 @@ type analyzer struct {
 	views   map[uint32][]col // of relations with a definition, once analyzed
 	trees   map[uint32]*pgquery.Node
 	under   map[uint32]bool // views being analyzed
+	made    map[uint32]bool // relations whose columns a masked one may not be compared with
 	at      int             // where in the text the view was named that is being analyzed; -1: none
 	depth   int
 	steps   int
@@ -205,7 +206,7 @@ type failure struct{ err error }
 // *Refusal, or that of the parser or catalog.
 func Analyze(ctx context.Context, text string, stmt *pgquery.Node, parser pgtree.Parser, catalog Catalog, policy *Policy) (plan *Plan, err error) {
 	a := &analyzer{
-		ctx: ctx, text: text, parser: parser, catalog: catalog, policy: policy, views: map[uint32][]col{}, trees: map[uint32]*pgquery.Node{}, under: map[uint32]bool{}, at: -1,
+		ctx: ctx, text: text, parser: parser, catalog: catalog, policy: policy, views: map[uint32][]col{}, trees: map[uint32]*pgquery.Node{}, under: map[uint32]bool{}, made: map[uint32]bool{}, at: -1,
 		plan:  &Plan{masked: map[origin]bool{}, known: map[uint32]bool{}},
 		found: Found{Relations: map[Name]*Relation{}, Functions: map[Name][]Function{}},
 	}

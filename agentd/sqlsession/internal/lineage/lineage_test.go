@@ -46,6 +46,8 @@ CREATE FUNCTION allowed(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT ''x
 CREATE FUNCTION domain_of(text) RETURNS text LANGUAGE sql IMMUTABLE AS 'SELECT split_part($1, ''@'', 2)';
 CREATE VIEW vf AS SELECT id, leak(id) AS l FROM people;
 CREATE FUNCTION opf(int, int) RETURNS text LANGUAGE sql STABLE AS 'SELECT email FROM people WHERE id = $1 + $2';
+CREATE FUNCTION lessf(int, int) RETURNS bool LANGUAGE sql STABLE AS 'SELECT EXISTS (SELECT email FROM people WHERE id = $1)';
+CREATE OPERATOR ##< (LEFTARG = int, RIGHTARG = int, FUNCTION = lessf);
 CREATE OPERATOR ##@ (LEFTARG = int, RIGHTARG = int, FUNCTION = opf);
 INSERT INTO people VALUES (1, 'CANARY@x', 'N', 5, true, 'n');
 `
@@ -241,6 +243,19 @@ func TestAnalyze(t *testing.T) {
 		{"SELECT email, count(*) FROM people GROUP BY 1", "0 clear"},
 		{"SELECT upper(email), count(*) FROM people GROUP BY 1", refused + "GROUP BY"},
 		{"SELECT email, name FROM people GROUP BY GROUPING SETS ((email), (name), ())", "0 0"},
+		{"SELECT g FROM generate_series(1, 1000000) g JOIN people ON salary = g", refused + "another way"},
+		{"SELECT id FROM people WHERE salary IN (SELECT g FROM generate_series(1, 50000) g)", refused + "another way"},
+		{"SELECT id FROM people WHERE salary = ANY (ARRAY(SELECT generate_series(1, 50000)))", refused + "another way"},
+		{"SELECT id FROM people WHERE salary = ANY (ARRAY[1, 2]) AND email = ANY (string_to_array('a,b', ','))", "clear"},
+		{"SELECT g FROM generate_series(1, 9) g WHERE EXISTS (SELECT 1 FROM people p WHERE p.id = 1 AND p.salary = g)", refused + "another way"},
+		{"SELECT x FROM (VALUES ('a'), ('b')) v(x) JOIN people ON email = x", refused + "another way"},
+		{"SELECT salary FROM people JOIN generate_series(1, 9) salary USING (salary)", refused + "makes"},
+		{"SELECT max(g) FROM (SELECT salary s, NULL::int g FROM people UNION ALL SELECT g, g FROM generate_series(1, 9) g) u GROUP BY s", refused + "GROUP BY"},
+		{"SELECT s FROM (SELECT salary s FROM people UNION ALL SELECT 5) u WHERE s = 5", refused + "another way"},
+		{"SELECT o.id FROM (SELECT id, email AS e FROM orders) o JOIN people p ON p.email = o.e::text", "clear"},
+		{"SELECT a.attnum FROM pg_attribute a JOIN people p ON p.salary = a.attnum", refused + "another way"},
+		{"SELECT p.id FROM people p WHERE p.email = lower('X') || 'y' AND p.email = $1", "clear"},
+		{"SELECT id FROM people ORDER BY id USING ##<", refused + "operator"},
 		{"SELECT id FROM people ORDER BY email", refused + "order"},
 		{"SELECT email FROM people ORDER BY 1", refused + "order"},
 		{"SELECT id AS email FROM people ORDER BY email", "clear"},

@@ -348,6 +348,7 @@ func output(n *pgquery.Node, cols []col) (col, bool) {
 // sort is an item of ORDER BY or DISTINCT ON.
 func (a *analyzer) sort(s *scope, n *pgquery.Node, cols []col, where string) {
 	if by := n.GetSortBy(); by != nil {
+		a.operatorKnown(nameOf(by.UseOp), locationOf(n))
 		n = by.Node
 	}
 	if c, ok := output(n, cols); ok {
@@ -373,7 +374,7 @@ func (a *analyzer) equal(s *scope, t taint, location int32, where string) {
 	switch {
 	case a.policy.Filters == FiltersRefuse:
 		a.refuse(location, "%s uses the masked column %s, which the data source's mask_filters does not allow", where, t.source)
-	case !t.plain:
+	case !t.plain || t.mixed:
 		a.refuse(location, "%s uses something made of the masked column %s: the data source's mask_filters allows the column itself only", where, t.source)
 	}
 }

@@ -8,6 +8,7 @@ import (
 type taint struct {
 	on     bool // it may depend on a masked column
 	plain  bool // it is a copy of one, masked by rule
+	mixed  bool // of other rows it is a copy of something else
 	null   bool // what is made of it becomes NULL
 	rule   int
 	source string
@@ -15,7 +16,7 @@ type taint struct {
 
 // derived is the taint of something made of the value.
 func (t taint) derived() taint {
-	t.plain = false
+	t.plain, t.mixed = false, false
 	return t
 }
 
@@ -27,7 +28,7 @@ func mix(a, b taint) taint {
 	case !b.on:
 		return a.derived()
 	}
-	a.plain, a.null = false, a.null || b.null
+	a.plain, a.mixed, a.null = false, false, a.null || b.null
 	return a
 }
 
@@ -35,10 +36,13 @@ func mix(a, b taint) taint {
 func either(a, b taint) taint {
 	switch {
 	case !a.on:
+		b.mixed = b.on && b.plain
 		return b
 	case !b.on:
+		a.mixed = a.plain
 		return a
 	case a.plain && b.plain && a.rule == b.rule:
+		a.mixed = a.mixed || b.mixed
 		return a
 	}
 	return mix(a, b)
