@@ -286,7 +286,6 @@ func TestBadConfiguration(t *testing.T) {
 		{"unknown key", "sorces: []\n", ":2: unknown key sorces: did you mean sources?"},
 		{"unknown key in a policy", source + "    policy:\n      max_row: 5\n", ":7: unknown key sources.policy.max_row: did you mean max_rows?"},
 		{"wrong engine", strings.Replace(source, "postgres\n", "oracle\n", 1), ":4: source db: engine \"oracle\" is "},
-		{"an engine of a later version", strings.Replace(source, "postgres\n", "mysql\n", 1), ":4: source db: engine mysql is not supported by this version"},
 		{"a password in the dsn", strings.Replace(source, "user=u", "user=u password=hunter2", 1), ":5: source db: dsn: it holds a password"},
 		{"a relative password file", source + "    password: {file: db.pw}\n", ":6: source db: password: file \"db.pw\" is not an absolute path"},
 		{"a mask", source + "    policy:\n      mask: [{columns: [x], with: hash}]\n", ":7: "},

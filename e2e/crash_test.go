@@ -173,7 +173,7 @@ func TestKill(t *testing.T) {
 			"SQL session", 1,
 			[]string{"the SQL session process was killed (signal 9)", "the SQL session process was killed (signal 9)"},
 			func(t *testing.T) {
-				children := a.Process.Children()
+				children := a.Process.ChildrenNamed("sql-session")
 				if len(children) != 1 {
 					t.Fatalf("agentd has %d children, want 1: the SQL session", len(children))
 				}

@@ -52,7 +52,7 @@ func measureIntrospection(ctx context.Context, o Options, r *Report) (err error)
 	}
 	pids := []func() []int{
 		func() []int { return []int{agent.Process.PID()} },
-		agent.Process.Children,
+		func() []int { return agent.Process.ChildrenNamed("sql-session") },
 		func() []int { return []int{s.ControlPlane.PID()} },
 	}
 	idle := peak(pids...)()

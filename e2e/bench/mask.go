@@ -118,7 +118,7 @@ func measureMask(ctx context.Context, o Options, r *Report) (err error) {
 // sessionsCPU is the CPU time of an agent's SQL sessions in seconds.
 func sessionsCPU(agent *stack.Agent) float64 {
 	var sum time.Duration
-	for _, pid := range agent.Process.Children() {
+	for _, pid := range agent.Process.ChildrenNamed("sql-session") {
 		sum += cpuTime(pid)
 	}
 	return sum.Seconds()

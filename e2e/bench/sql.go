@@ -137,7 +137,7 @@ func (b *sqlBench) bulk(ctx context.Context, r *Report) error {
 	}
 	pids := []func() []int{
 		func() []int { return []int{b.agent.Process.PID()} },
-		b.agent.Process.Children,
+		func() []int { return b.agent.Process.ChildrenNamed("sql-session") },
 		func() []int { return []int{b.stack.ControlPlane.PID()} },
 	}
 	names := []string{"agentd", "sql_session", "controlplane"}

@@ -108,6 +108,21 @@ func (p *Process) Tail(n int) string {
 // Children are the ids of the process's children.
 func (p *Process) Children() []int { return children(p.PID()) }
 
+// ChildrenNamed are those of the children whose first argument is this:
+// sql-session or sql-parser of agentd.
+func (p *Process) ChildrenNamed(argument string) (pids []int) {
+	for _, pid := range p.Children() {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+		if err != nil {
+			continue // it has ended
+		}
+		if args := bytes.Split(text, []byte{0}); len(args) > 1 && string(args[1]) == argument {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
 func children(pid int) []int {
 	tasks, _ := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/children", pid))
 	var all []int
