@@ -67,11 +67,23 @@ func (p *problems) sources(in file, c *Config, at func(...any) int, deeper func(
 				p.add(line("dsn"), "%s: dsn: %v", where, err)
 			}
 		case "sqlite":
-			p.add(line("engine"), "%s: engine %s is not supported by this version: use postgres or mysql", where, s.Engine)
+			var err error
+			switch {
+			case strings.TrimSpace(s.DSN) == "":
+				err = errors.New("it is empty: write path=/srv/data/app.db")
+			case deeper != nil:
+				err = deeper(s.Engine, s.DSN)
+			}
+			if err != nil {
+				p.add(line("dsn"), "%s: dsn: %v", where, err)
+			}
+			if !s.Password.IsZero() {
+				p.add(line("password"), "%s: password: SQLite has none: remove it", where)
+			}
 		case "":
 			p.add(line(), "%s: it has no engine: set engine: postgres", where)
 		default:
-			p.add(line("engine"), "%s: engine %q is unknown: use postgres or mysql (also for MariaDB)", where, s.Engine)
+			p.add(line("engine"), "%s: engine %q is unknown: use postgres, mysql (also for MariaDB) or sqlite", where, s.Engine)
 		}
 		if !s.Password.IsZero() {
 			if err := s.Password.Validate(); err != nil {

@@ -22,7 +22,7 @@ func (s Spec) CheckEngine(engine string) error {
 		return refuse("mask_filters", "remove it")
 	case len(s.MaskSafeFunctions) > 0:
 		return refuse("mask_safe_functions", "remove it")
-	case s.Write != nil:
+	case s.Write != nil && engine == "mysql":
 		return refuse("write", "remove it, and grant the account no more than it needs")
 	}
 	return nil

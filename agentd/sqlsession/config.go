@@ -38,7 +38,7 @@ type LoginFunc func(context.Context) (Login, error)
 // Source is one data source.
 type Source struct {
 	Name string
-	// Engine is "postgres" or "mysql", which is MariaDB's, too.
+	// Engine is "postgres", "mysql", which is MariaDB's, too, or "sqlite".
 	Engine string
 	// DSN names host, database, user and TLS, never a password: see ValidateDSN.
 	DSN string
@@ -187,9 +187,9 @@ func ValidateDSN(engine, dsn string) error {
 	case "mysql":
 		_, err = child.ParseMySQLDSN(dsn)
 	case "sqlite":
-		return fmt.Errorf("engine %s is not supported by this version: use postgres or mysql", engine)
+		_, err = child.ParseSQLiteDSN(dsn)
 	default:
-		return fmt.Errorf("engine %q is none of postgres, mysql", engine)
+		return fmt.Errorf("engine %q is none of postgres, mysql, sqlite", engine)
 	}
 	return err
 }

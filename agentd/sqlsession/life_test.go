@@ -133,6 +133,10 @@ func TestValidateDSN(t *testing.T) {
 	}
 	for _, bad := range []struct{ engine, dsn, says string }{
 		{"postgres", "host=x password=marked", "password in the dsn"},
+		{"sqlite", "x", "garbled"},
+		{"sqlite", "path=app.db", "not absolute"},
+		{"sqlite", "path=/srv/../etc/x", "shortest form"},
+		{"sqlite", "path=/a mode=rw", "not supported"},
 		{"mysql", "x", "garbled"},
 		{"mysql", "host=h password=marked", "password in the dsn"},
 		{"mysql", "mysql://u:marked@h/x=y", "garbled"},

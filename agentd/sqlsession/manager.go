@@ -107,7 +107,8 @@ func (m *Manager) SetSources(sources []Source) {
 	for _, s := range sources {
 		s = s.withDefaults()
 		kept := old[s.Name]
-		if kept != nil && kept.Engine == s.Engine && kept.DSN == s.DSN {
+		// Whether its file is open for writing is decided when a process starts.
+		if kept != nil && kept.Engine == s.Engine && kept.DSN == s.DSN && (s.Engine != "sqlite" || kept.ReadWrite == s.ReadWrite) {
 			if !sameSource(kept.Source, s) {
 				for _, p := range m.pinned {
 					if p.source == kept {
@@ -171,6 +172,9 @@ func confine(engine, dsn string) confinement {
 			c.readable = []string{d.SSLRootCert}
 		}
 		return c
+	}
+	if engine == "sqlite" {
+		return confinement{ports: []uint16{}} // what it uses is opened for it
 	}
 	config, err := child.ParseDSN(dsn)
 	if err != nil {

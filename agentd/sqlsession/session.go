@@ -82,7 +82,7 @@ func (m *Manager) spawn(src *source, slot int, login Login) (*session, error) {
 	if err != nil {
 		return nil, fmt.Errorf("socketpair: %w", err)
 	}
-	introducer, err := m.introducer()
+	introducer, err := m.aside(src)
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
@@ -245,7 +245,7 @@ func (s *session) handshake(ctx context.Context, source Source, login Login) err
 	defer stop()
 	err := s.send(frame.Connect, frame.ConnectRequest{
 		Engine: source.Engine, DSN: source.DSN, User: login.User, Password: login.Password,
-		ApplicationName: "postern " + source.Name, TimeoutMillis: connectTimeout.Milliseconds(),
+		ApplicationName: "postern " + source.Name, TimeoutMillis: connectTimeout.Milliseconds(), ReadWrite: source.ReadWrite,
 	})
 	if err != nil {
 		return s.died()

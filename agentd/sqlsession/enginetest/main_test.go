@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -17,6 +18,7 @@ import (
 	"github.com/apache/arrow-go/v18/arrow/ipc"
 	_ "github.com/jackc/pgx/v5/stdlib"
 	"go.uber.org/goleak"
+	_ "modernc.org/sqlite"
 
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/e2e/mariadbserver"
@@ -155,8 +157,40 @@ var mariadb = sync.OnceValues(func() (*database, error) {
 	}, nil
 })
 
+var sqlite = sync.OnceValues(func() (*database, error) {
+	dir, err := os.MkdirTemp("", "postern-sqlite-")
+	if err != nil {
+		return nil, err
+	}
+	stops = append(stops, func() error { return os.RemoveAll(dir) })
+	path := filepath.Join(dir, "shop.db")
+	admin, err := sql.Open("sqlite", path)
+	if err != nil {
+		return nil, err
+	}
+	admin.SetMaxIdleConns(0)
+	stops = append([]func() error{admin.Close}, stops...)
+	for _, text := range []string{
+		"CREATE TABLE things (id INTEGER PRIMARY KEY, name TEXT)", "CREATE TABLE secret_plans (a INT)",
+		"INSERT INTO things WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000) SELECT i, 'thing ' || i FROM n",
+	} {
+		if _, err := admin.Exec(text); err != nil {
+			return nil, err
+		}
+	}
+	return &database{
+		name: "SQLite", engine: "sqlite", admin: admin, schema: "main",
+		source: sqlsession.Source{Name: "db", Engine: "sqlite", DSN: "path=" + path},
+		series: func(n int) string {
+			return fmt.Sprintf("WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < %d) SELECT i FROM n", n)
+		},
+		slow: "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT COUNT(*) FROM n",
+		text: func(n int) string { return fmt.Sprintf("SELECT replace(hex(zeroblob(%d)), '00', 'x')", n) },
+	}, nil
+})
+
 // engines are those that the suite runs on.
-var engines = []func() (*database, error){postgres, mariadb}
+var engines = []func() (*database, error){postgres, mariadb, sqlite}
 
 // each runs a test on every engine.
 func each(t *testing.T, test func(t *testing.T, db *database)) {

@@ -54,7 +54,8 @@ var connectors = map[string]func(ctx context.Context, r *frame.ConnectRequest, o
 		s.parser = parser
 		return s, nil
 	},
-	"mysql": connectMySQL,
+	"mysql":  connectMySQL,
+	"sqlite": connectSQLite,
 }
 
 // open opens the connection that a Connect frame asks for.
@@ -62,6 +63,11 @@ func open(ctx context.Context, r *frame.ConnectRequest, out *sink, parser pgtree
 	connector := connectors[r.Engine]
 	if connector == nil {
 		return nil, proto.Errorf(proto.CodeSourceConfig, "engine %q is not supported by this version", clean(r.Engine))
+	}
+	if r.Engine != "sqlite" {
+		if err := forbidWriting(); err != nil {
+			return nil, proto.Errorf(proto.CodeInternal, "%w", err)
+		}
 	}
 	return connector(ctx, r, out, parser)
 }

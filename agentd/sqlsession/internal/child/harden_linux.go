@@ -19,7 +19,39 @@ const maxProcesses = 64
 // debugger (the memory holds a password), no file of any size written, few
 // descriptors. The user id, the capabilities, no_new_privs and Landlock are
 // agentd's to set before the process starts.
-func harden() error { return hardenFor(maxFiles) }
+func harden() error {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+		return fmt.Errorf("RLIMIT_FSIZE: %w", err)
+	}
+	// Which engine it is for is not known yet: see forbidWriting and allowWriting.
+	limit.Cur = 0
+	if err := syscall.Setrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+		return fmt.Errorf("RLIMIT_FSIZE: %w", err)
+	}
+	return hardenFor(maxFiles)
+}
+
+// forbidWriting makes it final that no file is written.
+func forbidWriting() error {
+	if err := syscall.Setrlimit(unix.RLIMIT_FSIZE, &syscall.Rlimit{}); err != nil {
+		return fmt.Errorf("RLIMIT_FSIZE: %w", err)
+	}
+	return nil
+}
+
+// allowWriting lets those files be written whose descriptors are for writing.
+func allowWriting() error {
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+		return fmt.Errorf("RLIMIT_FSIZE: %w", err)
+	}
+	limit.Cur = limit.Max
+	if err := syscall.Setrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
+		return fmt.Errorf("RLIMIT_FSIZE: %w", err)
+	}
+	return nil
+}
 
 func hardenFor(files uint64) error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
@@ -31,7 +63,6 @@ func hardenFor(files uint64) error {
 		max      uint64
 	}{
 		{"RLIMIT_CORE", unix.RLIMIT_CORE, 0},
-		{"RLIMIT_FSIZE", unix.RLIMIT_FSIZE, 0},
 		{"RLIMIT_NOFILE", unix.RLIMIT_NOFILE, files},
 		{"RLIMIT_MEMLOCK", unix.RLIMIT_MEMLOCK, 0},
 		{"RLIMIT_MSGQUEUE", unix.RLIMIT_MSGQUEUE, 0},

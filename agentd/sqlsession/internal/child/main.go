@@ -68,8 +68,12 @@ func Main() int {
 	// Where agentd runs no parser there is something else: statements are
 	// refused then.
 	introducer, _ := inherited(ParserFD)
+	beside = introducer
 	return serve(conn, pgtree.NewClient(introducer))
 }
+
+// beside is what the process was given beside agentd's socket: see ParserFD.
+var beside net.Conn
 
 // serve answers agentd until its socket closes.
 func serve(conn net.Conn, parser pgtree.Parser) int {

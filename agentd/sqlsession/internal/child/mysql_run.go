@@ -45,8 +45,11 @@ func (s *mysqlSession) run(r *frame.RunRequest, st *statement) (done frame.DoneR
 
 // unenforced refuses what an engine does not enforce. The configuration refuses it
 // first; this is for the day on which it forgets.
-func unenforced(product string, g *frame.Guard) *proto.Error {
-	what := ""
+func unenforced(product string, r *frame.RunRequest) *proto.Error {
+	if r.Session {
+		return proto.Errorf(proto.CodeInvalid, "sessions that stay open are not supported for %s: run the statement alone", product)
+	}
+	g, what := &r.Guard, ""
 	switch {
 	case g.Mode != "read-only" && g.Mode != "read-write" && g.Mode != "":
 		what = "mode " + g.Mode
@@ -64,7 +67,7 @@ func unenforced(product string, g *frame.Guard) *proto.Error {
 
 func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	r := x.request
-	if failure := unenforced("MySQL", &r.Guard); failure != nil {
+	if failure := unenforced("MySQL", r); failure != nil {
 		return failure, false
 	}
 	values := make([]sqltext.Value, len(r.Parameters))

@@ -90,6 +90,8 @@ type ConnectRequest struct {
 	User            string // "" means the DSN's
 	ApplicationName string
 	TimeoutMillis   int64
+	// ReadWrite tells whether the source may ever be written to.
+	ReadWrite bool `json:",omitempty"`
 }
 
 // ConnectedReply says what the process is connected to.
