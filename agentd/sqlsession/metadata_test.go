@@ -153,7 +153,7 @@ func TestMetadataErrors(t *testing.T) {
 		{"SELECT nam FROM vault.people", proto.CodeSQL, `column "nam" does not exist (SQLSTATE 42703, position 8)`, 8},
 		{"SELECT * FROM vault.nothing", proto.CodeSQL, `relation "vault.nothing" does not exist`, 15},
 		{"SELECT 'abc'::int", proto.CodeSQL, "a value in the statement is not of the type that it should be (SQLSTATE 22P02, position 8)", 8},
-		{"INSERT INTO vault.strict VALUES ('{1}')", proto.CodeSQL, "the reason is not told, as it may hold data (SQLSTATE 42P01", 34},
+		{"INSERT INTO vault.strict VALUES (' {1}')", proto.CodePolicyDenied, "it is one of the domain vault.checked in an array or a row PostgreSQL runs vault.cried", 34},
 		{"SELECT 1; SELECT 2", proto.CodePolicyDenied, "more than one statement", 10},
 		{"VACUUM", proto.CodePolicyDenied, "VACUUM is refused: the data source tells metadata only", 0},
 		{"SELECT selec FROM (", proto.CodeSQL, "syntax error at end of input", 20},

@@ -19,7 +19,7 @@ UPDATE app.customers SET salary = 0 RETURNING *
 DELETE FROM app.customers RETURNING email
 --# runs a MERGE is described
 MERGE INTO app.victim v USING app.customers c ON v.id = c.id WHEN MATCHED THEN DELETE
---# runs catalogs are described like any table
+--# refused the catalog's estimates
 SELECT relname, reltuples FROM pg_class
 --# runs functions' result types
 SELECT * FROM evil.all_emails() e, evil.a_customer() c

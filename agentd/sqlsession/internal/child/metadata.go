@@ -60,6 +60,9 @@ func (x *execution) describe() (failure *proto.Error, lost bool) {
 	if catalog.Reason != "" {
 		return denied(x.position(catalog.Offset), "the statement is refused: %s", catalog.Reason), false
 	}
+	if failure := x.runsNoCheck(calls); failure != nil {
+		return failure, false
+	}
 	d, failure, lost := x.parse(x.text.Text, 0)
 	if failure != nil {
 		return failure, lost

@@ -65,6 +65,9 @@ func (x *execution) explain() (failure *proto.Error, lost bool) {
 	if failure != nil {
 		return failure, false
 	}
+	if failure := x.runsNoCheck(calls); failure != nil {
+		return failure, false
+	}
 	d, failure, lost := x.parse(x.text.Text, 0)
 	switch {
 	case failure != nil:

@@ -70,7 +70,8 @@ type session struct {
 	version  string
 	// stay is set once the session is one that stays: nothing is reset between its
 	// statements.
-	stay *interactive
+	stay    *interactive
+	domains domains
 	// forget is what reset runs besides, once: what DISCARD ALL leaves.
 	forget    string
 	checkPeer string // SET LOCAL client_connection_check_interval where the server has it

@@ -47,6 +47,9 @@ type Statement struct {
 	// Writes is set when the statement, or one within it, changes rows.
 	Writes               bool
 	Functions, Operators []Name
+	// Composite is where the first literal stands that may be an array, a row or a
+	// range, as Composite says; -1: nowhere.
+	Composite int
 	// Fields are the names behind a point: x.f may be a column or a call f(x).
 	Fields []Name
 }
@@ -73,7 +76,7 @@ func Read(tree *pgtree.Tree) (*Statement, error) {
 	default:
 		return nil, &Refusal{int(tree.Stmts[1].StmtLocation), "the text has more than one statement: send them one by one"}
 	}
-	w := &walker{out: &Statement{}}
+	w := &walker{out: &Statement{Composite: -1}}
 	for _, implied := range []string{"=", "<", "<=", ">="} { // of IN, BETWEEN, USING, CASE and others
 		w.out.Operators = append(w.out.Operators, Name{Name: implied, Offset: -1})
 	}
@@ -191,6 +194,10 @@ func (w *walker) note(kind string, m protoreflect.Message) error {
 			return nil
 		}
 		return w.operator(x.Name, int(x.Location))
+	case *pgquery.A_Const:
+		if s := x.GetSval(); s != nil && Composite(s.Sval) && w.out.Composite < 0 {
+			w.out.Composite = max(0, int(x.Location))
+		}
 	case *pgquery.ColumnRef:
 		if len(x.Fields) > 1 {
 			w.field(x.Fields[len(x.Fields)-1], int(x.Location))
@@ -217,6 +224,13 @@ func (w *walker) note(kind string, m protoreflect.Message) error {
 		w.out.Functions = append(w.out.Functions, Name{Name: name, Offset: int(x.Location)})
 	}
 	return nil
+}
+
+// Composite tells whether a text may be read as an array, a row, a range or a
+// multirange: it begins with a bracket.
+func Composite(text string) bool {
+	text = strings.TrimLeft(text, " \t\n\r\v\f")
+	return text != "" && strings.IndexByte("{([", text[0]) >= 0
 }
 
 func (w *walker) field(n *pgquery.Node, offset int) {
