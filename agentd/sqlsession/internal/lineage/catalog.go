@@ -16,26 +16,35 @@ const maxRows = 50_000
 // all of them as text, NULL as "".
 type SQLCatalog struct {
 	Query func(sql string) ([][]string, error)
+	// OneByOne gives Query one statement at a time.
+	OneByOne bool
 }
 
 var _ Catalog = SQLCatalog{}
 
-// Look implements Catalog in one round trip.
+// Look implements Catalog in one round trip, or one for each statement.
 func (c SQLCatalog) Look(_ context.Context, relations, functions []Name, operators []string) (Found, error) {
 	found := Found{Relations: map[Name]*Relation{}, Functions: map[Name][]Function{}}
-	var sql strings.Builder
+	var statements []string
 	if len(relations) > 0 {
-		sql.WriteString(relationsSQL(relations))
+		statements = append(statements, relationsSQL(relations), columnsSQL(relations))
 	}
 	if len(functions) > 0 {
-		sql.WriteString(functionsSQL(functions))
+		statements = append(statements, functionsSQL(functions))
 	}
 	if len(operators) > 0 {
-		sql.WriteString(operatorsSQL(operators))
+		statements = append(statements, operatorsSQL(operators))
 	}
-	rows, err := c.Query(sql.String())
-	if err != nil {
-		return Found{}, err
+	if !c.OneByOne {
+		statements = []string{strings.Join(statements, ";\n")}
+	}
+	var rows [][]string
+	for _, sql := range statements {
+		more, err := c.Query(sql)
+		if err != nil {
+			return Found{}, err
+		}
+		rows = append(rows, more...)
 	}
 	if len(rows) > maxRows {
 		return Found{}, &Refusal{Reason: "the statement names more of the catalog than can be followed: its masked columns can't be told"}
@@ -139,9 +148,8 @@ func identifier(s string) string { return `"` + strings.ReplaceAll(s, `"`, `""`)
 // In all of these every name is qualified: the statement's search_path is not
 // trusted.
 
-// relationsSQL asks for relations as the server resolves their names, with their
-// columns.
-func relationsSQL(relations []Name) string {
+// namesSQL are names as rows v (i, q), q as to_regclass takes it.
+func namesSQL(relations []Name) string {
 	var values []string
 	for i, n := range relations {
 		name := identifier(n.Name)
@@ -150,7 +158,11 @@ func relationsSQL(relations []Name) string {
 		}
 		values = append(values, fmt.Sprintf("(%d,%s)", i, literal(name)))
 	}
-	list := "(VALUES " + strings.Join(values, ",") + ") v (i, q)"
+	return "(VALUES " + strings.Join(values, ",") + ") v (i, q)"
+}
+
+// relationsSQL asks for relations as the server resolves their names.
+func relationsSQL(relations []Name) string {
 	return `SELECT 'r', v.i, c.oid, n.nspname, c.relname, c.relkind,
  CASE WHEN c.relkind OPERATOR(pg_catalog.=) ANY ('{v,m}'::pg_catalog."char"[]) AND c.oid OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid THEN pg_catalog.pg_get_viewdef(c.oid) ELSE '' END,
  CASE WHEN c.relkind OPERATOR(pg_catalog.=) ANY ('{r,p,f}'::pg_catalog."char"[]) THEN (
@@ -166,16 +178,19 @@ func relationsSQL(relations []Name) string {
   JOIN pg_catalog.pg_class fc ON fc.oid OPERATOR(pg_catalog.=) k.oid
   JOIN pg_catalog.pg_namespace fn ON fn.oid OPERATOR(pg_catalog.=) fc.relnamespace
  ) ELSE '[]'::pg_catalog.json END
- FROM ` + list + `
+ FROM ` + namesSQL(relations) + `
  JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) pg_catalog.to_regclass(v.q)::pg_catalog.oid
- JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace;
-SELECT 'c', c.oid, a.attnum, a.attname,
+ JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace`
+}
+
+// columnsSQL asks for their columns, after relationsSQL.
+func columnsSQL(relations []Name) string {
+	return `SELECT 'c', c.oid, a.attnum, a.attname,
  CASE WHEN a.attgenerated OPERATOR(pg_catalog.<>) ''::pg_catalog."char" THEN pg_catalog.pg_get_expr(d.adbin, d.adrelid) ELSE '' END
- FROM (SELECT DISTINCT pg_catalog.to_regclass(v.q)::pg_catalog.oid AS oid FROM ` + list + `) c
+ FROM (SELECT DISTINCT pg_catalog.to_regclass(v.q)::pg_catalog.oid AS oid FROM ` + namesSQL(relations) + `) c
  JOIN pg_catalog.pg_attribute a ON a.attrelid OPERATOR(pg_catalog.=) c.oid AND a.attnum OPERATOR(pg_catalog.>) 0::pg_catalog.int2 AND NOT a.attisdropped
  LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid OPERATOR(pg_catalog.=) a.attrelid AND d.adnum OPERATOR(pg_catalog.=) a.attnum
- ORDER BY c.oid USING OPERATOR(pg_catalog.<), a.attnum USING OPERATOR(pg_catalog.<);
-`
+ ORDER BY c.oid USING OPERATOR(pg_catalog.<), a.attnum USING OPERATOR(pg_catalog.<)`
 }
 
 // functionColumnsSQL are the columns that function reads, of pg_proc p in
@@ -201,8 +216,7 @@ func functionsSQL(functions []Name) string {
  JOIN pg_catalog.pg_proc p ON p.proname OPERATOR(pg_catalog.=) v.f
  JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) p.pronamespace
  JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) p.prorettype
- WHERE CASE WHEN v.s OPERATOR(pg_catalog.=) ''::pg_catalog.name THEN n.nspname OPERATOR(pg_catalog.=) ANY (pg_catalog.current_schemas(true)) ELSE n.nspname OPERATOR(pg_catalog.=) v.s END;
-`
+ WHERE CASE WHEN v.s OPERATOR(pg_catalog.=) ''::pg_catalog.name THEN n.nspname OPERATOR(pg_catalog.=) ANY (pg_catalog.current_schemas(true)) ELSE n.nspname OPERATOR(pg_catalog.=) v.s END`
 }
 
 // operatorsSQL asks for operators that are not PostgreSQL's own, wherever they
@@ -217,6 +231,5 @@ func operatorsSQL(operators []string) string {
  JOIN pg_catalog.pg_operator o ON o.oprname OPERATOR(pg_catalog.=) v.o AND o.oid OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid
  JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) o.oprcode::pg_catalog.oid
  JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) p.pronamespace
- JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) p.prorettype;
-`
+ JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) p.prorettype`
 }
