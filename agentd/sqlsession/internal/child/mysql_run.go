@@ -49,6 +49,9 @@ func unenforced(product string, r *frame.RunRequest) *proto.Error {
 	if r.Session {
 		return proto.Errorf(proto.CodeInvalid, "sessions that stay open are not supported for %s: run the statement alone", product)
 	}
+	if r.Explain != "" {
+		return denied(0, "plans are refused: they are not supported for %s", product)
+	}
 	g, what := &r.Guard, ""
 	switch {
 	case g.Mode != "read-only" && g.Mode != "read-write" && g.Mode != "":

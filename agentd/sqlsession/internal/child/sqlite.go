@@ -322,6 +322,10 @@ func (x *sqliteExecution) unenforced() *proto.Error {
 	switch {
 	case x.request.Session:
 		return proto.Errorf(proto.CodeInvalid, "sessions that stay open are not supported for SQLite: run the statement alone")
+	case x.request.Explain != "":
+		return denied(0, "plans are refused: they are not supported for SQLite")
+	case g.Mode != "" && g.Mode != modeMetadata && g.Mode != "read-only" && g.Mode != "read-write":
+		what = "a mode that is not understood"
 	case x.request.ReadWrite && !x.readWrite:
 		what = "mode read-only"
 	case g.Plans != "" && g.Plans != "off":
