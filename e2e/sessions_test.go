@@ -352,6 +352,16 @@ fetch 2 c; commit;
 	if got := items(t, "shell"); got != before {
 		t.Errorf("the table has changed: %s", got)
 	}
+	// Ctrl-C ends a statement that has no row yet, in order.
+	cmd := s.Command(t.Context(), "sql", "-i", "host/db")
+	cmd.Stdin = strings.NewReader("begin; select pg_sleep(60) /* interrupted */;")
+	ending := make(chan ended, 1)
+	go func() { ending <- finish(t, cmd) }()
+	underWay(t, "/* interrupted */", 1)
+	cmd.Process.Signal(syscall.SIGINT) //nolint:errcheck // it runs
+	if e := <-ending; e.code != 1 || !strings.Contains(e.stderr, "interrupted: the statement was cancelled") {
+		t.Errorf("exit %d: %s%s", e.code, e.stdout, e.stderr)
+	}
 	sessions, err := api(t, s).Sessions.ListSessions(t.Context(), connect.NewRequest(&posternv1.ListSQLSessionsRequest{}))
 	if err != nil || len(sessions.Msg.Sessions) != 0 {
 		t.Errorf("got %v, %v, want no session left open", sessions, err)

@@ -103,8 +103,12 @@ func (m *Manager) OpenSession(ctx context.Context, o Open) (*posternv1.SQLSessio
 	go m.watch(p)
 	m.config.Metrics.open.Inc()
 	if p.ending != "" || src.removed || m.closed {
-		m.endPinnedLocked(p, "its data source or the agent goes away", "policy")
-		return nil, proto.Errorf(proto.CodeUnavailable, "data source %q goes away or changes: try again", src.Name)
+		reason := p.ending
+		if reason == "" {
+			reason = "its data source or the agent goes away"
+		}
+		m.endPinnedLocked(p, reason, "policy")
+		return nil, proto.Errorf(proto.CodeUnavailable, "the session has ended before it was used: %s", reason)
 	}
 	return p.describeLocked(), nil
 }

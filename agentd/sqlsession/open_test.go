@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -414,5 +415,28 @@ func TestSessionManyStatements(t *testing.T) {
 	}
 	if got := s.value("SELECT count(*) FROM pg_prepared_statements WHERE name NOT LIKE 'postern%'", "none"); got != "0" {
 		t.Errorf("%s prepared statements are left", got)
+	}
+}
+
+// Many statements in one session leave its process as large as it was.
+func TestSessionMemoryStaysFlat(t *testing.T) {
+	m := newManager(t, sqlsession.Config{Warm: -1}, both()...)
+	s := openSession(t, m, "tok_a", "ro")
+	eventually(t, "one process", func() bool { return len(sessionProcesses(os.Getpid())) == 1 })
+	pid := sessionProcesses(os.Getpid())[0]
+	statements := func(n int) {
+		for i := range n {
+			s.run(fmt.Sprintf("SELECT %d", i), "none")
+		}
+	}
+	statements(1000)
+	before := peak(t, pid)
+	n := 10_000
+	if raceEnabled {
+		n = 2000
+	}
+	statements(n)
+	if after := peak(t, pid); after > before+8<<10 {
+		t.Errorf("the process had %d KiB at its peak after 1,000 statements and %d after %d more", before, after, n)
 	}
 }

@@ -246,7 +246,8 @@ func (s *shell) signals() (stop func()) {
 				}
 				if sig != os.Interrupt {
 					// The editor waits for a key: nothing else ends it.
-					s.editor.Close() //nolint:errcheck // we leave
+					s.editor.Close()     //nolint:errcheck // we leave
+					_ = s.history.save() // nobody is left to tell
 					s.leave()
 					os.Exit(proto.ExitFailed)
 				}
@@ -364,17 +365,9 @@ func (s *shell) statement(ctx context.Context, text string) error {
 			run.statement.Parameters = append(run.statement.Parameters, p)
 		}
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	s.mu.Lock()
-	s.interrupt = cancel
-	s.mu.Unlock()
 	start := time.Now()
-	err := run.do(ctx)
+	err := s.interruptible(ctx, run.do)
 	took := time.Since(start)
-	s.mu.Lock()
-	s.interrupt = nil
-	s.mu.Unlock()
 	if paged != nil {
 		if perr := paged.close(); err == nil && perr != nil {
 			err = dst.failed(perr)
@@ -390,6 +383,21 @@ func (s *shell) statement(ctx context.Context, text string) error {
 		s.app.info("Time: %s", roughly(took))
 	}
 	return err
+}
+
+// interruptible runs f so that Ctrl-C ends its context.
+func (s *shell) interruptible(ctx context.Context, f func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s.mu.Lock()
+	s.interrupt = cancel
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		s.interrupt = nil
+		s.mu.Unlock()
+	}()
+	return f(ctx)
 }
 
 // after takes note of what became of the session.

@@ -114,7 +114,9 @@ func (s *shell) describe(ctx context.Context, pattern string) error {
 			r.Table = pattern
 		}
 	}
-	return s.app.introspect(ctx, s.client, s.agent+"/"+s.source, r)
+	return s.interruptible(ctx, func(ctx context.Context) error {
+		return s.app.introspect(ctx, s.client, s.agent+"/"+s.source, r)
+	})
 }
 
 // set shows the variables, or sets one.
