@@ -9,7 +9,9 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -272,4 +274,87 @@ func FuzzOpen(f *testing.F) {
 			t.Fatal(head, torn, err)
 		}
 	})
+}
+
+func soon(t *testing.T, l *Log, action, query string) error {
+	t.Helper()
+	return l.AppendSoon(t.Context(), auditchain.Entry{Action: action, QueryID: query})
+}
+
+func TestAppendSoon(t *testing.T) {
+	state := t.TempDir()
+	var broken atomic.Bool
+	l, _ := mustOpen(t, state, Config{SegmentBytes: 2000, Fault: func(op string) error {
+		if broken.Load() && op == "fsync" {
+			return errors.New("the disk is gone")
+		}
+		return nil
+	}})
+	mustAppend(t, l, ActionStart, "")
+	if err := soon(t, l, ActionRun, "q1"); err != nil {
+		t.Fatal(err)
+	}
+	// It is in the file at once, and in the head soon.
+	mustVerify(t, state, 2)
+	for end := time.Now().Add(10 * time.Second); l.Head().Sequence != 2; time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it is never on stable storage")
+		}
+	}
+	// What the disk failed to keep is written again before anything else.
+	broken.Store(true)
+	for i := range 20 { // over the edge of a segment
+		if err := soon(t, l, ActionRun, fmt.Sprint("q", i)); err != nil {
+			break
+		}
+	}
+	accepted := l.tip.Sequence
+	if err := l.Append(t.Context(), auditchain.Entry{Action: ActionRun}); err == nil {
+		t.Error("an entry was kept by a broken disk")
+	}
+	if err := soon(t, l, ActionRun, "lost"); err == nil {
+		t.Error("an entry was accepted although those before it are not kept")
+	}
+	if l.Head().Sequence > 2 {
+		t.Errorf("the head is %d", l.Head().Sequence)
+	}
+	broken.Store(false)
+	mustAppend(t, l, ActionRun, "after")
+	if got := l.Head().Sequence; got != accepted+1 {
+		t.Errorf("the head is %d, want %d", got, accepted+1)
+	}
+	if err := soon(t, l, ActionRun, "last"); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := soon(t, l, ActionRun, "closed"); !errors.Is(err, ErrClosed) {
+		t.Errorf("after Close: %v", err)
+	}
+	mustVerify(t, state, accepted+2)
+}
+
+func TestBegunSessionsAreFound(t *testing.T) {
+	state := t.TempDir()
+	l, _ := mustOpen(t, state, Config{})
+	for _, e := range []auditchain.Entry{
+		{Action: ActionStart},
+		{Action: ActionWireOpen, SessionID: "w1"},
+		{Action: ActionWireOpen, SessionID: "w2"},
+		{Action: ActionBegin, QueryID: "w2_1", SessionID: "w2"},
+		{Action: ActionWireClose, SessionID: "w1"},
+	} {
+		if err := l.AppendSoon(t.Context(), e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := l.Close(); err != nil {
+		t.Fatal(err)
+	}
+	l, found := mustOpen(t, state, Config{})
+	defer l.Close() //nolint:errcheck // nothing was written
+	if len(found.Begun) != 2 || found.Begun[0].SessionID != "w2" || found.Begun[1].QueryID != "w2_1" {
+		t.Errorf("found %v", found.Begun)
+	}
 }

@@ -6,7 +6,8 @@
 //	  000002.jsonl         goes on where the one before ends
 //	  torn-20261122T…      what a crash left of a half-written last line
 //
-// Append returns when the entry is on stable storage; entries that come at the
+// Append returns when the entry is on stable storage (AppendSoon when the kernel has it,
+// 100 ms at most before that); entries that come at the
 // same time share one fsync. An entry that could not be written (a full disk) is
 // an error with code STORAGE_FULL and leaves the chain as it was: the caller
 // refuses what it wanted to do.

@@ -61,17 +61,28 @@ type Log struct {
 	done     chan struct{}
 	close    sync.Once
 
-	// mu guards the following.
-	mu      sync.Mutex
-	head    auditchain.Head
-	entries uint64 // appended by this process
-	bytes   int64  // of all segments
+	// syncSoon wakes the committer for what AppendSoon wrote.
+	syncSoon chan struct{}
 
-	// The committer's own.
+	// mu guards the following; it is taken after writing.
+	mu      sync.Mutex
+	head    auditchain.Head // on stable storage
+	entries uint64          // appended by this process
+	bytes   int64           // of all segments
+
+	// writing guards the following, while the disk is busy, too.
+	writing sync.Mutex
+	ended   bool
 	file    *os.File
 	segment int
 	size    int64
 	suspect bool // a failed write could not be undone: reopen first
+	tip     auditchain.Head
+	// unsynced is the end of the file that may not be on stable storage, at most
+	// maxUnsynced and an entry; generation counts how often it was emptied as a whole.
+	unsynced   []byte
+	generation uint64
+	armed      bool // syncSoon will come
 }
 
 type request struct {
@@ -93,6 +104,7 @@ func Open(stateDir string, cfg Config) (*Log, Recovery, error) {
 	l := &Log{
 		dir: Dir(stateDir), cfg: cfg, logger: cfg.Logger,
 		requests: make(chan *request, queueLength), closing: make(chan struct{}), done: make(chan struct{}),
+		syncSoon: make(chan struct{}, 1),
 	}
 	if err := os.MkdirAll(l.dir, 0o700); err != nil {
 		return nil, Recovery{}, fmt.Errorf("audit log: %w", err)
@@ -101,6 +113,7 @@ func Open(stateDir string, cfg Config) (*Log, Recovery, error) {
 	if err != nil {
 		return nil, recovery, err
 	}
+	l.tip = l.head
 	go l.commit()
 	return l, recovery, nil
 }
@@ -166,16 +179,15 @@ func (l *Log) Close() error {
 // commit is the one goroutine that writes.
 func (l *Log) commit() {
 	defer close(l.done)
-	defer func() {
-		if l.file != nil {
-			l.file.Close() //nolint:errcheck // every write was synced
-		}
-	}()
+	defer l.end()
 	for {
 		var batch []*request
 		select {
 		case r := <-l.requests:
 			batch = append(batch, r)
+		case <-l.syncSoon:
+			l.syncLater()
+			continue
 		case <-l.closing:
 			select {
 			case r := <-l.requests:
@@ -203,14 +215,34 @@ func (l *Log) commit() {
 	}
 }
 
+// end closes the file.
+func (l *Log) end() {
+	l.writing.Lock()
+	defer l.writing.Unlock()
+	l.ended = true
+	if l.file == nil {
+		return
+	}
+	if len(l.unsynced) > 0 {
+		err := l.ready() // which writes them again where that is needed
+		if err == nil && len(l.unsynced) > 0 {
+			err = l.sync()
+		}
+		if err != nil {
+			l.logger.Error("the last audit entries are not on stable storage", "bytes", len(l.unsynced), "err", err)
+		}
+	}
+	l.file.Close() //nolint:errcheck // every write was synced
+}
+
 // write seals and writes a batch: all of it, or none.
 func (l *Log) write(batch []*request) error {
+	l.writing.Lock()
+	defer l.writing.Unlock()
 	if err := l.ready(); err != nil {
 		return l.coded(err)
 	}
-	l.mu.Lock()
-	head := l.head
-	l.mu.Unlock()
+	head := l.tip
 	var buf []byte
 	for _, r := range batch {
 		if r.entry.Time.IsZero() {
@@ -224,8 +256,9 @@ func (l *Log) write(batch []*request) error {
 		return l.coded(err)
 	}
 	l.size += int64(len(buf))
+	l.tip = head
+	l.synced()
 	l.mu.Lock()
-	l.head = head
 	l.entries += uint64(len(batch))
 	l.bytes += int64(len(buf))
 	l.mu.Unlock()
@@ -233,12 +266,7 @@ func (l *Log) write(batch []*request) error {
 }
 
 func (l *Log) writeSync(buf []byte) error {
-	if err := l.fault("write"); err != nil {
-		// As a disk does it: part of it is there.
-		l.file.Write(buf[:len(buf)/2]) //nolint:errcheck // only tests come here
-		return err
-	}
-	if _, err := l.file.Write(buf); err != nil {
+	if err := l.writeOut(buf); err != nil {
 		return err
 	}
 	if err := l.fault("fsync"); err != nil {
@@ -247,10 +275,23 @@ func (l *Log) writeSync(buf []byte) error {
 	return unix.Fdatasync(int(l.file.Fd()))
 }
 
+func (l *Log) writeOut(buf []byte) error {
+	if err := l.fault("write"); err != nil {
+		// As a disk does it: part of it is there.
+		l.file.Write(buf[:len(buf)/2]) //nolint:errcheck // only tests come here
+		return err
+	}
+	_, err := l.file.Write(buf)
+	return err
+}
+
 // undo removes what a failed write may have left, so that the next entry does
 // not follow half a line.
 func (l *Log) undo() {
 	l.suspect = true
+	if len(l.unsynced) > 0 {
+		return // more than this write may be lost: ready does it
+	}
 	if err := l.file.Truncate(l.size); err != nil {
 		return
 	}
@@ -271,8 +312,8 @@ func (l *Log) ready() error {
 		}
 		l.file.Close() //nolint:errcheck // it failed already
 		l.file = f
-		if l.undo(); l.suspect {
-			return errors.New("a failed write could not be undone")
+		if err := l.rewrite(); err != nil {
+			return fmt.Errorf("a failed write could not be undone: %w", err)
 		}
 	}
 	if l.file != nil && l.size < l.cfg.SegmentBytes {
@@ -281,9 +322,34 @@ func (l *Log) ready() error {
 	return l.nextSegment()
 }
 
+// rewrite cuts the file to what is on stable storage and writes again what is not.
+func (l *Log) rewrite() error {
+	if err := l.file.Truncate(l.size - int64(len(l.unsynced))); err != nil {
+		return err
+	}
+	var err error
+	if len(l.unsynced) > 0 {
+		err = l.writeSync(l.unsynced)
+	} else {
+		err = unix.Fdatasync(int(l.file.Fd()))
+	}
+	if err != nil {
+		return err
+	}
+	l.synced()
+	l.suspect = false
+	return nil
+}
+
 func (l *Log) nextSegment() error {
 	if err := l.fault("create"); err != nil {
 		return err
+	}
+	if len(l.unsynced) > 0 {
+		if err := l.sync(); err != nil {
+			l.suspect = true
+			return err
+		}
 	}
 	next := l.segment + 1
 	f, err := os.OpenFile(l.segmentPath(next), os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)

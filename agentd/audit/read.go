@@ -220,6 +220,8 @@ var (
 	beginMark = []byte(`"action":"` + ActionBegin + `"`)
 	runMark   = []byte(`"action":"` + ActionRun + `"`)
 	lostMark  = []byte(`"action":"` + ActionLost + `"`)
+	openMark  = []byte(`"action":"` + ActionWireOpen + `"`)
+	closeMark = []byte(`"action":"` + ActionWireClose + `"`)
 	startMark = []byte(`"action":"` + ActionStart + `"`)
 )
 
@@ -233,9 +235,16 @@ const (
 	ActionRun = "sql.run"
 	// ActionLost stands for ActionRun when agentd died meanwhile.
 	ActionLost = "sql.lost"
+	// ActionWireOpen and ActionWireClose are the ends of a session of PostgreSQL's own
+	// protocol.
+	ActionWireOpen  = "wire.open"
+	ActionWireClose = "wire.close"
 )
 
-// begun finds the queries without an end since the last start of agentd.
+// wireKey names a session among queries.
+func wireKey(e auditchain.Entry) string { return "wire " + e.SessionID }
+
+// begun finds the queries and sessions without an end since the last start of agentd.
 func begun(files []string) ([]auditchain.Entry, error) {
 	var order []string
 	open := map[string]auditchain.Entry{}
@@ -247,7 +256,8 @@ func begun(files []string) ([]auditchain.Entry, error) {
 		_, err := scan(file, func(line []byte, _ int64) error {
 			begin := bytes.Contains(line, beginMark)
 			start := bytes.Contains(line, startMark)
-			if !begin && !start && !bytes.Contains(line, runMark) && !bytes.Contains(line, lostMark) {
+			opens := bytes.Contains(line, openMark)
+			if !begin && !start && !opens && !bytes.Contains(line, runMark) && !bytes.Contains(line, lostMark) && !bytes.Contains(line, closeMark) {
 				return nil
 			}
 			e, err := auditchain.Decode(line)
@@ -266,6 +276,14 @@ func begun(files []string) ([]auditchain.Entry, error) {
 			case ActionRun, ActionLost:
 				delete(here, e.QueryID)
 				closed[e.QueryID] = true
+			case ActionWireOpen:
+				if id := wireKey(e); !closed[id] {
+					here[id] = e
+					names = append(names, id)
+				}
+			case ActionWireClose:
+				delete(here, wireKey(e))
+				closed[wireKey(e)] = true
 			}
 			return nil
 		})
