@@ -143,6 +143,10 @@ func printStatus(w io.Writer, s control.Status) error {
 		if i == 0 {
 			key = "sessions"
 		}
+		if o.Protocol != "" {
+			row(key, "%s on %s of token %s since %s, PostgreSQL's protocol, %d statements", o.ID, o.Source, o.Token, o.Opened.Format(time.RFC3339), o.Statements)
+			continue
+		}
 		row(key, "%s on %s of token %s since %s, transaction %s, %d statements", o.ID, o.Source, o.Token, o.Opened.Format(time.RFC3339), o.Transaction, o.Statements)
 	}
 	return t.Flush()

@@ -35,7 +35,27 @@ type sqlRunner struct {
 	hide func(source string) (policy.Hide, bool)
 }
 
-var _ host.SQL = sqlRunner{}
+var (
+	_ host.SQL        = sqlRunner{}
+	_ host.WireOpener = sqlRunner{}
+)
+
+// OpenWire implements host.WireOpener.
+func (r sqlRunner) OpenWire(ctx context.Context, o host.WireOpen) (host.WireSession, error) {
+	w, err := r.Manager.OpenWire(ctx, sqlsession.WireRequest{SessionID: o.SessionID, Source: o.Source, Principal: o.Principal, Settings: o.Settings})
+	if err != nil {
+		return nil, err
+	}
+	return wireSession{w}, nil
+}
+
+// wireSession makes a session what the host asks for.
+type wireSession struct{ *sqlsession.Wire }
+
+// Serve implements host.WireSession.
+func (s wireSession) Serve(stream io.ReadWriter, log host.WireLog, hangup func()) error {
+	return s.Wire.Serve(stream, log, hangup)
+}
 
 // Run implements host.SQL.
 func (r sqlRunner) Run(ctx context.Context, s host.Statement, w io.Writer) (*posternv1.QueryOutcome, error) {
@@ -199,7 +219,7 @@ func guard(p policy.Source, key []byte) sqlsession.Guard {
 
 func (d *Daemon) newHost() *host.Host {
 	return host.New(host.Config{
-		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions, d.hidden}, Audit: d.log,
+		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions, d.hidden}, Wire: sqlRunner{d.sessions, d.hidden}, Audit: d.log,
 		Decide: d.decide, DecideIntrospection: d.decideIntrospection, CheckOffered: d.checkOffered, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows, MaskText: d.maskText,
 		Exposition: promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}),
 		Agent: func() (string, string) {
@@ -376,6 +396,11 @@ func (d *Daemon) status() control.Status {
 		s.Sessions = append(s.Sessions, control.Session{
 			ID: o.Id, Source: o.Source, Token: o.Principal.GetTokenName(), Opened: o.Opened.AsTime(), LastUsed: o.LastUsed.AsTime(),
 			Transaction: o.Transaction, Statements: o.Statements,
+		})
+	}
+	for _, o := range d.sessions.WireSessions() {
+		s.Sessions = append(s.Sessions, control.Session{
+			ID: o.SessionId, Source: o.Source, Token: o.Principal.GetTokenName(), Opened: o.Opened.AsTime(), Statements: o.Statements, Protocol: "postgresql",
 		})
 	}
 	for _, src := range c.Sources {

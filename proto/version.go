@@ -45,7 +45,7 @@ func Version() *posternv1.ProtocolVersion {
 }
 
 // Features returns the features of this build, sorted.
-func Features() []string { return []string{FeatureSoloLanes, FeatureSQL} }
+func Features() []string { return []string{FeatureSoloLanes, FeatureSQL, FeatureWire} }
 
 // CommonFeatures returns what both lists name, sorted.
 func CommonFeatures(ours, theirs []string) []string {

@@ -86,6 +86,9 @@ type Session struct {
 	// Transaction is none, open or failed.
 	Transaction string `json:"transaction"`
 	Statements  uint64 `json:"statements"`
+	// Protocol is postgresql for a session of PostgreSQL's own protocol, of which
+	// LastUsed and Transaction are not known.
+	Protocol string `json:"protocol,omitempty"`
 }
 
 // Audit is the end of the host's log.

@@ -5,7 +5,9 @@ import (
 	"errors"
 	"io"
 	"log/slog"
+	"maps"
 	"net/http"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,6 +17,7 @@ import (
 	"github.com/postern-dev/postern/proto/auditchain"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
+	"github.com/postern-dev/postern/proto/wirestream"
 )
 
 // Statement is a statement that the policy allowed, with the limits to enforce.
@@ -75,6 +78,9 @@ type SQL interface {
 type Audit interface {
 	// Append returns when the entry is on stable storage.
 	Append(ctx context.Context, entry auditchain.Entry) error
+	// AppendSoon returns when the entry survives agentd; it survives a loss of power
+	// soon after.
+	AppendSoon(ctx context.Context, entry auditchain.Entry) error
 	Read(from uint64, limit int) ([][]byte, error)
 }
 
@@ -100,6 +106,8 @@ type Config struct {
 	Metrics *Metrics     // nil keeps none
 	SQL     SQL
 	Audit   Audit
+	// Wire serves PostgreSQL's own protocol; nil: that is not served.
+	Wire WireOpener
 	// Decide asks the policy of the source that the request names.
 	Decide func(*posternv1.SQLRequest) Verdict
 	// CheckOffered checks a source that somebody on the host offered with a
@@ -146,7 +154,8 @@ type Host struct {
 	mu       sync.Mutex
 	draining bool
 	running  map[string]struct{} // query ids
-	idle     chan struct{}       // closed when draining and nothing runs
+	wires    map[string]WireSession
+	idle     chan struct{} // closed when draining and nothing runs
 	// unwritten are ends of statements that the log refused. Nothing new begins
 	// before they are written, so they are at most as many as may run at once.
 	unwritten []auditchain.Entry
@@ -174,10 +183,13 @@ func New(cfg Config) *Host {
 	}
 	h := &Host{
 		cfg: cfg, logger: cfg.Logger, mux: http.NewServeMux(), checks: make(chan struct{}, cfg.MaxChecks), reports: make(chan struct{}, cfg.MaxReports),
-		running: map[string]struct{}{}, idle: make(chan struct{}),
+		running: map[string]struct{}{}, wires: map[string]WireSession{}, idle: make(chan struct{}),
 	}
 	h.abort, h.abortNow = context.WithCancelCause(context.Background())
 	h.mux.HandleFunc("POST "+proto.SQLPath, h.serveSQL)
+	if cfg.Wire != nil {
+		h.mux.HandleFunc("POST "+wirestream.Path, h.serveWire)
+	}
 	if cfg.Exposition != nil {
 		h.mux.Handle("GET "+proto.MetricsPath, cfg.Exposition)
 	}
@@ -216,7 +228,11 @@ func (h *Host) Drain(ctx context.Context) error {
 			close(h.idle)
 		}
 	}
+	wires := slices.Collect(maps.Values(h.wires))
 	h.mu.Unlock()
+	for _, w := range wires {
+		w.Drain()
+	}
 	select {
 	case <-h.idle:
 		if err := h.settle(); err != nil {

@@ -82,6 +82,10 @@ func (f *fakeAudit) Append(_ context.Context, e auditchain.Entry) error {
 	return nil
 }
 
+func (f *fakeAudit) AppendSoon(ctx context.Context, e auditchain.Entry) error {
+	return f.Append(ctx, e)
+}
+
 func (f *fakeAudit) Read(uint64, int) ([][]byte, error) { return [][]byte{[]byte("{}")}, nil }
 
 func (f *fakeAudit) set(err error) {
@@ -111,7 +115,7 @@ func newBench(t *testing.T, run func(context.Context, Statement, io.Writer) (*po
 	t.Helper()
 	b := &bench{audit: &fakeAudit{}}
 	b.Host = New(Config{
-		SQL: fakeSQL{run}, Audit: b.audit,
+		SQL: fakeSQL{run}, Audit: b.audit, Wire: &fakeWire{},
 		Decide: func(r *posternv1.SQLRequest) Verdict {
 			switch r.Source {
 			case "open":

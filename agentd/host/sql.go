@@ -229,16 +229,20 @@ func (h *Host) finish(entry auditchain.Entry, begun bool) {
 	h.mu.Unlock()
 }
 
-// Recover writes the end of statements that were under way when agentd died.
+// Recover writes the end of statements and sessions that were under way when agentd
+// died.
 func (h *Host) Recover(begun []auditchain.Entry) error {
 	for _, e := range begun {
 		lost := e
 		lost.Action, lost.Outcome, lost.Time = actionLost, "failed", time.Time{}
 		lost.Error = "agentd died while the statement ran: the database was told to cancel it; whether it had finished is not known"
+		if e.Action == actionWireOpen {
+			lost.Action, lost.Error = actionWireClose, "agentd died while the session was open"
+		}
 		if err := h.record(lost); err != nil {
 			return err
 		}
-		h.logger.Warn("statement lost", "query", e.QueryID, "source", e.Source)
+		h.logger.Warn("statement or session lost", "query", e.QueryID, "session", e.SessionID, "source", e.Source)
 	}
 	return nil
 }

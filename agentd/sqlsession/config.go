@@ -99,6 +99,9 @@ type Config struct {
 	// QueueTimeout is how long a statement waits for a place when Concurrency
 	// are running; 0 means 5 s. Then it fails with OVERLOADED.
 	QueueTimeout time.Duration
+	// WireIdle and WireIdleInTransaction are how long a session of PostgreSQL's own
+	// protocol waits for its client; 0 means an hour, and ten minutes.
+	WireIdle, WireIdleInTransaction time.Duration
 	// Parser parses statements; the caller ends it, after Close. nil means one of
 	// the Manager's own, started with the first source.
 	Parser *Parser

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"maps"
 	"os"
 	"regexp"
 	"slices"
@@ -46,7 +47,8 @@ type Manager struct {
 	running  map[string]*run
 	slots    []bool
 	pinned   map[string]*pinned
-	ended    []endedSession // at most maxEnded, oldest first
+	wires    map[string]*Wire // by session id
+	ended    []endedSession   // at most maxEnded, oldest first
 }
 
 // source is a data source with its sessions; all fields under Manager.mu.
@@ -68,7 +70,7 @@ func New(config Config) *Manager {
 	m := &Manager{
 		config: config.withDefaults(), root: os.Geteuid() == 0, stop: make(chan struct{}),
 		sources: make(map[string]*source), sessions: make(map[*session]bool), running: make(map[string]*run),
-		pinned: make(map[string]*pinned),
+		pinned: make(map[string]*pinned), wires: make(map[string]*Wire),
 	}
 	m.log = m.config.Logger
 	if !m.root {
@@ -115,6 +117,7 @@ func (m *Manager) SetSources(sources []Source) {
 						m.endSoonLocked(p, "the policy of its data source changed", "policy", false)
 					}
 				}
+				m.drainWiresLocked(kept, false)
 			}
 			kept.Source = s
 			m.sources[s.Name] = kept
@@ -133,6 +136,7 @@ func (m *Manager) SetSources(sources []Source) {
 				m.endSoonLocked(p, "its data source was removed or changed", "policy", false)
 			}
 		}
+		m.drainWiresLocked(s, m.sources[name] == nil)
 		for _, idle := range slices.Concat(s.owned, s.warm) {
 			if idle.ready == nil { // one that is being reset ends after it
 				m.endLocked(idle)
@@ -511,11 +515,18 @@ func (m *Manager) freeSlot(i int) {
 }
 
 // Cancel cancels a statement under way, in the database too; false when there
-// is none of that id. It does not wait for the end.
+// is none of that id. It does not wait for the end. The id of a session of
+// PostgreSQL's own protocol stands for whatever that runs.
 func (m *Manager) Cancel(queryID string) bool {
 	m.mu.Lock()
 	r := m.running[queryID]
+	w, seq := m.wireOfLocked(queryID)
+	found := w != nil && (seq == 0 || w.running[queryID] != nil)
 	m.mu.Unlock()
+	if found {
+		w.cancel(seq)
+		return true
+	}
 	if r == nil {
 		return false
 	}
@@ -530,11 +541,19 @@ func (m *Manager) Running() []*posternv1.RunningQuery {
 	for _, r := range m.running {
 		runs = append(runs, r)
 	}
+	var wired []*posternv1.RunningQuery
+	for _, w := range m.wires {
+		wired = slices.AppendSeq(wired, maps.Values(w.running))
+	}
 	m.mu.Unlock()
 	slices.SortFunc(runs, func(a, b *run) int { return a.started.Compare(b.started) })
 	queries := make([]*posternv1.RunningQuery, len(runs))
 	for i, r := range runs {
 		queries[i] = r.running()
+	}
+	if len(wired) > 0 {
+		queries = append(queries, wired...)
+		slices.SortFunc(queries, func(a, b *posternv1.RunningQuery) int { return a.Started.AsTime().Compare(b.Started.AsTime()) })
 	}
 	return queries
 }
@@ -559,6 +578,7 @@ func (m *Manager) Close(ctx context.Context) error {
 	for _, p := range m.pinned {
 		m.endSoonLocked(p, "agentd stopped", "policy", false)
 	}
+	m.drainWiresLocked(nil, true)
 	for _, src := range m.sources {
 		for _, s := range slices.Concat(src.owned, src.warm) {
 			if s.ready == nil {

@@ -6,6 +6,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
 // Metrics are the package's own; see docs/sql.md for the list.
@@ -23,6 +24,11 @@ type Metrics struct {
 	parserStarts *prometheus.CounterVec
 	open         prometheus.Gauge
 	ended        *prometheus.CounterVec
+
+	wires          prometheus.Gauge
+	wireStatements *prometheus.CounterVec
+	wireRows       prometheus.Counter
+	wireBytes      prometheus.Counter
 }
 
 // NewMetrics makes the metrics and registers them; r may be nil.
@@ -62,7 +68,14 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 	m.ended = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "agentd_sql_open_sessions_ended_total", Help: "Sessions that stayed open, by why they ended: closed, idle, policy or lost.",
 	}, []string{"reason"})
+	m.wires = prometheus.NewGauge(prometheus.GaugeOpts{Name: "agentd_wire_sessions", Help: "Sessions of PostgreSQL's own protocol."})
+	m.wireStatements = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "agentd_wire_statements_total", Help: "Statements of PostgreSQL's own protocol by how they ended: ok or an error code.",
+	}, []string{"result"})
+	m.wireRows = prometheus.NewCounter(prometheus.CounterOpts{Name: "agentd_wire_rows_total", Help: "Rows delivered in PostgreSQL's own protocol."})
+	m.wireBytes = prometheus.NewCounter(prometheus.CounterOpts{Name: "agentd_wire_bytes_total", Help: "Bytes of protocol that these rows took."})
 	if r != nil {
+		r.MustRegister(m.wires, m.wireStatements, m.wireRows, m.wireBytes)
 		r.MustRegister(m.parses, m.parseSeconds, m.parserStarts, m.sessions, m.running, m.starts, m.statements, m.seconds, m.rows, m.bytes, m.open, m.ended)
 	}
 	return m
@@ -78,4 +91,15 @@ func resultOf(err error) string {
 		return "ok"
 	}
 	return proto.CodeOf(err).String()
+}
+
+// wireEnded counts a statement of PostgreSQL's own protocol.
+func (m *Metrics) wireEnded(e *posternv1.WireEvent) {
+	result := "ok"
+	if e.Error != nil {
+		result = e.Error.Code.String()
+	}
+	m.wireStatements.WithLabelValues(result).Inc()
+	m.wireRows.Add(float64(e.Rows))
+	m.wireBytes.Add(float64(e.Bytes))
 }

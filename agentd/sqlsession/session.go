@@ -178,6 +178,12 @@ func (s *session) died() *proto.Error {
 // start starts a process and connects it to the database. ctx bounds the
 // start alone.
 func (m *Manager) start(ctx context.Context, src *source) (s *session, err error) {
+	return m.startWith(ctx, src, nil)
+}
+
+// startWith is start for a session of PostgreSQL's own protocol, which has settings
+// of its own; nil: ours.
+func (m *Manager) startWith(ctx context.Context, src *source, settings map[string]string) (s *session, err error) {
 	began := time.Now()
 	defer func() { m.config.Metrics.started(began, err) }()
 	ctx, done := context.WithTimeout(ctx, startTimeout)
@@ -202,7 +208,7 @@ func (m *Manager) start(ctx context.Context, src *source) (s *session, err error
 		return nil, &proto.Error{Code: proto.CodeInternal, Err: err}
 	}
 	m.adopt(s)
-	err = s.handshake(ctx, source, login)
+	err = s.handshake(ctx, source, login, settings)
 	if err != nil {
 		s.kill()
 		_ = s.conn.Close()
@@ -239,13 +245,13 @@ func (l Login) expiring() bool {
 	}
 }
 
-func (s *session) handshake(ctx context.Context, source Source, login Login) error {
+func (s *session) handshake(ctx context.Context, source Source, login Login, settings map[string]string) error {
 	// The deadline wakes the read; a cancelled context does so at once.
 	stop := context.AfterFunc(ctx, func() { _ = s.conn.SetReadDeadline(time.Now().Add(-time.Second)) })
 	defer stop()
 	err := s.send(frame.Connect, frame.ConnectRequest{
 		Engine: source.Engine, DSN: source.DSN, User: login.User, Password: login.Password,
-		ApplicationName: "postern " + source.Name, TimeoutMillis: connectTimeout.Milliseconds(), ReadWrite: source.ReadWrite,
+		ApplicationName: "postern " + source.Name, TimeoutMillis: connectTimeout.Milliseconds(), ReadWrite: source.ReadWrite, Settings: settings,
 	})
 	if err != nil {
 		return s.died()

@@ -449,6 +449,92 @@ func (x *WireEnd) GetTold() bool {
 	return false
 }
 
+// WireSession is one session, as the host lists it.
+type WireSession struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	SessionId string                 `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	Source    string                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Principal *Principal             `protobuf:"bytes,3,opt,name=principal,proto3" json:"principal,omitempty"`
+	Opened    *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=opened,proto3" json:"opened,omitempty"`
+	// Statements that have ended, and those under way for longer than a moment.
+	Statements    uint64 `protobuf:"varint,5,opt,name=statements,proto3" json:"statements,omitempty"`
+	Running       uint32 `protobuf:"varint,6,opt,name=running,proto3" json:"running,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *WireSession) Reset() {
+	*x = WireSession{}
+	mi := &file_postern_v1_wire_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *WireSession) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*WireSession) ProtoMessage() {}
+
+func (x *WireSession) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_wire_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use WireSession.ProtoReflect.Descriptor instead.
+func (*WireSession) Descriptor() ([]byte, []int) {
+	return file_postern_v1_wire_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *WireSession) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
+}
+
+func (x *WireSession) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *WireSession) GetPrincipal() *Principal {
+	if x != nil {
+		return x.Principal
+	}
+	return nil
+}
+
+func (x *WireSession) GetOpened() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Opened
+	}
+	return nil
+}
+
+func (x *WireSession) GetStatements() uint64 {
+	if x != nil {
+		return x.Statements
+	}
+	return 0
+}
+
+func (x *WireSession) GetRunning() uint32 {
+	if x != nil {
+		return x.Running
+	}
+	return 0
+}
+
 var File_postern_v1_wire_proto protoreflect.FileDescriptor
 
 const file_postern_v1_wire_proto_rawDesc = "" +
@@ -490,7 +576,17 @@ const file_postern_v1_wire_proto_rawDesc = "" +
 	"\aWireEnd\x12-\n" +
 	"\x05error\x18\x01 \x01(\v2\x17.postern.v1.ErrorDetailR\x05error\x12\x1a\n" +
 	"\bsqlstate\x18\x02 \x01(\tR\bsqlstate\x12\x12\n" +
-	"\x04told\x18\x03 \x01(\bR\x04toldB;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
+	"\x04told\x18\x03 \x01(\bR\x04told\"\xe7\x01\n" +
+	"\vWireSession\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\x01 \x01(\tR\tsessionId\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x123\n" +
+	"\tprincipal\x18\x03 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\x122\n" +
+	"\x06opened\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x06opened\x12\x1e\n" +
+	"\n" +
+	"statements\x18\x05 \x01(\x04R\n" +
+	"statements\x12\x18\n" +
+	"\arunning\x18\x06 \x01(\rR\arunningB;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
 
 var (
 	file_postern_v1_wire_proto_rawDescOnce sync.Once
@@ -505,7 +601,7 @@ func file_postern_v1_wire_proto_rawDescGZIP() []byte {
 }
 
 var file_postern_v1_wire_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_postern_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_postern_v1_wire_proto_msgTypes = make([]protoimpl.MessageInfo, 6)
 var file_postern_v1_wire_proto_goTypes = []any{
 	(WireEvent_State)(0),          // 0: postern.v1.WireEvent.State
 	(*WireRequest)(nil),           // 1: postern.v1.WireRequest
@@ -513,25 +609,28 @@ var file_postern_v1_wire_proto_goTypes = []any{
 	(*WireOpened)(nil),            // 3: postern.v1.WireOpened
 	(*WireEvent)(nil),             // 4: postern.v1.WireEvent
 	(*WireEnd)(nil),               // 5: postern.v1.WireEnd
-	(*Principal)(nil),             // 6: postern.v1.Principal
-	(*timestamppb.Timestamp)(nil), // 7: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 8: google.protobuf.Duration
-	(*ErrorDetail)(nil),           // 9: postern.v1.ErrorDetail
+	(*WireSession)(nil),           // 6: postern.v1.WireSession
+	(*Principal)(nil),             // 7: postern.v1.Principal
+	(*timestamppb.Timestamp)(nil), // 8: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 9: google.protobuf.Duration
+	(*ErrorDetail)(nil),           // 10: postern.v1.ErrorDetail
 }
 var file_postern_v1_wire_proto_depIdxs = []int32{
-	6, // 0: postern.v1.WireRequest.principal:type_name -> postern.v1.Principal
-	2, // 1: postern.v1.WireRequest.settings:type_name -> postern.v1.WireSetting
-	2, // 2: postern.v1.WireOpened.parameters:type_name -> postern.v1.WireSetting
-	0, // 3: postern.v1.WireEvent.state:type_name -> postern.v1.WireEvent.State
-	7, // 4: postern.v1.WireEvent.started:type_name -> google.protobuf.Timestamp
-	8, // 5: postern.v1.WireEvent.duration:type_name -> google.protobuf.Duration
-	9, // 6: postern.v1.WireEvent.error:type_name -> postern.v1.ErrorDetail
-	9, // 7: postern.v1.WireEnd.error:type_name -> postern.v1.ErrorDetail
-	8, // [8:8] is the sub-list for method output_type
-	8, // [8:8] is the sub-list for method input_type
-	8, // [8:8] is the sub-list for extension type_name
-	8, // [8:8] is the sub-list for extension extendee
-	0, // [0:8] is the sub-list for field type_name
+	7,  // 0: postern.v1.WireRequest.principal:type_name -> postern.v1.Principal
+	2,  // 1: postern.v1.WireRequest.settings:type_name -> postern.v1.WireSetting
+	2,  // 2: postern.v1.WireOpened.parameters:type_name -> postern.v1.WireSetting
+	0,  // 3: postern.v1.WireEvent.state:type_name -> postern.v1.WireEvent.State
+	8,  // 4: postern.v1.WireEvent.started:type_name -> google.protobuf.Timestamp
+	9,  // 5: postern.v1.WireEvent.duration:type_name -> google.protobuf.Duration
+	10, // 6: postern.v1.WireEvent.error:type_name -> postern.v1.ErrorDetail
+	10, // 7: postern.v1.WireEnd.error:type_name -> postern.v1.ErrorDetail
+	7,  // 8: postern.v1.WireSession.principal:type_name -> postern.v1.Principal
+	8,  // 9: postern.v1.WireSession.opened:type_name -> google.protobuf.Timestamp
+	10, // [10:10] is the sub-list for method output_type
+	10, // [10:10] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_wire_proto_init() }
@@ -547,7 +646,7 @@ func file_postern_v1_wire_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_wire_proto_rawDesc), len(file_postern_v1_wire_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   5,
+			NumMessages:   6,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

@@ -7,9 +7,11 @@ import (
 	"os"
 	"runtime"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgproxy"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 	"github.com/postern-dev/postern/proto"
 )
@@ -40,6 +42,11 @@ type process struct {
 	requests chan request // from the goroutine that reads agentd's frames
 	// session is set before Connected is sent, and so before any Run arrives.
 	session engine
+	// proxy is set while the process serves a client of PostgreSQL's own protocol;
+	// proxied is closed when it does no more.
+	proxy   atomic.Pointer[pgproxy.Proxy]
+	proxied chan struct{}
+	conn    net.Conn
 }
 
 // request is a frame of agentd's that main answers.
@@ -48,6 +55,7 @@ type request struct {
 	connect    *frame.ConnectRequest
 	run        *frame.RunRequest
 	introspect *frame.IntrospectRequest
+	wire       *frame.WireRequest
 	st         *statement
 }
 
@@ -77,7 +85,7 @@ var beside net.Conn
 
 // serve answers agentd until its socket closes.
 func serve(conn net.Conn, parser pgtree.Parser) int {
-	p := &process{parser: parser, sink: newSink(conn), requests: make(chan request, 1)}
+	p := &process{parser: parser, sink: newSink(conn), requests: make(chan request, 1), proxied: make(chan struct{}), conn: conn}
 	ended := make(chan int, 1)
 	go p.read(conn, ended)
 	code := make(chan int, 1)
@@ -100,7 +108,9 @@ func (p *process) read(conn net.Conn, ended chan<- int) {
 	for {
 		t, err := d.Next()
 		if err != nil {
-			p.abandon(last)
+			if !p.hangup() {
+				p.abandon(last)
+			}
 			ended <- exitDone
 			return
 		}
@@ -132,6 +142,13 @@ func (p *process) read(conn net.Conn, ended chan<- int) {
 				continue
 			}
 		case frame.Check:
+		case frame.Wire:
+			r.wire = &frame.WireRequest{}
+			err = d.JSON(r.wire)
+		case frame.Data, frame.WireAck, frame.WireStop, frame.WireDrain:
+			if err = p.wireFrame(t, d); err == nil {
+				continue
+			}
 		default:
 			err = fmt.Errorf("%w: %q from agentd", frame.ErrMalformed, t)
 		}
@@ -210,6 +227,8 @@ func (p *process) loop() int {
 			ok = p.check()
 		case frame.Introspect:
 			ok = p.introspect(r)
+		case frame.Wire:
+			return p.serveProxy(r.wire, p.conn)
 		}
 		if !ok {
 			return exitDatabase

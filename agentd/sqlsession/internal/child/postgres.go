@@ -95,9 +95,19 @@ func connect(ctx context.Context, r *frame.ConnectRequest, out *sink) (*session,
 	// What the text of values and the scanner of statements rely on. These are
 	// the session's defaults, which DISCARD ALL returns to.
 	params["client_encoding"] = "UTF8"
-	params["DateStyle"] = "ISO"
 	params["standard_conforming_strings"] = "on"
-	params["bytea_output"] = "hex"
+	if r.Settings == nil {
+		params["DateStyle"] = "ISO"
+		params["bytea_output"] = "hex"
+	}
+	for name, value := range r.Settings {
+		for own := range params {
+			if strings.EqualFold(own, name) {
+				delete(params, own)
+			}
+		}
+		params[name] = value
+	}
 	where := address(config)
 	conn, err := pgconn.ConnectConfig(ctx, config)
 	if err != nil {
@@ -130,6 +140,12 @@ func connect(ctx context.Context, r *frame.ConnectRequest, out *sink) (*session,
 		}
 		if refusal == nil {
 			s.checkPeer = "SET LOCAL client_connection_check_interval = '2s';"
+			if r.Settings != nil {
+				// For the whole session: its statements are the client's own.
+				if _, _, err := s.wire.simple("SET client_connection_check_interval = '2s'"); err != nil {
+					return nil, connectError(err, where)
+				}
+			}
 		}
 		_ = hijacked.Conn.SetDeadline(time.Time{})
 	}

@@ -92,6 +92,9 @@ type ConnectRequest struct {
 	TimeoutMillis   int64
 	// ReadWrite tells whether the source may ever be written to.
 	ReadWrite bool `json:",omitempty"`
+	// Settings are those of a session of PostgreSQL's own protocol, in place of those
+	// that our own statements need; nil otherwise.
+	Settings map[string]string `json:",omitempty"`
 }
 
 // ConnectedReply says what the process is connected to.

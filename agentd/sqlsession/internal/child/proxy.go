@@ -1,0 +1,153 @@
+package child
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"time"
+
+	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgproxy"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/sqltext"
+	"github.com/postern-dev/postern/proto"
+)
+
+// hangupTimeout bounds the end of a proxy whose client has gone: what runs is
+// cancelled in the database first.
+const hangupTimeout = 8 * time.Second
+
+// wireFrame takes a frame for the proxy, from the goroutine that reads.
+func (p *process) wireFrame(t frame.Type, d *frame.Reader) error {
+	proxy := p.proxy.Load()
+	if proxy == nil {
+		return fmt.Errorf("%w: %q before the proxy has begun", frame.ErrMalformed, byte(t))
+	}
+	switch t {
+	case frame.Data:
+		for d.Left() > 0 {
+			chunk, err := d.Chunk()
+			if err != nil {
+				return err
+			}
+			if err := proxy.Feed(chunk); err != nil {
+				return err
+			}
+		}
+	case frame.WireAck:
+		if d.Left() == 0 {
+			proxy.Ack(nil)
+			return nil
+		}
+		var refusal frame.Error
+		if err := d.JSON(&refusal); err != nil {
+			return err
+		}
+		proxy.Ack(&pgproxy.Refusal{SQLState: "53100", Message: refusal.Message, Code: proto.Code(refusal.Code)})
+	case frame.WireStop:
+		payload, err := d.Bytes()
+		if err != nil {
+			return err
+		}
+		reason, seq, ok := frame.ReadWireStop(payload)
+		if !ok {
+			return fmt.Errorf("%w: %q", frame.ErrMalformed, byte(t))
+		}
+		proxy.Stop(reason, seq)
+	case frame.WireDrain:
+		proxy.Drain()
+	}
+	return nil
+}
+
+// hangup ends a proxy as agentd, or its client, has gone; it tells whether there
+// was one.
+func (p *process) hangup() bool {
+	proxy := p.proxy.Load()
+	if proxy == nil {
+		return false
+	}
+	proxy.Hangup()
+	select {
+	case <-p.proxied:
+	case <-time.After(hangupTimeout):
+	}
+	return true
+}
+
+// serveProxy serves one client of PostgreSQL's protocol until it ends.
+func (p *process) serveProxy(r *frame.WireRequest, conn net.Conn) int {
+	defer close(p.proxied)
+	s, ok := p.session.(*session)
+	if !ok || s.wire.r != s.wire.w {
+		return exitProtocol
+	}
+	millis := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
+	proxy := pgproxy.New(pgproxy.Config{
+		SessionID: r.SessionID, Server: s.wire.conn, Parameters: s.wire.params, Version: s.majorVersion(), Cancel: s.cancel,
+		Agentd: conn, Parser: p.parser, Judge: wireJudge{guard: &r.Guard, readWrite: r.ReadWrite}, Guard: r.Guard, ReadWrite: r.ReadWrite,
+		MaxRows: r.MaxRows, MaxBytes: r.MaxBytes, Timeout: millis(r.TimeoutMillis), Idle: millis(r.IdleMillis), IdleInTransaction: millis(r.IdleInTransaction),
+	})
+	p.proxy.Store(proxy)
+	if err := proxy.Run(); err != nil {
+		fmt.Fprintln(os.Stderr, "sql session:", clean(err.Error()))
+		return exitProtocol
+	}
+	return exitDone
+}
+
+// wireJudge holds the queries of a client of PostgreSQL's protocol against the
+// policy.
+type wireJudge struct {
+	guard     *frame.Guard
+	readWrite bool
+}
+
+// Judge implements pgproxy.Judge.
+func (j wireJudge) Judge(_ context.Context, _ pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
+	stmt := tree.GetStmts()[0].GetStmt()
+	reads := onlyReads(stmt.ProtoReflect(), true)
+	if j.readWrite {
+		return pgproxy.Verdict{}, nil // a function may write: every statement's intent is in the log
+	}
+	if !reads {
+		return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: stateReadOnly, Message: "the statement is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT"}
+	}
+	if call, ok := sqltext.RefusedCall(text); ok {
+		return pgproxy.Verdict{}, &pgproxy.Refusal{
+			SQLState: "42501", Message: fmt.Sprintf("the function %s is refused: the data source is read-only, and this one acts outside the transaction", call.Name), Position: call.Position,
+		}
+	}
+	v := pgproxy.Verdict{Reads: true}
+	if j.guard.Mode == "metadata" {
+		v.DescribeOnly = &pgproxy.Refusal{SQLState: "42501", Message: "the statement is refused: the data source shows metadata only: it can be parsed and described, not run"}
+	}
+	return v, nil
+}
+
+// onlyReads tells whether a tree is a query that, functions apart, changes nothing.
+func onlyReads(m protoreflect.Message, top bool) bool {
+	name := string(m.Descriptor().Name())
+	switch {
+	case name == "SelectStmt":
+	case strings.HasSuffix(name, "Stmt"), name == "IntoClause", name == "LockingClause":
+		return false
+	}
+	fine := true
+	m.Range(func(f protoreflect.FieldDescriptor, v protoreflect.Value) bool {
+		switch {
+		case f.IsList() && f.Message() != nil:
+			for i := range v.List().Len() {
+				fine = fine && onlyReads(v.List().Get(i).Message(), false)
+			}
+		case f.Message() != nil:
+			fine = fine && onlyReads(v.Message(), false)
+		}
+		return fine
+	})
+	return fine && (!top || name == "Node")
+}
