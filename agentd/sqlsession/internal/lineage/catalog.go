@@ -100,7 +100,7 @@ func (SQLCatalog) row(row []string, found *Found, byOID map[string]*Relation, re
 			return bad
 		}
 		r.Columns = append(r.Columns, Column{Name: row[3], Number: int16(n), Generated: row[4]})
-	case row[0] == "f" && len(row) == 9:
+	case row[0] == "f" && len(row) == 10:
 		i, err := index(row[1], len(functions))
 		if err != nil {
 			return err
@@ -110,7 +110,7 @@ func (SQLCatalog) row(row []string, found *Found, byOID map[string]*Relation, re
 			return err
 		}
 		found.Functions[functions[i]] = append(found.Functions[functions[i]], f)
-	case row[0] == "o" && len(row) == 9:
+	case row[0] == "o" && len(row) == 10:
 		f, err := function(row[2:])
 		if err != nil {
 			return err
@@ -124,9 +124,9 @@ func (SQLCatalog) row(row []string, found *Found, byOID map[string]*Relation, re
 
 func function(row []string) (Function, error) {
 	oid, err := strconv.ParseUint(row[0], 10, 32)
-	f := Function{OID: uint32(oid), Schema: row[1], Name: row[2], Extension: row[3], Set: row[4] == "t", Composite: row[6] == "t"}
-	if err == nil && row[5] != "" {
-		err = json.Unmarshal([]byte(row[5]), &f.Out)
+	f := Function{OID: uint32(oid), Schema: row[1], Name: row[2], Extension: row[3], Set: row[4] == "t", Volatile: row[5] == "t", Composite: row[7] == "t"}
+	if err == nil && row[6] != "" {
+		err = json.Unmarshal([]byte(row[6]), &f.Out)
 	}
 	if err != nil {
 		return f, fmt.Errorf("the catalog's answer is not understood: a function")
@@ -201,6 +201,7 @@ const functionColumnsSQL = `p.oid, n.nspname, p.proname,
    AND d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid
    AND d.deptype OPERATOR(pg_catalog.=) 'e'::pg_catalog."char" LIMIT 1),
  p.proretset,
+ p.provolatile OPERATOR(pg_catalog.=) 'v'::pg_catalog."char",
  (SELECT pg_catalog.json_agg(coalesce(p.proargnames[u.place], '') ORDER BY u.place USING OPERATOR(pg_catalog.<))
   FROM pg_catalog.unnest(p.proargmodes) WITH ORDINALITY u (mode, place) WHERE u.mode OPERATOR(pg_catalog.=) ANY ('{o,b,t}'::pg_catalog."char"[])),
  t.typtype OPERATOR(pg_catalog.=) 'c'::pg_catalog."char" OR t.typname OPERATOR(pg_catalog.=) ANY ('{anyelement,anycompatible,record}'::pg_catalog.name[]) AND p.proargmodes IS NULL

@@ -412,6 +412,9 @@ func (a *analyzer) call(s *scope, f *pgquery.FuncCall) (t taint, r *risk) {
 			}
 			t = mix(t, unknown("read by the function "+c.Schema+"."+c.Name))
 		}
+		if t.on && c.Volatile && a.at < 0 && !matches(a.policy.Functions, c) && !matches(a.policy.Safe, c) {
+			a.refuse(f.Location, "the function %s is given the masked column %s and could pass it on", name.Name, t.source)
+		}
 		builtin = builtin && c.OID < firstUser
 		safe = safe && (matches(a.policy.Safe, c) || c.OID < firstUser && c.Name == "count")
 		set = set || c.Set

@@ -57,6 +57,7 @@ type Function struct {
 	Schema, Name string
 	Extension    string // the one that it belongs to, or ""
 	Set          bool   // returns a set
+	Volatile     bool   // may change something, and so pass on what it is given
 	// Out are the names of the columns that it returns, if there are several.
 	Out []string
 	// Composite tells that it returns rows whose columns are not known here.

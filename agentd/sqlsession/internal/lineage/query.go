@@ -317,6 +317,9 @@ func (a *analyzer) rowItem(s *scope, n *pgquery.Node) *item {
 	}
 	schema, name := "", parts[len(parts)-1]
 	if len(parts) == 2 {
+		if it := s.relation("", parts[0]); it != nil {
+			return nil // a column of it
+		}
 		schema = parts[0]
 	} else if _, _, ok := s.unqualified(name); ok {
 		return nil

@@ -67,6 +67,8 @@ func (a *analyzer) total(s *scope, e *pgquery.A_Expr, name string, left, right t
 	switch name {
 	case "=", "<>", "!=", "<", ">", "<=", ">=", "||":
 		return true
+	case "->", "->>", "#>", "#>>":
+		return constant(e.Rexpr)
 	case "~~", "!~~", "~~*", "!~~*":
 		return goodPattern(e.Rexpr)
 	case "+", "-":
