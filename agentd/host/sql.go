@@ -66,6 +66,11 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 		Actor: actor(request.Principal), Role: request.Principal.GetRole(), Source: request.Source, QueryID: id,
 		SessionID: request.SessionId, Verdict: "allowed", Statement: h.maskText(request.Source, request.Sql),
 	}
+	if kind := explain(request.Explain); kind == "analyze" { // what was done, in the log's words
+		entry.Statement = "EXPLAIN ANALYZE " + entry.Statement
+	} else if kind == "plan" {
+		entry.Statement = "EXPLAIN " + entry.Statement
+	}
 	began := time.Now()
 	var kept *posternv1.KeptRows
 	outcome, begun, err := h.run(ctx, request, &entry, out, func(rows *posternv1.KeptRows) { kept = rows })

@@ -417,6 +417,12 @@ func (m *Manager) copyFrames(ctx context.Context, r *run, s *session, w io.Write
 				return begun, nil, nil, err
 			}
 			*kept = rows
+		case frame.Plan:
+			payload, err := s.frames.Bytes()
+			if err != nil {
+				return begun, nil, nil, err
+			}
+			*kept = &posternv1.KeptRows{Plan: payload}
 		case frame.Done:
 			var reply frame.DoneReply
 			if err := s.frames.JSON(&reply); err != nil {

@@ -9,6 +9,9 @@ import (
 	"io"
 	"strings"
 
+	"connectrpc.com/connect"
+
+	"github.com/postern-dev/postern/client"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/plantext"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -50,14 +53,11 @@ func convertPlan(ctx context.Context, w io.Writer, r io.Reader, f rowfmt.Format)
 	if err := rowfmt.Convert(ctx, &out, r, rowfmt.JSON, rowfmt.Options{MaxMessage: maxPlan}); err != nil {
 		return err
 	}
-	var rows []map[string]json.RawMessage
-	if err := json.Unmarshal(out.Bytes(), &rows); err != nil || len(rows) > 1 {
-		return proto.Errorf(proto.CodeInternal, "the agent sent a plan that cannot be read")
+	plan, err := planIn(out.Bytes())
+	if err != nil || plan == nil { // it failed: the outcome says why
+		return err
 	}
-	if len(rows) == 0 {
-		return nil // it failed: the outcome says why
-	}
-	return printPlan(w, rows[0]["QUERY PLAN"], f)
+	return printPlan(w, plan, f)
 }
 
 // limited is a buffer of at most maxPlan bytes.
@@ -102,4 +102,80 @@ func printPlan(w io.Writer, plan []byte, f rowfmt.Format) error {
 	}
 	_, err = io.WriteString(w, out.String())
 	return err
+}
+
+// showPlan shows a query with its plan: the one that it asked for, or else that of
+// its text as it is now.
+func (a *app) showPlan(ctx context.Context, c *client.Client, id string, f rowfmt.Format) error {
+	if !printsPlan(f) {
+		return usagef("a plan is printed as table, csv or json")
+	}
+	resp, err := c.Queries.GetQuery(ctx, connect.NewRequest(&posternv1.GetQueryRequest{QueryId: id, IncludeRows: true}))
+	if err != nil {
+		return err
+	}
+	q, plan := resp.Msg.GetQuery(), resp.Msg.GetRows().GetPlan()
+	kept := len(plan) > 0
+	if !kept {
+		if plan, err = a.planNow(ctx, c, q); err != nil {
+			return err
+		}
+	}
+	switch {
+	case f == rowfmt.Table && a.output == "json":
+		facts, err := asJSON(q)
+		if err != nil {
+			return err
+		}
+		return a.printJSON(struct {
+			Query json.RawMessage `json:"query"`
+			Plan  json.RawMessage `json:"plan"`
+			Kept  bool            `json:"kept"`
+		}{facts, plan, kept})
+	case f == rowfmt.Table:
+		if err := a.showQuery(q); err != nil {
+			return err
+		}
+		if _, err := a.stdout.WriteString("\n"); err != nil {
+			return err
+		}
+	}
+	if !kept {
+		a.info("the plan is that of its text as it would be now")
+	}
+	return printPlan(a.stdout, plan, f)
+}
+
+// planNow asks the agent for the plan of a query's text.
+func (a *app) planNow(ctx context.Context, c *client.Client, q *posternv1.Query) ([]byte, error) {
+	statement := &posternv1.RunSQLRequest{Sql: q.GetSql(), Explain: posternv1.Explain_EXPLAIN_PLAN}
+	rows, err := c.SQL(ctx, q.GetAgent(), q.GetSource(), statement)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close() //nolint:errcheck // what matters came with the outcome
+	var out limited
+	err = rowfmt.Convert(ctx, &out, rows, rowfmt.JSON, rowfmt.Options{MaxMessage: maxPlan})
+	if _, readErr := io.Copy(io.Discard, rows); readErr != nil {
+		return nil, readErr
+	}
+	if _, outcomeErr := rows.Outcome(); outcomeErr != nil {
+		return nil, outcomeErr
+	}
+	if err != nil {
+		return nil, err
+	}
+	return planIn(out.Bytes())
+}
+
+// planIn is the plan in a result in JSON; nil if it has no row.
+func planIn(result []byte) ([]byte, error) {
+	var rows []map[string]json.RawMessage
+	if err := json.Unmarshal(result, &rows); err != nil || len(rows) > 1 {
+		return nil, proto.Errorf(proto.CodeInternal, "the agent sent a plan that cannot be read")
+	}
+	if len(rows) == 0 {
+		return nil, nil
+	}
+	return rows[0]["QUERY PLAN"], nil
 }

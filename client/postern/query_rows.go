@@ -17,7 +17,7 @@ import (
 
 // queryShowCommand shows a query of the history and, if asked, its rows.
 func (a *app) queryShowCommand() *cobra.Command {
-	var rows bool
+	var rows, plan bool
 	var format string
 	cmd := &cobra.Command{
 		Use:   "show QUERY",
@@ -25,8 +25,10 @@ func (a *app) queryShowCommand() *cobra.Command {
 		Long: "Shows what the history has of a query.\n\n" +
 			"With --rows its first and last rows follow, as many as the policy of its data source lets the control plane\n" +
 			"keep. With -f csv, json, ndjson or arrow the rows alone are printed; what is missing between is told on stderr.\n" +
-			"That somebody looked at rows is noted in the audit log.",
-		Example: "  postern query show qry_01k…\n  postern query show qry_01k… --rows",
+			"That somebody looked at rows is noted in the audit log.\n\n" +
+			"With --plan the plan follows that the query asked for. Of a query that asked for none, the agent is asked for the\n" +
+			"plan of its text as it would be now, without running it; its data source's policy decides.",
+		Example: "  postern query show qry_01k…\n  postern query show qry_01k… --rows\n  postern query show qry_01k… --plan",
 		Args:    cobra.ExactArgs(1), ValidArgsFunction: a.completeQueries(false),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			f, err := rowfmt.ParseFormat(format)
@@ -37,6 +39,9 @@ func (a *app) queryShowCommand() *cobra.Command {
 			if bare && f.Binary() && isTerminal(a.stdout) {
 				return usagef("%s is not fit for a terminal: pipe it", f)
 			}
+			if plan {
+				return a.with(func(c *client.Client) error { return a.showPlan(cmd.Context(), c, args[0], f) })
+			}
 			rows = rows || cmd.Flags().Changed("format")
 			return a.with(func(c *client.Client) error {
 				resp, err := c.Queries.GetQuery(cmd.Context(), connect.NewRequest(&posternv1.GetQueryRequest{QueryId: args[0], IncludeRows: rows}))
@@ -44,6 +49,9 @@ func (a *app) queryShowCommand() *cobra.Command {
 					return err
 				}
 				q, kept := resp.Msg.GetQuery(), resp.Msg.GetRows()
+				if len(kept.GetArrow()) == 0 {
+					kept = nil // a plan
+				}
 				switch {
 				case bare:
 					return a.bareRows(cmd.Context(), q, kept, f)
@@ -60,6 +68,8 @@ func (a *app) queryShowCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().BoolVar(&rows, "rows", false, "its first and last rows, too")
+	cmd.Flags().BoolVar(&plan, "plan", false, "its plan; with -f csv or json the plan alone")
+	cmd.MarkFlagsMutuallyExclusive("rows", "plan")
 	cmd.Flags().StringVarP(&format, "format", "f", "table", "form of the rows: table, csv, json, ndjson or arrow")
 	cmd.RegisterFlagCompletionFunc("format", cobra.FixedCompletions([]string{"table", "csv", "json", "ndjson", "arrow"}, cobra.ShellCompDirectiveNoFileComp)) //nolint:errcheck // fails on unknown flags alone
 	return cmd

@@ -59,7 +59,7 @@ func (a *API) GetQuery(ctx context.Context, req *connect.Request[posternv1.GetQu
 		}
 		entry := auditchain.Entry{
 			Action: "query.rows", Agent: q.Agent, Source: q.Source, QueryID: q.Id, Verdict: "allowed",
-			Rows: uint64(rows.First) + uint64(rows.Last), Bytes: uint64(len(rows.Arrow)),
+			Rows: uint64(rows.First) + uint64(rows.Last), Bytes: uint64(len(rows.Arrow) + len(rows.Plan)),
 		}
 		if err := a.audit(ctx, c, entry); err != nil {
 			return nil, err

@@ -15,6 +15,8 @@ const (
 	// maxKeptBytes their Arrow stream.
 	maxKeptRows  = 1000
 	maxKeptBytes = 1 << 20
+	// maxPlanBytes bounds the plan that is kept of a query.
+	maxPlanBytes = 512 << 10
 	// reportTime is how long after the end of a query its rows may still come.
 	reportTime = time.Minute
 	// maxReports bounds the ended queries whose rows may still come.
@@ -68,6 +70,9 @@ func (r *Runner) endedLocked(id string, may, expected bool) {
 // ReportRows keeps the rows that an agent reports of a query that it was asked to
 // run here, a moment ago or still. Another agent's query does not exist for it.
 func (r *Runner) ReportRows(ctx context.Context, organization, agent, id string, rows *posternv1.KeptRows) error {
+	if rows != nil && len(rows.Plan) > maxPlanBytes {
+		return proto.Errorf(proto.CodeInvalid, "a plan of at most %d bytes is kept of a query", maxPlanBytes)
+	}
 	if rows == nil || rows.First > maxKeptRows || rows.Last > maxKeptRows || len(rows.Arrow) > maxKeptBytes {
 		return proto.Errorf(proto.CodeInvalid, "at most %d first and %d last rows of %d bytes are kept of a query", maxKeptRows, maxKeptRows, maxKeptBytes)
 	}

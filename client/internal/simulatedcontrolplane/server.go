@@ -322,7 +322,11 @@ func (s *Server) GetQuery(_ context.Context, req *connect.Request[posternv1.GetQ
 	switch id := req.Msg.QueryId; {
 	case id == "qry_1":
 		return respond(&posternv1.GetQueryResponse{Query: cannedQuery()}, nil)
-	case id == "qry_rows" || id == "qry_few":
+	case id == "qry_now":
+		q := cannedQuery()
+		q.Id, q.Sql, q.State, q.Error = id, "plan", "done", nil
+		return respond(&posternv1.GetQueryResponse{Query: q}, nil)
+	case id == "qry_rows" || id == "qry_few" || id == "qry_plan":
 		return respond(cannedRows(id, req.Msg.IncludeRows), nil)
 	}
 	s.mu.Lock()

@@ -300,6 +300,10 @@ func cannedRows(id string, include bool) *posternv1.GetQueryResponse {
 	if !include {
 		return resp
 	}
+	if id == "qry_plan" {
+		resp.Rows = &posternv1.KeptRows{Plan: []byte(`[{"Plan":{"Node Type":"Result"}}]`), Total: 1}
+		return resp
+	}
 	var stream bytes.Buffer
 	schema := arrow.NewSchema([]arrow.Field{column("id", arrow.PrimitiveTypes.Int64), column("name", arrow.BinaryTypes.String)}, nil)
 	writer := ipc.NewWriter(&stream, ipc.WithSchema(schema))

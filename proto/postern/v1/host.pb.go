@@ -984,7 +984,10 @@ type KeptRows struct {
 	// The rows of the whole result.
 	Total uint64 `protobuf:"varint,4,opt,name=total,proto3" json:"total,omitempty"`
 	// How many values were cut.
-	Cut           uint32 `protobuf:"varint,5,opt,name=cut,proto3" json:"cut,omitempty"`
+	Cut uint32 `protobuf:"varint,5,opt,name=cut,proto3" json:"cut,omitempty"`
+	// Instead of rows: the plan that was asked for, as JSON, as far as the source's
+	// policy tells it; at most 512 KiB.
+	Plan          []byte `protobuf:"bytes,6,opt,name=plan,proto3" json:"plan,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1052,6 +1055,13 @@ func (x *KeptRows) GetCut() uint32 {
 		return x.Cut
 	}
 	return 0
+}
+
+func (x *KeptRows) GetPlan() []byte {
+	if x != nil {
+		return x.Plan
+	}
+	return nil
 }
 
 type Notice struct {
@@ -2017,13 +2027,14 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\vtransaction\x18\v \x01(\tR\vtransaction\"7\n" +
 	"\rParameterInfo\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
-	"\x04type\x18\x02 \x01(\tR\x04type\"r\n" +
+	"\x04type\x18\x02 \x01(\tR\x04type\"\x86\x01\n" +
 	"\bKeptRows\x12\x14\n" +
 	"\x05arrow\x18\x01 \x01(\fR\x05arrow\x12\x14\n" +
 	"\x05first\x18\x02 \x01(\rR\x05first\x12\x12\n" +
 	"\x04last\x18\x03 \x01(\rR\x04last\x12\x14\n" +
 	"\x05total\x18\x04 \x01(\x04R\x05total\x12\x10\n" +
-	"\x03cut\x18\x05 \x01(\rR\x03cut\"Z\n" +
+	"\x03cut\x18\x05 \x01(\rR\x03cut\x12\x12\n" +
+	"\x04plan\x18\x06 \x01(\fR\x04plan\"Z\n" +
 	"\x06Notice\x12\x1a\n" +
 	"\bseverity\x18\x01 \x01(\tR\bseverity\x12\x1a\n" +
 	"\bsqlstate\x18\x02 \x01(\tR\bsqlstate\x12\x18\n" +

@@ -474,5 +474,11 @@ func (x *execution) answerPlan(plan []byte) *proto.Error {
 	if err := x.batch.add(row); err != nil {
 		return proto.Errorf(proto.CodeInternal, "%w", err)
 	}
+	if x.request.KeepFirst+x.request.KeepLast > 0 && len(plan) <= frame.MaxPlan {
+		// A longer one is only not kept: the answer is as good.
+		if err := x.sink.send(frame.Plan, plan); err != nil {
+			return proto.Errorf(proto.CodeInternal, "%w", err)
+		}
+	}
 	return nil
 }

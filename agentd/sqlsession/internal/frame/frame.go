@@ -32,7 +32,11 @@ const (
 	Page         Type = 'g' // a posternv1.CatalogPage
 	Introspected Type = 'j' // IntrospectedReply
 	Kept         Type = 's' // three numbers, see PutKept, and an Arrow IPC stream: first and last rows
+	Plan         Type = 'l' // JSON: the plan to keep with the history
 )
+
+// MaxPlan is the largest payload of a Plan frame in bytes.
+const MaxPlan = 512 << 10
 
 // HeaderSize is the length of a frame's header in bytes.
 const HeaderSize = 5
@@ -67,6 +71,7 @@ var limits = map[Type]int{
 	Page:         MaxPage,
 	Introspected: 64 << 10,
 	Kept:         MaxKept,
+	Plan:         MaxPlan,
 }
 
 // ErrMalformed is returned for a frame that breaks the protocol.
