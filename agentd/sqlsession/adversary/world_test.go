@@ -247,7 +247,7 @@ func (w *world) source(name, role, database string, guard sqlsession.Guard) sqls
 	return sqlsession.Source{
 		Name: name, Engine: "postgres", DSN: w.server.DSN(role, database), Guard: guard, ReadWrite: guard.Mode == "read-write",
 		Password: func(context.Context) (string, error) { return rolePassword, nil },
-		MaxRows:  5000, MaxBytes: 32 << 20, StatementTimeout: 5 * time.Second,
+		MaxRows:  5000, MaxBytes: 32 << 20, StatementTimeout: time.Minute,
 	}
 }
 

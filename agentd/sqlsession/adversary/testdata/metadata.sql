@@ -21,6 +21,8 @@ DELETE FROM app.customers RETURNING email
 MERGE INTO app.victim v USING app.customers c ON v.id = c.id WHEN MATCHED THEN DELETE
 --# refused the catalog's estimates
 SELECT relname, reltuples FROM pg_class
+--# harmless catalogs may be read, where no cast of the database's own acts
+SELECT relname, relkind FROM pg_class
 --# runs functions' result types
 SELECT * FROM evil.all_emails() e, evil.a_customer() c
 

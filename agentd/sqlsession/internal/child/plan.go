@@ -229,7 +229,8 @@ func (x *execution) cycle(message pgproto3.FrontendMessage) (*pgproto3.ErrorResp
 // functions and fields by name, operators, casts, and what is in the views and row
 // security policies of its relations, which are those that this transaction has
 // locked by having it parsed. Each %s is an array literal of names. Objects below
-// 16384 come with the server.
+// 16384 come with the server; the cast that the server makes for each type of ranges
+// (12 is the language internal) only looks at its argument.
 const candidatesQuery = `WITH rel AS (SELECT DISTINCT l.relation FROM pg_catalog.pg_locks l
  WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND l.locktype OPERATOR(pg_catalog.=) 'relation'),
 trees AS (SELECT r.ev_action::pg_catalog.text AS t FROM pg_catalog.pg_rewrite r WHERE r.ev_class IN (SELECT relation FROM rel)
@@ -242,6 +243,7 @@ calls AS (SELECT 'f' AS k, p.oid, p.proname AS n FROM pg_catalog.pg_proc p WHERE
  UNION ALL SELECT 'x', p.oid, p.proname FROM pg_catalog.pg_proc p WHERE p.pronargs OPERATOR(pg_catalog.=) 1 AND p.oid OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid AND p.proname OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.name[])
   AND EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid OPERATOR(pg_catalog.=) p.proargtypes[0] AND t.typtype IN ('c', 'p'))
  UNION ALL SELECT 'c', c.castfunc, '' FROM pg_catalog.pg_cast c WHERE c.castfunc OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid
+  AND NOT EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.oid OPERATOR(pg_catalog.=) c.castfunc AND p.prolang OPERATOR(pg_catalog.=) 12::pg_catalog.oid AND p.prosrc OPERATOR(pg_catalog.=) 'multirange_constructor1')
  UNION ALL SELECT 'v', h.id, '' FROM hidden h WHERE h.id OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid)
 SELECT DISTINCT c.k, c.n, n.nspname, p.proname, p.oid OPERATOR(pg_catalog.<) 16384::pg_catalog.oid, p.provolatile, COALESCE(e.extname, '')
 FROM calls c JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) c.oid JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) p.pronamespace
