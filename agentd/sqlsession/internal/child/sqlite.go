@@ -220,6 +220,10 @@ func (s *sqliteSession) run(r *frame.RunRequest, st *statement) (done frame.Done
 	}
 	x := &sqliteExecution{sqliteSession: s, request: r, st: st, guard: &sqliteGuard{policy: &r.Guard, readWrite: r.ReadWrite}}
 	failure := x.execute()
+	// Other programs wait for the lock: it goes before the answer does.
+	if err := s.reset(); err != nil && failure == nil {
+		failure = x.failure(err)
+	}
 	x.done.Error = frame.FromError(failure)
 	return x.done, false
 }

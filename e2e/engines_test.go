@@ -1,0 +1,94 @@
+package e2e
+
+import (
+	"database/sql"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	_ "modernc.org/sqlite"
+
+	"github.com/postern-dev/postern/e2e/mariadbserver"
+	"github.com/postern-dev/postern/e2e/stack"
+)
+
+// TestEngines runs statements, checks, introspection and doctor on MariaDB and SQLite
+// with the real binaries.
+func TestEngines(t *testing.T) {
+	maria := mariadbserver.Start(t)
+	ctx := t.Context()
+	if err := maria.SQL(ctx, "CREATE DATABASE shop", "CREATE TABLE shop.items (id INT PRIMARY KEY, name VARCHAR(50), price DECIMAL(10,2))", "INSERT INTO shop.items VALUES (1, 'größe', 9.50), (2, NULL, 3)"); err != nil {
+		t.Fatal(err)
+	}
+	if err := maria.CreateUser(ctx, "reader", readerPassword, "SELECT, SHOW VIEW ON shop.*"); err != nil {
+		t.Fatal(err)
+	}
+	s := newStack(t, stack.Options{})
+	// A file that nobody but its owner may read, in a directory of the same kind.
+	dir := filepath.Join(s.Dir, "data")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "app.db")
+	db, err := sql.Open("sqlite", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"CREATE TABLE items (id INTEGER PRIMARY KEY, name TEXT, price REAL)", "INSERT INTO items VALUES (1, 'größe', 9.5), (2, NULL, 3)"} {
+		if _, err := db.Exec(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	password := filepath.Join(s.Dir, "reader.pw")
+	if err := os.WriteFile(password, []byte(readerPassword+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	agent, err := s.Join(ctx, "host", fmt.Sprintf("sources:\n  - name: shop\n    engine: mysql\n    dsn: %s\n    password: {file: %s}\n  - name: app\n    engine: sqlite\n    dsn: path=%s\n",
+		maria.SocketDSN("reader", "shop"), password, path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, source := range []string{"host/shop", "host/app"} {
+		if got := must(t, s, "sql", source, "-f", "csv", "-p", "n=3", "SELECT id, name, price FROM items WHERE id < {{n}} ORDER BY id"); !strings.HasPrefix(got, "id,name,price\n1,größe,9.5") || !strings.Contains(got, "\n2,,3") {
+			t.Errorf("%s: got %s", source, got)
+		}
+		e := postern(t, s, "sql", source, "DELETE FROM items")
+		if e.code != 3 || !strings.Contains(e.stderr, "read-only") {
+			t.Errorf("%s: got %d, %s", source, e.code, e.stderr)
+		}
+		if e := postern(t, s, "sql", source, "SELECT 1 +\n FROM items"); e.code != 1 || !strings.Contains(e.stderr, "position 13") {
+			t.Errorf("%s: got %d, %s", source, e.code, e.stderr)
+		}
+		if got := mustJSON[catalogView](t, s, "source", "introspect", source).names(); got != map[string]string{"host/shop": "shop.items", "host/app": "main.items"}[source] {
+			t.Errorf("%s: got catalog %s", source, got)
+		}
+		if got := must(t, s, "source", "check", source); !strings.Contains(got, "read-only") || strings.Contains(got, "failed") {
+			t.Errorf("%s: got check %s", source, got)
+		}
+		if got := must(t, s, "sql", source, "-f", "json", "SELECT COUNT(*) AS n FROM items"); !strings.Contains(got, `"n":2`) {
+			t.Errorf("%s: got %s", source, got)
+		}
+	}
+	out := finish(t, agent.Command(ctx, "doctor", "--config", agent.ConfigFile(), "--state", agent.StateDir(), "--runtime", agent.RuntimeDir()))
+	for _, want := range []string{"MariaDB answers", "can read only", "agentd opens " + path} {
+		if !strings.Contains(out.stdout, want) {
+			t.Errorf("doctor does not say %q: %s%s", want, out.stdout, out.stderr)
+		}
+	}
+	for _, source := range []string{"host/shop", "host/app"} {
+		if e := postern(t, s, "sql", source, "--explain", "SELECT 1"); e.code != 3 {
+			t.Errorf("%s: a plan: got %d, %s%s", source, e.code, e.stdout, e.stderr)
+		}
+	}
+	if files, _ := filepath.Glob(filepath.Join(dir, "*")); len(files) != 1 {
+		t.Errorf("got %v, want the database alone", files)
+	}
+}
