@@ -308,7 +308,7 @@ func TestShell(t *testing.T) {
 	s := newStack(t, stack.Options{})
 	if _, err := s.Join(t.Context(), "host", "sources:\n"+
 		mustSource(t, s.Dir, "db", pg.SocketDSN("reader", "shell"), "      mode: read-write\n")+
-		mustSource(t, s.Dir, "ro", pg.SocketDSN("reader", "shell"), "")); err != nil {
+		mustSource(t, s.Dir, "ro", pg.SocketDSN("reader", "shell"), "      plans: full\n")); err != nil {
 		t.Fatal(err)
 	}
 	before := items(t, "shell")
@@ -351,6 +351,10 @@ fetch 2 c; commit;
 	}
 	if got := items(t, "shell"); got != before {
 		t.Errorf("the table has changed: %s", got)
+	}
+	e = script("host/ro", "set enable_seqscan = off;\n\\explain select * from items where id = 5;\nselect 1;")
+	if e.code != 0 || !strings.Contains(e.stdout, "Index") {
+		t.Errorf("the plan, exit %d: %s%s", e.code, e.stdout, e.stderr)
 	}
 	// Ctrl-C ends a statement that has no row yet, in order.
 	cmd := s.Command(t.Context(), "sql", "-i", "host/db")

@@ -74,7 +74,7 @@ func (a *app) shell(ctx context.Context, args []string, o sqlOptions) error {
 		return usagef("-i takes no query: type it, or pipe a script to stdin")
 	}
 	if o.plan.explain || o.plan.analyze || len(o.plan.indexes) > 0 {
-		return usagef("plans are not told in a session: ask without -i")
+		return usagef("with -i a plan is asked for by \\explain STATEMENT")
 	}
 	if a.tokenFile == "-" {
 		return usagef("stdin cannot hold both the token and the statements: name a file with --token-file")
@@ -294,7 +294,7 @@ func (s *shell) read(ctx context.Context, r io.Reader, name string) error {
 	if last == "" {
 		return nil
 	}
-	return s.statement(ctx, last)
+	return s.statement(ctx, last, 0)
 }
 
 // readLine reads a line with its line break, at most as long as a statement may be.
@@ -329,15 +329,15 @@ func (s *shell) line(ctx context.Context, text string, keep func(string), _ bool
 		keep(strings.TrimRight(before+text, "\r\n"))
 	}
 	for _, statement := range statements {
-		if err := s.statement(ctx, statement); err != nil {
+		if err := s.statement(ctx, statement, 0); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// statement runs one statement in the session.
-func (s *shell) statement(ctx context.Context, text string) error {
+// statement runs one statement in the session, or asks for its plan.
+func (s *shell) statement(ctx context.Context, text string, explain posternv1.Explain) error {
 	if s.session == "" {
 		if err := s.open(ctx); err != nil {
 			return err
@@ -355,7 +355,7 @@ func (s *shell) statement(ctx context.Context, text string) error {
 	}
 	run := &sqlRun{
 		app: s.app, client: s.client, agent: s.agent, source: s.source, format: s.format, expanded: s.expanded, dst: dst, quiet: !s.interactive,
-		statement: &posternv1.RunSQLRequest{Sql: text, MaxRows: s.options.maxRows, SessionId: s.session},
+		statement: &posternv1.RunSQLRequest{Sql: text, MaxRows: s.options.maxRows, SessionId: s.session, Explain: explain},
 	}
 	if s.options.timeout > 0 {
 		run.statement.Timeout = durationpb.New(s.options.timeout)

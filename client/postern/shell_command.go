@@ -18,6 +18,7 @@ const shellHelp = `Statements end with a semicolon and may have several lines.
   \d NAME       a table in detail; * is any text, ? any character; SCHEMA.NAME too
   \x            expanded display: a line for each column
   \format F     table, csv, json or ndjson
+  \explain S    the plan of a statement on one line, as far as the policy tells it; \explain analyze S runs it, too
   \timing       time of each statement
   \pager        use $PAGER for long results, or not
   \set          the variables; \set NAME VALUE or NAME:TYPE VALUE sets one, \unset NAME forgets it.
@@ -73,6 +74,8 @@ func (s *shell) command(ctx context.Context, text string) error {
 			return usagef(`\unset needs a name`)
 		}
 		delete(s.variables, args[0])
+	case `\explain`:
+		return s.explain(ctx, strings.TrimSpace(strings.TrimPrefix(text, name)))
 	case `\i`:
 		if len(args) == 0 {
 			return usagef(`\i needs a file`)
@@ -84,6 +87,18 @@ func (s *shell) command(ctx context.Context, text string) error {
 		return usagef("there is no command %s here: \\? lists those there are", name)
 	}
 	return nil
+}
+
+// explain asks for a statement's plan.
+func (s *shell) explain(ctx context.Context, text string) error {
+	how := posternv1.Explain_EXPLAIN_PLAN
+	if first, rest, _ := strings.Cut(text, " "); strings.EqualFold(first, "analyze") {
+		how, text = posternv1.Explain_EXPLAIN_ANALYZE, strings.TrimSpace(rest)
+	}
+	if text = strings.TrimSpace(strings.TrimRight(text, "; ")); text == "" {
+		return usagef(`\explain needs a statement`)
+	}
+	return s.statement(ctx, text, how)
 }
 
 func (s *shell) toggle(what *bool, args []string, name string) error {

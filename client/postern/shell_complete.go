@@ -137,7 +137,7 @@ func (s *shell) complete(line string, pos int) (head string, offers []string, ta
 	var candidates []string
 	switch {
 	case strings.HasPrefix(word, `\`):
-		candidates = []string{`\?`, `\d`, `\dt`, `\format`, `\i`, `\o`, `\pager`, `\q`, `\r`, `\set`, `\timing`, `\unset`, `\x`}
+		candidates = []string{`\?`, `\d`, `\dt`, `\explain`, `\format`, `\i`, `\o`, `\pager`, `\q`, `\r`, `\set`, `\timing`, `\unset`, `\x`}
 	case strings.HasPrefix(strings.TrimSpace(head), `\format`):
 		candidates = []string{"table", "csv", "json", "ndjson"}
 	default:
