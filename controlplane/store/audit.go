@@ -6,14 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"strings"
 
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/auditchain"
 )
-
-// auditBatch is how many entries one statement inserts.
-const auditBatch = 100
 
 // maxAuditPage bounds the memory of one listing, in bytes; the entry that
 // crosses it is still in.
@@ -62,24 +58,16 @@ func (s *Store) AppendAudit(ctx context.Context, org string, prev auditchain.Hea
 			return moved
 		}
 		next := int64(prev.Sequence) + 1
-		for rest := lines; len(rest) > 0; {
-			batch := rest[:min(len(rest), auditBatch)]
-			rest = rest[len(batch):]
-			args := make([]any, 0, 3*len(batch))
-			for _, line := range batch {
-				args = append(args, org, next, line)
-				next++
-			}
-			_, err := tx.exec(ctx, "INSERT INTO audit (organization, sequence, line) VALUES "+
-				strings.TrimSuffix(strings.Repeat("(?, ?, ?), ", len(batch)), ", "), args...)
-			if isUnique(err) {
-				return fmt.Errorf("audit entry %d of %s exists although the head says otherwise: run `postern audit verify`: %w", next, org, err)
-			}
-			if err != nil {
-				return err
-			}
+		values := make([]any, 0, 3*len(lines))
+		for _, line := range lines {
+			values = append(values, org, next, line)
+			next++
 		}
-		return nil
+		err = tx.insert(ctx, "INSERT INTO audit (organization, sequence, line) VALUES ", 3, "", values)
+		if isUnique(err) {
+			return fmt.Errorf("audit entry %d of %s or a later one exists although the head says otherwise: run `postern audit verify`: %w", prev.Sequence+1, org, err)
+		}
+		return err
 	})
 }
 

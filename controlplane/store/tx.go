@@ -14,9 +14,13 @@ import (
 // querier is what *sql.DB and *sql.Tx have in common.
 type querier interface {
 	ExecContext(ctx context.Context, query string, args ...any) (sql.Result, error)
+	PrepareContext(ctx context.Context, query string) (*sql.Stmt, error)
 	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
+
+// insertBatch is how many rows one INSERT has.
+const insertBatch = 100
 
 // handle runs statements written with ? on either engine.
 type handle struct {
@@ -30,6 +34,34 @@ func (h handle) exec(ctx context.Context, query string, args ...any) (int64, err
 		return 0, err
 	}
 	return result.RowsAffected()
+}
+
+// insert runs "INSERT ... VALUES (?, ...)" for many rows, whose values follow each
+// other: row by row where that costs no round trip, else many in one statement. tail
+// follows the values.
+func (h handle) insert(ctx context.Context, head string, columns int, tail string, values []any) error {
+	row := "(" + strings.TrimSuffix(strings.Repeat("?, ", columns), ", ") + ")"
+	if h.s.engine == sqlite {
+		statement, err := h.q.PrepareContext(ctx, head+row+tail)
+		if err != nil {
+			return err
+		}
+		defer func() { _ = statement.Close() }()
+		for ; len(values) > 0; values = values[columns:] {
+			if _, err := statement.ExecContext(ctx, values[:columns]...); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	for len(values) > 0 {
+		n := min(len(values)/columns, insertBatch)
+		if _, err := h.exec(ctx, head+strings.TrimSuffix(strings.Repeat(row+", ", n), ", ")+tail, values[:n*columns]...); err != nil {
+			return err
+		}
+		values = values[n*columns:]
+	}
+	return nil
 }
 
 func (h handle) query(ctx context.Context, query string, args ...any) (*sql.Rows, error) {

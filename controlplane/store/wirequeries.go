@@ -4,7 +4,6 @@ import (
 	"context"
 	"database/sql"
 	"errors"
-	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -18,8 +17,8 @@ const (
 	maxWireQueries = 10_000
 	// pruneWireEvery is how many may come before the bound is looked after.
 	pruneWireEvery = 2_000
-	// wireBatch is how many statements one INSERT has.
-	wireBatch = 50
+	// wireColumns is how many values a statement has.
+	wireColumns = 14
 )
 
 // QueryRecord is the beginning or the end of a statement of a PostgreSQL client.
@@ -50,11 +49,9 @@ func (s *Store) RecordQueries(ctx context.Context, records []QueryRecord) error 
 			if len(args) == 0 {
 				return nil
 			}
-			const columns = 14
-			_, err := tx.exec(ctx, `INSERT INTO wire_queries
-				(organization, id, token, token_name, agent, source, sql_text, state, started, duration, row_count, byte_count, error, replica) VALUES `+
-				strings.TrimSuffix(strings.Repeat("(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?), ", len(args)/columns), ", ")+
-				" ON CONFLICT DO NOTHING", args...)
+			err := tx.insert(ctx, `INSERT INTO wire_queries
+				(organization, id, token, token_name, agent, source, sql_text, state, started, duration, row_count, byte_count, error, replica) VALUES `,
+				wireColumns, " ON CONFLICT DO NOTHING", args)
 			args = args[:0]
 			return err
 		}
@@ -63,15 +60,10 @@ func (s *Store) RecordQueries(ctx context.Context, records []QueryRecord) error 
 			if !r.Known {
 				args = append(args, r.Organization, plainText(q.Id), r.Token, q.TokenName, q.Agent, plainText(q.Source), cutText(q.Sql), q.State,
 					q.Started.AsTime().UnixMicro(), q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failures[i], s.replica)
-				if len(args) < wireBatch*14 {
-					continue
-				}
+				continue
 			}
 			if err := flush(); err != nil {
 				return err
-			}
-			if !r.Known {
-				continue
 			}
 			if _, err := tx.exec(ctx, `UPDATE wire_queries SET state = ?, duration = ?, row_count = ?, byte_count = ?, error = ?
 				WHERE organization = ? AND id = ? AND state = 'running'`,
