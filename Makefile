@@ -6,6 +6,8 @@
 #   make e2e-long   the end-to-end tests at full length: a statement that is silent
 #                   for 3 minutes behind nginx, 3 minutes over a slow link
 #   make vault-test the tests with Vault against a real one, which is built for it
+#   make clients    PostgreSQL clients that are large to install, through the whole system:
+#                   JDBC, node-postgres (from npm) and pgx's own test suite
 #   make race       the Go tests alone, with the race detector
 #   make lint       gofumpt, vet, staticcheck
 #   make fuzz       every fuzz target, FUZZTIME each (default 5m)
@@ -19,7 +21,7 @@ FUZZTIME ?= 5m
 LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
 export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
-.PHONY: build demo test e2e-long vault-test race lint fuzz bench proto clean deps
+.PHONY: build demo test e2e-long clients vault-test race lint fuzz bench proto clean deps
 
 build: deps
 	@mkdir -p bin
@@ -45,6 +47,10 @@ vault-test:
 	@mkdir -p bin
 	cd e2e/vaultserver && CGO_ENABLED=0 $(GO) build -o ../../bin/vaultserver .
 	POSTERN_VAULTSERVER=$(CURDIR)/bin/vaultserver $(GO) test -tags realvault -run 'TestRealVault|TestSimulatedVault' -v ./e2e
+
+clients:
+	@packaging/dev/deps.sh go postgresql bigclients
+	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestPgxSuite' ./e2e
 
 race:
 	$(GO) test -race ./...

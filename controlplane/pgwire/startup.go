@@ -145,7 +145,8 @@ func (s *startup) setting(name string) string {
 // its own list.
 var settings = []string{
 	"application_name", "client_encoding", "DateStyle", "TimeZone", "IntervalStyle", "extra_float_digits", "search_path",
-	"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout",
+	"statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "client_min_messages", "bytea_output", "jit",
+	"default_transaction_isolation",
 }
 
 func mayBegin(name string) bool {

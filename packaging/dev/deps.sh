@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx tinyproxy netns.
+# nginx tinyproxy netns pydrivers bigclients.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -79,6 +79,15 @@ for name in "$@"; do
 	netns)
 		command -v ip >/dev/null 2>&1 || install iproute2
 		command -v nft >/dev/null 2>&1 || [ -x /usr/sbin/nft ] || install nftables
+		;;
+	pydrivers) # Python's PostgreSQL drivers, for Debian's Python
+		/usr/bin/python3 -c 'import psycopg2, psycopg, asyncpg, pg8000' 2>/dev/null ||
+			install python3 python3-psycopg2 python3-psycopg python3-asyncpg python3-pg8000
+		;;
+	bigclients) # what `make clients` runs: JDBC on a JDK, node with npm
+		command -v javac >/dev/null 2>&1 || install default-jdk-headless
+		[ -e /usr/share/java/postgresql.jar ] || install libpostgresql-jdbc-java
+		command -v npm >/dev/null 2>&1 || install nodejs npm
 		;;
 	*) die "unknown name $name" ;;
 	esac
