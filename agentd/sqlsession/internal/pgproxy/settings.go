@@ -69,7 +69,14 @@ func checkSetting(name string, value *string, readWrite bool) string {
 }
 
 func utf8Only(value string) string {
-	switch strings.ToLower(strings.NewReplacer("-", "", "_", "").Replace(value)) {
+	// PostgreSQL looks at letters and digits alone; asyncpg sends quotes as well.
+	name := strings.Map(func(r rune) rune {
+		if r >= '0' && r <= '9' || r >= 'a' && r <= 'z' {
+			return r
+		}
+		return -1
+	}, strings.ToLower(value))
+	switch name {
 	case "utf8", "unicode":
 		return ""
 	}
