@@ -57,6 +57,7 @@ var measurements = append(tunnelMeasurements,
 	measurement{"agent-sql", measureSQLAgent},
 	measurement{"mask", measureMask},
 	measurement{"introspect", measureIntrospection},
+	measurement{"pgwire", measurePGWire},
 	measurement{"fleet", measureFleet},
 )
 
