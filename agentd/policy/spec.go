@@ -71,13 +71,6 @@ func (s Spec) Source() (Source, error) {
 		return Source{}, fmt.Errorf("policy.mask_safe_functions: %w", err)
 	}
 	source.SafeFunctions = s.MaskSafeFunctions
-	// What this version parses and does not enforce yet is refused, never ignored.
-	switch {
-	case len(s.Functions) > 0:
-		return Source{}, errors.New("policy.functions: functions is not supported by this version: remove it")
-	case s.Write != nil:
-		return Source{}, errors.New("policy.write: write is not supported by this version: remove it")
-	}
 	if source.KeepFirst, source.KeepLast, err = s.KeepRows.rows(); err != nil {
 		return Source{}, err
 	}

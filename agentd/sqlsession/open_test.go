@@ -219,8 +219,8 @@ func TestSessionReadOnly(t *testing.T) {
 	if got := s.value("EXECUTE q(1)", "none"); got != "2" {
 		t.Errorf("EXECUTE: got %s, want 2", got)
 	}
-	s.run("PREPARE l AS SELECT 1 FROM things FOR UPDATE", "none")
-	s.fails("EXECUTE l", proto.CodePolicyDenied, "read-only", "none")
+	s.fails("PREPARE l AS SELECT 1 FROM things FOR UPDATE", proto.CodePolicyDenied, "read-only", "none")
+	s.fails("EXECUTE l", proto.CodeSQL, "does not exist", "none")
 	s.run("SET DateStyle = 'German'", "none")
 	if got := s.value("SELECT ARRAY['2026-11-22'::date]::text", "none"); got != "{22.11.2026}" {
 		t.Errorf("a setting does not stay: %s", got)

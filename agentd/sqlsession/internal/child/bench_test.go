@@ -53,7 +53,7 @@ func BenchmarkRows(b *testing.B) {
 	row := encode(&pgproto3.DataRow{Values: [][]byte{make([]byte, 8), bytes.Repeat([]byte("x"), 20), make([]byte, 8), make([]byte, 8)}})
 	b.ReportAllocs()
 	out := newSink(&discardConn{})
-	s := &session{wire: newWire(&script{Reader: &repeated{head: prepared(20, 25, 701, 1184), part: bytes.Repeat(row, 1000), n: b.N/1000 + 1, tail: finale}}, map[string]string{}), sink: out, network: "test"}
+	s := &session{wire: newWire(&script{Reader: &repeated{head: prepared(20, 25, 701, 1184), part: bytes.Repeat(row, 1000), n: b.N/1000 + 1, tail: finale}}, map[string]string{}), sink: out, network: "test", parser: known{}}
 	st := newStatement(func(context.Context) error { return nil })
 	b.ResetTimer()
 	r := running

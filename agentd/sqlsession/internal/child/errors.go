@@ -33,6 +33,7 @@ const (
 	stateInvalidPassword = "28P01"
 	stateInvalidAuth     = "28000"
 	stateNotSupported    = "0A000"
+	stateNotInRepertoire = "22021"
 )
 
 // connectError says why there is no connection. where is host:port or the

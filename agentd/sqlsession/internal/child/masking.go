@@ -12,7 +12,6 @@ import (
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/lineage"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/mask"
-	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgverb"
 	"github.com/postern-dev/postern/proto"
 )
@@ -141,16 +140,10 @@ func (x *execution) hide(fields []pgproto3.FieldDescription) (*hidden, *proto.Er
 // follow analyzes one statement. text is what the server parsed, position brings
 // positions in it back to the user's text.
 func (s *session) follow(ctx context.Context, m *masking, text string, position func(int) int) (*lineage.Plan, *proto.Error) {
-	if s.parser == nil {
-		return nil, proto.Errorf(proto.CodeUnavailable, "the parser of statements is not there: what the data source masks can't be followed")
-	}
-	tree, err := s.parser.Parse(ctx, text)
-	var syntax *pgtree.SyntaxError
+	tree, failure := s.tree(ctx, text, position)
 	switch {
-	case errors.As(err, &syntax):
-		return nil, denied(position(syntax.Position), "the statement is refused: the data source masks columns, and what can't be followed is refused: %s", clean(syntax.Message))
-	case err != nil:
-		return nil, unparsed(err)
+	case failure != nil:
+		return nil, failure
 	case len(tree.Stmts) == 0:
 		return &lineage.Plan{}, nil
 	case len(tree.Stmts) > 1:

@@ -35,6 +35,9 @@ const ExitBroken = 5
 func ParserMain() int {
 	err := hardenFor(parserFiles)
 	if err == nil {
+		err = forbidWriting()
+	}
+	if err == nil {
 		err = syscall.Setrlimit(unix.RLIMIT_DATA, &syscall.Rlimit{Cur: parserMemory, Max: parserMemory})
 	}
 	if err == nil {

@@ -68,6 +68,13 @@ func (x *execution) explain() (failure *proto.Error, lost bool) {
 	if failure := x.runsNoCheck(calls); failure != nil {
 		return failure, false
 	}
+	if calls.Kind == pgplan.Select {
+		// The planner may call what is behind views and operators, and analyze does.
+		x.query = x.text.Text
+		if failure, lost := x.guard(); failure != nil {
+			return failure, lost
+		}
+	}
 	d, failure, lost := x.parse(x.text.Text, 0)
 	switch {
 	case failure != nil:

@@ -59,6 +59,7 @@ func ParseDSN(dsn string) (*pgconn.Config, error) {
 type session struct {
 	parser   pgtree.Parser
 	masking  *masking // of the statement before
+	judged   judged
 	wire     *wire
 	sink     *sink
 	canceler *pgconn.PgConn

@@ -2,6 +2,7 @@ package child
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -11,9 +12,9 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgguard"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgproxy"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
-	"github.com/postern-dev/postern/agentd/sqlsession/internal/sqltext"
 	"github.com/postern-dev/postern/proto"
 )
 
@@ -89,7 +90,7 @@ func (p *process) serveProxy(r *frame.WireRequest, conn net.Conn) int {
 	millis := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
 	proxy := pgproxy.New(pgproxy.Config{
 		SessionID: r.SessionID, Server: s.wire.conn, Parameters: s.wire.params, Version: s.majorVersion(), Cancel: s.cancel,
-		Agentd: conn, Parser: p.parser, Judge: wireJudge{guard: &r.Guard, readWrite: r.ReadWrite}, Guard: r.Guard, ReadWrite: r.ReadWrite,
+		Agentd: conn, Parser: p.parser, Judge: wireJudge{guard: &r.Guard, readWrite: r.ReadWrite, version: s.majorVersion()}, Guard: r.Guard, ReadWrite: r.ReadWrite,
 		MaxRows: r.MaxRows, MaxBytes: r.MaxBytes, Timeout: millis(r.TimeoutMillis), Idle: millis(r.IdleMillis), IdleInTransaction: millis(r.IdleInTransaction),
 	})
 	p.proxy.Store(proxy)
@@ -105,28 +106,62 @@ func (p *process) serveProxy(r *frame.WireRequest, conn net.Conn) int {
 type wireJudge struct {
 	guard     *frame.Guard
 	readWrite bool
+	version   int
 }
 
 // Judge implements pgproxy.Judge.
-func (j wireJudge) Judge(_ context.Context, _ pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
-	stmt := tree.GetStmts()[0].GetStmt()
-	reads := onlyReads(stmt.ProtoReflect(), true)
-	if j.readWrite {
-		return pgproxy.Verdict{}, nil // a function may write: every statement's intent is in the log
-	}
-	if !reads {
+func (j wireJudge) Judge(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
+	reads := onlyReads(tree.GetStmts()[0].GetStmt().ProtoReflect(), true)
+	if !j.readWrite && !reads {
 		return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: stateReadOnly, Message: "the statement is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT"}
 	}
-	if call, ok := sqltext.RefusedCall(text); ok {
-		return pgproxy.Verdict{}, &pgproxy.Refusal{
-			SQLState: "42501", Message: fmt.Sprintf("the function %s is refused: the data source is read-only, and this one acts outside the transaction", call.Name), Position: call.Position,
+	if j.guard.Mode == pgguard.ModeMetadata {
+		return pgproxy.Verdict{Reads: true, DescribeOnly: &pgproxy.Refusal{
+			SQLState: "42501", Message: "the statement is refused: the data source shows metadata only: it can be parsed and described, not run",
+		}}, nil
+	}
+	guard := *j.guard
+	if !j.readWrite {
+		guard.Mode = pgguard.ModeReadOnly
+	}
+	_, refusal := pgguard.Check(ctx, pgguard.Input{Tree: tree, Text: text, Guard: &guard, Version: j.version, CopyOut: true, Resolver: wireResolver{server}})
+	var asked *pgproxy.Refusal
+	switch {
+	case refusal == nil && j.readWrite:
+		return pgproxy.Verdict{}, nil // a function may write: every statement's intent is in the log
+	case refusal == nil:
+		return pgproxy.Verdict{Reads: true}, nil
+	case errors.As(refusal.Err, &asked):
+		return pgproxy.Verdict{}, asked
+	case refusal.Err != nil:
+		return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: "57014", Message: "the statement is refused: " + refusal.Reason, Code: proto.CodeUnavailable}
+	}
+	return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: "42501", Message: clean("the statement is refused: " + refusal.Reason), Position: refusal.Position}
+}
+
+// wireResolver asks over the connection of a client of PostgreSQL's protocol.
+type wireResolver struct{ pgproxy.Asker }
+
+// Resolve implements pgguard.Resolver.
+func (r wireResolver) Resolve(ctx context.Context, q pgguard.Question) (*pgguard.Catalog, error) {
+	catalog := newCatalog()
+	for _, question := range questions(q) {
+		parameters := make([]string, len(question.parameters))
+		for i, p := range question.parameters {
+			parameters[i] = string(p)
+		}
+		rows, err := r.Ask(ctx, question.query, parameters...)
+		if err != nil {
+			return nil, err
+		}
+		for _, row := range rows {
+			if len(row) != question.columns {
+				return nil, errProtocol
+			}
+			question.row(catalog, row)
 		}
 	}
-	v := pgproxy.Verdict{Reads: true}
-	if j.guard.Mode == "metadata" {
-		v.DescribeOnly = &pgproxy.Refusal{SQLState: "42501", Message: "the statement is refused: the data source shows metadata only: it can be parsed and described, not run"}
-	}
-	return v, nil
+	return catalog, nil
 }
 
 // onlyReads tells whether a tree is a query that, functions apart, changes nothing.

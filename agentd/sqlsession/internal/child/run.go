@@ -1,6 +1,7 @@
 package child
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -13,6 +14,7 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgguard"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgverb"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/sqltext"
 	"github.com/postern-dev/postern/proto"
@@ -54,6 +56,8 @@ type execution struct {
 	// discreet is set where nothing of the server's words is told that may hold a
 	// value.
 	discreet bool
+	// judgement is the verdict on the query.
+	judgement pgguard.Statement
 	// parameters are told of a statement that was described.
 	parameters []frame.ParameterInfo
 	// drained is set while, or after, another goroutine reads to the end of
@@ -160,8 +164,8 @@ func (x *execution) execute() (failure *proto.Error, lost bool) {
 			return failure, lost
 		}
 	}
-	if refused := x.guard(); refused != nil {
-		return refused, false
+	if failure, lost := x.guard(); failure != nil {
+		return failure, lost
 	}
 	x.own = !x.explicit()
 	fields, failure, lost := x.prepare()
@@ -237,30 +241,44 @@ func (x *execution) apart(f func() (*proto.Error, bool)) (failure *proto.Error, 
 	return failure, lost
 }
 
-// guard judges the query by the text alone.
-func (x *execution) guard() *proto.Error {
-	if x.verb == nil {
-		return guard(x.request)
+// guard judges the query, before anything of it reaches the database. lost means
+// that the connection turned out dead.
+func (x *execution) guard() (failure *proto.Error, lost bool) {
+	if x.verb != nil {
+		x.session.judged.changed() // it may set what names mean
+		if x.query == "" {
+			return nil, false
+		}
 	}
-	if x.query == "" {
-		return nil
+	if sqltext.FirstKeyword(x.query) == "" {
+		return proto.Errorf(proto.CodeInvalid, "the statement is empty"), false
 	}
-	r := *x.request
-	r.SQL = x.query
-	refused := guard(&r)
-	if position := refusedAt(refused); position > 0 {
-		message, _, _ := strings.Cut(refused.Message, " (position ")
-		return denied(x.queryPosition(position), "%s", message)
+	g := x.request.Guard
+	switch {
+	case !x.request.ReadWrite && g.Mode == pgguard.ModeReadWrite:
+		g.Mode = pgguard.ModeReadOnly // asked for
+	case x.request.ReadWrite && g.Mode != pgguard.ModeReadWrite:
+		return denied(0, "the statement is refused: the data source is read-only"), false
 	}
-	return refused
-}
-
-// refusedAt is the position in a refusal; 0 is none.
-func refusedAt(e *proto.Error) int {
-	if e == nil {
-		return 0
+	ctx, done := context.WithTimeout(context.Background(), time.Duration(x.request.TimeoutMillis)*time.Millisecond)
+	defer done()
+	judged := make(chan struct{})
+	defer close(judged)
+	go func() {
+		select {
+		case <-x.st.stopped:
+			done()
+		case <-judged:
+		}
+	}()
+	verdict, failure, lost := x.judge(ctx, x.query, &g, x.queryPosition)
+	if reason := x.st.stopReason(); failure != nil && !lost && reason != 0 {
+		return stopError(reason, x.request), false
 	}
-	return int(e.SQL.GetPosition())
+	if failure == nil && len(verdict.Statements) == 1 {
+		x.judgement = verdict.Statements[0]
+	}
+	return failure, lost
 }
 
 // queryPosition turns a position in the query into that in the user's text.
@@ -274,63 +292,9 @@ func (x *execution) queryPosition(position int) int {
 	return x.text.Position(position)
 }
 
-// guard refuses by the text alone what needs no server to be refused.
-func guard(r *frame.RunRequest) *proto.Error {
-	keyword := sqltext.FirstKeyword(r.SQL)
-	if keyword == "" {
-		return proto.Errorf(proto.CodeInvalid, "the statement is empty")
-	}
-	if keyword == "explain" {
-		return explainRefused()
-	}
-	if r.ReadWrite {
-		if reason := refusedInReadWrite[keyword]; reason != "" {
-			return denied(0, "%s is refused: %s", strings.ToUpper(keyword), reason)
-		}
-		return nil
-	}
-	if refusedInReadOnly[keyword] {
-		return denied(0, "%s is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT", strings.ToUpper(keyword))
-	}
-	if call, ok := sqltext.RefusedCall(r.SQL); ok {
-		return denied(call.Position, "the function %s is refused: the data source is read-only, and this one acts outside the transaction", call.Name)
-	}
-	return nil
-}
-
 // explainRefused is for a text with the word EXPLAIN: it and its options are ours.
 func explainRefused() *proto.Error {
 	return denied(0, "EXPLAIN is refused: leave it out of the text, and ask for the plan with postern sql --explain (or explain in the request), which the data source's policy decides on")
-}
-
-// refusedInReadOnly are the keywords that start a statement of another kind
-// than those allowed: for these no server is asked. A word that is in neither
-// list is a syntax error, which the server explains best.
-var refusedInReadOnly = words(`abort alter analyze begin call checkpoint close cluster comment commit copy create deallocate declare
-	delete discard do drop end execute explain fetch grant import insert listen load lock merge move notify prepare reassign refresh
-	reindex release reset revoke rollback savepoint security set show start truncate unlisten update vacuum`)
-
-func words(text string) map[string]bool {
-	set := make(map[string]bool)
-	for _, word := range strings.Fields(text) {
-		set[word] = true
-	}
-	return set
-}
-
-const (
-	ownTransaction = "each statement runs in a transaction of its own"
-	ownSession     = "each statement runs in a session of its own, so this would have no effect"
-)
-
-// refusedInReadWrite are the statements that make no sense one by one.
-var refusedInReadWrite = map[string]string{
-	"begin": ownTransaction, "start": ownTransaction, "commit": ownTransaction, "end": ownTransaction, "rollback": ownTransaction,
-	"abort": ownTransaction, "savepoint": ownTransaction, "release": ownTransaction,
-	"set": ownSession, "reset": ownSession, "discard": ownSession, "prepare": ownSession, "execute": ownSession, "deallocate": ownSession,
-	"listen": ownSession, "unlisten": ownSession, "declare": ownSession, "fetch": ownSession, "move": ownSession, "close": ownSession,
-	"load": ownSession, "lock": ownTransaction,
-	"copy": "it is not supported: use INSERT, or SELECT with a result format",
 }
 
 // prepare opens the transaction, has the server parse the statement and, for a
@@ -350,7 +314,7 @@ func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *prot
 		&pgproto3.Describe{ObjectType: 'S', Name: statementName},
 		&pgproto3.Sync{},
 	)
-	classify := !r.ReadWrite && x.query != ""
+	classify := !r.ReadWrite && x.query != "" && x.judgement.Class != pgguard.Show
 	if err == nil && classify {
 		err = c.send(&pgproto3.Parse{Name: classifyName, Query: classifyPrefix + x.query, ParameterOIDs: x.types}, &pgproto3.Sync{})
 	}

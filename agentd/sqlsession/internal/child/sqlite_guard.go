@@ -168,3 +168,8 @@ func sqliteWrites(action int32, a string) (kind, what string) {
 	}
 	return kind, what
 }
+
+const (
+	ownTransaction = "each statement runs in a transaction of its own"
+	ownSession     = "each statement runs in a session of its own, so this would have no effect"
+)

@@ -88,8 +88,8 @@ type Statement struct {
 	// Start and End are where it stands in the text, in bytes; End is behind
 	// the last.
 	Start, End int
-	// Relations are those that are named in it, apart from the names of its own
-	// WITH; Functions those that it calls by name.
+	// Relations are those that are named in it, the names of its own WITH among
+	// them; Functions those that it calls by name.
 	Relations []Relation
 	Functions []Function
 	// Writes tells that it may change data or the database's schema.
@@ -133,6 +133,11 @@ type Question struct {
 	Operators []Name
 	Types     []Name
 	Relations []Name
+	// Casts are the names of all types that are named, PostgreSQL's own too.
+	Casts []string
+	// Deep counts the columns of relations among the types that are named: some
+	// functions make values of them.
+	Deep bool
 }
 
 // Name is a name with its schema, "" when there is none.
@@ -152,6 +157,8 @@ type Catalog struct {
 	Hidden []Hidden
 	// Relations are what the names stand for; a name that is missing is none.
 	Relations map[Name]RelationFacts
+	// CurrentSchema is where CREATE without a schema creates.
+	CurrentSchema string
 }
 
 // Proc is one function of the server.

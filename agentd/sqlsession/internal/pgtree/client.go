@@ -17,9 +17,9 @@ const (
 	NoParser   = 'u' // there is none now
 )
 
-// maxWait bounds a Parse whose context does not end sooner: a parser takes one
-// to ten seconds to start.
-const maxWait = 20 * time.Second
+// maxWait bounds a Parse whose context does not end sooner: a parser takes a second
+// of a processor to start, which a busy host may have to spare only late.
+const maxWait = time.Minute
 
 // ErrUnavailable is returned when there is no parser to ask: the statement is
 // not looked at and must not run.
@@ -40,8 +40,8 @@ func NewClient(introducer *net.UnixConn) *Client {
 	return &Client{introducer: introducer, conns: make(map[Lane]net.Conn)}
 }
 
-// Parse implements Parser. It waits for a parser that is being started, 20 s at
-// most.
+// Parse implements Parser. It waits for a parser that is being started, a
+// minute at most.
 func (c *Client) Parse(ctx context.Context, text string) (*Tree, error) {
 	lane, err := Measure(text)
 	if err != nil {

@@ -9,10 +9,13 @@ import (
 // What is parsed at most. PostgreSQL itself takes more; a text beyond is refused.
 const (
 	// MaxText is the longest text in bytes.
-	MaxText = 1 << 20
+	MaxText = 4 << 20
 	// MaxTree is the largest tree in bytes as it is sent: in memory it takes
 	// about ten times as much while it is looked at.
-	MaxTree = 4 << 20
+	MaxTree = 6 << 20
+	// maxTokens is how many words, numbers and signs a text has: more took the
+	// parser seconds and hundreds of megabytes.
+	maxTokens = 500_000
 	// maxDepth is the deepest tree by sqltext's estimate: from about 3,400
 	// levels on the parser overflows its stack.
 	maxDepth = 2500
@@ -67,6 +70,8 @@ func Measure(text string) (Lane, error) {
 	switch {
 	case c.Comments > maxComments:
 		return 0, &TooComplexError{fmt.Sprintf("comments nest deeper than %d", maxComments)}
+	case c.Tokens > maxTokens:
+		return 0, &TooComplexError{fmt.Sprintf("the statement has more than %d words, numbers and signs: pass large values as parameters", maxTokens)}
 	case c.Depth > maxDepth:
 		return 0, &TooComplexError{"the statement nests too deep, or has too many operators in a row"}
 	case len(text) <= smallText && c.Tokens <= smallTokens:

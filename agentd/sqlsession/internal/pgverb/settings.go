@@ -49,6 +49,10 @@ var limits = map[string]bool{"statement_timeout": true, "lock_timeout": true}
 var secrets = set(`all primary_conninfo ssl_passphrase_command archive_command restore_command archive_cleanup_command recovery_end_command
 	archive_library`)
 
+// Secret tells whether a setting's value may hold a password, by its name in lower
+// case; all is one of them.
+func Secret(name string) bool { return secrets[name] }
+
 // Settable tells whether a session may set a setting, by its name in lower case.
 func Settable(name string) bool {
 	_, ok := settings[name]

@@ -98,33 +98,6 @@ func TestFirstKeyword(t *testing.T) {
 	}
 }
 
-func TestRefusedCall(t *testing.T) {
-	tests := []struct {
-		text string
-		want Call
-	}{
-		{"select pg_terminate_backend(1)", Call{"pg_terminate_backend", 8}},
-		{"select 'é', PG_Catalog . PG_Cancel_Backend /* x */ (1)", Call{"pg_cancel_backend", 26}},
-		{`select "pg_read_file"('x')`, Call{"pg_read_file", 8}},
-		{`select U&"\0070g_read_file"('x')`, Call{escaped, 8}},
-		{`select U&"!0070g_read_file" UESCAPE '!' ('x')`, Call{escaped, 8}},
-		{"select * from dblink_exec('x', 'y')", Call{"dblink_exec", 15}},
-		{"select lo_unlink(1)", Call{"lo_unlink", 8}},
-		{"select 1union select lo_unlink(1)", Call{"lo_unlink", 22}},
-		{"select pg_terminate_backend", Call{}},
-		{"select 'pg_terminate_backend(1)'", Call{}},
-		{"select $$pg_terminate_backend(1)$$", Call{}},
-		{"select lower(x), pg_backend_pid(), pg_sleep(1)", Call{}},
-		{"select dblink, (1)", Call{}},
-		{`select U&"x" from t`, Call{}},
-	}
-	for _, test := range tests {
-		if got, _ := RefusedCall(test.text); got != test.want {
-			t.Errorf("%s: got %+v, want %+v", test.text, got, test.want)
-		}
-	}
-}
-
 func FuzzBind(f *testing.F) {
 	for _, text := range []string{
 		"select {{a}}, :b", "select E'\\'', $$x$$ /* /* */ */ -- x\n", "a[1:n]", "U&\"x\"", "$a$ $a$", ":a::int := {{ a }}", "1.5e-3..0x1fg é",
@@ -152,7 +125,7 @@ func FuzzBind(f *testing.F) {
 			t.Fatalf("the tokens join to %q, want %q", joined.String(), text)
 		}
 		FirstKeyword(text)
-		RefusedCall(text)
+		Measure(text)
 		s, err := PostgreSQL.Bind(text, values("a b"))
 		if err != nil {
 			s, err = PostgreSQL.Bind(text, nil)
