@@ -157,3 +157,43 @@ func TestMariaHiddenViews(t *testing.T) {
 	query(t, as("blind", "outer_db.*"), request("SELECT * FROM over_table"))
 	refuse(t, as("narrow", "outer_db.over_table"), request("SELECT * FROM over_view"), proto.CodePolicyDenied)
 }
+
+// Accounts of MariaDB's ed25519 can log in, also where no TLS hides it.
+func TestMariaEd25519(t *testing.T) {
+	db, _ := root(t)
+	for _, s := range []string{"INSTALL SONAME 'auth_ed25519'", "CREATE USER modern IDENTIFIED VIA ed25519 USING PASSWORD('" + readerPassword + "')", "GRANT SELECT ON shop.* TO modern"} {
+		if _, err := db.admin.Exec(s); err != nil {
+			t.Fatalf("%s: %v", s, err)
+		}
+	}
+	m := db.open(t, func(s *sqlsession.Source) { s.DSN = mariaServer.DSN("modern", "shop") })
+	query(t, m, request("SELECT 1"))
+	// An account that reads only is told of as such.
+	for _, c := range m.Check(t.Context(), "db") {
+		if c.Result != "ok" {
+			t.Errorf("got %v", c)
+		}
+	}
+}
+
+// A value of 100 MB passes, and what it took is given back.
+func TestMariaGiantValue(t *testing.T) {
+	db, super := root(t)
+	m := db.open(t, super)
+	query(t, m, request("SELECT 1"))
+	pids := children(t)
+	if len(pids) != 1 {
+		t.Fatalf("got processes %v, want one", pids)
+	}
+	r := request("SELECT REPEAT('x', 100000000)")
+	var size counter
+	if _, err := m.Run(t.Context(), r, &size); err != nil || size < 100_000_000 {
+		t.Fatalf("got %d bytes, %v", size, err)
+	}
+	query(t, m, request("SELECT 1"))
+	peak, now := memoryOf(t, pids[0], "VmHWM"), memoryOf(t, pids[0], "VmRSS")
+	t.Logf("peak %d MiB, %d MiB after", peak>>10, now>>10)
+	if peak > 600<<10 || now > 150<<10 {
+		t.Errorf("got a peak of %d kB and %d kB after, want 600 MB and 150 MB at most", peak, now)
+	}
+}

@@ -45,7 +45,7 @@ var sqliteFunctions = words(`abs changes char coalesce concat concat_ws format g
 	json jsonb json_array jsonb_array json_array_length json_error_position json_extract jsonb_extract json_insert jsonb_insert json_object
 	jsonb_object json_patch jsonb_patch json_pretty json_remove jsonb_remove json_replace jsonb_replace json_set jsonb_set json_type json_valid
 	json_quote json_group_array jsonb_group_array json_group_object jsonb_group_object json_array_insert jsonb_array_insert -> ->>
-	match regexp snippet highlight bm25 offsets matchinfo optimize fts5 fts5_source_id fts5_locale fts5_get_locale fts5_insttoken
+	match regexp snippet highlight bm25 offsets matchinfo fts5 fts5_source_id fts5_locale fts5_get_locale fts5_insttoken
 	rtreenode rtreedepth rtreecheck geopoly_area geopoly_blob geopoly_json geopoly_svg geopoly_within geopoly_contains_point geopoly_overlap
 	geopoly_debug geopoly_bbox geopoly_xform geopoly_regular geopoly_ccw geopoly_group_bbox`)
 
