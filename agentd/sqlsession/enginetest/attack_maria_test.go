@@ -46,6 +46,7 @@ var mariaAttacks = []string{
 	"SELECT * FROM accounts WHERE f_lock() = 1", "SELECT 1 ORDER BY f_lock()", "SELECT 1 GROUP BY f_lock()", "SELECT 1 HAVING f_lock()", "SELECT * FROM (SELECT f_lock()) t", "WITH f_lock(a) AS (SELECT 1) SELECT shop.f_lock()", "SELECT CASE WHEN f_lock() THEN 1 END", "SELECT 1 LIMIT 1 OFFSET 0 UNION SELECT f_lock()", "VALUES (f_lock())", "TABLE v_lock",
 	// views that call them
 	"SELECT * FROM v_lock", "SELECT * FROM shop.v_lock", "SELECT * FROM `V_LOCK`", "SELECT * FROM v_nested", "SELECT * FROM accounts JOIN v_nested", "SELECT (SELECT a FROM v_lock)", "WITH t AS (SELECT * FROM v_nested) SELECT * FROM t", "SELECT * FROM v_json", "SELECT EXISTS (SELECT * FROM v_lock)",
+	"SELECT json_path()", "SELECT jsön_path()", "SELECT * FROM İview", "SELECT * FROM `i̇view`", "SELECT * FROM iview", "SELECT * FROM ÜBER", "SELECT * FROM über", "SELECT * FROM uber",
 	// sequences and counters
 	"SELECT NEXT VALUE FOR seq", "SELECT NEXTVAL(seq)", "SELECT SETVAL(seq, 100)", "SELECT PREVIOUS VALUE FOR seq", "SELECT seq.nextval", "SELECT NEXT/**/VALUE/**/FOR seq", "SELECT LAST_INSERT_ID(77)", "SELECT UUID_SHORT()", "SELECT @a := 1", "SELECT @a:=1 FROM accounts", "SELECT @@global.max_connections := 5",
 	// others
@@ -116,6 +117,8 @@ func TestMariaAttacks(t *testing.T) {
 		"CREATE FUNCTION f_lock() RETURNS INT RETURN GET_LOCK('attack', 0)",
 		"CREATE FUNCTION json_lock() RETURNS INT RETURN GET_LOCK('attack', 0)",
 		"CREATE FUNCTION st_lock() RETURNS INT RETURN GET_LOCK('attack', 0)",
+		"CREATE VIEW `İview` AS SELECT f_lock() AS a", "CREATE VIEW `ÜBER` AS SELECT f_lock() AS a",
+		"CREATE FUNCTION `jsön_path`() RETURNS INT RETURN GET_LOCK('attack', 0)",
 		"CREATE FUNCTION `1f`() RETURNS INT RETURN GET_LOCK('attack', 0)",
 		"CREATE FUNCTION f_global() RETURNS INT BEGIN SET GLOBAL max_connections = 77; RETURN 1; END",
 		"CREATE FUNCTION f_outfile() RETURNS INT BEGIN DECLARE a INT; SELECT 1 INTO OUTFILE '/tmp/postern-attack-f'; RETURN 1; END",

@@ -167,9 +167,8 @@ type mysqlSession struct {
 	// spent says that a statement may have left something in the connection that
 	// only a new one is free of.
 	spent bool
-	// routines are the stored and loaded functions that were there at routinesAt.
-	routines   map[string]bool
-	routinesAt time.Time
+	// objects are the views and functions that were there a moment ago; nil: unknown.
+	objects *mysqlObjects
 }
 
 // quiet keeps the driver from writing to standard error; what it would say comes

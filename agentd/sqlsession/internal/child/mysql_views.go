@@ -2,9 +2,15 @@ package child
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
+	"unicode/utf8"
+
+	"github.com/go-sql-driver/mysql"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/mysqlguard"
 	"github.com/postern-dev/postern/proto"
@@ -17,8 +23,93 @@ const (
 	maxNames = 5000
 )
 
-// systemSchemas are the server's own; what is in the first two can't be changed.
+// systemSchemas are the server's own, which can't be changed.
 var systemSchemas = map[string]bool{"information_schema": true, "performance_schema": true}
+
+const (
+	// objectAge is for how long the lists of views and functions are believed.
+	objectAge = 2 * time.Second
+	// maxObjects bounds those lists.
+	maxObjects = 100_000
+)
+
+// mysqlObjects is what is looked up by name: what the server has now.
+type mysqlObjects struct {
+	at time.Time
+	// views are schema and name, by name in the server's lower case.
+	views map[string][][2]string
+	// functions are the stored and loaded ones, in lower case; odd tells that some
+	// have names beyond ASCII, which the server may find by other names.
+	functions map[string]bool
+	odd       bool
+}
+
+// objects asks for the lists, or takes those of a moment ago.
+func (s *mysqlSession) objectsNow(ctx context.Context) (*mysqlObjects, error) {
+	if s.objects != nil && time.Since(s.objects.at) < objectAge {
+		return s.objects, nil
+	}
+	o := &mysqlObjects{at: time.Now(), views: map[string][][2]string{}, functions: map[string]bool{}}
+	count := 0
+	more := func() error {
+		if count++; count > maxObjects {
+			return errTooManyObjects
+		}
+		return nil
+	}
+	err := s.each(ctx, "SELECT LOWER(TABLE_NAME), TABLE_SCHEMA, TABLE_NAME FROM information_schema.TABLES WHERE TABLE_TYPE = 'VIEW'", nil, func(row []string) error {
+		o.views[row[0]] = append(o.views[row[0]], [2]string{row[1], row[2]})
+		return more()
+	})
+	if err != nil {
+		return nil, err
+	}
+	function := func(row []string) error {
+		o.functions[row[0]] = true
+		o.odd = o.odd || !isASCII(row[0])
+		return more()
+	}
+	if err := s.each(ctx, "SELECT LOWER(ROUTINE_NAME) FROM information_schema.ROUTINES WHERE ROUTINE_TYPE = 'FUNCTION' AND ROUTINE_SCHEMA <> 'sys'", nil, function); err != nil {
+		return nil, err
+	}
+	// Loaded functions: not every account may read these tables.
+	loaded := "SELECT LOWER(UDF_NAME) FROM performance_schema.user_defined_functions WHERE UDF_LIBRARY IS NOT NULL"
+	if s.mariadb {
+		loaded = "SELECT LOWER(name) FROM mysql.func"
+	}
+	var refusal *mysql.MySQLError
+	if err := s.each(ctx, loaded, nil, function); err != nil && !errors.As(err, &refusal) {
+		return nil, err
+	}
+	s.objects = o
+	return o, nil
+}
+
+var errTooManyObjects = fmt.Errorf("the server has more than %d views and functions", maxObjects)
+
+func isASCII(text string) bool {
+	return !strings.ContainsFunc(text, func(c rune) bool { return c >= utf8.RuneSelf })
+}
+
+// lower is names in the server's own lower case: beyond ASCII it has rules of its own.
+func (s *mysqlSession) lower(ctx context.Context, names []string) ([]string, error) {
+	var out, ask []string
+	for _, n := range names {
+		if isASCII(n) {
+			out = append(out, strings.ToLower(n))
+		} else {
+			ask = append(ask, n)
+		}
+	}
+	if len(ask) == 0 {
+		return out, nil
+	}
+	rows, err := s.ask(ctx, "SELECT LOWER(?)"+strings.Repeat(", LOWER(?)", len(ask)-1), ask...)
+	if err != nil || len(rows) != 1 {
+		return nil, err
+	}
+	return append(out, rows[0]...), nil
+}
 
 // judgeNames looks at what a statement of a read-only source may mean by its names:
 // a view that calls functions, a stored function with the name of a built-in one of
@@ -26,70 +117,79 @@ var systemSchemas = map[string]bool{"information_schema": true, "performance_sch
 // database, so that no parser is needed; what can't be seen is refused.
 func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (*proto.Error, error) {
 	functions := x.request.Guard.Functions
-	seen := map[string]bool{}
-	names := uses.Names
+	objects, err := x.objectsNow(ctx)
+	if errors.Is(err, errTooManyObjects) {
+		return denied(0, "the statement is refused: %s", err), nil
+	}
+	if err != nil {
+		return nil, err
+	}
 	called := map[string]int{}
 	for _, c := range uses.Calls {
 		if called[c.Name] == 0 {
 			called[c.Name] = c.Position
 		}
 	}
-	if failure, err := x.judgeCalls(ctx, called, ""); failure != nil || err != nil {
+	if failure, err := x.judgeCalls(ctx, objects, called, ""); failure != nil || err != nil {
 		return failure, err
 	}
-	looked := map[string]bool{}
-	views := 0
-	for len(names) > 0 {
-		var ask []string
-		for _, n := range names {
-			if !looked[n] {
-				looked[n] = true
-				ask = append(ask, n)
-			}
-		}
-		names = nil
-		if len(looked) > maxNames {
-			return denied(0, "the statement is refused: it has more than %d names", maxNames), nil
-		}
-		if len(ask) == 0 {
-			break
-		}
-		question := "SELECT TABLE_SCHEMA, TABLE_NAME, VIEW_DEFINITION FROM information_schema.VIEWS WHERE LOWER(TABLE_NAME) IN (?" + strings.Repeat(",?", len(ask)-1) + ")"
-		found, err := x.ask(ctx, question, ask...)
+	looked, seen := map[string]bool{}, map[[2]string]bool{}
+	for names := uses.Names; len(names) > 0; {
+		lowered, err := x.lower(ctx, names)
 		if err != nil {
 			return nil, err
 		}
-		for _, row := range found {
-			schema, view, definition := row[0], row[1], row[2]
-			key := schema + "\x00" + view
-			if seen[key] || systemSchemas[strings.ToLower(schema)] || mysqlguard.Allowed(functions, schema, view) {
+		names = nil
+		for _, n := range lowered {
+			if looked[n] {
 				continue
 			}
-			seen[key] = true
-			if views++; views > maxViews {
-				return denied(0, "the statement is refused: it may use more than %d views", maxViews), nil
+			looked[n] = true
+			if len(looked) > maxNames {
+				return denied(0, "the statement is refused: it has more than %d names", maxNames), nil
 			}
-			if definition == "" {
-				return denied(0, "the statement is refused: what the view %s.%s does can't be seen: grant the account SHOW VIEW on it, or list the view in policy.functions", clean(schema), clean(view)), nil
+			for _, view := range objects.views[n] {
+				if seen[view] || systemSchemas[strings.ToLower(view[0])] || mysqlguard.Allowed(functions, view[0], view[1]) {
+					continue
+				}
+				seen[view] = true
+				if len(seen) > maxViews {
+					return denied(0, "the statement is refused: it may use more than %d views", maxViews), nil
+				}
+				used, failure, err := x.judgeView(ctx, objects, view[0], view[1])
+				if failure != nil || err != nil {
+					return failure, err
+				}
+				names = append(names, used.Names...)
 			}
-			used, refusal := mysqlguard.View(definition, schema, functions)
-			if refusal != nil {
-				return denied(0, "the statement is refused: it may use the view %s.%s, and there %s", clean(schema), clean(view), refusal.Reason), nil
-			}
-			inner := map[string]int{}
-			for _, c := range used.Calls {
-				inner[c.Name] = 0
-			}
-			if failure, err := x.judgeCalls(ctx, inner, fmt.Sprintf("it may use the view %s.%s, and there ", clean(schema), clean(view))); failure != nil || err != nil {
-				return failure, err
-			}
-			if failure, err := x.judgeTables(ctx, schema, view, used.Tables); failure != nil || err != nil {
-				return failure, err
-			}
-			names = append(names, used.Names...)
 		}
 	}
 	return nil, nil
+}
+
+// judgeView looks into one view.
+func (x *mysqlExecution) judgeView(ctx context.Context, objects *mysqlObjects, schema, view string) (mysqlguard.Uses, *proto.Error, error) {
+	var none mysqlguard.Uses
+	found, err := x.ask(ctx, "SELECT VIEW_DEFINITION FROM information_schema.VIEWS WHERE TABLE_SCHEMA = ? AND TABLE_NAME = ?", schema, view)
+	if err != nil {
+		return none, nil, err
+	}
+	if len(found) != 1 || found[0][0] == "" {
+		return none, denied(0, "the statement is refused: what the view %s.%s does can't be seen: grant the account SHOW VIEW on it, or list the view in policy.functions", clean(schema), clean(view)), nil
+	}
+	used, refusal := mysqlguard.View(found[0][0], schema, x.request.Guard.Functions)
+	if refusal != nil {
+		return none, denied(0, "the statement is refused: it may use the view %s.%s, and there %s", clean(schema), clean(view), refusal.Reason), nil
+	}
+	inner := map[string]int{}
+	for _, c := range used.Calls {
+		inner[c.Name] = 0
+	}
+	if failure, err := x.judgeCalls(ctx, objects, inner, fmt.Sprintf("it may use the view %s.%s, and there ", clean(schema), clean(view))); failure != nil || err != nil {
+		return none, failure, err
+	}
+	failure, err := x.judgeTables(ctx, schema, view, used.Tables)
+	return used, failure, err
 }
 
 // judgeTables refuses a view that is made of what the account can't see: it might be
@@ -112,42 +212,26 @@ func (x *mysqlExecution) judgeTables(ctx context.Context, schema, view string, t
 	return nil, nil
 }
 
-// routineAge is for how long the list of stored and loaded functions is believed.
-const routineAge = 2 * time.Second
-
 // judgeCalls refuses calls of functions that are the server's own by name and
 // somebody else's in truth.
-func (x *mysqlExecution) judgeCalls(ctx context.Context, called map[string]int, where string) (*proto.Error, error) {
-	if len(called) == 0 {
-		return nil, nil
-	}
-	if time.Since(x.routinesAt) > routineAge || x.routines == nil {
-		routines := map[string]bool{}
-		err := x.each(ctx, "SELECT LOWER(ROUTINE_NAME) FROM information_schema.ROUTINES WHERE ROUTINE_TYPE = 'FUNCTION' AND ROUTINE_SCHEMA <> 'sys'", nil, func(row []string) error {
-			routines[row[0]] = true
-			return nil
-		})
-		if err != nil {
-			return nil, err
-		}
-		// Loaded functions: not every account may read these tables.
-		loaded := "SELECT LOWER(UDF_NAME) FROM performance_schema.user_defined_functions WHERE UDF_LIBRARY IS NOT NULL"
-		if x.mariadb {
-			loaded = "SELECT LOWER(name) FROM mysql.func"
-		}
-		err = x.each(ctx, loaded, nil, func(row []string) error {
-			routines[row[0]] = true
-			return nil
-		})
-		if err != nil && isBroken(err) {
-			return nil, err
-		}
-		x.routines, x.routinesAt = routines, time.Now()
-	}
+func (x *mysqlExecution) judgeCalls(ctx context.Context, objects *mysqlObjects, called map[string]int, where string) (*proto.Error, error) {
 	for name, position := range called {
-		if x.routines[name] {
+		if objects.functions[name] {
 			return denied(position, "the statement is refused: %sthe function %s may be a stored or loaded one of the same name, and policy.functions does not list it", where, clean(name)), nil
 		}
+	}
+	if !objects.odd || len(called) == 0 {
+		return nil, nil
+	}
+	// The server finds a function without regard to accents: it must say which.
+	names := slices.Sorted(maps.Keys(called))
+	rows, err := x.ask(ctx, "SELECT ROUTINE_NAME FROM information_schema.ROUTINES WHERE ROUTINE_TYPE = 'FUNCTION' AND CONVERT(ROUTINE_NAME USING utf8mb4) COLLATE utf8mb4_general_ci IN (?"+
+		strings.Repeat(", ?", len(names)-1)+") LIMIT 1", names...)
+	if err != nil {
+		return nil, err
+	}
+	if len(rows) > 0 {
+		return denied(0, "the statement is refused: %sit may call the stored function %s, and policy.functions does not list it", where, clean(rows[0][0])), nil
 	}
 	return nil, nil
 }

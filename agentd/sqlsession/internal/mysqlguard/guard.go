@@ -18,8 +18,8 @@ type Refusal struct {
 
 // Uses is what a statement that is not refused by itself may use.
 type Uses struct {
-	// Names are the words and quoted identifiers in lower case, without double: any
-	// of them may be a table or view.
+	// Names are the words and quoted identifiers, without double: any of them may be a
+	// table or view.
 	Names []string
 	// Calls are the functions called without a schema, in lower case.
 	Calls []Call
@@ -202,9 +202,9 @@ func uses(tokens []sqltext.Piece, functions []string, schema string) (Uses, *Ref
 			continue
 		}
 		name := strings.ToLower(t.Text)
-		if !known[name] && len(name) <= 256 {
-			known[name] = true
-			u.Names = append(u.Names, name)
+		if !known[t.Text] {
+			known[t.Text] = true
+			u.Names = append(u.Names, t.Text)
 		}
 		if i+1 >= len(tokens) || tokens[i+1].Text != "(" || tokens[i+1].Kind != sqltext.KindSymbol {
 			continue
@@ -228,13 +228,22 @@ func uses(tokens []sqltext.Piece, functions []string, schema string) (Uses, *Ref
 		switch {
 		case allowed(functions, "", name):
 		case name == "last_insert_id" && i+2 < len(tokens) && tokens[i+2].Text == ")":
-		case !harmless[name] && !strings.HasPrefix(name, "st_") && !strings.HasPrefix(name, "json_") && !strings.HasPrefix(name, "mbr"):
+		case !harmless[name] && !harmlessFamily(name):
 			return Uses{}, &Refusal{fmt.Sprintf("the function %s is refused: it is not known to be harmless, and policy.functions does not list it", clip(name)), t.Position}
 		default:
 			u.Calls = append(u.Calls, Call{name, t.Position})
 		}
 	}
 	return u, nil
+}
+
+// harmlessFamily tells whether a function is one of the families that are harmless as
+// a whole.
+func harmlessFamily(name string) bool {
+	if strings.ContainsFunc(name, func(c rune) bool { return c >= utf8.RuneSelf }) {
+		return false
+	}
+	return strings.HasPrefix(name, "st_") || strings.HasPrefix(name, "json_") || strings.HasPrefix(name, "mbr")
 }
 
 // aliasList tells whether the parentheses after token i hold the names of columns:

@@ -68,7 +68,7 @@ func TestUses(t *testing.T) {
 	if refusal != nil {
 		t.Fatal(refusal)
 	}
-	if got := strings.Join(u.Names, " "); got != "select lower a from db my view v join t on" {
+	if got := strings.Join(u.Names, " "); got != "select lower a from db My View v join t on" {
 		t.Errorf("names: %q", got)
 	}
 	if len(u.Calls) != 1 || u.Calls[0].Name != "lower" {
