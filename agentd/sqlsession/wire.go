@@ -99,8 +99,6 @@ func (m *Manager) OpenWire(ctx context.Context, request WireRequest) (*Wire, err
 	switch {
 	case source.Engine != "postgres":
 		return fail(proto.Errorf(proto.CodeInvalid, "data source %q is no PostgreSQL: its engine %s has another protocol", source.Name, source.Engine))
-	case len(source.Guard.Masks) > 0:
-		return fail(proto.Errorf(proto.CodePolicyDenied, "data source %q has masks, which this version does not enforce in PostgreSQL's own protocol: use postern sql", source.Name))
 	}
 	settings, err := pgproxy.Startup(request.Settings, source.ReadWrite, source.StatementTimeout)
 	if err != nil {

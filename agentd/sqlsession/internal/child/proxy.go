@@ -87,12 +87,22 @@ func (p *process) serveProxy(r *frame.WireRequest, conn net.Conn) int {
 	if !ok || s.wire.r != s.wire.w {
 		return exitProtocol
 	}
+	masking, failure := s.masksOf(&r.Guard)
+	if failure != nil {
+		fmt.Fprintln(os.Stderr, "sql session:", failure)
+		return exitProtocol
+	}
+	judge := wireJudge{guard: &r.Guard, readWrite: r.ReadWrite, version: s.majorVersion(), masking: masking, parser: p.parser}
 	millis := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
-	proxy := pgproxy.New(pgproxy.Config{
+	config := pgproxy.Config{
 		SessionID: r.SessionID, Server: s.wire.conn, Parameters: s.wire.params, Version: s.majorVersion(), Cancel: s.cancel,
-		Agentd: conn, Parser: p.parser, Judge: wireJudge{guard: &r.Guard, readWrite: r.ReadWrite, version: s.majorVersion()}, Guard: r.Guard, ReadWrite: r.ReadWrite,
+		Agentd: conn, Parser: p.parser, Judge: judge, Guard: r.Guard, ReadWrite: r.ReadWrite,
 		MaxRows: r.MaxRows, MaxBytes: r.MaxBytes, Timeout: millis(r.TimeoutMillis), Idle: millis(r.IdleMillis), IdleInTransaction: millis(r.IdleInTransaction),
-	})
+	}
+	if masking != nil && r.Guard.Mode != modeMetadata {
+		config.Hide, config.Redact = wireHide{masking: masking}, masking.texts.String
+	}
+	proxy := pgproxy.New(config)
 	p.proxy.Store(proxy)
 	if err := proxy.Run(); err != nil {
 		fmt.Fprintln(os.Stderr, "sql session:", clean(err.Error()))
@@ -107,10 +117,21 @@ type wireJudge struct {
 	guard     *frame.Guard
 	readWrite bool
 	version   int
+	masking   *masking
+	parser    pgtree.Parser
 }
 
 // Judge implements pgproxy.Judge.
 func (j wireJudge) Judge(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
+	v, refusal := j.permit(ctx, server, text, tree)
+	if refusal != nil || v.DescribeOnly != nil {
+		return v, refusal
+	}
+	v.Hide, refusal = wireMasks(ctx, j.masking, j.parser, server, text, tree)
+	return v, refusal
+}
+
+func (j wireJudge) permit(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
 	reads := onlyReads(tree.GetStmts()[0].GetStmt().ProtoReflect(), true)
 	if !j.readWrite && !reads {
 		return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: stateReadOnly, Message: "the statement is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT"}

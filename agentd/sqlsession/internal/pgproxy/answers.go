@@ -190,6 +190,30 @@ func (p *Proxy) answer() error {
 			return p.skip(5 + size) // an error takes its place
 		}
 	}
+	switch {
+	case t == 'n' && x.portal != nil:
+		x.portal.shape = shape{known: true} // no rows come
+		if err := p.skip(5 + size); err != nil {
+			return p.eof(err)
+		}
+		p.pop(true)
+		return nil
+	case t == 'T' && x.hide != nil:
+		var to *shape
+		if x.portal != nil {
+			to = &x.portal.shape
+		}
+		if err := p.description(size, x.hide, to, x.portal != nil); err != nil {
+			return err
+		}
+		p.pop(true)
+		return nil
+	case t == 'T' && p.config.Hide != nil:
+		if p.current == nil {
+			return fmt.Errorf("%w: message %q out of turn", errServer, t)
+		}
+		return p.description(size, p.hider(p.current.hide), &p.current.shape, false)
+	}
 	if err := p.through(5 + size); err != nil {
 		return p.eof(err)
 	}
@@ -235,6 +259,9 @@ func (p *Proxy) row(n int) error {
 	c.bytes += uint64(n)
 	if c.rows-st.before.rows == bulkAfter {
 		p.bulk = true
+	}
+	if p.config.Hide != nil {
+		return p.hideRow(st, n)
 	}
 	return p.through(n)
 }
@@ -367,6 +394,13 @@ func (p *Proxy) failure(size int) error {
 	refusal := x.swap
 	if refusal == nil && p.stopped.Load() && strings.HasPrefix(serverError(body).GetSql().GetSqlstate(), "57014") {
 		refusal = p.stopError()
+	}
+	if refusal == nil && p.config.Hide != nil {
+		hide := p.config.Hide
+		if st != nil {
+			hide = p.hider(st.hide)
+		}
+		refusal = hide.Error(body, st != nil || x.kind == 'B')
 	}
 	if st != nil {
 		detail := serverError(body)

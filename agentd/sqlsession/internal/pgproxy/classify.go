@@ -20,6 +20,8 @@ type part struct {
 	write bool
 	// describeOnly is why it may be parsed and described but not run.
 	describeOnly *Refusal
+	// hide masks its result; nil: nothing that it selects is a masked column.
+	hide Hider
 	// path: names may mean something else after it (search_path).
 	path bool
 	// ends: it ends a failed transaction, or goes back to before the failure.

@@ -324,10 +324,16 @@ func (p *Proxy) bind(size int) error {
 	opened := &portal{statement: p.statement(statement), tally: &tally{}}
 	p.stagedPortals[name] = opened
 	done := func() { p.portals[name] = opened }
+	var err error
 	if whole {
-		return p.queue(&expect{kind: 'B', done: done}, p.message('B', message))
+		err = p.queue(&expect{kind: 'B', done: done}, p.message('B', message))
+	} else {
+		err = p.bindLong(size, message, &expect{kind: 'B', done: done})
 	}
-	return p.bindLong(size, message, &expect{kind: 'B', done: done})
+	if err != nil {
+		return err
+	}
+	return p.describeOwn(name, opened)
 }
 
 // mayBind looks again at a statement whose verdict has aged.
@@ -418,7 +424,18 @@ func (p *Proxy) describe() error {
 	if name == ours || kind == 'S' && name == poisoned {
 		return p.refuseMessage("", refuse(stateNoStatement, "the name %q is taken", name))
 	}
-	return p.queue(&expect{kind: 'D'}, p.message('D', p.body))
+	x := &expect{kind: 'D'}
+	if p.config.Hide != nil {
+		made := p.statement(name)
+		if kind == 'P' {
+			made, _ = p.portal(name)
+		}
+		x.hide = p.config.Hide
+		if made != nil {
+			x.hide = p.hider(made.part.hide)
+		}
+	}
+	return p.queue(x, p.message('D', p.body))
 }
 
 // named reads the body of a Describe or a Close.
@@ -473,7 +490,15 @@ func (p *Proxy) execute() error {
 	if one.describeOnly != nil {
 		return p.refuseMessage(one.sql, one.describeOnly)
 	}
+	if made == nil && p.config.Hide != nil {
+		return p.refuseMessage(one.sql, refuse(stateUnsupported, "the portal is a cursor's: use FETCH, as the data source masks values"))
+	}
 	st := p.running(one, counted)
+	if made != nil {
+		if st.portal = p.portals[name]; p.stagedPortals[name] != nil {
+			st.portal = p.stagedPortals[name]
+		}
+	}
 	if one.write {
 		p.intents = append(p.intents, st)
 	}

@@ -34,6 +34,8 @@ type Verdict struct {
 	Reads bool
 	// DescribeOnly is why it may be parsed and described but not run; nil: it may.
 	DescribeOnly *Refusal
+	// Hide masks its result; nil: as Config.Hide says.
+	Hide Hider
 }
 
 // Judge holds queries against the source's policy.
@@ -148,6 +150,14 @@ func (p *Proxy) look(text string) *judgement {
 			if refusal != nil {
 				return &judgement{parts: []part{one}, refusal: refusal}
 			}
+			if verdict.Hide != nil && (one.declares != "" || one.executes != "") && verdict.Hide.Masked() != "" {
+				what := "a cursor over"
+				if one.executes != "" {
+					what = "a value for a prepared statement made of"
+				}
+				return &judgement{parts: []part{one}, refusal: refuse(stateDenied, "the statement is refused: %s the masked column %s", what, verdict.Hide.Masked())}
+			}
+			one.hide = verdict.Hide
 			one.write = one.write || p.config.ReadWrite && !verdict.Reads
 			if one.describeOnly == nil {
 				one.describeOnly = verdict.DescribeOnly
@@ -186,7 +196,7 @@ func (j *judgement) fresh(epoch uint64) bool {
 func (p *Proxy) judgeExecute(one *part, here map[string]part) *Refusal {
 	if made, ok := here[one.executes]; ok {
 		one.write = one.write || made.write
-		one.describeOnly = made.describeOnly
+		one.describeOnly, one.hide = made.describeOnly, made.hide
 		return nil
 	}
 	known := p.statements[one.executes]
@@ -199,6 +209,7 @@ func (p *Proxy) judgeExecute(one *part, here map[string]part) *Refusal {
 	}
 	for _, made := range again.parts {
 		one.write = one.write || made.write
+		one.hide = made.hide
 		if one.describeOnly == nil {
 			one.describeOnly = made.describeOnly
 		}

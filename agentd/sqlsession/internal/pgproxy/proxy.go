@@ -37,9 +37,12 @@ type Config struct {
 	// must unblock a write.
 	Agentd net.Conn
 	// Parser and Judge say what may be sent. Guard is the policy, ReadWrite its mode.
-	Parser    pgtree.Parser
-	Judge     Judge
-	Guard     frame.Guard
+	Parser pgtree.Parser
+	Judge  Judge
+	Guard  frame.Guard
+	// Hide is for statements whose Verdict has no Hider of their own; nil: the source
+	// masks nothing.
+	Hide      Hider
 	ReadWrite bool
 	// MaxRows, MaxBytes (of protocol) and Timeout bound each statement.
 	MaxRows, MaxBytes uint64
@@ -129,6 +132,7 @@ type Proxy struct {
 	intents           []*running        // to be told of before batch goes
 	verdicts          cache
 	keyBuffer         []byte
+	hidden            []byte // a masked row
 	epoch             uint64 // counts what may change the meaning of names
 	pathNamesCatalog  bool
 	pathKnown         bool // pathNamesCatalog is right
@@ -167,6 +171,9 @@ type expect struct {
 	runs  *running
 	query []*running
 	next  int // of query
+	// hide is for a Describe's answer; with portal it is ours, and not for the client.
+	hide   Hider
+	portal *portal
 	// done is called when it succeeded.
 	done func()
 }
@@ -182,6 +189,7 @@ type preparedStatement struct {
 type portal struct {
 	statement *preparedStatement
 	tally     *tally
+	shape     shape
 }
 
 // tally counts what the client got of one result.
@@ -198,6 +206,9 @@ type running struct {
 	intended bool
 	dropped  bool // rows were left out
 	declared *tally
+	// portal is what an Execute names; without one the rows have the shape.
+	portal *portal
+	shape  shape
 }
 
 // New makes a Proxy for a session that Run is to serve.
