@@ -31,10 +31,11 @@ const (
   AND d.objid OPERATOR(pg_catalog.=) p.oid AND d.deptype OPERATOR(pg_catalog.=) 'e')`
 
 	// calledQuestion: the candidates of each name. A row: number of the name, oid,
-	// schema, name, volatility, kind, extension, takes one row.
+	// schema, name, volatility, kind, extension,
+	// takes one argument, takes a row first.
 	calledQuestion = `SELECT a.i, p.oid, ns.nspname, p.proname, p.provolatile, p.prokind, p.oid OPERATOR(pg_catalog.>=) 16384 AND ` + isExtension + `,
-  p.pronargs OPERATOR(pg_catalog.>=) 1 AND p.pronargs OPERATOR(pg_catalog.-) p.pronargdefaults OPERATOR(pg_catalog.<=) 1
-  AND EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid OPERATOR(pg_catalog.=) p.proargtypes[0]
+  p.pronargs OPERATOR(pg_catalog.>=) 1 AND p.pronargs OPERATOR(pg_catalog.-) p.pronargdefaults OPERATOR(pg_catalog.<=) 1,
+  EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid OPERATOR(pg_catalog.=) p.proargtypes[0]
    AND (t.typtype OPERATOR(pg_catalog.=) ANY ('{c,p}') OR t.typtype OPERATOR(pg_catalog.=) 'd'))
  FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text[]), pg_catalog.unnest($2::pg_catalog.text[])) WITH ORDINALITY a (s, n, i)
  JOIN pg_catalog.pg_proc p ON p.proname OPERATOR(pg_catalog.=) a.n::pg_catalog.name
@@ -140,10 +141,11 @@ func questions(q pgguard.Question) []question {
 	var all []question
 	if len(q.Functions) > 0 {
 		schemas, names := arrays(q.Functions)
-		all = append(all, question{calledQuestion, [][]byte{schemas, names}, 8, func(catalog *pgguard.Catalog, v []string) {
+		all = append(all, question{calledQuestion, [][]byte{schemas, names}, 9, func(catalog *pgguard.Catalog, v []string) {
 			if name, ok := nth(q.Functions, v[0]); ok {
 				p := proc(v[1:])
-				p.Row = v[7] == "t"
+				p.One = v[7] == "t"
+				p.Row = p.One && v[8] == "t"
 				catalog.Functions[name] = append(catalog.Functions[name], p)
 			}
 		}})

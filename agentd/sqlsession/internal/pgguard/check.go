@@ -282,7 +282,7 @@ func (c *checker) resolve(ctx context.Context) *Refusal {
 				q.Relations = append(q.Relations, u.Name)
 			}
 		}
-		deep = deep || w.populates
+		deep = deep || w.makes
 	}
 	q.Deep = deep
 	for _, names := range []*[]Name{&q.Functions, &q.Operators, &q.Types, &q.Relations} {
@@ -327,7 +327,7 @@ func (c *checker) judge(w *walker, catalog *Catalog) *Refusal {
 	}
 	for _, u := range w.calls {
 		for _, p := range catalog.Functions[u.Name] {
-			if u.row && (!p.Row || p.OID < systemOID) {
+			if u.row && !p.Row && (!p.One || !u.scalar && !w.scalars) {
 				continue
 			}
 			if !u.row && p.Name == "set_config" && p.OID < systemOID && harmlessSetting(u.node) {

@@ -38,7 +38,7 @@ func (f *fakeCatalog) Resolve(_ context.Context, q Question) (*Catalog, error) {
 		case n.Name == "future_function":
 			c.Functions[n] = []Proc{{OID: 9999, Schema: "pg_catalog", Name: "future_function", Volatility: 'v', Kind: 'f'}}
 		case strings.HasPrefix(n.Name, "own"):
-			c.Functions[n] = []Proc{{OID: 20000, Schema: "app", Name: n.Name, Volatility: 'i', Kind: 'f', Row: strings.HasSuffix(n.Name, "row")}}
+			c.Functions[n] = []Proc{{OID: 20000, Schema: "app", Name: n.Name, Volatility: 'i', Kind: 'f', One: true, Row: strings.HasSuffix(n.Name, "row")}}
 		case strings.HasPrefix(n.Name, "json_"):
 			c.Functions[n] = []Proc{{OID: 20001, Schema: "public", Name: n.Name, Volatility: 'i', Kind: 'f'}}
 		}
@@ -81,6 +81,8 @@ func TestCheck(t *testing.T) {
 		{"SELECT x.own FROM x", readOnly, 15, "", 0},
 		{"SELECT x.ownrow FROM x", readOnly, 15, "ownrow", 8},
 		{"SELECT (x).ownrow FROM x", readOnly, 15, "ownrow", 0},
+		{"SELECT (1).own", readOnly, 15, "app.own", 0},
+		{"SELECT x.own FROM lower('a') x", readOnly, 15, "app.own", 8},
 		{"SELECT * FROM v", readOnly, 15, "the view v", 15},
 		{"SELECT * FROM w", readOnly, 15, "", 0},
 		{"SELECT JSON_EXISTS('{}', '$')", readOnly, 15, "json_exists", 8},

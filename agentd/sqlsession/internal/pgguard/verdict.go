@@ -135,8 +135,8 @@ type Question struct {
 	Relations []Name
 	// Casts are the names of all types that are named, PostgreSQL's own too.
 	Casts []string
-	// Deep counts the columns of relations among the types that are named: some
-	// functions make values of them.
+	// Deep counts the columns of relations among the types that are named: the
+	// statement may make values of them.
 	Deep bool
 }
 
@@ -169,9 +169,9 @@ type Proc struct {
 	Volatility, Kind byte
 	// Extension tells that it belongs to an extension.
 	Extension bool
-	// Row tells that it takes one argument, which may be a row: then x.name
-	// can call it.
-	Row bool
+	// One tells that it can be called with one argument, Row that this may be
+	// a row: then x.name can call it.
+	One, Row bool
 }
 
 // Hidden is a function and through what it would be called, such as

@@ -43,8 +43,9 @@ func set(words string) map[string]bool {
 type use struct {
 	Name
 	location int
-	// row: x.name, which may be a function of one row.
-	row bool
+	// row: x.name, which may be a function of one argument; scalar: x may be
+	// something else than a row.
+	row, scalar bool
 	// args counts the arguments of a call.
 	args int
 	node *pgquery.FuncCall
@@ -62,8 +63,11 @@ type walker struct {
 	types     []use
 	relations []use
 	writes    []write
-	// populates is set by functions that make rows of the types of columns.
-	populates bool
+	// makes is set by what makes values of the types of columns: functions that
+	// make rows, and texts, NULLs and parameters, which take the type of what stands beside them.
+	makes bool
+	// scalars is set by functions in FROM: their alias may be a row or a value.
+	scalars bool
 }
 
 // write is something that a statement writes to.
@@ -173,12 +177,18 @@ func (w *walker) note(m proto.Message) {
 	case *pgquery.ColumnRef:
 		// x.name may be a function that takes the row x.
 		if len(n.Fields) > 1 {
-			w.attribute(n.Fields[len(n.Fields)-1], int(n.Location))
+			w.attribute(n.Fields[len(n.Fields)-1], int(n.Location), false)
 		}
 	case *pgquery.A_Indirection:
 		for _, field := range n.Indirection {
-			w.attribute(field, w.location)
+			w.attribute(field, w.location, true)
 		}
+	case *pgquery.RangeFunction, *pgquery.RangeTableFunc, *pgquery.JsonTable:
+		w.scalars = true
+	case *pgquery.ParamRef:
+		w.makes = true
+	case *pgquery.A_Const:
+		w.makes = w.makes || n.Isnull || n.GetSval() != nil
 	case *pgquery.A_Expr:
 		w.expression(n)
 	case *pgquery.SubLink:
@@ -274,7 +284,7 @@ func (w *walker) call(names []*pgquery.Node, location int, n *pgquery.FuncCall) 
 		w.refuse(location, true, "it calls a function by a name that is not understood")
 		return
 	}
-	w.populates = w.populates || strings.Contains(name.Name, "populate_record")
+	w.makes = w.makes || strings.Contains(name.Name, "populate_record")
 	w.calls = append(w.calls, use{Name: name, location: location, args: len(n.Args), node: n})
 	if len(n.Args) == 1 {
 		w.types = append(w.types, use{Name: name, location: location}) // type(value) is a cast
@@ -284,9 +294,9 @@ func (w *walker) call(names []*pgquery.Node, location int, n *pgquery.FuncCall) 
 	}
 }
 
-func (w *walker) attribute(field *pgquery.Node, location int) {
+func (w *walker) attribute(field *pgquery.Node, location int, scalar bool) {
 	if s := field.GetString_(); s != nil {
-		w.calls = append(w.calls, use{Name: Name{Name: s.Sval}, location: location, row: true})
+		w.calls = append(w.calls, use{Name: Name{Name: s.Sval}, location: location, row: true, scalar: scalar})
 	}
 }
 
