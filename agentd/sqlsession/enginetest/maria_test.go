@@ -7,6 +7,7 @@ import (
 
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
 // root is the shared server as its superuser.
@@ -196,4 +197,22 @@ func TestMariaGiantValue(t *testing.T) {
 	if peak > 600<<10 || now > 150<<10 {
 		t.Errorf("got a peak of %d kB and %d kB after, want 600 MB and 150 MB at most", peak, now)
 	}
+}
+
+// What the server warns of arrives.
+func TestMariaWarnings(t *testing.T) {
+	db, super := root(t)
+	m := db.open(t, super, readWrite)
+	write := func(text string) *posternv1.QueryOutcome {
+		r := request(text)
+		r.ReadWrite = true
+		_, outcome := query(t, m, r)
+		return outcome
+	}
+	write("CREATE TABLE narrow_table (a TINYINT)")
+	outcome := write("INSERT IGNORE INTO narrow_table VALUES (1000), (1)")
+	if outcome.CommandTag != "INSERT 2" || len(outcome.Notices) != 1 || !strings.Contains(outcome.Notices[0].Message, "Out of range") || outcome.Notices[0].Severity != "WARNING" {
+		t.Errorf("got %v", outcome)
+	}
+	write("DROP TABLE narrow_table")
 }

@@ -194,6 +194,15 @@ func (x *mysqlExecution) finish(ctx context.Context, columns int) *proto.Error {
 			x.done.Tag += " " + counted[0][0]
 		}
 	}
+	if err == nil && len(counted) == 1 && counted[0][1] != "0" {
+		// Without strict modes the server changes values and says no more of it than this.
+		warnings, _ := x.ask(ctx, fmt.Sprintf("SHOW WARNINGS LIMIT %d", maxNotices))
+		for _, w := range warnings {
+			x.done.Notices = append(x.done.Notices, frame.Notice{
+				Severity: strings.ToUpper(clean(w[0])), Message: frame.Clip(fmt.Sprintf("%s (error %s)", clean(w[2]), clean(w[1])), 1<<10),
+			})
+		}
+	}
 	if err == nil {
 		err = x.tell(ctx, "COMMIT")
 	}

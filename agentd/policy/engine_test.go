@@ -1,0 +1,37 @@
+package policy
+
+import (
+	"strings"
+	"testing"
+
+	"gopkg.in/yaml.v3"
+)
+
+func TestCheckEngine(t *testing.T) {
+	for _, test := range []struct{ engine, policy, err string }{
+		{"postgres", "{mode: metadata, plans: full, functions: [f], mask: [{columns: ['*.a'], with: hash}]}", ""},
+		{"mysql", "{mode: read-only, functions: [app.f], hide: [hr], keep_rows: off, max_rows: 5, plans: off}", ""},
+		{"mysql", "{mode: metadata}", "policy.mode: metadata is not supported for engine mysql"},
+		{"mysql", "{plans: structure}", "policy.plans: plans is not supported for engine mysql"},
+		{"mysql", "{mask: [{columns: ['*.a'], with: hash}]}", "policy.mask: "},
+		{"mysql", "{mask_filters: allow}", "policy.mask_filters: "},
+		{"mysql", "{mask_safe_functions: [f]}", "policy.mask_safe_functions: "},
+		{"mysql", "{mode: read-write, write: {statements: [insert]}}", "policy.write: "},
+		{"sqlite", "{mode: metadata}", ""},
+		{"sqlite", "{mode: read-write, write: {statements: [insert], schemas: [main]}}", ""},
+		{"sqlite", "{plans: full}", "policy.plans: "},
+		{"sqlite", "{mask: [{pattern: 'a+', with: redact}]}", "policy.mask: "},
+	} {
+		var spec Spec
+		if err := yaml.Unmarshal([]byte(test.policy), &spec); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := spec.Source(); err != nil {
+			t.Errorf("%s: %v", test.policy, err)
+		}
+		err := spec.CheckEngine(test.engine)
+		if (err == nil) != (test.err == "") || err != nil && !strings.HasPrefix(err.Error(), test.err) {
+			t.Errorf("%s %s: got %v, want %q", test.engine, test.policy, err, test.err)
+		}
+	}
+}
