@@ -285,7 +285,7 @@ func (a *analyzer) functionColumns(call *pgquery.Node, name string, definitions 
 	if len(candidates) == 0 {
 		return nil, true
 	}
-	if len(cols) <= 1 {
+	if len(cols) == 0 || len(cols) == 1 && cols[0].name == "" {
 		return []col{{name: single(name, alias)}}, false
 	}
 	return cols, false

@@ -282,6 +282,7 @@ func TestAnalyze(t *testing.T) {
 		{"SELECT key, value, email FROM people, json_each('{\"a\":1}')", "clear clear 0"},
 		{"SELECT * FROM json_to_recordset('[]') AS x(a int, b text)", "clear clear"},
 		{"SELECT * FROM generate_series(1, 2) WITH ORDINALITY", "clear clear"},
+		{"SELECT relid, email FROM pg_partition_ancestors('people') AS x, people", "clear 0"},
 		{"SELECT * FROM people TABLESAMPLE SYSTEM (10)", "clear 0 0 1 1 clear redact clear"},
 		{"SELECT * FROM xmltable('/a' PASSING '<a/>' COLUMNS b text, c int)", "clear clear"},
 		{"SELECT x.b FROM people p, xmltable('/a' PASSING xmlelement(name a, p.email) COLUMNS b text) x", refused + "counted"},
