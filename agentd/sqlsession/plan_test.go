@@ -134,6 +134,10 @@ func TestPlanTellsNoValue(t *testing.T) {
 		"CREATE FUNCTION vault.same(text, int) RETURNS bool IMMUTABLE LANGUAGE sql AS 'SELECT max(name) = $1 FROM vault.people'",
 		"CREATE OPERATOR vault.=== (FUNCTION = vault.same, LEFTARG = text, RIGHTARG = int)",
 		"CREATE VIEW vault.peeking AS SELECT vault.peek() AS p, id FROM vault.people WHERE name > vault.peek()",
+		"CREATE VIEW vault.signals AS SELECT pg_terminate_backend(1) AS t FROM vault.people",
+		"CREATE VIEW vault.usual AS SELECT id, upper(name) || mail || current_user AS u, score::int::text AS e7, now() - interval '1 day' > '2020-01-01' AS c,"+
+			" count(*) OVER (PARTITION BY date_trunc('day', now())) AS n, coalesce(mail, to_char(now(), 'YYYY')), current_setting('a.b', true), CURRENT_DATE < now() AS d, 'a' @@ 'b' AS m, name::name AS e4,"+
+			" now()::date::text AS e1, name LIKE 'x%' AS e2, extract(epoch FROM now()), row_to_json(p), array_agg(id) OVER (), now()::timestamp AS e3, '{}'::jsonb @> to_jsonb(name) AS e5, array[1]::text AS e6 FROM vault.people p",
 		"CREATE TABLE vault.guarded (a text)",
 		"ALTER TABLE vault.guarded ENABLE ROW LEVEL SECURITY",
 		"CREATE POLICY p ON vault.guarded USING (a = vault.peek())",
@@ -147,7 +151,7 @@ func TestPlanTellsNoValue(t *testing.T) {
 	}
 	refused := []string{
 		"SELECT vault.peek()", "SELECT * FROM vault.people WHERE name = vault.peek()", "SELECT vault.told()",
-		"SELECT lower(5)", "SELECT 'a' OPERATOR(vault.===) 1", "SELECT * FROM vault.peeking", "SELECT * FROM vault.guarded",
+		"SELECT lower(5)", "SELECT * FROM vault.signals", "SELECT 'a' OPERATOR(vault.===) 1", "SELECT * FROM vault.peeking", "SELECT * FROM vault.guarded",
 		"SELECT (ROW(1, 'a', 'b', 1, 'fine')::vault.people).given", "SELECT current_setting('data_directory')",
 		"SELECT * FROM vault.people WHERE length(table_to_xml('vault.people', true, true, '')::text) > id",
 		"SELECT pg_get_viewdef('vault.seen')", "SELECT query_to_xml('select 1', true, true, '')", "SELECT pg_read_file('/etc/passwd')",
@@ -158,6 +162,7 @@ func TestPlanTellsNoValue(t *testing.T) {
 	fine := []string{
 		"SELECT * FROM vault.people WHERE mail LIKE 'zebra4711%' AND name = any (array['zebra4711', 'b'])",
 		"SELECT * FROM vault.people WHERE mail > 'zebra4711' ORDER BY name || 'zebra4711-index'",
+		"SELECT * FROM vault.usual", "SELECT * FROM pg_stat_activity", "TABLE information_schema.columns", "SELECT * FROM pg_views",
 		"SELECT * FROM vault.parts WHERE k = 'zebra4711-part'", "SELECT * FROM vault.seen WHERE id BETWEEN 4711 AND 4712",
 		"SELECT * FROM vault.people WHERE 'zebra4711' = 'zebra' || '4711'", "SELECT most_common_vals FROM pg_stats WHERE tablename = 'people'",
 		"VALUES ('zebra4711', true, NULL)", "SELECT 'zebra4711' IS NULL, CASE WHEN name = 'zebra4711' THEN 1 END FROM vault.people",
