@@ -29,7 +29,7 @@ const (
 var bigReads = sync.Pool{New: func() any { b := make([]byte, wirestream.HeaderSize+bigRead); return &b }}
 
 // session is a client and its stream. Three goroutines belong to it: up reads the
-// client, down the host, watch waits for what ends it from outside. It holds 12 KiB
+// client, down the host, watch waits for what ends it from outside. Its buffers hold 12 KiB
 // when it is idle and at most 512 KiB.
 type session struct {
 	server  *Server

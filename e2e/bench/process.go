@@ -29,6 +29,21 @@ func cpuTime(pid int) time.Duration {
 	return time.Duration(user+system) * clockTick
 }
 
+// endedChildren is the CPU time of a process's children that have ended.
+func endedChildren(pid int) time.Duration {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0
+	}
+	fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	if len(fields) < 15 {
+		return 0
+	}
+	user, _ := strconv.Atoi(fields[13])
+	system, _ := strconv.Atoi(fields[14])
+	return time.Duration(user+system) * clockTick
+}
+
 // residentMemory is a process's resident set in bytes.
 func residentMemory(pid int) int64 { return procKiB(pid, "status", "VmRSS") }
 
