@@ -21,7 +21,7 @@ const maskTable = `create table people as
 
 // measureMask compares the rows a second of a source that masks two columns, one by
 // hash and one in part, with those of one that masks nothing, through agent, tunnel
-// and control plane. Both are read in turn.
+// and control plane. Both are read in turn. docs/performance.md says what limits it.
 func measureMask(ctx context.Context, o Options, r *Report) (err error) {
 	rows := bigRows
 	if o.Short {
