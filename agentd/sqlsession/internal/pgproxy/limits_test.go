@@ -2,8 +2,11 @@ package pgproxy
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -288,4 +291,36 @@ func TestReadWrite(t *testing.T) {
 	b.want("no log, extended", b.answer(), "E(53100) Z(I)")
 	b.want("reading goes on", b.query("SELECT 1 FROM target WHERE id >= 50"), "T C(SELECT 0) Z(I)")
 	b.want("notify", b.query("LISTEN a"), "C(LISTEN) Z(I)")
+}
+
+// FuzzClient sends whatever bytes as a client would: the proxy ends the session or
+// answers, and never panics or hangs.
+func FuzzClient(f *testing.F) {
+	encode := func(messages ...pgproto3.FrontendMessage) []byte {
+		var b []byte
+		for _, m := range messages {
+			var err error
+			if b, err = m.Encode(b); err != nil {
+				f.Fatal(err)
+			}
+		}
+		return b
+	}
+	f.Add(encode(&pgproto3.Query{String: "SELECT 1"}))
+	f.Add(encode(&pgproto3.Parse{Name: "s", Query: "SELECT $1::int"}, &pgproto3.Bind{PreparedStatement: "s", Parameters: [][]byte{[]byte("1")}}, &pgproto3.Describe{ObjectType: 'P'}, &pgproto3.Execute{}, &pgproto3.Close{ObjectType: 'S', Name: "s"}, &pgproto3.Sync{}))
+	f.Add(encode(&pgproto3.Query{String: "BEGIN; DECLARE c CURSOR FOR SELECT 1; FETCH c"}, &pgproto3.Query{String: "DELETE FROM things"}, &pgproto3.Query{String: "ROLLBACK"}))
+	f.Add(encode(&pgproto3.Query{String: "COPY (SELECT 1) TO STDOUT"}, &pgproto3.CopyData{Data: []byte("x")}, &pgproto3.Flush{}, &pgproto3.FunctionCall{Function: 5}, &pgproto3.Terminate{}))
+	f.Add([]byte("B\x00\x00\x00\x09\x00\x00\x00\x00\x00"))
+	f.Fuzz(func(t *testing.T, in []byte) {
+		b := start(t, false, wish{config: func(c *Config) {
+			c.Timeout, c.Idle, c.IdleInTransaction = time.Second, 50*time.Millisecond, 50*time.Millisecond
+		}})
+		go func() {
+			_, _ = b.client.Write(in)
+		}()
+		_ = b.client.SetReadDeadline(time.Now().Add(20 * time.Second))
+		if _, err := io.Copy(io.Discard, b.client); err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("the session does not end: %v", err)
+		}
+	})
 }
