@@ -136,11 +136,6 @@ func (j wireJudge) permit(ctx context.Context, server pgproxy.Asker, text string
 	if !j.readWrite && !reads {
 		return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: stateReadOnly, Message: "the statement is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT"}
 	}
-	if j.guard.Mode == pgguard.ModeMetadata {
-		return pgproxy.Verdict{Reads: true, DescribeOnly: &pgproxy.Refusal{
-			SQLState: "42501", Message: "the statement is refused: the data source shows metadata only: it can be parsed and described, not run",
-		}}, nil
-	}
 	guard := *j.guard
 	if !j.readWrite {
 		guard.Mode = pgguard.ModeReadOnly
@@ -150,6 +145,10 @@ func (j wireJudge) permit(ctx context.Context, server pgproxy.Asker, text string
 	switch {
 	case refusal == nil && j.readWrite:
 		return pgproxy.Verdict{}, nil // a function may write: every statement's intent is in the log
+	case refusal == nil && j.guard.Mode == pgguard.ModeMetadata:
+		return pgproxy.Verdict{Reads: true, DescribeOnly: &pgproxy.Refusal{
+			SQLState: "42501", Message: "the statement is refused: the data source shows metadata only: it can be parsed and described, not run",
+		}}, nil
 	case refusal == nil:
 		return pgproxy.Verdict{Reads: true}, nil
 	case errors.As(refusal.Err, &asked):

@@ -7,6 +7,7 @@ import (
 	pgquery "github.com/pganalyze/pg_query_go/v6"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgverb"
 )
 
 // part is one statement of a text, with what was decided about it.
@@ -289,7 +290,7 @@ var hiddenSettings = map[string]bool{
 
 func classifyShow(name string, v view) *Refusal {
 	name = strings.ToLower(name)
-	if hiddenSettings[name] || v.metadata && strings.Contains(name, ".") {
+	if hiddenSettings[name] || pgverb.Secret(name) || v.metadata && strings.Contains(name, ".") {
 		return refuse(stateDenied, "SHOW %s is refused: it may show what is not for this session", clip(name, 64))
 	}
 	return nil
@@ -326,17 +327,31 @@ func classifyCopy(c *pgquery.CopyStmt, v view) (part, []inner, *Refusal) {
 			return p, nil, refuse(stateReadOnly, "COPY FROM is refused: the data source is read-only")
 		}
 		p.write = true
-		return p, []inner{{node: &pgquery.Node{Node: &pgquery.Node_CopyStmt{CopyStmt: c}}}}, nil
+		insert := &pgquery.InsertStmt{Relation: c.GetRelation(), Override: pgquery.OverridingKind_OVERRIDING_NOT_SET}
+		for _, column := range c.GetAttlist() {
+			insert.Cols = append(insert.Cols, pgquery.MakeResTargetNodeWithName(column.GetString_().GetSval(), c.GetRelation().GetLocation()))
+		}
+		inside := []inner{{node: &pgquery.Node{Node: &pgquery.Node_InsertStmt{InsertStmt: insert}}}}
+		if c.GetWhereClause() != nil {
+			inside = append(inside, inner{node: selectFrom(c.GetRelation(), c.GetWhereClause())})
+		}
+		return p, inside, nil
 	}
 	if c.GetQuery() != nil {
 		return p, []inner{{node: c.GetQuery()}}, nil
 	}
-	query := &pgquery.SelectStmt{
-		TargetList:  []*pgquery.Node{pgquery.MakeResTargetNodeWithVal(pgquery.MakeColumnRefNode([]*pgquery.Node{pgquery.MakeAStarNode()}, c.GetRelation().GetLocation()), c.GetRelation().GetLocation())},
-		FromClause:  []*pgquery.Node{{Node: &pgquery.Node_RangeVar{RangeVar: c.GetRelation()}}},
+	return p, []inner{{node: selectFrom(c.GetRelation(), nil)}}, nil
+}
+
+// selectFrom is SELECT * FROM a table.
+func selectFrom(table *pgquery.RangeVar, where *pgquery.Node) *pgquery.Node {
+	star := pgquery.MakeColumnRefNode([]*pgquery.Node{pgquery.MakeAStarNode()}, table.GetLocation())
+	return &pgquery.Node{Node: &pgquery.Node_SelectStmt{SelectStmt: &pgquery.SelectStmt{
+		TargetList:  []*pgquery.Node{pgquery.MakeResTargetNodeWithVal(star, table.GetLocation())},
+		FromClause:  []*pgquery.Node{{Node: &pgquery.Node_RangeVar{RangeVar: table}}},
+		WhereClause: where,
 		LimitOption: pgquery.LimitOption_LIMIT_OPTION_DEFAULT, Op: pgquery.SetOperation_SETOP_NONE,
-	}
-	return p, []inner{{node: &pgquery.Node{Node: &pgquery.Node_SelectStmt{SelectStmt: query}}}}, nil
+	}}}
 }
 
 // selectOf is a SELECT of expressions.

@@ -111,12 +111,12 @@ func (p *Proxy) look(text string) *judgement {
 	defer done()
 	tree, err := p.config.Parser.Parse(ctx, text)
 	var complaint *pgtree.SyntaxError
-	var refusal *Refusal
+	var complex *pgtree.TooComplexError
 	switch {
 	case errors.As(err, &complaint):
 		return &judgement{refusal: &Refusal{SQLState: stateSyntax, Message: complaint.Message, Position: complaint.Position, Code: proto.CodeSQL}}
-	case errors.As(err, &refusal):
-		return &judgement{refusal: refusal}
+	case errors.As(err, &complex):
+		return &judgement{refusal: refuse(stateComplex, "the statement is refused: %s", complex.Reason)}
 	case err != nil:
 		return &judgement{refusal: refuse(stateUnavailable, "the text could not be looked at and is refused: %s", oneLine(err))}
 	}

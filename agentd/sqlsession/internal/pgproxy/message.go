@@ -18,6 +18,7 @@ const (
 	stateUnsupported    = "0A000"
 	stateSyntax         = "42601"
 	stateLimit          = "54000"
+	stateComplex        = "54001"
 	stateCanceled       = "57014"
 	stateFailed         = "25P02"
 	stateEncoding       = "22021"

@@ -397,25 +397,18 @@ func (p *Proxy) Ask(_ context.Context, sql string, parameters ...string) ([][]st
 	if p.skipping {
 		return nil, refuse(stateFailed, "an earlier message of the pipeline failed")
 	}
-	b := appendMessage(p.batch[:0], 'P', ours, sql)
-	// No parameter types; all parameters and results as text.
-	b = append(b, 0, 0)
-	binary.BigEndian.PutUint32(b[1:], uint32(len(b)-1))
-	at := len(b)
-	b = append(b, 'B', 0, 0, 0, 0)
-	b = append(append(append(b, ours...), 0), append([]byte(ours), 0)...)
-	b = binary.BigEndian.AppendUint16(b, 0)
-	b = binary.BigEndian.AppendUint16(b, uint16(len(parameters)))
-	for _, v := range parameters {
-		b = append(binary.BigEndian.AppendUint32(b, uint32(len(v))), v...)
+	b := p.batch[:0]
+	statements := 1
+	own := p.tx == 'I' && !p.open
+	if own {
+		// A plan of the catalog is not worth compiling, and the client's settings stay.
+		b = appendQuestion(appendQuestion(b, "BEGIN READ ONLY"), "SET LOCAL jit = off")
+		statements = 4
 	}
-	b = binary.BigEndian.AppendUint16(b, 0)
-	binary.BigEndian.PutUint32(b[at+1:], uint32(len(b)-at-1))
-	at = len(b)
-	b = append(appendMessage(b, 'E', ours), 0, 0, 0, 0)
-	binary.BigEndian.PutUint32(b[at+1:], uint32(len(b)-at-1))
-	b = appendMessage(b, 'C', "P"+ours)
-	b = appendMessage(b, 'C', "S"+ours)
+	b = appendQuestion(b, sql, parameters...)
+	if own {
+		b = appendQuestion(b, "ROLLBACK")
+	}
 	if p.open {
 		b = appendMessage(b, 'H')
 	} else {
@@ -426,10 +419,18 @@ func (p *Proxy) Ask(_ context.Context, sql string, parameters ...string) ([][]st
 	_, err := p.conn.Write(b)
 	var rows [][]string
 	if err == nil {
-		rows, err = p.askAnswers()
+		rows, err = p.askAnswers(2 * statements)
+	}
+	var refusal *Refusal
+	if own && p.tx != 'I' && (err == nil || errors.As(err, &refusal)) {
+		// It failed, and so did the transaction around it.
+		if _, werr := p.conn.Write(appendMessage(nil, 'Q', "ROLLBACK")); werr != nil {
+			err = werr
+		} else if _, rerr := p.askAnswers(0); rerr != nil {
+			err = rerr
+		}
 	}
 	p.batch = b[:0]
-	var refusal *Refusal
 	if err != nil && !errors.As(err, &refusal) {
 		p.broken = err
 	}
@@ -440,7 +441,29 @@ func (p *Proxy) Ask(_ context.Context, sql string, parameters ...string) ([][]st
 // that it did; nil: it does not.
 func (p *Proxy) lastError() error { return p.broken }
 
-func (p *Proxy) askAnswers() (rows [][]string, failure error) {
+// appendQuestion appends a statement of ours, with what names it used closed again: the
+// client's own, the unnamed among them, are left alone.
+func appendQuestion(b []byte, sql string, parameters ...string) []byte {
+	at := len(b)
+	b = append(appendMessage(b, 'P', ours, sql), 0, 0) // no types of parameters
+	binary.BigEndian.PutUint32(b[at+1:], uint32(len(b)-at-1))
+	at = len(b)
+	b = appendMessage(b, 'B', ours, ours)
+	b = binary.BigEndian.AppendUint16(b, 0) // all of them as text
+	b = binary.BigEndian.AppendUint16(b, uint16(len(parameters)))
+	for _, v := range parameters {
+		b = append(binary.BigEndian.AppendUint32(b, uint32(len(v))), v...)
+	}
+	b = binary.BigEndian.AppendUint16(b, 0) // so are the results
+	binary.BigEndian.PutUint32(b[at+1:], uint32(len(b)-at-1))
+	at = len(b)
+	b = append(appendMessage(b, 'E', ours), 0, 0, 0, 0)
+	binary.BigEndian.PutUint32(b[at+1:], uint32(len(b)-at-1))
+	return appendMessage(appendMessage(b, 'C', "P"+ours), 'C', "S"+ours)
+}
+
+// askAnswers reads the answers to questions, which close so many names.
+func (p *Proxy) askAnswers(closes int) (rows [][]string, failure error) {
 	closed := 0
 	for {
 		t, size, err := p.header()
@@ -484,7 +507,7 @@ func (p *Proxy) askAnswers() (rows [][]string, failure error) {
 		if err := p.skip(5 + size); err != nil {
 			return nil, err
 		}
-		if t == 'Z' || p.open && (closed == 2 || t == 'E') {
+		if t == 'Z' || p.open && (closed == closes || t == 'E') {
 			return rows, failure
 		}
 	}
