@@ -21,7 +21,7 @@ import (
 var nodePackages = []string{"pg@8.23.1", "pg-cursor@2.22.0"}
 
 func TestBigClients(t *testing.T) {
-	e := newEndpoint(t, "bigclients", shop, "      concurrency: 32\n")
+	e := newEndpoint(t, "bigclients", shop, "      concurrency: 32\n      functions: [public.twice]\n")
 	t.Run("JDBC", func(t *testing.T) {
 		out := mustClient(t, e.env("shop"), "", "java", "-cp", "/usr/share/java/postgresql.jar", "clients/Client.java")
 		if !strings.HasSuffix(out, "ok\n") {

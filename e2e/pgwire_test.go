@@ -24,7 +24,7 @@ const python = "/usr/bin/python3"
 
 // TestPostgreSQLClients: the clients that people have, through the whole system.
 func TestPostgreSQLClients(t *testing.T) {
-	e := newEndpoint(t, "clients", shop, "      concurrency: 32\n")
+	e := newEndpoint(t, "clients", shop, "      concurrency: 32\n      functions: [public.twice]\n")
 	t.Run("psql", func(t *testing.T) { psqlThrough(t, e) })
 	t.Run("psql cancels", func(t *testing.T) { psqlCancels(t, e) })
 	t.Run("pg_isready", func(t *testing.T) {

@@ -137,7 +137,13 @@ func classifySelect(node *pgquery.Node, s *pgquery.SelectStmt, v view) (part, []
 		return p, []inner{{node: node}}, nil
 	}
 	target := s.TargetList[0].GetResTarget()
-	name, value, ok := setConfig(target.GetVal().GetFuncCall(), v)
+	if call := target.GetVal().GetFuncCall(); catalogFunction(call, "pg_advisory_unlock_all", v) && plainCall(call, 0) {
+		// Pools end with it: it gives up what this session alone can hold.
+		target.Val = pgquery.MakeAConstStrNode("", target.GetLocation())
+		p.quiet = !v.readWrite
+		return p, []inner{{node: node}}, nil
+	}
+	name, value, ok := setConfig(target.GetVal().GetFuncCall(), s.GetWhereClause(), v)
 	if !ok {
 		return p, []inner{{node: node}}, nil
 	}
@@ -150,22 +156,19 @@ func classifySelect(node *pgquery.Node, s *pgquery.SelectStmt, v view) (part, []
 	return p, []inner{{node: node}}, nil
 }
 
-// setConfig reads set_config('name', 'value', bool) of constants.
-func setConfig(call *pgquery.FuncCall, v view) (name, value string, ok bool) {
-	names := call.GetFuncname()
-	switch len(names) {
-	case 1:
-		ok = !v.pathNamesCatalog && names[0].GetString_().GetSval() == "set_config"
-	case 2:
-		ok = names[0].GetString_().GetSval() == "pg_catalog" && names[1].GetString_().GetSval() == "set_config"
-	}
-	if !ok || len(call.GetArgs()) != 3 || call.GetAggFilter() != nil || call.GetOver() != nil || len(call.GetAggOrder()) > 0 ||
-		call.GetAggStar() || call.GetAggDistinct() || call.GetFuncVariadic() || call.GetAggWithinGroup() {
+// setConfig reads set_config('name', 'value', bool) of constants; the name may also be
+// a column that the statement's WHERE holds to a constant, as pg_dump has it:
+// SELECT set_config(name, ...) FROM pg_settings WHERE name = '...'.
+func setConfig(call *pgquery.FuncCall, where *pgquery.Node, v view) (name, value string, ok bool) {
+	if !catalogFunction(call, "set_config", v) || !plainCall(call, 3) {
 		return "", "", false
 	}
 	var texts [2]string
 	for i := range texts {
 		c := call.Args[i].GetAConst()
+		if i == 0 && c == nil && !v.pathNamesCatalog {
+			c = heldTo(where, call.Args[0].GetColumnRef())
+		}
 		s, isText := c.GetVal().(*pgquery.A_Const_Sval)
 		if c == nil || c.GetIsnull() || !isText {
 			return "", "", false
@@ -176,6 +179,38 @@ func setConfig(call *pgquery.FuncCall, v view) (name, value string, ok bool) {
 		return "", "", false
 	}
 	return texts[0], texts[1], true
+}
+
+// catalogFunction tells whether a call is of pg_catalog's function of this name.
+func catalogFunction(call *pgquery.FuncCall, name string, v view) bool {
+	names := call.GetFuncname()
+	switch len(names) {
+	case 1:
+		return !v.pathNamesCatalog && names[0].GetString_().GetSval() == name
+	case 2:
+		return names[0].GetString_().GetSval() == "pg_catalog" && names[1].GetString_().GetSval() == name
+	}
+	return false
+}
+
+// plainCall tells whether a call has so many arguments and nothing else.
+func plainCall(call *pgquery.FuncCall, arguments int) bool {
+	return len(call.GetArgs()) == arguments && call.GetAggFilter() == nil && call.GetOver() == nil && len(call.GetAggOrder()) == 0 &&
+		!call.GetAggStar() && !call.GetAggDistinct() && !call.GetFuncVariadic() && !call.GetAggWithinGroup()
+}
+
+// heldTo is the constant that a condition, column = constant and nothing else, holds a
+// column to; nil if it is none.
+func heldTo(where *pgquery.Node, column *pgquery.ColumnRef) *pgquery.A_Const {
+	e := where.GetAExpr()
+	if column == nil || e.GetKind() != pgquery.A_Expr_Kind_AEXPR_OP || len(e.GetName()) != 1 || e.Name[0].GetString_().GetSval() != "=" {
+		return nil
+	}
+	left := e.GetLexpr().GetColumnRef().GetFields()
+	if len(left) != 1 || len(column.GetFields()) != 1 || left[0].GetString_().GetSval() == "" || left[0].GetString_().GetSval() != column.Fields[0].GetString_().GetSval() {
+		return nil
+	}
+	return e.GetRexpr().GetAConst()
 }
 
 func classifyTransaction(t *pgquery.TransactionStmt, v view) *Refusal {

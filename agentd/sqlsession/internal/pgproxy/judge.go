@@ -17,8 +17,9 @@ import (
 const (
 	// MaxText is the longest text of statements in bytes: more is not parsed.
 	MaxText = 1 << 20
-	// judgeTimeout bounds the time that parsing and judging a text may take.
-	judgeTimeout = 10 * time.Second
+	// judgeTimeout bounds the time that parsing and judging a text may take, with the
+	// start of a parser.
+	judgeTimeout = 25 * time.Second
 	// verdictLife is how long a verdict counts that was made in the light of what
 	// names meant: somebody else may replace a function.
 	verdictLife = 5 * time.Second
@@ -120,7 +121,7 @@ func (p *Proxy) look(text string) *judgement {
 	case err != nil:
 		return &judgement{refusal: refuse(stateUnavailable, "the text could not be looked at and is refused: %s", oneLine(err))}
 	}
-	if strings.Contains(strings.ToLower(text), "set_config") {
+	if lower := strings.ToLower(text); strings.Contains(lower, "set_config") || strings.Contains(lower, "pg_advisory_unlock_all") {
 		p.learnPath()
 	}
 	j := &judgement{}

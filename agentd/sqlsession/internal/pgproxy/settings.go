@@ -21,6 +21,8 @@ var settings = map[string]func(value string) string{
 	"search_path": nil, "default_text_search_config": nil, "array_nulls": nil, "timezone_abbreviations": nil,
 	"statement_timeout": nil, "lock_timeout": nil, "idle_in_transaction_session_timeout": nil, "idle_session_timeout": nil,
 	"transaction_timeout": nil, "quote_all_identifiers": nil, "escape_string_warning": nil, "synchronize_seqscans": nil,
+	// It takes away.
+	"restrict_nonsystem_relation_kind": nil,
 	// Off makes a statement fail that row security would narrow; it takes nothing away.
 	"row_security": nil,
 	// Neither takes more than a default allows.
