@@ -1,12 +1,16 @@
 package pgproxy
 
 import (
+	"context"
+	"errors"
 	"reflect"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgproto3"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 )
 
 func TestSimple(t *testing.T) {
@@ -260,4 +264,41 @@ func TestPrepared(t *testing.T) {
 	b.want("sql's", b.query("PREPARE v AS SELECT 2"), "C(PREPARE) Z(I)")
 	b.send(&pgproto3.Bind{PreparedStatement: "v"}, &pgproto3.Execute{}, &pgproto3.Sync{})
 	b.want("SQL's by the protocol", b.answer(), "2 D C(SELECT 1) Z(I)")
+}
+
+// askingJudge asks something that the server refuses.
+type askingJudge struct{ testJudge }
+
+func (j askingJudge) Judge(ctx context.Context, server Asker, text string, tree *pgtree.Tree) (Verdict, *Refusal) {
+	if strings.Contains(text, "asked_in_vain") {
+		_, err := server.Ask(ctx, "SELECT 1/0")
+		var refusal *Refusal
+		if errors.As(err, &refusal) {
+			return Verdict{}, refusal
+		}
+		return Verdict{}, refuse(stateDenied, "it was answered: %v", err)
+	}
+	return j.testJudge.Judge(ctx, server, text, tree)
+}
+
+// TestAsk shows that a question leaves the client's transaction, settings and
+// unnamed statement alone.
+func TestAsk(t *testing.T) {
+	b := start(t, false, wish{config: func(c *Config) { c.Judge = askingJudge{} }})
+	b.send(&pgproto3.Parse{Query: "SELECT 5"}, &pgproto3.Sync{})
+	b.want("parse", b.answer(), "1 Z(I)")
+	b.send(&pgproto3.Parse{Name: "v", Query: "SELECT version()"}, &pgproto3.Sync{})
+	b.want("a question", b.answer(), "1 Z(I)")
+	b.send(&pgproto3.Bind{}, &pgproto3.Execute{}, &pgproto3.Sync{})
+	b.want("the unnamed statement", b.answer(), "2 D C(SELECT 1) Z(I)")
+	b.want("a failed question", b.query("SELECT asked_in_vain()"), "E(22012) Z(I)")
+	b.want("begin", b.query("BEGIN"), "C(BEGIN) Z(T)")
+	b.want("a setting", b.query("SET LOCAL jit = on"), "C(SET) Z(T)")
+	b.want("in a transaction", b.query("SELECT version(), 2"), "T D C(SELECT 1) Z(T)")
+	b.want("a failed question", b.query("SELECT asked_in_vain()"), "E(22012) Z(E)")
+	b.want("rollback", b.query("ROLLBACK"), "C(ROLLBACK) Z(I)")
+	b.want("begin", b.query("BEGIN"), "C(BEGIN) Z(T)")
+	b.want("cursor", b.query("DECLARE c CURSOR FOR SELECT id FROM things"), "C(DECLARE CURSOR) Z(T)")
+	b.want("a question", b.query("SELECT version(), 3"), "T D C(SELECT 1) Z(T)")
+	b.want("the cursor lives", b.query("FETCH 1 FROM c"), "T D C(FETCH 1) Z(T)")
 }

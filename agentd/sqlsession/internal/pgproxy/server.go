@@ -398,17 +398,22 @@ func (p *Proxy) Ask(_ context.Context, sql string, parameters ...string) ([][]st
 		return nil, refuse(stateFailed, "an earlier message of the pipeline failed")
 	}
 	b := p.batch[:0]
-	statements := 1
-	own := p.tx == 'I' && !p.open
-	if own {
-		// A plan of the catalog is not worth compiling, and the client's settings stay.
-		b = appendQuestion(appendQuestion(b, "BEGIN READ ONLY"), "SET LOCAL jit = off")
-		statements = 4
+	// A plan of the catalog is not worth compiling: see Startup for what holds inside of the
+	// client's transaction, which a question that fails makes fail, as the refusal does
+	// that follows.
+	var before, after []string
+	if p.tx == 'I' && !p.open {
+		before, after = []string{"BEGIN READ ONLY", "SET LOCAL jit = off"}, []string{"ROLLBACK"}
+	}
+	state := p.tx
+	for _, sql := range before {
+		b = appendQuestion(b, sql)
 	}
 	b = appendQuestion(b, sql, parameters...)
-	if own {
-		b = appendQuestion(b, "ROLLBACK")
+	for _, sql := range after {
+		b = appendQuestion(b, sql)
 	}
+	statements := len(before) + 1 + len(after)
 	if p.open {
 		b = appendMessage(b, 'H')
 	} else {
@@ -419,12 +424,12 @@ func (p *Proxy) Ask(_ context.Context, sql string, parameters ...string) ([][]st
 	_, err := p.conn.Write(b)
 	var rows [][]string
 	if err == nil {
-		rows, err = p.askAnswers(2 * statements)
+		rows, err = p.askAnswers(3 * statements)
 	}
 	var refusal *Refusal
-	if own && p.tx != 'I' && (err == nil || errors.As(err, &refusal)) {
-		// It failed, and so did the transaction around it.
-		if _, werr := p.conn.Write(appendMessage(nil, 'Q', "ROLLBACK")); werr != nil {
+	if len(after) > 0 && p.tx != state && (err == nil || errors.As(err, &refusal)) {
+		// It failed, and so did what is around it.
+		if _, werr := p.conn.Write(appendMessage(nil, 'Q', strings.Join(after, ";"))); werr != nil {
 			err = werr
 		} else if _, rerr := p.askAnswers(0); rerr != nil {
 			err = rerr
@@ -444,6 +449,7 @@ func (p *Proxy) lastError() error { return p.broken }
 // appendQuestion appends a statement of ours, with what names it used closed again: the
 // client's own, the unnamed among them, are left alone.
 func appendQuestion(b []byte, sql string, parameters ...string) []byte {
+	b = appendMessage(b, 'C', "S"+ours) // one that failed left it open
 	at := len(b)
 	b = append(appendMessage(b, 'P', ours, sql), 0, 0) // no types of parameters
 	binary.BigEndian.PutUint32(b[at+1:], uint32(len(b)-at-1))

@@ -110,6 +110,9 @@ func oneOf(values ...string) func(string) string {
 // limit of a statement's time is ours. The error is one line for the client.
 func Startup(asked [][2]string, readWrite bool, timeout time.Duration) (map[string]string, error) {
 	chosen := map[string]string{"statement_timeout": strconv.FormatInt(max(timeout.Milliseconds(), 1), 10)}
+	// The questions that verdicts need are asked in the client's transaction; to compile
+	// their plans takes a second. A client that wants it for its own can set it.
+	chosen["jit"] = "off"
 	for _, pair := range asked {
 		name, value := strings.ToLower(pair[0]), pair[1]
 		if len(value) > maxSetting || strings.ContainsRune(value, 0) {
