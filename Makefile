@@ -3,7 +3,7 @@
 #   make demo       a host joins through its own dialed tunnel and answers SQL; Ctrl-C ends it
 #   make test       everything that proves it works (installs what it lacks)
 #   make build      agentd, controlplane and postern in bin/
-#   make e2e-long   the end-to-end tests at full length: a statement that is silent
+#   make e2e-long   the end-to-end tests at full length: 100,000 statements in one session, one that is silent
 #                   for 3 minutes behind nginx, 3 minutes over a slow link
 #   make vault-test the tests with Vault against a real one, which is built for it
 #   make clients    PostgreSQL clients that are large to install, through the whole system:
@@ -41,6 +41,7 @@ e2e-long:
 	@packaging/dev/deps.sh go postgresql mariadb nginx tinyproxy
 	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh netns
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v ./e2e
+	POSTERN_LONG=1 $(GO) test -timeout 30m -v -run TestOneOwnersManyStatements ./agentd/sqlsession
 
 vault-test:
 	@packaging/dev/deps.sh go postgresql

@@ -110,7 +110,13 @@ func (w *world) snapshot(ctx context.Context, before state) (state, error) {
 			}
 		}
 	} else if err := w.read(ctx, s, w.state); err != nil {
-		return nil, err
+		// A table may be gone: then it is in the state before alone.
+		if err := w.prepareState(ctx); err != nil {
+			return nil, err
+		}
+		if err := w.read(ctx, s, w.state); err != nil {
+			return nil, err
+		}
 	}
 	if err := w.read(ctx, s, w.sequences); err != nil {
 		return nil, err

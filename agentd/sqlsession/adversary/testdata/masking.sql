@@ -375,7 +375,7 @@ SELECT * FROM evil.all_emails()
 --# harmless a function that returns a row
 SELECT (evil.a_customer()).email
 --# harmless a function of a row
-SELECT evil.sees(c) FROM app.customers c
+SELECT sees(c) FROM app.customers c
 --# harmless functional notation
 SELECT c.sees FROM app.customers c
 --# harmless functional notation in brackets

@@ -352,7 +352,7 @@ SELECT pg_export_snapshot()
 SELECT pg_sleep(0.01)
 
 -- Settings.
---# refused set_config for the session
+--# harmless set_config for the session, which the reset takes back
 SELECT set_config('search_path', 'evil', false)
 --# refused set_config for the transaction
 SELECT set_config('statement_timeout', '0', true)
@@ -626,27 +626,33 @@ SELECT * FROM XMLTABLE('/a' PASSING '<a>5</a>' COLUMNS d evil.dom PATH '.')
 SELECT 1 FROM app.victim ORDER BY id USING OPERATOR(evil.<~)
 
 -- Names that are found before PostgreSQL's own.
+--# refused [shadow] count() found before PostgreSQL's own
+SELECT count() FROM app.customers
+--# refused [shadow] now()
+SELECT now()
+--# refused [shadow] an operator on numbers
+SELECT 1 + 2
 --# refused lower(varchar) in public is the better match
 SELECT lower(name) FROM app.customers
 --# refused length(varchar)
 SELECT length(name) FROM app.customers
 --# refused left(varchar, int)
 SELECT left(name, 2) FROM app.customers
---# refused an operator on varchar
+--# refused [shadow] an operator on varchar
 SELECT name || name FROM app.customers
---# refused an equality on varchar
+--# refused [shadow] an equality on varchar
 SELECT 1 FROM app.customers WHERE name = 'x'::varchar
---# refused an equality in IN
+--# refused [shadow] an equality in IN
 SELECT 1 FROM app.customers WHERE name IN ('x'::varchar, 'y'::varchar)
---# harmless an equality by USING
+--# harmless [shadow] an equality by USING
 SELECT 1 FROM app.customers a JOIN app.customers b USING (name)
---# harmless NULLIF
+--# harmless [shadow] NULLIF
 SELECT NULLIF(name, 'x'::varchar) FROM app.customers
---# harmless CASE with an operand
+--# harmless [shadow] CASE with an operand
 SELECT CASE name WHEN 'x'::varchar THEN 1 END FROM app.customers
---# harmless IS DISTINCT FROM
+--# harmless [shadow] IS DISTINCT FROM
 SELECT name IS DISTINCT FROM 'x'::varchar FROM app.customers
---# harmless row comparison
+--# harmless [shadow] row comparison
 SELECT (name, 1) = ('x'::varchar, 1) FROM app.customers
 
 -- Maintenance that is not transactional.

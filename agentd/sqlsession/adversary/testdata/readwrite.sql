@@ -32,7 +32,7 @@ INSERT INTO app.orders (customer, amount) VALUES (1, 2.5) RETURNING id
 INSERT INTO app.parted VALUES ('other', 1)
 --# runs reading
 SELECT c.id, o.amount, now(), upper(c.plain) FROM app.customers c JOIN app.orders o ON o.customer = c.id
---# harmless row locks
+--# runs row locks
 SELECT * FROM app.victim FOR UPDATE
 --# runs [ddl] CREATE TABLE
 CREATE TABLE app.fresh (id int PRIMARY KEY, what text)
@@ -112,7 +112,7 @@ UPDATE pg_settings SET setting = '1MB' WHERE name = 'work_mem'
 INSERT INTO information_schema.sql_features VALUES ('x')
 --# refused large objects through the catalog
 DELETE FROM pg_largeobject
---# refused a temporary name in front
+--# fails a temporary name in front: there is none
 INSERT INTO pg_temp.x VALUES (1)
 --# refused a table in public
 INSERT INTO public.nothing_here VALUES (1)
@@ -270,7 +270,7 @@ SELECT pg_read_file('/etc/passwd')
 SELECT pg_reload_conf()
 --# refused a slot
 SELECT pg_create_physical_replication_slot('canary', true)
---# refused set_config
+--# harmless set_config, which the reset takes back
 SELECT set_config('search_path', 'secret', false)
 --# refused set_config of the role
 SELECT set_config('role', 'bystander', true)
@@ -298,6 +298,12 @@ INSERT INTO app.victim (what) SELECT evil.agg(id)::text FROM app.customers
 INSERT INTO app.victim (what) VALUES (5::evil.dom::text)
 --# refused a domain in an array's literal
 INSERT INTO app.victim (what) VALUES ('{5}'::evil.dom[]::text)
+--# refused a domain's literal of a column
+UPDATE evil.dom_table SET a = '{5}'
+--# refused a domain's literal in a condition
+DELETE FROM app.victim WHERE id = (SELECT 1 FROM evil.dom_table WHERE a = '{5}')
+--# refused a domain's literal in COALESCE
+INSERT INTO app.victim (what) SELECT coalesce(a, '{5}')::text FROM evil.dom_table
 --# refused a view with a trap
 INSERT INTO app.victim (what) SELECT x::text FROM app.trap_column
 --# refused lower(varchar) in public
@@ -414,7 +420,7 @@ DO $$ BEGIN DELETE FROM secret.ledger; END $$
 CALL evil.proc()
 --# refused [ddl] ALTER SYSTEM
 ALTER SYSTEM SET work_mem = '7MB'
---# refused [ddl] attaching another schema's table
+--# fails [ddl] attaching another schema's table
 ALTER TABLE app.parted ATTACH PARTITION secret.keys FOR VALUES IN ('z')
 --# refused [ddl] inheriting from another schema's table
 CREATE TABLE app.child () INHERITS (secret.ledger)
@@ -422,7 +428,7 @@ CREATE TABLE app.child () INHERITS (secret.ledger)
 CREATE STATISTICS secret.s ON holder, amount FROM secret.ledger
 --# refused [ddl] CREATE SEQUENCE elsewhere
 CREATE SEQUENCE secret.s
---# refused [ddl] ALTER SEQUENCE owned elsewhere
+--# fails [ddl] ALTER SEQUENCE owned elsewhere
 ALTER SEQUENCE app.counter OWNED BY secret.ledger.id
 --# refused [ddl] CREATE TYPE elsewhere
 CREATE TYPE secret.t AS (a int)

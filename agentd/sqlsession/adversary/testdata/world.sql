@@ -76,9 +76,9 @@ CREATE FUNCTION evil.with_default(i int DEFAULT evil.outside()) RETURNS int LANG
 CREATE FUNCTION evil.variadic(VARIADIC int[]) RETURNS int LANGUAGE sql AS $$ SELECT evil.outside() $$;
 CREATE FUNCTION evil.of_customer(app.customers) RETURNS int LANGUAGE sql AS $$ SELECT evil.outside() $$;
 CREATE FUNCTION evil.begin_atomic() RETURNS int LANGUAGE sql BEGIN ATOMIC SELECT evil.outside(); END;
-CREATE FUNCTION app.of_customer(app.customers) RETURNS int LANGUAGE sql AS $$ SELECT evil.outside() $$;
+CREATE FUNCTION public.of_customer(app.customers) RETURNS int LANGUAGE sql AS $$ SELECT evil.outside() $$;
 CREATE PROCEDURE evil.proc() LANGUAGE plpgsql AS $$ BEGIN INSERT INTO app.victim (what) VALUES ('proc'); COMMIT; END $$;
-CREATE FUNCTION evil.sees(app.customers) RETURNS text LANGUAGE sql STABLE AS $$ SELECT $1.email $$;
+CREATE FUNCTION public.sees(app.customers) RETURNS text LANGUAGE sql STABLE AS $$ SELECT $1.email $$;
 CREATE FUNCTION evil.leak(text) RETURNS boolean LANGUAGE plpgsql COST 0.0000001 AS $$ BEGIN RAISE NOTICE 'seen %', $1; RETURN true; END $$;
 CREATE FUNCTION evil.leak_error(anyelement) RETURNS boolean LANGUAGE plpgsql COST 0.0000001 AS $$ BEGIN RAISE EXCEPTION 'seen %', $1 USING DETAIL = $1::text, HINT = $1::text, COLUMN = $1::text; END $$;
 CREATE FUNCTION evil.all_emails() RETURNS SETOF text LANGUAGE sql STABLE AS $$ SELECT email FROM app.customers $$;
@@ -132,10 +132,10 @@ CREATE OPERATOR CLASS evil.ops FOR TYPE int USING btree AS OPERATOR 1 evil.<~, F
 CREATE FUNCTION public.lower(varchar) RETURNS text LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.outside(); RETURN pg_catalog.lower($1::text); END $$;
 CREATE FUNCTION public.length(varchar) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN PERFORM evil.outside(); RETURN 1; END $$;
 CREATE FUNCTION public.left(varchar, int) RETURNS text LANGUAGE sql AS $$ SELECT evil.outside()::text $$;
-CREATE FUNCTION public.cat(varchar, varchar) RETURNS text LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.outside(); RETURN 'x'; END $$;
-CREATE OPERATOR public.|| (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = public.cat);
-CREATE FUNCTION public.eqv(varchar, varchar) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.outside(); RETURN true; END $$;
-CREATE OPERATOR public.= (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = public.eqv);
+CREATE FUNCTION evil.cat(varchar, varchar) RETURNS text LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.outside(); RETURN 'x'; END $$;
+CREATE OPERATOR evil.|| (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = evil.cat);
+CREATE FUNCTION evil.eqv(varchar, varchar) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.outside(); RETURN true; END $$;
+CREATE OPERATOR evil.= (LEFTARG = varchar, RIGHTARG = varchar, FUNCTION = evil.eqv);
 CREATE FUNCTION evil.count() RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.outside(); RETURN 1; END $$;
 CREATE FUNCTION evil.now() RETURNS timestamptz LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.outside(); RETURN pg_catalog.now(); END $$;
 CREATE FUNCTION evil.upper(text) RETURNS text LANGUAGE plpgsql AS $$ BEGIN PERFORM evil.outside(); RETURN 'x'; END $$;
