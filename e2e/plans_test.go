@@ -60,7 +60,9 @@ func TestPlansAndMetadata(t *testing.T) {
 	}
 	postern(t, s, "sql", "host/facts", "--explain", "--analyze", "select 1").said(t, 3, "plans: structure")
 	postern(t, s, "sql", "host/quiet", "--explain", "select 1").said(t, 3, "plans: off")
-	postern(t, s, "sql", "host/quiet", "explain select 1").said(t, 3, "--explain")
+	if e := postern(t, s, "sql", "host/quiet", "explain select 1"); e.code != 3 || !strings.Contains(e.stderr, "--explain") {
+		t.Errorf("the word EXPLAIN: exit code %d: %s", e.code, e.stderr)
+	}
 
 	plan = must(t, s, "sql", "host/all", "--explain", "--analyze", "select count(*) from people where id > :id", "-p", "id=10")
 	if !strings.Contains(plan, "rows=4990") || !strings.Contains(plan, "Execution Time: ") || !strings.Contains(plan, "(people.id > 10)") {
