@@ -7,7 +7,7 @@
 #                   for 3 minutes behind nginx, 3 minutes over a slow link
 #   make vault-test the tests with Vault against a real one, which is built for it
 #   make clients    PostgreSQL clients that are large to install, through the whole system:
-#                   JDBC, node-postgres (from npm) and pgx's own test suite
+#                   JDBC and node-postgres (from npm)
 #   make race       the Go tests alone, with the race detector
 #   make lint       gofumpt, vet, staticcheck
 #   make fuzz       every fuzz target, FUZZTIME each (default 5m)
@@ -51,7 +51,7 @@ vault-test:
 
 clients:
 	@packaging/dev/deps.sh go postgresql bigclients
-	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestPgxSuite' ./e2e
+	$(GO) test -tags clients -timeout 30m -v -run TestBigClients ./e2e
 
 race:
 	$(GO) test -race ./...
