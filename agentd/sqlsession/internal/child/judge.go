@@ -57,7 +57,7 @@ func (j *judged) changed() {
 
 // judge decides whether a text may run, before anything of it reaches the
 // database. The connection must be idle or in a transaction. What the database
-// must be asked for goes over it, in one round trip. lost means that it turned out
+// must be asked for goes over it, in one or two round trips. lost means that it turned out
 // dead. ctx bounds the wait for the parser. position turns a position in the text
 // into the user's.
 func (s *session) judge(ctx context.Context, text string, guard *frame.Guard, position func(int) int) (verdict pgguard.Verdict, failure *proto.Error, lost bool) {

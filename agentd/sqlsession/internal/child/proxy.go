@@ -165,7 +165,9 @@ type wireResolver struct{ pgproxy.Asker }
 // Resolve implements pgguard.Resolver.
 func (r wireResolver) Resolve(ctx context.Context, q pgguard.Question) (*pgguard.Catalog, error) {
 	catalog := newCatalog()
-	for _, question := range questions(q) {
+	all, more := questions(q)
+	for i := 0; i < len(all); i++ {
+		question := all[i]
 		parameters := make([]string, len(question.parameters))
 		for i, p := range question.parameters {
 			parameters[i] = string(p)
@@ -179,6 +181,10 @@ func (r wireResolver) Resolve(ctx context.Context, q pgguard.Question) (*pgguard
 				return nil, errProtocol
 			}
 			question.row(catalog, row)
+		}
+		if i == len(all)-1 && *more {
+			*more = false
+			all = append(all, behindOf(q))
 		}
 	}
 	return catalog, nil

@@ -45,6 +45,25 @@ const (
 	// idPattern finds what a stored expression or query calls and reads.
 	idPattern = `':(funcid|aggfnoid|winfnoid|tsmhandler|opno|eqop|sortop|relid|resulttype) ([1-9][0-9]*)'`
 
+	// plainQuestion: whether there can be anything behind relations ($1, $2), operators
+	// ($3, $4) and types ($5, $6) at all: mostly there is not, and behindQuestion takes
+	// milliseconds to plan. Rows as those of behindQuestion, r and s, with "more" at the end
+	// where that must be asked; and o for something else of which it must.
+	plainQuestion = `SELECT 'r', a.i::pg_catalog.text, c.oid::pg_catalog.text, ns.nspname::pg_catalog.text, c.relname::pg_catalog.text, c.relkind::pg_catalog.text,
+  CASE WHEN c.oid OPERATOR(pg_catalog.>=) 16384 AND (c.relkind OPERATOR(pg_catalog.<>) ALL ('{r,m,S}') OR c.relrowsecurity OR c.relhassubclass
+   OR EXISTS (SELECT FROM pg_catalog.pg_attribute b WHERE b.attrelid OPERATOR(pg_catalog.=) c.oid AND b.atttypid OPERATOR(pg_catalog.>=) 16384)
+   OR EXISTS (SELECT FROM pg_catalog.pg_cast k WHERE k.castsource OPERATOR(pg_catalog.=) c.reltype OR k.casttarget OPERATOR(pg_catalog.=) c.reltype)) THEN 'more' ELSE '' END
+ FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text[]), pg_catalog.unnest($2::pg_catalog.text[])) WITH ORDINALITY a (s, n, i)
+ JOIN pg_catalog.pg_class c ON c.relname OPERATOR(pg_catalog.=) a.n::pg_catalog.name
+ JOIN pg_catalog.pg_namespace ns ON ns.oid OPERATOR(pg_catalog.=) c.relnamespace
+ WHERE ` + inPath + ` AND (a.s OPERATOR(pg_catalog.<>) '' OR pg_catalog.pg_table_is_visible(c.oid))
+ UNION ALL SELECT 's', '', '', coalesce(pg_catalog.current_schema(), ''), '', '', ''
+ UNION ALL SELECT 'o', '', '', '', '', '', 'more' WHERE EXISTS (SELECT FROM ROWS FROM (pg_catalog.unnest($3::pg_catalog.text[]), pg_catalog.unnest($4::pg_catalog.text[])) a (s, n)
+   JOIN pg_catalog.pg_operator o ON o.oprname OPERATOR(pg_catalog.=) a.n::pg_catalog.name WHERE o.oid OPERATOR(pg_catalog.>=) 16384)
+  OR EXISTS (SELECT FROM ROWS FROM (pg_catalog.unnest($5::pg_catalog.text[]), pg_catalog.unnest($6::pg_catalog.text[])) a (s, n)
+   JOIN pg_catalog.pg_type t ON t.typname OPERATOR(pg_catalog.=) a.n::pg_catalog.name WHERE t.oid OPERATOR(pg_catalog.>=) 16384)
+  OR EXISTS (SELECT FROM pg_catalog.pg_cast k WHERE k.castfunc OPERATOR(pg_catalog.>=) 16384 AND k.castsource OPERATOR(pg_catalog.<) 16384 AND k.casttarget OPERATOR(pg_catalog.<) 16384)`
+
 	// behindQuestion: what relations, operators and types call without saying so.
 	// $1, $2 are relations, $3, $4 operators, $5, $6 types, $7 whether columns count as
 	// types that are named, $9 the names of all types that are, $8 functions of PostgreSQL's own that are of interest. Rows
@@ -136,9 +155,10 @@ type question struct {
 	row        func(*pgguard.Catalog, []string)
 }
 
-// questions are what q needs to be asked, two at most.
-func questions(q pgguard.Question) []question {
-	var all []question
+// questions are what q needs to be asked first, two at most. When more is set by
+// their answers, behindOf must be asked, too.
+func questions(q pgguard.Question) (all []question, more *bool) {
+	more = new(bool)
 	if len(q.Functions) > 0 {
 		schemas, names := arrays(q.Functions)
 		all = append(all, question{calledQuestion, [][]byte{schemas, names}, 9, func(catalog *pgguard.Catalog, v []string) {
@@ -151,17 +171,27 @@ func questions(q pgguard.Question) []question {
 		}})
 	}
 	if len(q.Relations)+len(q.Operators)+len(q.Types) > 0 {
-		rs, rn := arrays(q.Relations)
-		os, on := arrays(q.Operators)
-		ts, tn := arrays(q.Types)
-		deep := []byte("f")
-		if q.Deep {
-			deep = []byte("t")
-		}
-		parameters := [][]byte{rs, rn, os, on, ts, tn, deep, arrayOf(pgguard.Outside()), arrayOf(q.Casts)}
-		all = append(all, question{behindQuestion, parameters, 10, func(catalog *pgguard.Catalog, v []string) { behind(catalog, q, v) }})
+		all = append(all, question{plainQuestion, behindOf(q).parameters[:6], 7, func(catalog *pgguard.Catalog, v []string) {
+			*more = *more || v[6] == "more"
+			if v[0] != "o" {
+				behind(catalog, q, v)
+			}
+		}})
 	}
-	return all
+	return all, more
+}
+
+// behindOf is the question for what is behind names.
+func behindOf(q pgguard.Question) question {
+	rs, rn := arrays(q.Relations)
+	os, on := arrays(q.Operators)
+	ts, tn := arrays(q.Types)
+	deep := []byte("f")
+	if q.Deep {
+		deep = []byte("t")
+	}
+	parameters := [][]byte{rs, rn, os, on, ts, tn, deep, arrayOf(pgguard.Outside()), arrayOf(q.Casts)}
+	return question{behindQuestion, parameters, 10, func(catalog *pgguard.Catalog, v []string) { behind(catalog, q, v) }}
 }
 
 func newCatalog() *pgguard.Catalog {
@@ -169,11 +199,24 @@ func newCatalog() *pgguard.Catalog {
 }
 
 // ask asks the catalog over the session's own connection, in a read-only
-// transaction where none is open. One round trip.
+// transaction where none is open. One round trip, two where something may be behind
+// the names.
 func (s *session) ask(q pgguard.Question) (*pgguard.Catalog, error) {
+	catalog := newCatalog()
+	all, more := questions(q)
+	err := s.askAll(catalog, all)
+	if err == nil && *more {
+		err = s.askAll(catalog, []question{behindOf(q)})
+	}
+	if err != nil {
+		return nil, err
+	}
+	return catalog, nil
+}
+
+func (s *session) askAll(catalog *pgguard.Catalog, all []question) error {
 	c := s.wire
 	own := c.tx == 'I'
-	all := questions(q)
 	var err error
 	send := func(messages ...pgproto3.FrontendMessage) {
 		if err == nil {
@@ -192,7 +235,6 @@ func (s *session) ask(q pgguard.Question) (*pgguard.Catalog, error) {
 	if err == nil {
 		err = c.flush()
 	}
-	catalog := newCatalog()
 	var first *pgproto3.ErrorResponse
 	read := func(one *question) {
 		if err != nil {
@@ -236,11 +278,11 @@ func (s *session) ask(q pgguard.Question) (*pgguard.Catalog, error) {
 	}
 	switch {
 	case err != nil:
-		return nil, &lostError{err}
+		return &lostError{err}
 	case first != nil:
-		return nil, &askError{first}
+		return &askError{first}
 	}
-	return catalog, nil
+	return nil
 }
 
 // behind reads a row of behindQuestion.
