@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -217,6 +218,9 @@ func (db *database) open(t testing.TB, change ...func(*sqlsession.Source)) *sqls
 	}
 	m := sqlsession.New(sqlsession.Config{Logger: slog.New(slog.NewTextHandler(writer{t}, nil)), Warm: -1, Parser: parser})
 	m.SetSources([]sqlsession.Source{s})
+	if db.engine == "postgres" {
+		waitForParser(t, m)
+	}
 	t.Cleanup(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 		defer cancel()
@@ -226,6 +230,26 @@ func (db *database) open(t testing.TB, change ...func(*sqlsession.Source)) *sqls
 	})
 	return m
 }
+
+// waitForParser waits, once, until the parser that all tests share has started: on a
+// busy machine that takes longer than a statement waits. Where the source itself is at
+// fault it is the test that says so.
+func waitForParser(t testing.TB, m *sqlsession.Manager) {
+	t.Helper()
+	if parserReady {
+		return
+	}
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		_, err := m.Run(t.Context(), request("SELECT 1"), io.Discard)
+		if code := proto.CodeOf(err); err == nil || code != proto.CodeUnavailable {
+			parserReady = err == nil
+			return
+		}
+	}
+	t.Fatal("the parser of statements does not start")
+}
+
+var parserReady bool
 
 func readWrite(s *sqlsession.Source) { s.ReadWrite = true }
 
