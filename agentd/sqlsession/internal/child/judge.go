@@ -21,9 +21,11 @@ const (
 	// taken for the old one.
 	verdictLife = 3 * time.Second
 	// maxJudged bounds the texts whose trees and verdicts are kept, in bytes of
-	// all of them, and maxJudgedText of one. A tree takes about 30 times its text.
+	// all of them, and maxJudgedText of one. A tree takes about 30 times its text;
+	// judgedExtra is what the shortest one takes beside, in the same measure.
 	maxJudged     = 128 << 10
 	maxJudgedText = 8 << 10
+	judgedExtra   = 64
 	// maxCatalogs bounds the answers of the catalog that are kept, for texts
 	// that name the same things.
 	maxCatalogs = 64
@@ -121,8 +123,8 @@ func (s *session) tree(ctx context.Context, text string, position func(int) int)
 		return nil, proto.Errorf(proto.CodeUnavailable, "%w", err)
 	}
 	if len(text) <= maxJudgedText {
-		if j.bytes += len(text); j.bytes > maxJudged {
-			j.bytes = len(text)
+		if j.bytes += len(text) + judgedExtra; j.bytes > maxJudged {
+			j.bytes = len(text) + judgedExtra
 			clear(j.trees)
 			clear(j.verdicts)
 		}
