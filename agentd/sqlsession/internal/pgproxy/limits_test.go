@@ -81,6 +81,7 @@ func TestTimeout(t *testing.T) {
 
 func TestCancel(t *testing.T) {
 	b := start(t, false, wish{})
+	b.want("once the parser is there", b.query("SELECT 1"), "T D C(SELECT 1) Z(I)")
 	b.send(&pgproto3.Query{String: "SELECT pg_sleep(60)"})
 	running := func() (e *posternv1.WireEvent) {
 		b.mu.Lock()
