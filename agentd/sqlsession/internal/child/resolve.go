@@ -50,7 +50,9 @@ const (
 	// milliseconds to plan. Rows as those of behindQuestion, r and s, with "more" at the end
 	// where that must be asked; and o for something else of which it must.
 	plainQuestion = `SELECT 'r', a.i::pg_catalog.text, c.oid::pg_catalog.text, ns.nspname::pg_catalog.text, c.relname::pg_catalog.text, c.relkind::pg_catalog.text,
-  CASE WHEN c.oid OPERATOR(pg_catalog.>=) 16384 AND (c.relkind OPERATOR(pg_catalog.<>) ALL ('{r,m,S}') OR c.relrowsecurity OR c.relhassubclass
+  CASE WHEN c.oid OPERATOR(pg_catalog.>=) 16384 AND (c.relkind OPERATOR(pg_catalog.<>) ALL ('{r,m,S}') OR c.relrowsecurity OR c.relhassubclass OR c.relhasrules
+   OR c.relhastriggers AND EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid OPERATOR(pg_catalog.=) c.oid AND NOT t.tgisinternal)
+   OR EXISTS (SELECT FROM pg_catalog.pg_attrdef d WHERE d.adrelid OPERATOR(pg_catalog.=) c.oid AND d.adbin::pg_catalog.text OPERATOR(pg_catalog.~) ':funcid [1-9][0-9]{4}')
    OR EXISTS (SELECT FROM pg_catalog.pg_attribute b WHERE b.attrelid OPERATOR(pg_catalog.=) c.oid AND b.atttypid OPERATOR(pg_catalog.>=) 16384)
    OR EXISTS (SELECT FROM pg_catalog.pg_cast k WHERE k.castsource OPERATOR(pg_catalog.=) c.reltype OR k.casttarget OPERATOR(pg_catalog.=) c.reltype)) THEN 'more' ELSE '' END
  FROM ROWS FROM (pg_catalog.unnest($1::pg_catalog.text[]), pg_catalog.unnest($2::pg_catalog.text[])) WITH ORDINALITY a (s, n, i)
@@ -63,6 +65,13 @@ const (
   OR EXISTS (SELECT FROM ROWS FROM (pg_catalog.unnest($5::pg_catalog.text[]), pg_catalog.unnest($6::pg_catalog.text[])) a (s, n)
    JOIN pg_catalog.pg_type t ON t.typname OPERATOR(pg_catalog.=) a.n::pg_catalog.name WHERE t.oid OPERATOR(pg_catalog.>=) 16384)
   OR EXISTS (SELECT FROM pg_catalog.pg_cast k WHERE k.castfunc OPERATOR(pg_catalog.>=) 16384 AND k.castsource OPERATOR(pg_catalog.<) 16384 AND k.casttarget OPERATOR(pg_catalog.<) 16384)`
+
+	// beyondTable says why writing to relation n may write elsewhere; '' if it does not.
+	beyondTable = `CASE WHEN n.relkind OPERATOR(pg_catalog.=) 'v' THEN 'a view' WHEN n.relkind OPERATOR(pg_catalog.=) 'f' THEN 'a table of another server'
+   WHEN EXISTS (SELECT FROM pg_catalog.pg_rewrite w WHERE w.ev_class OPERATOR(pg_catalog.=) n.oid AND w.ev_type OPERATOR(pg_catalog.<>) '1') THEN 'a table with a rule'
+   WHEN EXISTS (SELECT FROM pg_catalog.pg_trigger t WHERE t.tgrelid OPERATOR(pg_catalog.=) n.oid AND NOT t.tgisinternal) THEN 'a table with a trigger'
+   WHEN EXISTS (SELECT FROM pg_catalog.pg_attrdef d WHERE d.adrelid OPERATOR(pg_catalog.=) n.oid AND d.adbin::pg_catalog.text OPERATOR(pg_catalog.~) ':funcid [1-9][0-9]{4}') THEN 'a table with a default that calls a function of the database''s own'
+   ELSE '' END`
 
 	// behindQuestion: what relations, operators and types call without saying so.
 	// $1, $2 are relations, $3, $4 operators, $5, $6 types, $7 whether columns count as
@@ -139,7 +148,8 @@ const (
    JOIN pg_catalog.pg_operator o ON o.oid OPERATOR(pg_catalog.=) s.amopopr WHERE o.oprcode::pg_catalog.oid OPERATOR(pg_catalog.>=) 16384
   UNION SELECT '-', 0, 'a cast between types of PostgreSQL itself', k.castfunc FROM pg_catalog.pg_cast k
    WHERE k.castfunc OPERATOR(pg_catalog.>=) 16384 AND k.castsource OPERATOR(pg_catalog.<) 16384 AND k.casttarget OPERATOR(pg_catalog.<) 16384)
- SELECT 'r', n.i::pg_catalog.text, n.oid::pg_catalog.text, n.nspname::pg_catalog.text, n.relname::pg_catalog.text, n.relkind::pg_catalog.text, '', '', '', '' FROM named n
+ SELECT 'r', n.i::pg_catalog.text, n.oid::pg_catalog.text, n.nspname::pg_catalog.text, n.relname::pg_catalog.text, n.relkind::pg_catalog.text,
+  ` + beyondTable + `, '', '', '' FROM named n
  UNION ALL SELECT 's', '', '', coalesce(pg_catalog.current_schema(), ''), '', '', '', '', '', ''
  UNION ALL SELECT 'h', k.i::pg_catalog.text, p.oid::pg_catalog.text, ns.nspname::pg_catalog.text, p.proname::pg_catalog.text, p.provolatile::pg_catalog.text, p.prokind::pg_catalog.text,
    (p.oid OPERATOR(pg_catalog.>=) 16384 AND ` + isExtension + `)::pg_catalog.text, k.via, k.asked
@@ -293,7 +303,7 @@ func behind(catalog *pgguard.Catalog, q pgguard.Question, v []string) {
 	case "r":
 		if name, ok := nth(q.Relations, v[1]); ok {
 			oid, _ := strconv.ParseUint(v[2], 10, 32)
-			catalog.Relations[name] = pgguard.RelationFacts{OID: uint32(oid), Schema: v[3], Name: v[4], Kind: v[5][0]}
+			catalog.Relations[name] = pgguard.RelationFacts{OID: uint32(oid), Schema: v[3], Name: v[4], Kind: v[5][0], Beyond: clean(v[6])}
 		}
 	case "h":
 		h := pgguard.Hidden{Proc: proc(v[2:]), Via: clean(v[8])}

@@ -188,4 +188,7 @@ type RelationFacts struct {
 	OID          uint32
 	Schema, Name string
 	Kind         byte // pg_class.relkind
+	// Beyond is what it is that may write elsewhere when it is written to (a view,
+	// a table with a trigger, ...); "" if nothing does.
+	Beyond string
 }

@@ -220,6 +220,12 @@ func (c *checker) schemas(catalog *Catalog) *Refusal {
 				schema = "pg_temp"
 			}
 		}
+		if found, ok := catalog.Relations[Name{r.Schemaname, r.Relname}]; ok && found.Beyond != "" && target.kind != "ddl" {
+			return &Refusal{
+				Reason:   fmt.Sprintf("%s.%s is %s, so writing to it may write elsewhere, and the policy's write.schemas allow %s alone", found.Schema, found.Name, found.Beyond, strings.Join(c.in.Guard.WriteSchemas, ", ")),
+				Position: int(r.Location),
+			}
+		}
 		if schema == "pg_temp" || c.schemaAllowed(schema) {
 			continue
 		}
