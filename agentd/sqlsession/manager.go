@@ -102,7 +102,7 @@ func (m *Manager) SetSources(sources []Source) {
 		return
 	}
 	if m.parser != nil && slices.ContainsFunc(sources, func(s Source) bool { return s.Engine == "postgres" }) {
-		m.parser.Start()
+		m.parser.StartSoon()
 	}
 	old := m.sources
 	m.sources = make(map[string]*source, len(sources))

@@ -65,6 +65,7 @@ type Parser struct {
 
 	mu     sync.Mutex // guards what follows and the fields of lanes
 	closed bool
+	soon   bool // StartSoon was called
 	stop   chan struct{}
 	served map[*net.UnixConn]bool // introducers
 }
@@ -113,6 +114,30 @@ func (p *Parser) Start() {
 	if !p.closed {
 		_ = p.ensureLocked(p.lanes[pgtree.Small])
 	}
+}
+
+// parserDelay is how long StartSoon waits: agentd's start has other work, and
+// many a start is followed by an end.
+const parserDelay = 3 * time.Second
+
+// StartSoon does what Start does, a few seconds later unless a session needs the
+// parser before.
+func (p *Parser) StartSoon() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed || p.soon {
+		return
+	}
+	p.soon = true
+	p.wg.Add(1)
+	go func() {
+		defer p.wg.Done()
+		select {
+		case <-p.stop:
+		case <-time.After(parserDelay):
+			p.Start()
+		}
+	}()
 }
 
 // Close ends the processes and waits for them. Statements that are being looked
