@@ -38,7 +38,11 @@ func ParserMain() int {
 		err = forbidWriting()
 	}
 	if err == nil {
-		err = syscall.Setrlimit(unix.RLIMIT_DATA, &syscall.Rlimit{Cur: parserMemory, Max: parserMemory})
+		limit := uint64(parserMemory)
+		if raceDetector {
+			limit *= 4
+		}
+		err = syscall.Setrlimit(unix.RLIMIT_DATA, &syscall.Rlimit{Cur: limit, Max: limit})
 	}
 	if err == nil {
 		err = forbidSystemCalls()
