@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"reflect"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -79,7 +80,9 @@ func (s *session) judge(ctx context.Context, text string, guard *frame.Guard, po
 		Tree: tree, Text: text, Guard: guard, Version: s.majorVersion(), Resolver: s,
 	})
 	if refusal == nil {
-		if len(text) <= maxJudgedText {
+		if slices.ContainsFunc(verdict.Statements, func(s pgguard.Statement) bool { return s.Changes }) {
+			j.changed()
+		} else if len(text) <= maxJudgedText {
 			j.verdicts[text] = judgedVerdict{verdict, now.Add(verdictLife)}
 		}
 		return verdict, nil, false

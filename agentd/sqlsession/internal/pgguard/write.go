@@ -139,6 +139,20 @@ func (c *checker) ddl(n *pgquery.Node, w *walker, at int) *Refusal {
 	}
 	switch s := n.Node.(type) {
 	case *pgquery.Node_CreateStmt:
+		if s.CreateStmt.Tablespacename != "" {
+			return &Refusal{Reason: "TABLESPACE is refused: the policy's write.schemas limits what may be changed", Position: at}
+		}
+		// Parents and the tables of foreign keys are changed, too.
+		for _, parent := range s.CreateStmt.InhRelations {
+			if refusal := add(parent.GetRangeVar()); refusal != nil {
+				return refusal
+			}
+		}
+		for _, element := range s.CreateStmt.TableElts {
+			if refusal := referred(element, add); refusal != nil {
+				return refusal
+			}
+		}
 		return add(s.CreateStmt.Relation)
 	case *pgquery.Node_ViewStmt:
 		return add(s.ViewStmt.View)
@@ -151,6 +165,11 @@ func (c *checker) ddl(n *pgquery.Node, w *walker, at int) *Refusal {
 	case *pgquery.Node_AlterSeqStmt:
 		return add(s.AlterSeqStmt.Sequence)
 	case *pgquery.Node_AlterTableStmt:
+		for _, cmd := range s.AlterTableStmt.Cmds {
+			if refusal := c.alteration(cmd.GetAlterTableCmd(), at, add); refusal != nil {
+				return refusal
+			}
+		}
 		return add(s.AlterTableStmt.Relation)
 	case *pgquery.Node_RenameStmt:
 		if s.RenameStmt.Relation != nil {
@@ -232,6 +251,38 @@ func (c *checker) schemas(catalog *Catalog) *Refusal {
 		return &Refusal{
 			Reason:   fmt.Sprintf("writing to schema %s is refused: the policy's write.schemas allow %s", schema, strings.Join(c.in.Guard.WriteSchemas, ", ")),
 			Position: int(r.Location),
+		}
+	}
+	return nil
+}
+
+// alteration looks at what one part of an ALTER TABLE changes beside the table.
+func (c *checker) alteration(cmd *pgquery.AlterTableCmd, at int, add func(...*pgquery.RangeVar) *Refusal) *Refusal {
+	switch cmd.GetSubtype() {
+	case pgquery.AlterTableType_AT_ChangeOwner, pgquery.AlterTableType_AT_SetTableSpace:
+		return &Refusal{Reason: "OWNER TO and SET TABLESPACE are refused: the policy's write.schemas limits what may be changed", Position: at}
+	}
+	switch def := cmd.GetDef().GetNode().(type) {
+	case *pgquery.Node_RangeVar: // INHERIT, NO INHERIT
+		return add(def.RangeVar)
+	case *pgquery.Node_PartitionCmd: // ATTACH PARTITION, DETACH PARTITION
+		return add(def.PartitionCmd.Name)
+	}
+	return referred(cmd.GetDef(), add)
+}
+
+// referred adds the tables that foreign keys of a column or a constraint refer to:
+// they get triggers.
+func referred(element *pgquery.Node, add func(...*pgquery.RangeVar) *Refusal) *Refusal {
+	constraints := element.GetColumnDef().GetConstraints()
+	if element.GetConstraint() != nil {
+		constraints = append(constraints, element)
+	}
+	for _, n := range constraints {
+		if table := n.GetConstraint().GetPktable(); table != nil {
+			if refusal := add(table); refusal != nil {
+				return refusal
+			}
 		}
 	}
 	return nil
