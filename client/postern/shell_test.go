@@ -199,6 +199,7 @@ func TestShellOnATerminal(t *testing.T) {
 	term.line("\x03")
 	time.Sleep(twice + 100*time.Millisecond)
 	term.line(" select 1;\r")
+	term.await("Time: ")
 	term.line("\x03")
 	term.await("Ctrl-C again")
 	term.line("\x03")
