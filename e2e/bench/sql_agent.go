@@ -127,7 +127,7 @@ func (b *agentBench) sessions(ctx context.Context, r *Report) error {
 			}
 			kept = append(kept, again)
 		}
-		time.Sleep(50 * time.Millisecond) // until the next one is warm
+		time.Sleep(200 * time.Millisecond) // until the next one is warm, also on a busy machine
 	}
 	none := sqlsession.New(sqlsession.Config{Executable: b.agentd, UIDBase: 1_960_000_000, Warm: -1})
 	defer none.Close(ctx) //nolint:errcheck // waits; nothing is left to say

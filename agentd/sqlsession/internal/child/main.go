@@ -208,8 +208,13 @@ func (p *process) loop() int {
 	if p.sink.send(frame.Connected, session.about()) != nil {
 		return exitProtocol
 	}
+	var cold warmer
+	if r.connect.Settings == nil { // not for a client of PostgreSQL's own protocol
+		cold, _ = session.(warmer)
+	}
 	for {
-		r, lost := p.await()
+		r, lost := p.await(cold)
+		cold = nil
 		if lost != nil && r.kind == 0 {
 			fmt.Fprintln(os.Stderr, "sql session: the database closed the idle connection")
 			return exitDatabase
@@ -275,15 +280,39 @@ func (p *process) introspect(r request) (ok bool) {
 
 // await waits for a request and watches the idle connection meanwhile. An
 // error means that the connection is dead; the request is zero if none came.
-func (p *process) await() (request, error) {
-	stop := make(chan struct{})
-	watched := make(chan error, 1)
-	go func() { watched <- p.session.watch(stop) }()
-	select {
-	case r := <-p.requests:
-		close(stop)
-		return r, <-watched
-	case err := <-watched:
-		return request{}, err
+// If cold is not nil, it is warmed when no request comes at once.
+func (p *process) await(cold warmer) (request, error) {
+	var delay <-chan time.Time
+	if cold != nil {
+		timer := time.NewTimer(warmDelay)
+		defer timer.Stop()
+		delay = timer.C
+	}
+	for {
+		stop := make(chan struct{})
+		watched := make(chan error, 1)
+		go func() { watched <- p.session.watch(stop) }()
+		select {
+		case r := <-p.requests:
+			close(stop)
+			return r, <-watched
+		case err := <-watched:
+			return request{}, err
+		case <-delay:
+			close(stop)
+			err := <-watched
+			if err == nil {
+				err = cold.warm(func() bool { return len(p.requests) > 0 })
+			}
+			if err == nil {
+				continue
+			}
+			select {
+			case r := <-p.requests:
+				return r, err
+			default:
+				return request{}, err
+			}
+		}
 	}
 }

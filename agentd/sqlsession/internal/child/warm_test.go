@@ -1,0 +1,52 @@
+package child
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"testing"
+
+	"github.com/jackc/pgx/v5/pgproto3"
+)
+
+// idleServer is a server that answers every question with nothing.
+func idleServer(cycles int) []byte {
+	return bytes.Repeat(encode(&pgproto3.ReadyForQuery{TxStatus: 'I'}), cycles)
+}
+
+func TestWarmAsksUntilARequestWaits(t *testing.T) {
+	for waits, asked := range []int{0, 0, 1, 2} {
+		conn := &script{Reader: bytes.NewReader(idleServer(6))}
+		s := &session{wire: newWire(conn, map[string]string{}), network: "test", parser: known{}}
+		looks := 0
+		if err := s.warm(func() bool { looks++; return looks > waits }); err != nil {
+			t.Fatal(err)
+		}
+		if got := bytes.Count(conn.wrote.Bytes(), []byte("BEGIN READ ONLY;SET LOCAL jit = off")); got != asked {
+			t.Errorf("a request that waits after %d looks: %d questions, want %d", waits, got, asked)
+		}
+		if len(s.judged.verdicts)+len(s.judged.catalogs)+len(s.judged.trees) != 0 {
+			t.Error("what was asked to warm is remembered")
+		}
+	}
+}
+
+func TestWarmGoesOnAfterARefusal(t *testing.T) {
+	refused := encode(&pgproto3.ErrorResponse{Severity: "ERROR", Code: "57014", Message: "canceled"})
+	conn := &script{Reader: io.MultiReader(bytes.NewReader(refused), bytes.NewReader(idleServer(6)))}
+	s := &session{wire: newWire(conn, map[string]string{}), network: "test"}
+	if err := s.warm(func() bool { return false }); err != nil {
+		t.Fatal(err)
+	}
+	if got := bytes.Count(conn.wrote.Bytes(), []byte("ROLLBACK")); got != 2 {
+		t.Errorf("%d questions, want 2", got)
+	}
+}
+
+func TestWarmTellsOfADeadConnection(t *testing.T) {
+	s := &session{wire: newWire(&script{Reader: bytes.NewReader(idleServer(2))}, map[string]string{}), network: "test"}
+	var gone *lostError
+	if err := s.warm(func() bool { return false }); !errors.As(err, &gone) {
+		t.Errorf("the error is %v, want a lost connection", err)
+	}
+}
