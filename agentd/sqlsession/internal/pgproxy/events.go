@@ -77,26 +77,19 @@ func (p *Proxy) tellIntents() (*Refusal, error) {
 			}
 		}
 	}
+	if len(todo) == 0 {
+		return nil, nil
+	}
+	p.mu.Lock()
+	p.unanswered, p.ackRefusal = len(todo), nil
+	p.mu.Unlock()
 	for _, st := range todo {
 		st.intended = true
 		_ = p.out.message(Intent, p.event(st, posternv1.WireEvent_STATE_RUNNING))
-	}
-	if len(todo) == 0 {
-		return nil, nil
 	}
 	p.out.flush()
 	if p.out.err != nil {
 		return nil, errEnded
 	}
-	var refused *Refusal
-	for range todo {
-		refusal, ok := <-p.acks
-		if !ok {
-			return nil, errEnded
-		}
-		if refusal != nil && refused == nil {
-			refused = refusal
-		}
-	}
-	return refused, nil
+	return <-p.acks, nil
 }

@@ -39,8 +39,9 @@ type bench struct {
 	events  []*posternv1.WireEvent
 	intents []*posternv1.WireEvent
 	end     *posternv1.WireEnd
-	// refuseIntent answers intents.
+	// refuseIntent answers intents, of statements with refuseOnly in them.
 	refuseIntent *Refusal
+	refuseOnly   string
 }
 
 type wish struct {
@@ -185,6 +186,9 @@ func (b *bench) fromProxy(agentd, client net.Conn, credits chan<- int, opened ch
 				b.events = append(b.events, e)
 			}
 			refusal := b.refuseIntent
+			if !strings.Contains(e.Sql, b.refuseOnly) {
+				refusal = nil
+			}
 			b.mu.Unlock()
 			if t == Intent {
 				b.proxy.Ack(refusal)

@@ -137,9 +137,9 @@ type Proxy struct {
 	pathNamesCatalog  bool
 	pathKnown         bool // pathNamesCatalog is right
 	ownPath           bool
-	copying           bool // the client's data go to a COPY, and its wait is watched
-	mustDrain         bool // batch holds what may change the meaning of names
-	acks              chan *Refusal
+	copying           bool          // the client's data go to a COPY, and its wait is watched
+	mustDrain         bool          // batch holds what may change the meaning of names
+	acks              chan *Refusal // the answer to all intents of a batch
 	fatal             *posternv1.WireEnd
 	broken            error // the connection's, found out while a question was asked
 
@@ -150,16 +150,20 @@ type Proxy struct {
 	// budget is how long it may run, in nanoseconds. The server tells of the statements
 	// of one cycle when it likes, so what stands between us and a client that has set the
 	// server's own limit aside is the limit times the number of them.
-	budget   atomic.Int64
-	ticking  atomic.Bool
-	stopped  atomic.Bool
-	ticker   *time.Timer
-	mu       sync.Mutex
-	ended    bool          // Run is over
-	busy     bool          // the server has a cycle
-	reason   frame.Reason  // why it was stopped; 0: it was not
-	over     chan struct{} // closed when a stopped cycle is over
-	stopping sync.WaitGroup
+	budget  atomic.Int64
+	ticking atomic.Bool
+	stopped atomic.Bool
+	ticker  *time.Timer
+	mu      sync.Mutex
+	ended   bool // Run is over
+	// unanswered is how many intents wait for their Ack, ackRefusal the first refusal
+	// of those before.
+	unanswered int
+	ackRefusal *Refusal
+	busy       bool          // the server has a cycle
+	reason     frame.Reason  // why it was stopped; 0: it was not
+	over       chan struct{} // closed when a stopped cycle is over
+	stopping   sync.WaitGroup
 }
 
 // expect is a message that the server has to answer.
@@ -237,11 +241,20 @@ func (p *Proxy) Hangup() {
 // Drain ends the session as soon as the server has no cycle under way.
 func (p *Proxy) Drain() { p.once.Do(func() { close(p.drain) }) }
 
-// Ack answers an Intent: nil lets the statement go to the server.
+// Ack answers one Intent: nil lets the statement go to the server. A batch goes when
+// all of its intents were answered, and not at all when one of them was refused. It
+// does not wait.
 func (p *Proxy) Ack(refusal *Refusal) {
-	select {
-	case p.acks <- refusal:
-	default: // nobody asked
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.unanswered == 0 {
+		return // nobody asked
+	}
+	if p.unanswered--; p.ackRefusal == nil {
+		p.ackRefusal = refusal
+	}
+	if p.unanswered == 0 {
+		p.acks <- p.ackRefusal // there is room: tellIntents takes it before it asks again
 	}
 }
 
