@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/e2e/pgserver"
@@ -40,10 +41,12 @@ func TestKilledParentLeavesNothing(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { _ = cmd.Process.Kill() }) // should the test fail before it does
 	backends := func(state string) string {
 		return one(t, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND query LIKE '%orphan%'"+state)
 	}
-	eventually(t, "the statement to run and a warm session to wait", func() bool {
+	// It starts a parser of its own, which takes ten seconds with the race detector.
+	within(t, 90*time.Second, "the statement to run and a warm session to wait", func() bool {
 		return backends(" AND state = 'active'") == "1" && len(sessionProcesses(cmd.Process.Pid)) == 2
 	})
 	processes := sessionProcesses(cmd.Process.Pid)

@@ -337,7 +337,9 @@ func TestPlansOfMaskedColumns(t *testing.T) {
 		s.Guard.Mode, s.Guard.Plans, s.Guard.MaskFilters, s.Guard.MaskKey = "read-only", "analyze", "equality", bytes.Repeat([]byte{7}, 32)
 		s.Guard.Masks = []sqlsession.Mask{{Columns: []string{"vault.people.mail"}, With: "hash"}, {Pattern: `zebra\d+`, With: "redact"}}
 	})
-	plan := planOf(t, m, request("SELECT c FROM vault.strict WHERE c::text = 'zebra4711'"))
+	// The domain's check calls a function of the database's own.
+	refuse(t, m, request("SELECT c FROM vault.strict WHERE c::text = 'zebra4711'"), proto.CodePolicyDenied)
+	plan := planOf(t, m, request("SELECT id FROM vault.people WHERE id::text = 'zebra4711'"))
 	if strings.Contains(plan, canary) || !strings.Contains(plan, `"Plan Rows"`) || !strings.Contains(plan, `"Output"`) {
 		t.Errorf("without masked columns: got %s", plan)
 	}

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/signal"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -360,7 +362,7 @@ func (s *shell) statement(ctx context.Context, text string, explain posternv1.Ex
 	if s.options.timeout > 0 {
 		run.statement.Timeout = durationpb.New(s.options.timeout)
 	}
-	for name := range placeholders(text) {
+	for _, name := range slices.Sorted(maps.Keys(placeholders(text))) {
 		if p := s.variables[name]; p != nil {
 			run.statement.Parameters = append(run.statement.Parameters, p)
 		}

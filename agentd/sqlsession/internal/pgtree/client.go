@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"time"
 )
@@ -31,6 +32,7 @@ type Client struct {
 	introducer *net.UnixConn
 
 	mu    sync.Mutex // held for a whole Parse
+	owed  int        // answers of the introducer that nobody waited for
 	conns map[Lane]net.Conn
 }
 
@@ -101,7 +103,21 @@ func (c *Client) connection(ctx context.Context, lane Lane) (conn net.Conn, fres
 		if _, err := c.introducer.Write([]byte{byte(lane)}); err != nil {
 			return nil, 0, err
 		}
+		c.owed++
+		for c.owed > 1 { // that to a question whose asker went away
+			f, _, err := ReceiveFile(c.introducer)
+			if err != nil {
+				return nil, 0, err
+			}
+			c.owed--
+			if f != nil {
+				_ = f.Close()
+			}
+		}
 		f, answer, err := ReceiveFile(c.introducer)
+		if err == nil {
+			c.owed--
+		}
 		if err != nil || f == nil {
 			return nil, answer, err
 		}
@@ -110,9 +126,9 @@ func (c *Client) connection(ctx context.Context, lane Lane) (conn net.Conn, fres
 		return f, answer, err
 	}()
 	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return nil, false, fmt.Errorf("%w (%w)", ErrUnavailable, err) // the answer is owed
 	case err != nil:
-		// An answer that comes later would be taken for that to the next
-		// question.
 		_ = c.introducer.Close()
 		c.introducer = nil
 		return nil, false, fmt.Errorf("%w (%w)", ErrUnavailable, err)
