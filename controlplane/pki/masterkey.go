@@ -77,16 +77,6 @@ func makeMasterKey(path string) (masterKey, error) {
 
 func writeNew(path string, content []byte) error {
 	dir := filepath.Dir(path)
-	// What a killed start left half written.
-	left, err := filepath.Glob(filepath.Join(dir, filepath.Base(path)+".*"))
-	if err != nil {
-		return err
-	}
-	for _, name := range left {
-		if err := os.Remove(name); err != nil {
-			return err
-		}
-	}
 	temp, err := os.CreateTemp(dir, filepath.Base(path)+".*") // mode 0600
 	if err != nil {
 		return err
