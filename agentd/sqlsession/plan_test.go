@@ -339,7 +339,7 @@ func TestPlansOfMaskedColumns(t *testing.T) {
 	})
 	// The domain's check calls a function of the database's own.
 	refuse(t, m, request("SELECT c FROM vault.strict WHERE c::text = 'zebra4711'"), proto.CodePolicyDenied)
-	plan := planOf(t, m, request("SELECT id FROM vault.people WHERE id::text = 'zebra4711'"))
+	plan := planOf(t, m, request("SELECT relname FROM pg_class WHERE relname::text = 'zebra4711'"))
 	if strings.Contains(plan, canary) || !strings.Contains(plan, `"Plan Rows"`) || !strings.Contains(plan, `"Output"`) {
 		t.Errorf("without masked columns: got %s", plan)
 	}
