@@ -12,8 +12,6 @@ func (s Spec) CheckEngine(engine string) error {
 		return fmt.Errorf("policy.%s: %s is not supported for engine %s: %s", key, key, engine, instead)
 	}
 	switch {
-	case Mode(s.Mode) == ModeMetadata && engine == "mysql":
-		return fmt.Errorf("policy.mode: metadata is not supported for engine %s: use read-only, or leave the source out", engine)
 	case s.Plans != "" && s.Plans != string(PlansOff):
 		return refuse("plans", "remove it or set it to off")
 	case len(s.Mask) > 0:

@@ -11,7 +11,7 @@ func TestCheckEngine(t *testing.T) {
 	for _, test := range []struct{ engine, policy, err string }{
 		{"postgres", "{mode: metadata, plans: full, functions: [f], mask: [{columns: ['*.a'], with: hash}]}", ""},
 		{"mysql", "{mode: read-only, functions: [app.f], hide: [hr], keep_rows: off, max_rows: 5, plans: off}", ""},
-		{"mysql", "{mode: metadata}", "policy.mode: metadata is not supported for engine mysql"},
+		{"mysql", "{mode: metadata}", ""},
 		{"mysql", "{plans: structure}", "policy.plans: plans is not supported for engine mysql"},
 		{"mysql", "{mask: [{columns: ['*.a'], with: hash}]}", "policy.mask: "},
 		{"mysql", "{mask_filters: allow}", "policy.mask_filters: "},

@@ -266,6 +266,49 @@ func codeOfMany(db *database) proto.Code {
 	return proto.CodePolicyDenied
 }
 
+// In mode metadata a statement is described and not run.
+func TestMetadata(t *testing.T) {
+	each(t, func(t *testing.T, db *database) {
+		m := db.open(t, metadata)
+		got, outcome := query(t, m, request("SELECT id, name, id + 1 AS more FROM things WHERE name = {{name}} AND id > :least"))
+		if len(got.rows) != 0 || outcome.CommandTag != "DESCRIBE" || got.schema.NumFields() != 3 {
+			t.Fatalf("got %v (%v), want three columns and no row", got.schema, outcome)
+		}
+		for i, name := range []string{"id", "name", "more"} {
+			if f := got.schema.Field(i); f.Name != name || !strings.HasPrefix(f.Type.String(), map[string]string{"name": "utf8"}[name]) {
+				t.Errorf("got %v, want the column %s", f, name)
+			}
+		}
+		var names []string
+		for _, p := range outcome.Parameters {
+			names = append(names, p.Name)
+		}
+		if want := []string{"name", "least"}; !reflect.DeepEqual(names, want) {
+			t.Errorf("got parameters %v, want %v", names, want)
+		}
+		started := time.Now()
+		query(t, m, request(db.slow))
+		if took := time.Since(started); took > 30*time.Second {
+			t.Errorf("a statement of a minute took %s to describe: it was run", took)
+		}
+		for _, text := range []string{"DROP TABLE things", "CREATE TABLE others (a int)", "EXPLAIN SELECT 1", "SELECT 1; SELECT 2", "BEGIN"} {
+			if _, _, err := try(t, m, request(text)); proto.CodeOf(err) != proto.CodePolicyDenied {
+				t.Errorf("%s: got %v, want a refusal", text, err)
+			}
+		}
+		e := refuse(t, m, request("SELECT nope FROM things"), proto.CodeSQL)
+		if !strings.Contains(e.Error(), "nope") {
+			t.Errorf("got %v, want the name", e)
+		}
+		// The session goes on, and a source of another mode runs what this one describes.
+		query(t, m, request("SELECT name FROM things"))
+		got, _ = query(t, db.open(t), request("SELECT name FROM things WHERE id = 1"))
+		if len(got.rows) != 1 {
+			t.Errorf("got %v, want a row", got.rows)
+		}
+	})
+}
+
 func TestLostServer(t *testing.T) {
 	each(t, func(t *testing.T, db *database) {
 		if db.kick == nil {

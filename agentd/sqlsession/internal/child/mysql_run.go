@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -44,8 +45,9 @@ func (s *mysqlSession) run(r *frame.RunRequest, st *statement) (done frame.DoneR
 }
 
 // unenforced refuses what an engine does not enforce. The configuration refuses it
-// first; this is for the day on which it forgets.
-func unenforced(product string, r *frame.RunRequest) *proto.Error {
+// first; this is for the day on which it forgets. modes are those that the engine has
+// besides read-only and read-write.
+func unenforced(product string, r *frame.RunRequest, modes ...string) *proto.Error {
 	if r.Session {
 		return proto.Errorf(proto.CodeInvalid, "sessions that stay open are not supported for %s: run the statement alone", product)
 	}
@@ -54,7 +56,7 @@ func unenforced(product string, r *frame.RunRequest) *proto.Error {
 	}
 	g, what := &r.Guard, ""
 	switch {
-	case g.Mode != "read-only" && g.Mode != "read-write" && g.Mode != "":
+	case g.Mode != "read-only" && g.Mode != "read-write" && g.Mode != "" && !slices.Contains(modes, g.Mode):
 		what = "mode " + g.Mode
 	case g.Plans != "" && g.Plans != "off":
 		what = "plans"
@@ -70,15 +72,18 @@ func unenforced(product string, r *frame.RunRequest) *proto.Error {
 
 func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	r := x.request
-	if failure := unenforced("MySQL", r); failure != nil {
+	metadata := r.Guard.Mode == modeMetadata
+	if failure := unenforced("MySQL", r, modeMetadata); failure != nil {
 		return failure, false
 	}
 	values := make([]sqltext.Value, len(r.Parameters))
 	for i, p := range r.Parameters {
 		values[i] = sqltext.Value{Name: p.Name, Text: p.Value, Type: p.Type}
 	}
+	dialect := *sqltext.MySQL
+	dialect.Loose = metadata
 	var err error
-	if x.text, err = sqltext.MySQL.Bind(r.SQL, values); err != nil {
+	if x.text, err = dialect.Bind(r.SQL, values); err != nil {
 		return proto.Errorf(proto.CodeInvalid, "%w", err), false
 	}
 	arguments, failure := argumentValues(x.text.Args)
@@ -86,6 +91,9 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 		return failure, false
 	}
 	ctx := context.Background() // st ends what takes too long
+	if metadata {
+		return x.describe(ctx)
+	}
 	if failure, lost := x.judge(ctx); failure != nil {
 		return failure, lost
 	}
@@ -144,7 +152,7 @@ func (x *mysqlExecution) judge(ctx context.Context) (failure *proto.Error, lost 
 	if refusal != nil {
 		return mysqlDenial(refusal), false
 	}
-	failure, err := x.judgeNames(ctx, uses)
+	failure, _, err := x.judgeNames(ctx, uses)
 	if err != nil {
 		return x.failure(err, r, x.st, nil), isBroken(err)
 	}

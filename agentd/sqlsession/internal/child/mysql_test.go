@@ -51,3 +51,21 @@ func TestMySQLMoment(t *testing.T) {
 		}
 	}
 }
+
+// What describes a column or placeholder is read from whatever a server may send.
+func FuzzMySQLDefinition(f *testing.F) {
+	good := "\x03def\x04shop\x01a\x06things\x02nm\x04name\x0c\x2d\x00\xff\x00\x00\x00\xfd\x01\x10\x00\x00\x00"
+	f.Add([]byte(good))
+	f.Add([]byte("\xfe\xff\xff\xff\xff\xff\xff\xff\xff"))
+	f.Add([]byte("\x03def\x00\x00\x00\xfc\x01\x00x\x00\x0c\x3f\x00\x00\x00\x00\x00\x08\x20\x00\x00"))
+	c, err := mysqlDefinition([]byte(good))
+	if want := (mysqlColumn{schema: "shop", table: "things", name: "nm", column: "name", database: "VARCHAR", notNull: true}); err != nil || c != want {
+		f.Fatalf("got %+v, %v, want %+v", c, err, want)
+	}
+	f.Fuzz(func(t *testing.T, packet []byte) {
+		if c, err := mysqlDefinition(packet); err == nil && len(c.name)+len(c.schema)+len(c.table)+len(c.column) > len(packet) {
+			t.Errorf("%q: got %+v", packet, c)
+		}
+		_ = mysqlRefusal(packet)
+	})
+}

@@ -114,15 +114,16 @@ func (s *mysqlSession) lower(ctx context.Context, names []string) ([]string, err
 // judgeNames looks at what a statement of a read-only source may mean by its names:
 // a view that calls functions, a stored function with the name of a built-in one of
 // another version. The server is asked for everything of such a name, in any
-// database, so that no parser is needed; what can't be seen is refused.
-func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (*proto.Error, error) {
+// database, so that no parser is needed; what can't be seen is refused. views tells
+// whether any name may be a view's.
+func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (refused *proto.Error, views bool, failed error) {
 	functions := x.request.Guard.Functions
 	objects, err := x.objectsNow(ctx)
 	if errors.Is(err, errTooManyObjects) {
-		return denied(0, "the statement is refused: %s", err), nil
+		return denied(0, "the statement is refused: %s", err), false, nil
 	}
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
 	called := map[string]int{}
 	for _, c := range uses.Calls {
@@ -131,13 +132,13 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 		}
 	}
 	if failure, err := x.judgeCalls(ctx, objects, called, ""); failure != nil || err != nil {
-		return failure, err
+		return failure, false, err
 	}
 	looked, seen := map[string]bool{}, map[[2]string]bool{}
 	for names := uses.Names; len(names) > 0; {
 		lowered, err := x.lower(ctx, names)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		names = nil
 		for _, n := range lowered {
@@ -146,25 +147,26 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 			}
 			looked[n] = true
 			if len(looked) > maxNames {
-				return denied(0, "the statement is refused: it has more than %d names", maxNames), nil
+				return denied(0, "the statement is refused: it has more than %d names", maxNames), false, nil
 			}
 			for _, view := range objects.views[n] {
+				views = true
 				if seen[view] || systemSchemas[strings.ToLower(view[0])] || mysqlguard.Allowed(functions, view[0], view[1]) {
 					continue
 				}
 				seen[view] = true
 				if len(seen) > maxViews {
-					return denied(0, "the statement is refused: it may use more than %d views", maxViews), nil
+					return denied(0, "the statement is refused: it may use more than %d views", maxViews), false, nil
 				}
 				used, failure, err := x.judgeView(ctx, objects, view[0], view[1])
 				if failure != nil || err != nil {
-					return failure, err
+					return failure, false, err
 				}
 				names = append(names, used.Names...)
 			}
 		}
 	}
-	return nil, nil
+	return nil, views, nil
 }
 
 // judgeView looks into one view.

@@ -1,5 +1,14 @@
 package mysqlguard
 
+import (
+	"maps"
+	"slices"
+)
+
+// Harmless are the names of the functions that may be called, sorted, for tests of what
+// the server does with them.
+func Harmless() []string { return slices.Sorted(maps.Keys(harmless)) }
+
 // keywords are words before a parenthesis that call nothing.
 var keywords = set(`select from where on and or xor not in exists any some all as using join union except intersect minus distinct
  distinctrow having by values value row over partition when then else case between like rlike regexp div mod interval straight_join lateral

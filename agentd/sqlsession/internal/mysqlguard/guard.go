@@ -26,6 +26,9 @@ type Uses struct {
 	// Tables are schema and name of what a view's definition names in full, as the
 	// server writes all tables, and columns with their table: `db`.`table`.
 	Tables [][2]string
+	// MayAddNulls tells that NULL may come out of a column although the table's column
+	// that it is of has none. It is so too often rather than too rarely.
+	MayAddNulls bool
 }
 
 // Call is a call of a function.
@@ -37,6 +40,16 @@ type Call struct {
 // ReadOnly decides on a statement of a read-only source. functions are the globs of
 // functions that the policy lets be called all the same.
 func ReadOnly(text string, functions []string) (Uses, *Refusal) {
+	return reads(text, functions, "the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT")
+}
+
+// Metadata decides on a statement of a source in mode metadata, which the server
+// prepares and does not run.
+func Metadata(text string, functions []string) (Uses, *Refusal) {
+	return reads(text, functions, "the data source tells metadata only, which it can of SELECT, VALUES, TABLE and WITH ... SELECT")
+}
+
+func reads(text string, functions []string, allows string) (Uses, *Refusal) {
 	tokens, refusal := scan(text)
 	if refusal != nil {
 		return Uses{}, refusal
@@ -50,12 +63,30 @@ func ReadOnly(text string, functions []string) (Uses, *Refusal) {
 	}
 	if first == len(tokens) || tokens[first].Kind != sqltext.KindWord || !readers[strings.ToLower(tokens[first].Text)] {
 		t := tokens[min(first, len(tokens)-1)]
-		return Uses{}, &Refusal{fmt.Sprintf("%s is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT", shown(t)), t.Position}
+		return Uses{}, &Refusal{fmt.Sprintf("%s is refused: %s", shown(t), allows), t.Position}
 	}
 	if refusal := words(tokens); refusal != nil {
 		return Uses{}, refusal
 	}
-	return uses(tokens, functions, "")
+	u, refusal := uses(tokens, functions, "")
+	u.MayAddNulls = mayAddNulls(tokens)
+	return u, refusal
+}
+
+// nullWords are in every text in which a NULL may come of a column that has none:
+// outer joins, set operations, and aggregates, as one row without a group comes of no
+// rows (that group_concat and its like have more words does not matter: so have all).
+var nullWords = set(`left right full outer natural union except intersect minus rollup cube grouping with recursive values table having
+ any_value avg bit_and bit_or bit_xor count group_concat json_arrayagg json_objectagg max median min std stddev stddev_pop stddev_samp sum var_pop var_samp
+ variance st_collect percentile_cont percentile_disc lead lag`)
+
+func mayAddNulls(tokens []sqltext.Piece) bool {
+	for _, t := range tokens {
+		if (t.Kind == sqltext.KindWord || t.Kind == sqltext.KindIdentifier) && nullWords[strings.ToLower(t.Text)] {
+			return true
+		}
+	}
+	return false
 }
 
 // View decides on the definition of a view, as the server tells it.

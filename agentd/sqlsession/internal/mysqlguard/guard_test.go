@@ -85,3 +85,18 @@ func FuzzReadOnly(f *testing.F) {
 		}
 	})
 }
+
+func TestMetadata(t *testing.T) {
+	for text, want := range map[string]bool{
+		"SELECT a FROM t": false, "SELECT a FROM t JOIN u USING (a)": false, "SELECT a FROM t LEFT JOIN u": true, "SELECT a FROM t natural join u": true,
+		"SELECT a, MAX(b) FROM t": true, "SELECT a, `max`(b) FROM t": true, "(SELECT a FROM t) UNION (SELECT 1)": true, "WITH x AS (SELECT 1) SELECT * FROM x": true, "SELECT a FROM t GROUP BY a WITH ROLLUP": true,
+	} {
+		uses, refusal := Metadata(text, nil)
+		if refusal != nil || uses.MayAddNulls != want {
+			t.Errorf("%s: got %v, %v, want %v", text, uses.MayAddNulls, refusal, want)
+		}
+	}
+	if _, refusal := Metadata("DELETE FROM t", nil); refusal == nil || !strings.Contains(refusal.Reason, "metadata only") {
+		t.Errorf("got %v, want a refusal that names the mode", refusal)
+	}
+}
