@@ -38,7 +38,7 @@ test:
 	@packaging/dev/test.sh
 
 e2e-long:
-	@packaging/dev/deps.sh go postgresql mariadb nginx tinyproxy pydrivers
+	@packaging/dev/deps.sh go postgresql mariadb nginx tinyproxy pydrivers jupyter
 	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh netns
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v ./e2e
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v -run TestOneOwnersManyStatements ./agentd/sqlsession

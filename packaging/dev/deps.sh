@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx tinyproxy netns pydrivers bigclients.
+# nginx tinyproxy netns pydrivers jupyter bigclients.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -83,6 +83,10 @@ for name in "$@"; do
 	pydrivers) # Python's PostgreSQL drivers, for Debian's Python
 		/usr/bin/python3 -c 'import psycopg2, psycopg, asyncpg, pg8000' 2>/dev/null ||
 			install python3 python3-psycopg2 python3-psycopg python3-asyncpg python3-pg8000
+		;;
+	jupyter) # what kernels' tests run, for Debian's Python
+		/usr/bin/python3 -c 'import ipykernel, jupyter_client' 2>/dev/null ||
+			install python3 python3-ipykernel python3-jupyter-client
 		;;
 	bigclients) # what `make clients` runs: JDBC on a JDK, node with npm
 		command -v javac >/dev/null 2>&1 || install default-jdk-headless
