@@ -1,4 +1,5 @@
-// Package mariadbserver starts throwaway MariaDB servers for tests.
+// Package mariadbserver starts throwaway MariaDB servers for tests, and MySQL servers
+// where packaging/dev/mysql.sh has fetched one.
 //
 // A server listens on a free loopback port and on a unix socket, keeps its data in a
 // temporary directory without fsync, and runs as the user mysql when we are root, else

@@ -39,6 +39,8 @@ type Options struct {
 	// TLS gives the server a self-signed certificate for localhost and 127.0.0.1; its
 	// PEM file is Server.CAFile. Plain connections still work.
 	TLS bool
+	// MySQL is where packaging/dev/mysql.sh put MySQL, to be run instead; empty: MariaDB.
+	MySQL string
 }
 
 // Server is one running MariaDB.
@@ -64,7 +66,7 @@ type Server struct {
 
 // Launch starts a server. ctx bounds the start alone. The caller calls Stop.
 func Launch(ctx context.Context, options Options) (*Server, error) {
-	if _, err := find("mariadbd"); err != nil {
+	if _, err := options.daemon(); err != nil {
 		return nil, err
 	}
 	dir, err := os.MkdirTemp("", "postern-my-")
@@ -78,6 +80,18 @@ func Launch(ctx context.Context, options Options) (*Server, error) {
 		return nil, fmt.Errorf("start MariaDB in %s: %w", dir, err)
 	}
 	return s, nil
+}
+
+// daemon is the path of the server.
+func (o Options) daemon() (string, error) {
+	if o.MySQL == "" {
+		return find("mariadbd")
+	}
+	path := filepath.Join(o.MySQL, "bin", "mysqld")
+	if !isFile(path) {
+		return "", fmt.Errorf("no %s: run packaging/dev/mysql.sh %s", path, o.MySQL)
+	}
+	return path, nil
 }
 
 // find is the path of one of MariaDB's programs.
@@ -111,17 +125,8 @@ func (s *Server) setUp(ctx context.Context) error {
 			return err
 		}
 	}
-	install, err := find("mariadb-install-db")
-	if err != nil {
+	if err := s.install(); err != nil {
 		return err
-	}
-	args := []string{
-		"--no-defaults", "--datadir=" + s.dataDir(), "--auth-root-authentication-method=normal", "--skip-test-db",
-		"--innodb-buffer-pool-size=8M", "--innodb-log-file-size=4M", "--innodb-flush-log-at-trx-commit=0",
-	}
-	cmd := s.command(install, args...)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("mariadb-install-db: %w: %s", err, tail(out))
 	}
 	if s.options.TLS {
 		if err := s.writeCertificate(); err != nil {
@@ -129,12 +134,14 @@ func (s *Server) setUp(ctx context.Context) error {
 		}
 	}
 	for attempt := 1; ; attempt++ {
-		if s.Port, err = freePort(); err != nil {
+		port, err := freePort()
+		if err != nil {
 			return err
 		}
+		s.Port = port
 		password := s.Password
 		s.Password = ""
-		err := s.start(ctx)
+		err = s.start(ctx)
 		s.Password = password
 		if err == nil {
 			break
@@ -146,10 +153,33 @@ func (s *Server) setUp(ctx context.Context) error {
 	}
 	password := s.Password
 	s.Password = ""
-	err = s.SQL(ctx, "SET PASSWORD FOR '"+Superuser+"'@'localhost' = PASSWORD('"+password+"')")
+	err := s.SQL(ctx, "ALTER USER '"+Superuser+"'@'localhost' IDENTIFIED BY '"+password+"'")
 	s.Password = password
 	return err
 }
+
+// install makes the server's data directory.
+func (s *Server) install() error {
+	program, err := find("mariadb-install-db")
+	args := []string{
+		"--no-defaults", "--datadir=" + s.dataDir(), "--auth-root-authentication-method=normal", "--skip-test-db",
+		"--innodb-buffer-pool-size=8M", "--innodb-log-file-size=4M", "--innodb-flush-log-at-trx-commit=0",
+	}
+	if s.options.MySQL != "" {
+		program, err = s.options.daemon()
+		args = []string{"--no-defaults", "--initialize-insecure", "--datadir=" + s.dataDir(), "--lc-messages-dir=" + s.messages(), "--innodb-flush-method=nosync"}
+	}
+	if err != nil {
+		return err
+	}
+	if out, err := s.command(program, args...).CombinedOutput(); err != nil {
+		return fmt.Errorf("%s: %w: %s", filepath.Base(program), err, tail(out))
+	}
+	return nil
+}
+
+// messages is where MySQL's messages are.
+func (s *Server) messages() string { return filepath.Join(s.options.MySQL, "share", "mysql") }
 
 // command is one that runs as the server's user and ends with us.
 func (s *Server) command(path string, args ...string) *exec.Cmd {
@@ -241,15 +271,21 @@ func (s *Server) CreateUser(ctx context.Context, name, password string, grants .
 func (s *Server) start(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, startTimeout)
 	defer cancel()
-	path, err := find("mariadbd")
+	path, err := s.options.daemon()
 	if err != nil {
 		return err
 	}
 	args := []string{
 		"--no-defaults", "--datadir=" + s.dataDir(), "--socket=" + s.Socket, "--port=" + strconv.Itoa(s.Port), "--bind-address=127.0.0.1",
 		"--skip-name-resolve=0", "--pid-file=" + filepath.Join(s.Dir, "pid"), "--character-set-server=utf8mb4", "--max-allowed-packet=512M",
-		"--innodb-buffer-pool-size=32M", "--innodb-log-file-size=16M", "--innodb-flush-log-at-trx-commit=0", "--innodb-flush-method=nosync",
+		"--innodb-buffer-pool-size=32M", "--innodb-flush-log-at-trx-commit=0", "--innodb-flush-method=nosync",
 		"--skip-log-bin", "--secure-file-priv=", "--default-time-zone=+00:00", "--local-infile=1",
+	}
+	if s.options.MySQL != "" {
+		args = append(args, "--innodb-redo-log-capacity=32M", "--mysqlx=OFF", "--lc-messages-dir="+s.messages(),
+			"--plugin-dir="+filepath.Join(s.options.MySQL, "lib", "mysql", "plugin"), "--log-error-verbosity=2")
+	} else {
+		args = append(args, "--innodb-log-file-size=16M")
 	}
 	if s.options.TLS {
 		args = append(args, "--ssl-cert="+s.CAFile, "--ssl-key="+filepath.Join(s.Dir, "key.pem"))
