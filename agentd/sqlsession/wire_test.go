@@ -205,6 +205,54 @@ func TestWire(t *testing.T) {
 	}
 }
 
+// TestWireParameterTypes: the check of a domain is not run for a value either whose
+// type the client gives by its number, as the statement then has no name of it.
+func TestWireParameterTypes(t *testing.T) {
+	err := server.SQL(t.Context(), "CREATE SCHEMA typed",
+		"CREATE FUNCTION typed.acts(text) RETURNS bool LANGUAGE sql AS 'SELECT pg_advisory_lock(4711) IS NOT NULL'",
+		"CREATE DOMAIN typed.acting AS text CHECK (typed.acts(VALUE))", "CREATE DOMAIN typed.around AS typed.acting[]",
+		"CREATE TYPE typed.pair AS (a int, b typed.acting)", "CREATE TYPE typed.mood AS ENUM ('fine', 'bad')",
+		"CREATE FUNCTION typed.pure(int) RETURNS bool LANGUAGE sql AS 'SELECT $1 > 0'", "CREATE DOMAIN typed.positive AS int CHECK (VALUE > 0)",
+		"GRANT USAGE ON SCHEMA typed TO PUBLIC")
+	if err != nil {
+		t.Fatal(err)
+	}
+	cleanUp(t, "DROP SCHEMA typed CASCADE")
+	for _, mode := range []string{"read-only", "metadata"} {
+		src := source("db")
+		src.ReadWrite, src.Guard.Mode = false, mode
+		m := newManager(t, sqlsession.Config{}, src)
+		c := openWire(t, m, "wire_types_"+mode)
+		for _, test := range []struct{ kind, value, want string }{
+			{"typed.acting", "x", "42501"},
+			{"typed.acting[]", "{x}", "42501"},
+			{"typed.around", "{x}", "42501"},
+			{"typed.pair", "(1,x)", "42501"},
+			{"typed.pair[]", `{"(1,x)"}`, "42501"},
+			{"typed.mood", "fine", "1"},
+			{"typed.positive", "5", "1"},
+		} {
+			if mode == "metadata" {
+				test.want = "42501"
+			}
+			oid := uint32(count(t, "SELECT '"+test.kind+"'::regtype::oid::int"))
+			c.front.Send(&pgproto3.Parse{Query: "SELECT 1 WHERE $1 IS NOT NULL", ParameterOIDs: []uint32{oid}})
+			c.front.Send(&pgproto3.Bind{Parameters: [][]byte{[]byte(test.value)}})
+			c.front.Send(&pgproto3.Execute{})
+			c.front.Send(&pgproto3.Sync{})
+			if err := c.front.Flush(); err != nil {
+				t.Fatal(err)
+			}
+			if got := c.answer(); got != test.want {
+				t.Errorf("%s: %s: got %s, want %s", mode, test.kind, got, test.want)
+			}
+		}
+		if n := count(t, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 4711"); n != 0 {
+			t.Errorf("%s: a check ran", mode)
+		}
+	}
+}
+
 func TestWireEnds(t *testing.T) {
 	src := source("db")
 	m := newManager(t, sqlsession.Config{}, src)

@@ -1,6 +1,7 @@
 package child
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgplan"
@@ -46,7 +47,7 @@ func (x *execution) runsNoCheck(s *pgplan.Statement) *proto.Error {
 		}
 	}
 	d := &x.session.domains
-	if d.asked.IsZero() || time.Since(d.asked) > domainsLife {
+	if d.old() {
 		if failure := x.askDomains(d); failure != nil {
 			return failure
 		}
@@ -54,7 +55,14 @@ func (x *execution) runsNoCheck(s *pgplan.Statement) *proto.Error {
 	if d.acting == "" {
 		return nil
 	}
-	return denied(position, "the statement is refused: a literal begins with a bracket, and if it is one of the domain %s in an array or a row PostgreSQL runs %s when it reads the statement: name that in functions of the data source's policy if it may be run, or give the literal another form",
+	return denied(position, "the statement is refused: %s", d.reason())
+}
+
+func (d *domains) old() bool { return d.asked.IsZero() || time.Since(d.asked) > domainsLife }
+
+// reason is why a literal that begins with a bracket is refused.
+func (d *domains) reason() string {
+	return fmt.Sprintf("a literal begins with a bracket, and if it is one of the domain %s in an array or a row PostgreSQL runs %s when it reads the statement: name that in functions of the data source's policy if it may be run, or give the literal another form",
 		d.acting, d.function)
 }
 
@@ -66,13 +74,21 @@ func (x *execution) askDomains(d *domains) *proto.Error {
 	case refusal != nil:
 		return x.tell(refusal, 0)
 	}
+	if !d.learn(rows, x.request.Guard.Functions) {
+		return proto.Errorf(proto.CodeInternal, "the server's answer about domains is not understood")
+	}
+	return nil
+}
+
+// learn reads the answer to domainsQuery; false: it is not understood.
+func (d *domains) learn(rows [][]string, functions []string) bool {
 	found := domains{asked: time.Now()}
 	for _, row := range rows {
 		if len(row) != 6 {
-			return proto.Errorf(proto.CodeInternal, "the server's answer about domains is not understood")
+			return false
 		}
 		c := pgplan.Candidate{Schema: row[1], Name: row[2], BuiltIn: row[3] == "t", Volatility: row[4], Extension: row[5]}
-		if !c.Plannable(x.request.Guard.Functions) {
+		if !c.Plannable(functions) {
 			found.acting, found.function = clean(row[0]), clean(c.Schema+"."+c.Name)
 			break
 		}
@@ -81,5 +97,5 @@ func (x *execution) askDomains(d *domains) *proto.Error {
 		found.acting, found.function = "?", "one of too many functions"
 	}
 	*d = found
-	return nil
+	return true
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgguard"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgplan"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgproxy"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 	"github.com/postern-dev/postern/proto"
@@ -92,7 +93,7 @@ func (p *process) serveProxy(r *frame.WireRequest, conn net.Conn) int {
 		fmt.Fprintln(os.Stderr, "sql session:", failure)
 		return exitProtocol
 	}
-	judge := wireJudge{guard: &r.Guard, readWrite: r.ReadWrite, version: s.majorVersion(), masking: masking, parser: p.parser}
+	judge := &wireJudge{guard: &r.Guard, readWrite: r.ReadWrite, version: s.majorVersion(), masking: masking, parser: p.parser}
 	millis := func(n int64) time.Duration { return time.Duration(n) * time.Millisecond }
 	config := pgproxy.Config{
 		SessionID: r.SessionID, Server: s.wire.conn, Parameters: s.wire.params, Version: s.majorVersion(), Cancel: s.cancel,
@@ -100,7 +101,10 @@ func (p *process) serveProxy(r *frame.WireRequest, conn net.Conn) int {
 		MaxRows: r.MaxRows, MaxBytes: r.MaxBytes, Timeout: millis(r.TimeoutMillis), Idle: millis(r.IdleMillis), IdleInTransaction: millis(r.IdleInTransaction),
 	}
 	if masking != nil && r.Guard.Mode != modeMetadata {
-		config.Hide, config.Redact = wireHide{masking: masking}, masking.texts.String
+		config.Hide = wireHide{masking: masking}
+	}
+	if masking != nil {
+		config.Redact = masking.texts.String
 	}
 	proxy := pgproxy.New(config)
 	p.proxy.Store(proxy)
@@ -119,10 +123,11 @@ type wireJudge struct {
 	version   int
 	masking   *masking
 	parser    pgtree.Parser
+	domains   domains
 }
 
 // Judge implements pgproxy.Judge.
-func (j wireJudge) Judge(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
+func (j *wireJudge) Judge(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
 	v, refusal := j.permit(ctx, server, text, tree)
 	if refusal != nil || v.DescribeOnly != nil {
 		return v, refusal
@@ -131,7 +136,7 @@ func (j wireJudge) Judge(ctx context.Context, server pgproxy.Asker, text string,
 	return v, refusal
 }
 
-func (j wireJudge) permit(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
+func (j *wireJudge) permit(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
 	reads := onlyReads(tree.GetStmts()[0].GetStmt().ProtoReflect(), true)
 	if !j.readWrite && !reads {
 		return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: stateReadOnly, Message: "the statement is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT"}
@@ -139,6 +144,11 @@ func (j wireJudge) permit(ctx context.Context, server pgproxy.Asker, text string
 	guard := *j.guard
 	if !j.readWrite {
 		guard.Mode = pgguard.ModeReadOnly
+	}
+	if j.guard.Mode == modeMetadata {
+		if refusal := j.runsNoCheck(ctx, server, text, tree); refusal != nil {
+			return pgproxy.Verdict{}, refusal
+		}
 	}
 	_, refusal := pgguard.Check(ctx, pgguard.Input{Tree: tree, Text: text, Guard: &guard, Version: j.version, CopyOut: true, Resolver: wireResolver{server}})
 	var asked *pgproxy.Refusal
@@ -157,6 +167,40 @@ func (j wireJudge) permit(ctx context.Context, server pgproxy.Asker, text string
 		return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: "57014", Message: "the statement is refused: " + refusal.Reason, Code: proto.CodeUnavailable}
 	}
 	return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: "42501", Message: clean("the statement is refused: " + refusal.Reason), Position: refusal.Position}
+}
+
+// runsNoCheck is that of an execution: see there.
+func (j *wireJudge) runsNoCheck(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) *pgproxy.Refusal {
+	calls, err := pgplan.Read(tree)
+	var refusal *pgplan.Refusal
+	switch {
+	case errors.As(err, &refusal):
+		return &pgproxy.Refusal{SQLState: "42501", Message: "the statement is refused: " + refusal.Message, Position: characters(text, refusal.Offset)}
+	case err != nil:
+		return &pgproxy.Refusal{SQLState: "42501", Message: "the statement is refused: it is not understood"}
+	case calls.Composite < 0:
+		return nil
+	}
+	if refusal := j.learnDomains(ctx, server); refusal != nil || j.domains.acting == "" {
+		return refusal
+	}
+	return &pgproxy.Refusal{SQLState: "42501", Message: "the statement is refused: " + j.domains.reason(), Position: characters(text, calls.Composite)}
+}
+
+// learnDomains asks for what is known of the database's domains, if that is old.
+func (j *wireJudge) learnDomains(ctx context.Context, server pgproxy.Asker) *pgproxy.Refusal {
+	if !j.domains.old() {
+		return nil
+	}
+	rows, err := server.Ask(ctx, domainsQuery)
+	var theirs *pgproxy.Refusal
+	switch {
+	case errors.As(err, &theirs):
+		return theirs
+	case err != nil, !j.domains.learn(rows, j.guard.Functions):
+		return &pgproxy.Refusal{SQLState: "57014", Message: "the statement is refused: the catalog's answer about domains is not understood", Code: proto.CodeUnavailable}
+	}
+	return nil
 }
 
 // wireResolver asks over the connection of a client of PostgreSQL's protocol.

@@ -26,6 +26,10 @@ func (p *Proxy) send() error {
 	}
 	p.begin()
 	defer p.end()
+	if err := p.holdReadOnly(); err != nil {
+		return err
+	}
+	p.sent = true
 	if err := p.write(p.batch); err != nil {
 		return p.lastWords(err)
 	}
@@ -51,6 +55,52 @@ func (p *Proxy) send() error {
 	p.endBulk()
 	p.pass()
 	return nil
+}
+
+// reportsReadOnly is the first version of the server that tells when
+// default_transaction_read_only changes.
+const reportsReadOnly = 14
+
+// holdReadOnly makes sure that what comes next runs read only, on a server that would not
+// tell if a function that the policy allows had switched that off for what follows. It is
+// said before each cycle that begins outside of a transaction, and costs a round trip.
+func (p *Proxy) holdReadOnly() error {
+	if p.config.ReadWrite || p.config.Version >= reportsReadOnly || p.tx != 'I' || p.sent {
+		return nil
+	}
+	if err := p.write(appendMessage(nil, 'Q', "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY")); err != nil {
+		return p.lastWords(err)
+	}
+	for {
+		t, size, err := p.header()
+		if err != nil {
+			return p.eof(err)
+		}
+		if known, err := p.aside(t, size); err != nil {
+			return err
+		} else if known {
+			continue
+		}
+		body, err := p.peek(size)
+		if err != nil {
+			return p.eof(err)
+		}
+		if t == 'E' {
+			if s := severity(body); s == "FATAL" || s == "PANIC" {
+				p.lastWord(body)
+				_ = p.through(5 + size)
+				p.pass()
+				return errEnded
+			}
+			return fail{refuse(stateDenied, "terminating connection: the transaction can't be kept read only: %s", serverError(body).GetMessage())}
+		}
+		if err := p.skip(5 + size); err != nil {
+			return p.eof(err)
+		}
+		if t == 'Z' {
+			return nil
+		}
+	}
 }
 
 // lastWords looks for what the server said before a write to it failed.
@@ -444,7 +494,7 @@ func (p *Proxy) ready(size int) error {
 		p.expects[0] = &expect{kind: 'Q'}
 		return p.write(appendMessage(nil, 'Q', poison))
 	}
-	p.swallow, p.mustFail, p.open, p.skipping = false, false, false, false
+	p.swallow, p.mustFail, p.open, p.skipping, p.sent = false, false, false, false, false
 	clear(p.staged)
 	clear(p.stagedPortals)
 	clear(p.declaring)

@@ -39,8 +39,10 @@ type part struct {
 // view is what classify knows of the session.
 type view struct {
 	readWrite bool
-	masked    bool
-	metadata  bool
+	// narrowed: what may be written is limited to schemas or kinds of statements.
+	narrowed bool
+	masked   bool
+	metadata bool
 	// pathNamesCatalog: an unqualified name may mean something else than pg_catalog's.
 	pathNamesCatalog bool
 	// ownPath: search_path was changed in the transaction under way.
@@ -114,6 +116,8 @@ func classify(node *pgquery.Node, v view) (p part, inside []inner, refusal *Refu
 	case *pgquery.Node_NotifyStmt:
 		if !v.readWrite {
 			refusal = refuse(stateReadOnly, "NOTIFY is refused: the data source is read-only")
+		} else if v.narrowed {
+			refusal = refuse(stateDenied, "NOTIFY is refused: the data source limits what may be written")
 		}
 		p.write = true
 	case *pgquery.Node_CopyStmt:
@@ -337,6 +341,9 @@ const accessShare = 1
 func classifyLock(l *pgquery.LockStmt, v view) (part, []inner, *Refusal) {
 	if !v.readWrite && l.GetMode() != accessShare {
 		return part{}, nil, refuse(stateReadOnly, "LOCK TABLE is refused but in ACCESS SHARE MODE: the data source is read-only")
+	}
+	if v.narrowed && l.GetMode() != accessShare {
+		return part{}, nil, refuse(stateDenied, "LOCK TABLE is refused but in ACCESS SHARE MODE: the data source limits what may be written")
 	}
 	if v.metadata {
 		return part{}, nil, refuse(stateDenied, "LOCK TABLE is refused: the data source shows metadata only")

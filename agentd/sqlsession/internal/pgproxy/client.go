@@ -17,6 +17,10 @@ func (p *Proxy) dispatch(t byte, size int) error {
 		return p.bind(size)
 	case 'd', 'c', 'f': // of a COPY that failed
 		return p.takeAway(size)
+	case 'Q', 'P':
+		if size > maxBody && size <= maxSkipped {
+			return p.tooLong(t, size)
+		}
 	}
 	if err := p.takeBody(t, size); err != nil {
 		return err
@@ -76,6 +80,36 @@ func (p *Proxy) takeAway(size int) error {
 		size -= n
 	}
 	return nil
+}
+
+const (
+	// maxTold is how much of a text that is too long goes to the log, in bytes.
+	maxTold = 4 << 10
+	// maxSkipped is how long such a text may be, in bytes: of more we believe that the
+	// client speaks something else.
+	maxSkipped = 64 << 20
+)
+
+// tooLong refuses a Query or Parse that is not looked at, and goes on behind it.
+func (p *Proxy) tooLong(t byte, size int) error {
+	head := min(size, maxTold)
+	if err := p.takeBody(t, head); err != nil {
+		return err
+	}
+	text := p.body
+	if t == 'P' {
+		_, rest, _ := cut(text)
+		text = rest
+	}
+	told := clip(strings.ToValidUTF8(string(text), "\uFFFD"), maxTold)
+	if err := p.takeAway(size - head); err != nil || p.skipping {
+		return err
+	}
+	refusal := refuse(stateLimit, "the text has about %d bytes, more than the %d that are understood", size, MaxText)
+	if t == 'P' {
+		return p.refuseMessage(told, refusal)
+	}
+	return p.refuseCycle(told, refusal)
 }
 
 // query is a Query: one or several statements.
@@ -258,6 +292,11 @@ func (p *Proxy) parse() error {
 	if len(j.parts) == 1 {
 		made.part = j.parts[0]
 	}
+	if refusal, err := p.judgeTypes(types[2:], &made.part); err != nil || p.skipping {
+		return err
+	} else if refusal != nil {
+		return p.refuseMessage(text, refusal)
+	}
 	p.staged[name] = made
 	sent := text
 	if j.rewrite != "" {
@@ -380,6 +419,10 @@ func (p *Proxy) bindLong(size int, head []byte, x *expect) error {
 	if p.skipping {
 		return p.takeAway(size - len(head))
 	}
+	if err := p.holdReadOnly(); err != nil {
+		return err
+	}
+	p.sent = true
 	b := binary.BigEndian.AppendUint32([]byte{'B'}, uint32(size+4))
 	if err := p.write(append(b, head...)); err != nil {
 		return err

@@ -3,7 +3,9 @@ package pgproxy
 import (
 	"container/list"
 	"context"
+	"encoding/binary"
 	"errors"
+	"strconv"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -68,7 +70,7 @@ type judgement struct {
 // view is what there is to know about the session for a verdict.
 func (p *Proxy) view() view {
 	return view{
-		readWrite: p.config.ReadWrite, masked: len(p.config.Guard.Masks) > 0, metadata: p.config.Guard.Mode == "metadata",
+		readWrite: p.config.ReadWrite, narrowed: len(p.config.Guard.WriteSchemas)+len(p.config.Guard.WriteStatements) > 0, masked: len(p.config.Guard.Masks) > 0, metadata: p.config.Guard.Mode == "metadata",
 		pathNamesCatalog: p.pathNamesCatalog, ownPath: p.ownPath,
 	}
 }
@@ -216,6 +218,70 @@ func (p *Proxy) judgeExecute(one *part, here map[string]part) *Refusal {
 		}
 	}
 	return nil
+}
+
+// firstOwnType is the first OID of what did not come with the server.
+const firstOwnType = 16384
+
+// judgeTypes holds the types against the policy that a Parse gives parameters: their
+// values are read by what belongs to the type, a domain's check, as if the statement
+// had named it.
+func (p *Proxy) judgeTypes(types []byte, one *part) (*Refusal, error) {
+	var ids []string
+	for ; len(types) >= 4; types = types[4:] {
+		if oid := binary.BigEndian.Uint32(types); oid >= firstOwnType {
+			ids = append(ids, strconv.FormatUint(uint64(oid), 10))
+		}
+	}
+	if len(ids) == 0 {
+		return nil, nil
+	}
+	if len(ids) > maxOwnTypes {
+		return refuse(stateComplex, "the statement is refused: it has more than %d parameters of types of the database's own", maxOwnTypes), nil
+	}
+	ctx, done := context.WithTimeout(context.Background(), judgeTimeout)
+	defer done()
+	rows, err := p.Ask(ctx, "SELECT n.nspname, t.typname FROM pg_catalog.pg_type t JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) t.typnamespace"+
+		" WHERE t.oid OPERATOR(pg_catalog.=) ANY ($1::pg_catalog.oid[])", "{"+strings.Join(ids, ",")+"}")
+	if refusal, ok := asRefusal(err); ok {
+		return refusal, p.lastError()
+	} else if err != nil {
+		return nil, err
+	}
+	var casts []*pgquery.Node
+	for i, row := range rows {
+		if len(row) != 2 {
+			return nil, errServer
+		}
+		casts = append(casts, &pgquery.Node{Node: &pgquery.Node_TypeCast{TypeCast: &pgquery.TypeCast{
+			Arg:      &pgquery.Node{Node: &pgquery.Node_ParamRef{ParamRef: &pgquery.ParamRef{Number: int32(i + 1)}}},
+			TypeName: &pgquery.TypeName{Names: []*pgquery.Node{pgquery.MakeStrNode(row[0]), pgquery.MakeStrNode(row[1])}, Typemod: -1},
+		}}})
+	}
+	if len(casts) == 0 {
+		return nil, nil // the server says that there are none
+	}
+	verdict, refusal := p.config.Judge.Judge(ctx, p, "", treeOf(selectOf(casts), &pgquery.RawStmt{}))
+	if err := p.lastError(); err != nil {
+		return nil, err
+	}
+	if refusal != nil {
+		refusal.Position = 0
+		return refusal, nil
+	}
+	if one.describeOnly == nil {
+		one.describeOnly = verdict.DescribeOnly
+	}
+	return nil, nil
+}
+
+// maxOwnTypes bounds the parameters of a statement whose types are the database's own.
+const maxOwnTypes = 1000
+
+func asRefusal(err error) (*Refusal, bool) {
+	var refusal *Refusal
+	ok := errors.As(err, &refusal)
+	return refusal, ok
 }
 
 // slice is a statement's own text and where it begins.

@@ -110,6 +110,8 @@ type Proxy struct {
 	expects []*expect
 	// open: the server has messages of the extended protocol that no Sync followed.
 	open bool
+	// sent: the server was sent something of the cycle that is open.
+	sent bool
 	// skipping: an error came, and what the client sends counts from its Sync on.
 	skipping bool
 	// serverSkips: so does the server for a question of ours; see Ask.

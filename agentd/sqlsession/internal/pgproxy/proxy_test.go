@@ -302,3 +302,40 @@ func TestAsk(t *testing.T) {
 	b.want("a question", b.query("SELECT version(), 3"), "T D C(SELECT 1) Z(T)")
 	b.want("the cursor lives", b.query("FETCH 1 FROM c"), "T D C(FETCH 1) Z(T)")
 }
+
+// TestOldServer: a server before PostgreSQL 14 does not tell when what makes
+// transactions read only is switched off, so each cycle begins by switching it on.
+func TestOldServer(t *testing.T) {
+	b := start(t, false, wish{config: func(c *Config) { c.Version = 13 }})
+	// What a function that the policy allows may do.
+	undo := "SELECT set_config(n, v, false) FROM (VALUES ('default_transaction_read_only', 'off')) s (n, v)"
+	const status = "S(default_transaction_read_only) "
+	b.want("a setting", b.query(undo), "T D C(SELECT 1) "+status+"Z(I)")
+	b.want("the next", b.query("SELECT 1/(current_setting('transaction_read_only') = 'on')::int"), status+"T D C(SELECT 1) Z(I)")
+	b.query(undo)
+	b.send(&pgproto3.Parse{Query: "SELECT 1/(current_setting('transaction_read_only') = 'on')::int"}, &pgproto3.Bind{}, &pgproto3.Execute{}, &pgproto3.Sync{})
+	b.want("extended", b.answer(), status+"1 2 D C(SELECT 1) Z(I)")
+	b.query(undo)
+	b.want("several", b.query("BEGIN; SELECT 1/(current_setting('transaction_read_only') = 'on')::int; COMMIT"), status+"C(BEGIN) T D C(SELECT 1) C(COMMIT) Z(I)")
+	b.want("an error", b.query("SELECT 1/0"), "E(22012) Z(I)")
+	b.send(&pgproto3.Parse{Query: "SELECT 1"}, &pgproto3.Flush{})
+	b.want("flushed", strings.Join(b.until(func(w string) bool { return w == "1" }), " "), "1")
+	b.send(&pgproto3.Bind{}, &pgproto3.Execute{}, &pgproto3.Sync{})
+	b.want("and on", b.answer(), "2 D C(SELECT 1) Z(I)")
+}
+
+// TestTooLong: a text that is too long to be looked at is refused, and the session
+// lives on.
+func TestTooLong(t *testing.T) {
+	b := start(t, false, wish{})
+	long := "SELECT '" + strings.Repeat("x", 3<<20) + "'"
+	b.want("simple", b.query(long), "E(54000) Z(I)")
+	b.send(&pgproto3.Parse{Name: "a", Query: long}, &pgproto3.Bind{PreparedStatement: "a"}, &pgproto3.Execute{}, &pgproto3.Sync{})
+	b.want("extended", b.answer(), "E(54000) Z(I)")
+	b.want("after it", b.query("SELECT 1"), "T D C(SELECT 1) Z(I)")
+	for _, e := range b.events {
+		if len(e.Sql) > 5<<10 || e.Verdict == "denied" && !strings.HasPrefix(e.Sql, "SELECT 'xxx") {
+			t.Errorf("the log has %d bytes: %.60s", len(e.Sql), e.Sql)
+		}
+	}
+}

@@ -273,7 +273,8 @@ func (p *Proxy) parameter(name, value string) error {
 	wrong := false
 	switch name {
 	case "default_transaction_read_only":
-		wrong = !p.config.ReadWrite && value != "on"
+		// Before PostgreSQL 14 nobody tells: see holdReadOnly.
+		wrong = !p.config.ReadWrite && value != "on" && p.config.Version >= reportsReadOnly
 	case "standard_conforming_strings":
 		wrong = value != "on"
 	case "client_encoding":
