@@ -114,6 +114,11 @@ func (x *execution) interact() (done bool, failure *proto.Error, lost bool) {
 
 // remain makes the session one that stays.
 func (s *session) remain() {
+	if s.primed {
+		s.primed = false
+		// Nothing of ours stays in a session that does. This goes with what is sent next.
+		_ = s.wire.send(&pgproto3.Close{ObjectType: 'S', Name: calledName}, &pgproto3.Close{ObjectType: 'S', Name: plainName})
+	}
 	if s.stay == nil {
 		s.stay = &interactive{prepared: make(map[string]string)}
 	}

@@ -57,9 +57,12 @@ func ParseDSN(dsn string) (*pgconn.Config, error) {
 
 // session is the process's one connection to the database.
 type session struct {
-	parser   pgtree.Parser
-	masking  *masking // of the statement before
-	judged   judged
+	parser  pgtree.Parser
+	masking *masking // of the statement before
+	judged  judged
+	// primed tells that the questions to the catalog are prepared under their names, and
+	// that nobody else has had the connection since. The first to ask resets it.
+	primed   bool
 	wire     *wire
 	sink     *sink
 	canceler *pgconn.PgConn
@@ -200,6 +203,7 @@ const resetTimeout = 10 * time.Second
 // reset brings the database session back to what it was after connecting:
 // nothing of a statement reaches the next one.
 func (s *session) reset() error {
+	s.primed = false
 	if s.stay != nil {
 		return s.settled()
 	}

@@ -16,6 +16,7 @@ import (
 // read-only source, say whether it only reads. All of it is one round trip.
 func (x *execution) prepare() (fields []pgproto3.FieldDescription, failure *proto.Error, lost bool) {
 	r, c := x.request, x.wire
+	x.session.primed = false
 	var err error
 	if r.Session { // what the statement before left; a session is not reset
 		err = c.send(&pgproto3.Close{ObjectType: 'S', Name: statementName}, &pgproto3.Close{ObjectType: 'S', Name: classifyName})

@@ -159,6 +159,7 @@ const (
 
 // question is one of ours to the catalog; row takes a row of its answer.
 type question struct {
+	name       string // of the prepared statement, if it may be one
 	query      string
 	parameters [][]byte
 	columns    int
@@ -171,7 +172,7 @@ func questions(q pgguard.Question) (all []question, more *bool) {
 	more = new(bool)
 	if len(q.Functions) > 0 {
 		schemas, names := arrays(q.Functions)
-		all = append(all, question{calledQuestion, [][]byte{schemas, names}, 9, func(catalog *pgguard.Catalog, v []string) {
+		all = append(all, question{calledName, calledQuestion, [][]byte{schemas, names}, 9, func(catalog *pgguard.Catalog, v []string) {
 			if name, ok := nth(q.Functions, v[0]); ok {
 				p := proc(v[1:])
 				p.One = v[7] == "t"
@@ -181,7 +182,7 @@ func questions(q pgguard.Question) (all []question, more *bool) {
 		}})
 	}
 	if len(q.Relations)+len(q.Operators)+len(q.Types) > 0 {
-		all = append(all, question{plainQuestion, behindOf(q).parameters[:6], 7, func(catalog *pgguard.Catalog, v []string) {
+		all = append(all, question{plainName, plainQuestion, behindOf(q).parameters[:6], 7, func(catalog *pgguard.Catalog, v []string) {
 			*more = *more || v[6] == "more"
 			if v[0] != "o" {
 				behind(catalog, q, v)
@@ -201,7 +202,7 @@ func behindOf(q pgguard.Question) question {
 		deep = []byte("t")
 	}
 	parameters := [][]byte{rs, rn, os, on, ts, tn, deep, arrayOf(pgguard.Outside()), arrayOf(q.Casts)}
-	return question{behindQuestion, parameters, 10, func(catalog *pgguard.Catalog, v []string) { behind(catalog, q, v) }}
+	return question{"", behindQuestion, parameters, 10, func(catalog *pgguard.Catalog, v []string) { behind(catalog, q, v) }}
 }
 
 func newCatalog() *pgguard.Catalog {
@@ -214,9 +215,14 @@ func newCatalog() *pgguard.Catalog {
 func (s *session) ask(q pgguard.Question) (*pgguard.Catalog, error) {
 	catalog := newCatalog()
 	all, more := questions(q)
-	err := s.askAll(catalog, all)
+	how := unprepared
+	if s.primed && s.wire.tx == 'I' {
+		how = primed
+	}
+	s.primed = false
+	err := s.askAll(catalog, all, how)
 	if err == nil && *more {
-		err = s.askAll(catalog, []question{behindOf(q)})
+		err = s.askAll(catalog, []question{behindOf(q)}, unprepared)
 	}
 	if err != nil {
 		return nil, err
@@ -224,7 +230,24 @@ func (s *session) ask(q pgguard.Question) (*pgguard.Catalog, error) {
 	return catalog, nil
 }
 
-func (s *session) askAll(catalog *pgguard.Catalog, all []question) error {
+// How questions are asked: each planned anew; so that they are prepared and their
+// plans are kept; or as they were prepared.
+const (
+	unprepared = iota
+	priming
+	primed
+)
+
+// The names of prepared questions. The server's DISCARD ALL, which follows every
+// statement, removes them: no statement of a user's ever runs while they count.
+const (
+	calledName = "postern_called"
+	plainName  = "postern_plain"
+)
+
+// askAll asks questions in one round trip. The connection must be idle unless how is
+// unprepared.
+func (s *session) askAll(catalog *pgguard.Catalog, all []question, how int) error {
 	c := s.wire
 	own := c.tx == 'I'
 	var err error
@@ -234,10 +257,22 @@ func (s *session) askAll(catalog *pgguard.Catalog, all []question) error {
 		}
 	}
 	if own {
-		send(&pgproto3.Query{String: "BEGIN READ ONLY;SET LOCAL jit = off;SET LOCAL statement_timeout = '" + resolveTimeout + "'"})
+		begin := "BEGIN READ ONLY;SET LOCAL jit = off;SET LOCAL statement_timeout = '" + resolveTimeout + "'"
+		if how != unprepared && s.majorVersion() >= 12 {
+			// The plan is made once. It is as good: the numbers of names are small.
+			begin += ";SET LOCAL plan_cache_mode = force_generic_plan"
+		}
+		send(&pgproto3.Query{String: begin})
 	}
 	for _, one := range all {
-		send(&pgproto3.Parse{Query: one.query}, &pgproto3.Bind{Parameters: one.parameters}, &pgproto3.Execute{}, &pgproto3.Sync{})
+		name := ""
+		if how != unprepared {
+			name = one.name
+		}
+		if how != primed {
+			send(&pgproto3.Parse{Name: name, Query: one.query})
+		}
+		send(&pgproto3.Bind{PreparedStatement: name, Parameters: one.parameters}, &pgproto3.Execute{}, &pgproto3.Sync{})
 	}
 	if own {
 		send(&pgproto3.Query{String: "ROLLBACK"})
