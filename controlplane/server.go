@@ -22,6 +22,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/audit"
 	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
+	"github.com/postern-dev/postern/controlplane/kernel"
 	"github.com/postern-dev/postern/controlplane/pgwire"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/query"
@@ -72,6 +73,7 @@ type Server struct {
 	journal  *query.Journal
 	pg       *pgwire.Server
 	catalogs *catalog.Service
+	kernels  *kernel.Service
 	tunnels  *tunnel.Server
 	events   *linkEvents
 	http     *http.Server
@@ -206,9 +208,23 @@ func (s *Server) wire() error {
 			return pgAgent{l}, nil
 		},
 	})
+	s.kernels = kernel.New(kernel.Config{
+		Logger: s.log, Store: kernelStore{s.store}, Append: s.audit.Append,
+		Operator: func(role string) bool { return token.Role(role).Includes(token.Operator) },
+		Connect: func(id string) (kernel.Agent, error) {
+			if s.draining.Load() {
+				return nil, errDraining
+			}
+			l, err := s.hub.Agent(id)
+			if err != nil {
+				return nil, err
+			}
+			return kernelAgent{l}, nil
+		},
+	})
 	s.http.Handler = api.New(api.Config{
 		Logger: s.log, Tokens: tokens{s.tokens, s.pg}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
-		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs,
+		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels},
 		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
 	})
 	return nil

@@ -23,6 +23,7 @@ import (
 
 	gproto "google.golang.org/protobuf/proto"
 
+	"github.com/postern-dev/postern/e2e/simulatedkernels"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/auditchain"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -120,6 +121,8 @@ type simulatedAgent struct {
 	cancel map[string]context.CancelCauseFunc
 	chain  [][]byte
 	head   auditchain.Head
+
+	kernels *simulatedkernels.Host // nil: none
 }
 
 func (a *simulatedAgent) dial(ctx context.Context, certs []tls.Certificate) (*tunnel.Tunnel, error) {
@@ -187,6 +190,9 @@ func (a *simulatedAgent) attach(t *testing.T) *tunnel.Tunnel {
 	mux.HandleFunc(proto.SQLPath, a.serveSQL)
 	mux.HandleFunc(wirestream.Path, a.serveWire)
 	mux.HandleFunc(proto.MetricsPath, func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "agentd_up 1\n") })
+	if a.kernels != nil {
+		a.kernels.Handle(mux)
+	}
 	server := &http.Server{Handler: mux}
 	served := make(chan struct{})
 	go func() { defer close(served); server.Serve(tn.Listener()) }()

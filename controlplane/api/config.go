@@ -22,6 +22,7 @@ type Config struct {
 	Agents   Agents
 	Queries  Queries
 	Catalogs Catalogs
+	Kernels  Kernels
 	Audit    Audit
 	CA       CA
 	Gatherer prometheus.Gatherer

@@ -7,7 +7,7 @@
 //	                                          ◀───  101 (or a status and an ErrorDetail)
 //	                                          ◀───  attached
 //	send, confirm                             ───▶
-//	                                          ◀───  delivery, changed, ...
+//	                                          ◀───  taken, delivery, changed, ...
 //	                                          ◀───  end
 //
 // A frame is
@@ -20,6 +20,10 @@
 // it belongs; when its stream is lost it comes back with KernelChannelsRequest.resume
 // and gets, in order and once, what it had not confirmed. What the journal had to
 // drop meanwhile is told by a delivery with truncated_from.
+//
+// The other way the host says with taken how many of the client's messages lie with the
+// shim; the others are sent again on the next stream, and what came twice is dropped by
+// its msg_id.
 //
 // There is no half-close: either side ends the stream by closing it; the host sends
 // end first, if it can (see End). A stream that ends without it means that the host

@@ -917,6 +917,7 @@ type KernelFrame struct {
 	//	*KernelFrame_Confirm
 	//	*KernelFrame_Changed
 	//	*KernelFrame_End
+	//	*KernelFrame_Taken
 	Frame         isKernelFrame_Frame `protobuf_oneof:"frame"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1013,6 +1014,15 @@ func (x *KernelFrame) GetEnd() string {
 	return ""
 }
 
+func (x *KernelFrame) GetTaken() uint64 {
+	if x != nil {
+		if x, ok := x.Frame.(*KernelFrame_Taken); ok {
+			return x.Taken
+		}
+	}
+	return 0
+}
+
 type isKernelFrame_Frame interface {
 	isKernelFrame_Frame()
 }
@@ -1046,6 +1056,14 @@ type KernelFrame_End struct {
 	End string `protobuf:"bytes,6,opt,name=end,proto3,oneof"`
 }
 
+type KernelFrame_Taken struct {
+	// From the host: so many of this stream's send messages, from its first, lie with
+	// the shim, which gives them to the kernel whatever becomes of the stream. What was
+	// not taken when a stream was lost is sent again on the next one: the shim drops a
+	// message with a msg_id that it took before (of the last 4096).
+	Taken uint64 `protobuf:"varint,7,opt,name=taken,proto3,oneof"`
+}
+
 func (*KernelFrame_Attached) isKernelFrame_Frame() {}
 
 func (*KernelFrame_Delivery) isKernelFrame_Frame() {}
@@ -1057,6 +1075,8 @@ func (*KernelFrame_Confirm) isKernelFrame_Frame() {}
 func (*KernelFrame_Changed) isKernelFrame_Frame() {}
 
 func (*KernelFrame_End) isKernelFrame_Frame() {}
+
+func (*KernelFrame_Taken) isKernelFrame_Frame() {}
 
 // KernelDelivery is a message from the kernel, or the marker of a gap.
 type KernelDelivery struct {
@@ -1206,14 +1226,15 @@ const file_postern_v1_kernel_proto_rawDesc = "" +
 	"\rparent_header\x18\x03 \x01(\fR\fparentHeader\x12\x1a\n" +
 	"\bmetadata\x18\x04 \x01(\fR\bmetadata\x12\x18\n" +
 	"\acontent\x18\x05 \x01(\fR\acontent\x12\x18\n" +
-	"\abuffers\x18\x06 \x03(\fR\abuffers\"\x93\x02\n" +
+	"\abuffers\x18\x06 \x03(\fR\abuffers\"\xab\x02\n" +
 	"\vKernelFrame\x120\n" +
 	"\battached\x18\x01 \x01(\v2\x12.postern.v1.KernelH\x00R\battached\x128\n" +
 	"\bdelivery\x18\x02 \x01(\v2\x1a.postern.v1.KernelDeliveryH\x00R\bdelivery\x12/\n" +
 	"\x04send\x18\x03 \x01(\v2\x19.postern.v1.KernelMessageH\x00R\x04send\x12\x1a\n" +
 	"\aconfirm\x18\x04 \x01(\x04H\x00R\aconfirm\x12.\n" +
 	"\achanged\x18\x05 \x01(\v2\x12.postern.v1.KernelH\x00R\achanged\x12\x12\n" +
-	"\x03end\x18\x06 \x01(\tH\x00R\x03endB\a\n" +
+	"\x03end\x18\x06 \x01(\tH\x00R\x03end\x12\x16\n" +
+	"\x05taken\x18\a \x01(\x04H\x00R\x05takenB\a\n" +
 	"\x05frame\"\xa4\x01\n" +
 	"\x0eKernelDelivery\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x123\n" +
@@ -1328,6 +1349,7 @@ func file_postern_v1_kernel_proto_init() {
 		(*KernelFrame_Confirm)(nil),
 		(*KernelFrame_Changed)(nil),
 		(*KernelFrame_End)(nil),
+		(*KernelFrame_Taken)(nil),
 	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
