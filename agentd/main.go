@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/postern-dev/postern/agentd/config"
+	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/proto"
 )
@@ -25,6 +26,9 @@ func main() {
 	}
 	if len(os.Args) > 1 && os.Args[1] == sqlsession.ParserArg {
 		os.Exit(sqlsession.ParserMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == kernel.InitArg {
+		os.Exit(kernel.InitMain())
 	}
 	os.Exit(run(os.Args[1:]))
 }

@@ -84,9 +84,10 @@ for name in "$@"; do
 		/usr/bin/python3 -c 'import psycopg2, psycopg, asyncpg, pg8000' 2>/dev/null ||
 			install python3 python3-psycopg2 python3-psycopg python3-asyncpg python3-pg8000
 		;;
-	jupyter) # what kernels' tests run, for Debian's Python
-		/usr/bin/python3 -c 'import ipykernel, jupyter_client' 2>/dev/null ||
-			install python3 python3-ipykernel python3-jupyter-client
+	jupyter) # what kernels' tests run, for Debian's Python; an assembler for their init
+		/usr/bin/python3 -c 'import ipykernel, jupyter_client, zmq, numpy, pandas' 2>/dev/null ||
+			install python3 python3-ipykernel python3-jupyter-client python3-zmq python3-numpy python3-pandas
+		command -v as >/dev/null 2>&1 || install binutils
 		;;
 	bigclients) # what `make clients` runs: JDBC on a JDK, node with npm
 		command -v javac >/dev/null 2>&1 || install default-jdk-headless
