@@ -14,6 +14,7 @@ import (
 	"golang.org/x/net/http/httpproxy"
 
 	"github.com/postern-dev/postern/agentd/audit"
+	"github.com/postern-dev/postern/agentd/checkpoint"
 	"github.com/postern-dev/postern/agentd/config"
 	"github.com/postern-dev/postern/agentd/control"
 	"github.com/postern-dev/postern/agentd/doctor"
@@ -116,7 +117,20 @@ func examine(ctx context.Context, r *doctor.Report, p *places) {
 	examineLink(ctx, r, p, c, status, running)
 	examineAudit(r, p, status, running)
 	r.Sandbox(c.SQL.UIDBase, uidCount)
+	examineCheckpoints(ctx, r)
 	examineSources(ctx, r, p, c, running)
+}
+
+// examineCheckpoints says what of checkpoints works here. Kernels run without them, so
+// nothing of it fails the whole.
+func examineCheckpoints(ctx context.Context, r *doctor.Report) {
+	for _, f := range checkpoint.Examine(ctx, "") {
+		result := doctor.Warning
+		if f.OK {
+			result = doctor.OK
+		}
+		r.Add(f.Name, result, f.Message, f.Remedy)
+	}
 }
 
 func examineLink(ctx context.Context, r *doctor.Report, p *places, c *config.Config, status control.Status, running bool) {

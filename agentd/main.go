@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/postern-dev/postern/agentd/checkpoint"
 	"github.com/postern-dev/postern/agentd/config"
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
@@ -29,6 +30,12 @@ func main() {
 	}
 	if len(os.Args) > 1 && os.Args[1] == kernel.InitArg {
 		os.Exit(kernel.InitMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == checkpoint.HelperArg {
+		os.Exit(checkpoint.HelperMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == checkpoint.ExecArg {
+		os.Exit(checkpoint.ExecMain())
 	}
 	os.Exit(run(os.Args[1:]))
 }

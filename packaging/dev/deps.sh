@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx tinyproxy netns pydrivers jupyter bigclients.
+# nginx tinyproxy netns criu pydrivers jupyter bigclients.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -79,6 +79,11 @@ for name in "$@"; do
 	netns)
 		command -v ip >/dev/null 2>&1 || install iproute2
 		command -v nft >/dev/null 2>&1 || [ -x /usr/sbin/nft ] || install nftables
+		;;
+	criu) # checkpoints: a CRIU that works on this kernel, and what the tests' trees are made with
+		command -v setpriv >/dev/null 2>&1 || install util-linux
+		[ -x /usr/bin/python3 ] || install python3
+		packaging/dev/criu.sh || die "no CRIU that works here: see above"
 		;;
 	pydrivers) # Python's PostgreSQL drivers, for Debian's Python
 		/usr/bin/python3 -c 'import psycopg2, psycopg, asyncpg, pg8000' 2>/dev/null ||

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 PATH=$PWD/.go/bin:$PATH:/usr/local/go/bin:/usr/sbin:/sbin
 export PATH
 packaging/dev/deps.sh go gcc postgresql mariadb nginx tinyproxy pydrivers jupyter
-[ "$(id -u)" != 0 ] || packaging/dev/deps.sh netns
+[ "$(id -u)" != 0 ] || packaging/dev/deps.sh netns criu
 
 began=$(date +%s)
 step() { echo; echo "== $* ($(($(date +%s) - began)) s)"; }

@@ -1,0 +1,38 @@
+package checkpoint
+
+import (
+	"context"
+
+	"github.com/postern-dev/postern/agentd/checkpoint/internal/criu"
+)
+
+// HelperArg and ExecArg are the hidden commands of agentd that HelperMain and ExecMain
+// serve; they must do nothing else first.
+const (
+	HelperArg = criu.HelperArg
+	ExecArg   = criu.ExecArg
+)
+
+// HelperMain is the process that drives CRIU; it returns the exit code.
+func HelperMain() int { return criu.HelperMain() }
+
+// ExecMain becomes CRIU, or returns an exit code.
+func ExecMain() int { return criu.ExecMain() }
+
+// Finding is what Examine says of one thing: OK, a lesser fault that costs speed or a
+// feature, or a fault without which no checkpoint can be made. Remedy is empty when OK.
+type Finding struct {
+	Name            string
+	OK, Lesser      bool
+	Message, Remedy string
+}
+
+// Examine looks at what checkpoints need of this host, for agentd doctor; it changes
+// nothing and takes at most a minute. path is CRIU's by the configuration, or empty.
+func Examine(ctx context.Context, path string) []Finding {
+	var all []Finding
+	for _, f := range criu.Examine(ctx, path, "/proc/self/exe") {
+		all = append(all, Finding{Name: f.Name, OK: f.Grade == criu.Fine, Lesser: f.Grade == criu.Lesser, Message: f.Message, Remedy: f.Remedy})
+	}
+	return all
+}

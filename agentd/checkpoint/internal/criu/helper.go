@@ -1,0 +1,224 @@
+package criu
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"time"
+
+	gocriu "github.com/checkpoint-restore/go-criu/v7"
+	"github.com/checkpoint-restore/go-criu/v7/rpc"
+	"github.com/checkpoint-restore/go-criu/v7/stats"
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/proto"
+)
+
+// logName is CRIU's log in the image directory, removed after success.
+const logName = "criu.log"
+
+// HelperMain is the helper process; it returns the exit code.
+func HelperMain() int {
+	events := os.NewFile(eventsFD, "events")
+	unix.CloseOnExec(eventsFD)
+	in := bufio.NewReaderSize(io.LimitReader(os.Stdin, maxRequest), 64<<10)
+	line, err := in.ReadBytes('\n')
+	var req request
+	if err == nil {
+		err = json.Unmarshal(line, &req)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "criu-helper: no request:", err)
+		return 2
+	}
+	// Whoever asked holds the other end; when they are gone nobody takes the answer.
+	go func() {
+		_, _ = io.Copy(io.Discard, os.Stdin)
+		os.Exit(3)
+	}()
+	h := &helper{req: req, out: json.NewEncoder(events)}
+	answer := h.run()
+	answer.Done = true
+	if err := h.tell(answer); err != nil {
+		return 3
+	}
+	return 0
+}
+
+type helper struct {
+	gocriu.NoNotify
+	req request
+
+	mu  sync.Mutex
+	out *json.Encoder
+
+	root int32
+}
+
+func (h *helper) tell(e event) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.out.Encode(e)
+}
+
+// SetupNamespaces tells the root's process id as soon as there is one, so that the
+// caller can end it if everything else fails.
+func (h *helper) SetupNamespaces(pid int32) error { return h.tell(event{Born: int(pid)}) }
+
+// PostRestore has the process id that the answer needs.
+func (h *helper) PostRestore(pid int32) error {
+	h.root = pid
+	return nil
+}
+
+func (h *helper) run() event {
+	c := gocriu.MakeCriu()
+	c.SetCriuPath(h.req.Self)
+	if err := os.Setenv(execEnv, execRequest{h.req.Criu, h.req.Cgroups, h.req.Preload}.String()); err != nil {
+		return event{Failed: err.Error()}
+	}
+	for i := range h.req.Inherit { // CRIU must inherit them; they came without close-on-exec
+		if _, err := unix.FcntlInt(uintptr(firstInherited+i), unix.F_SETFD, 0); err != nil {
+			return event{Failed: fmt.Sprintf("inherited file %d: %v", i, err)}
+		}
+	}
+	if h.req.Op == opVersion {
+		v, err := c.GetCriuVersion()
+		return event{Version: v, Failed: text(err)}
+	}
+	dir, err := os.Open(h.req.Images)
+	if err != nil {
+		return event{Failed: err.Error()}
+	}
+	defer dir.Close() //nolint:errcheck // it is only read
+	o := h.options(dir)
+	if h.req.Op == opDump {
+		if err := c.Dump(o, h); err != nil {
+			return event{Failed: err.Error()}
+		}
+		return event{Stats: dumpStats(dir)}
+	}
+	if err := c.Restore(o, h); err != nil {
+		return event{Failed: err.Error()}
+	}
+	r := Restored{PID: int(h.root)}
+	if s, err := stats.CriuGetRestoreStats(dir); err == nil {
+		r.Forking, r.Restoring = microseconds(s.GetForkingTime()), microseconds(s.GetRestoreTime())
+	}
+	return event{Restored: r}
+}
+
+func (h *helper) options(dir *os.File) *rpc.CriuOpts {
+	level := int32(2)
+	if h.req.Verbose {
+		level = 4
+	}
+	mode := rpc.CriuCgMode_IGNORE
+	o := &rpc.CriuOpts{
+		ImagesDirFd:       proto.Int32(int32(dir.Fd())),
+		LogFile:           proto.String(logName),
+		LogLevel:          proto.Int32(level),
+		ManageCgroupsMode: &mode,
+		// A connection that the kernel's own programs have between themselves is closed,
+		// not refused; those that leave the tree are refused by the dry check.
+		TcpClose: proto.Bool(true),
+		// Locks that the tree's own processes hold.
+		FileLocks: proto.Bool(true),
+		External:  h.req.External,
+	}
+	// GhostLimit is the size of deleted files that travel inside the images.
+	o.GhostLimit = proto.Uint32(GhostLimit)
+	if h.req.Op == opDump {
+		o.Pid = proto.Int32(int32(h.req.PID))
+		o.LeaveRunning = proto.Bool(h.req.LeaveRunning)
+		return o
+	}
+	o.RstSibling = proto.Bool(true)
+	if h.req.Root != "" {
+		o.Root = proto.String(h.req.Root)
+	}
+	for i, key := range h.req.Inherit {
+		o.InheritFd = append(o.InheritFd, &rpc.InheritFd{Key: proto.String(key), Fd: proto.Int32(int32(firstInherited + i))})
+	}
+	return o
+}
+
+// GhostLimit is the size in bytes up to which a deleted file that is still open travels
+// inside the images.
+const GhostLimit = 64 << 20
+
+func text(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
+
+func microseconds(n uint32) time.Duration { return time.Duration(n) * time.Microsecond }
+
+func dumpStats(dir *os.File) DumpStats {
+	s, err := stats.CriuGetDumpStats(dir)
+	if err != nil {
+		return DumpStats{} // figures alone: the dump is whole without them
+	}
+	return DumpStats{
+		Freezing: microseconds(s.GetFreezingTime()), Frozen: microseconds(s.GetFrozenTime()),
+		MemoryDump: microseconds(s.GetMemdumpTime()), MemoryWrite: microseconds(s.GetMemwriteTime()),
+		PagesScanned: s.GetPagesScanned(), PagesWritten: s.GetPagesWritten(),
+	}
+}
+
+// ExecMain turns this process into CRIU: it joins the cgroups, so that nothing of ours
+// counts there but CRIU itself, and executes it. It returns only when that failed.
+func ExecMain() int {
+	var r execRequest
+	err := json.Unmarshal([]byte(os.Getenv(execEnv)), &r)
+	if err == nil && (r.Criu == "" || len(os.Args) != 3) {
+		err = errors.New("started by hand")
+	}
+	for _, procs := range r.Cgroups {
+		if err != nil {
+			break
+		}
+		err = os.WriteFile(procs, []byte(strconv.Itoa(os.Getpid())), 0)
+	}
+	if err == nil {
+		env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
+		if r.Preload != "" {
+			env = append(env, "LD_PRELOAD="+r.Preload)
+		}
+		err = unix.Exec(r.Criu, []string{filepath.Base(r.Criu), ExecArg, os.Args[2]}, env)
+	}
+	fmt.Fprintln(os.Stderr, "criu-helper: start CRIU:", err)
+	return 127
+}
+
+// limited keeps the last bytes of what is written, for a helper's stderr.
+type limited struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+const maxStderr = 8 << 10
+
+// Write implements io.Writer; what is over the bound is dropped.
+func (l *limited) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if room := maxStderr - l.buf.Len(); room > 0 {
+		l.buf.Write(p[:min(room, len(p))])
+	}
+	return len(p), nil
+}
+
+func (l *limited) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.String()
+}

@@ -1,0 +1,24 @@
+package criu_test
+
+import (
+	"os"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
+	"github.com/postern-dev/postern/agentd/checkpoint/internal/criu"
+)
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 && os.Args[1] == criu.HelperArg {
+		os.Exit(criu.HelperMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == criu.ExecArg {
+		os.Exit(criu.ExecMain())
+	}
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		criutest.Clean()
+		os.Exit(code)
+	}))
+}

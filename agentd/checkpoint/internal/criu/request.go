@@ -1,0 +1,68 @@
+package criu
+
+import "encoding/json"
+
+type op string
+
+const (
+	opDump    op = "dump"
+	opRestore op = "restore"
+	opVersion op = "version"
+)
+
+// request is the first line on the helper's stdin.
+type request struct {
+	Op           op       `json:"op"`
+	Criu         string   `json:"criu"`
+	Self         string   `json:"self"`
+	PID          int      `json:"pid,omitempty"`
+	Images       string   `json:"images,omitempty"`
+	Root         string   `json:"root,omitempty"`
+	LeaveRunning bool     `json:"leave_running,omitempty"`
+	External     []string `json:"external,omitempty"`
+	// Inherit are keys whose file is the helper's descriptor firstInherited plus the index.
+	Inherit []string `json:"inherit,omitempty"`
+	Cgroups []string `json:"cgroups,omitempty"`
+	Verbose bool     `json:"verbose,omitempty"`
+	Preload string   `json:"preload,omitempty"`
+}
+
+const (
+	eventsFD       = 3
+	firstInherited = 4
+	// maxRequest and maxEvents bound what is read from the other side, in bytes.
+	maxRequest = 1 << 20
+	maxEvents  = 1 << 20
+)
+
+// event is a line on the helper's fd 3: born, or the answer.
+type event struct {
+	// Criu is CRIU's own process id, told when it is there.
+	Born int `json:"born,omitempty"`
+	// Done marks the answer.
+	Done bool `json:"done,omitempty"`
+	// Failed is go-criu's error; the log has the cause.
+	Failed   string    `json:"failed,omitempty"`
+	Errno    int32     `json:"errno,omitempty"`
+	Stats    DumpStats `json:"stats,omitzero"`
+	Restored Restored  `json:"restored,omitzero"`
+	Version  int       `json:"version,omitempty"`
+}
+
+// execEnv is what the helper tells the process that becomes CRIU, in its environment,
+// since go-criu chooses the arguments.
+const execEnv = "POSTERN_CRIU_EXEC"
+
+type execRequest struct {
+	Criu    string   `json:"criu"`
+	Cgroups []string `json:"cgroups,omitempty"`
+	Preload string   `json:"preload,omitempty"`
+}
+
+func (r execRequest) String() string {
+	b, err := json.Marshal(r)
+	if err != nil {
+		panic(err) // strings alone
+	}
+	return string(b)
+}
