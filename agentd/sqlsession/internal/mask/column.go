@@ -2,11 +2,8 @@ package mask
 
 import (
 	"bytes"
-	"crypto/hmac"
-	"crypto/sha256"
 	"encoding/binary"
 	"encoding/hex"
-	"hash"
 	"math"
 	"math/big"
 	"strconv"
@@ -115,8 +112,7 @@ type Column struct {
 	action action
 	typ    uint32
 	noise  []byte // names the column to the noise
-	hmac   hash.Hash
-	sum    [sha256.Size]byte
+	mac    *mac
 	buf    []byte
 }
 
@@ -125,7 +121,7 @@ type Column struct {
 // two columns apart. key is the organization's, at least 16 bytes.
 func NewColumn(rule Rule, oid uint32, name string, key []byte) *Column {
 	c := &Column{rule: rule, oid: oid, typ: oid, noise: []byte("noise\x00" + name + "\x00")}
-	c.hmac = hmac.New(sha256.New, key)
+	c.mac = newMAC(key)
 	kind := classOf(oid)
 	switch rule.Kind {
 	case Hash:
@@ -194,10 +190,10 @@ func (c *Column) Apply(dst, value []byte, in, out int16) (result []byte, null bo
 		}
 		return append(dst, `"`+textmask.Mark+`"`...), false
 	case toHash:
-		sum := c.digest(nil, c.canonical(value))
+		sum := c.mac.digest(nil, c.canonical(value))
 		return appendHash(dst, sum), false
 	case toUUID:
-		sum := c.digest(nil, c.canonical(value))
+		sum := c.mac.digest(nil, c.canonical(value))
 		sum[6], sum[8] = sum[6]&0x0f|0x80, sum[8]&0x3f|0x80
 		if out == 1 {
 			return append(dst, sum[:16]...), false
@@ -211,25 +207,39 @@ func (c *Column) Apply(dst, value []byte, in, out int16) (result []byte, null bo
 	return dst, true
 }
 
-// appendHash appends the first 16 bytes of a digest as 26 characters: base32 in
-// lower case, first bits first, as RFC 4648 has it.
+// appendHash appends the 16 bytes of a digest as 26 characters: base32 in lower case,
+// first bits first, as RFC 4648 has it.
 func appendHash(dst, sum []byte) []byte {
-	const digits = "abcdefghijklmnopqrstuvwxyz234567"
 	hi, lo := binary.BigEndian.Uint64(sum), binary.BigEndian.Uint64(sum[8:])
 	var out [hashLength]byte
-	out[25] = digits[lo<<2&31]
-	lo = lo>>3 | hi<<61
-	hi >>= 3
-	for i := 24; i >= 0; i-- {
-		out[i] = digits[lo&31]
-		lo = lo>>5 | hi<<59
-		hi >>= 5
+	// Two characters at a time; the 26 have two bits more than the digest.
+	lo, hi = lo<<2, hi<<2|lo>>62
+	top := byte(sum[0] >> 6)
+	for i := hashLength - 2; i > 0; i -= 2 {
+		pair := &digitPairs[lo&1023]
+		out[i], out[i+1] = pair[0], pair[1]
+		lo = lo>>10 | hi<<54
+		hi >>= 10
+		if i == hashLength-2 {
+			hi |= uint64(top) << 54 // what the shift by two bits pushed out
+		}
 	}
+	pair := &digitPairs[lo&1023]
+	out[0], out[1] = pair[0], pair[1]
 	return append(dst, out[:]...)
 }
 
 // hashLength is the length of a hash as text.
 const hashLength = 26
+
+// digitPairs are the two characters of each ten bits.
+var digitPairs = func() (pairs [1024][2]byte) {
+	const digits = "abcdefghijklmnopqrstuvwxyz234567"
+	for i := range pairs {
+		pairs[i] = [2]byte{digits[i>>5], digits[i&31]}
+	}
+	return pairs
+}()
 
 func appendUUID(dst, u []byte) []byte {
 	for i, n := range []int{4, 2, 2, 2, 6} {
@@ -256,25 +266,17 @@ func (c *Column) canonical(value []byte) []byte {
 	return value
 }
 
-// digest is valid until the next one.
-func (c *Column) digest(prefix, value []byte) []byte {
-	c.hmac.Reset()
-	if prefix != nil {
-		c.hmac.Write(prefix)
-	}
-	c.hmac.Write(value)
-	return c.hmac.Sum(c.sum[:0])
-}
-
 // appendPartial hides all but the last keep characters, and at least half of
 // them.
 func appendPartial(dst, value []byte, keep int) []byte {
 	if keep <= 0 {
 		return appendStars(dst, utf8.RuneCount(value))
 	}
-	// Enough characters from the end, found without counting all of a long text.
 	n := utf8.RuneCount(value)
 	keep = min(keep, n/2)
+	if n == len(value) { // ASCII
+		return append(appendStars(dst, n-keep), value[n-keep:]...)
+	}
 	at := len(value)
 	for range keep {
 		_, size := utf8.DecodeLastRune(value[:at])
@@ -294,7 +296,7 @@ func appendStars(dst []byte, n int) []byte {
 // factor is by what a number is multiplied: the same for the same value of the
 // same column, so that asking again does not average it out. Near 1.
 func (c *Column) factor(canonical []byte) float64 {
-	sum := c.digest(c.noise, canonical)
+	sum := c.mac.digest(c.noise, canonical)
 	u := float64(binary.BigEndian.Uint64(sum)>>11) / (1 << 53) // [0, 1)
 	return 1 + c.rule.Noise*(2*u-1)
 }

@@ -1,8 +1,7 @@
 package mask
 
 import (
-	"crypto/hmac"
-	"crypto/sha256"
+	"sync"
 
 	"github.com/postern-dev/postern/proto/textmask"
 )
@@ -44,10 +43,11 @@ func NewTexts(patterns []Pattern, key []byte) (*Texts, error) {
 func replacer(rule Rule, key []byte) func(dst, match []byte) []byte {
 	switch rule.Kind {
 	case Hash:
+		macs := sync.Pool{New: func() any { return newMAC(key) }}
 		return func(dst, match []byte) []byte {
-			mac := hmac.New(sha256.New, key)
-			mac.Write(match)
-			return appendHash(dst, mac.Sum(nil))
+			m := macs.Get().(*mac)
+			defer macs.Put(m)
+			return appendHash(dst, m.digest(nil, match))
 		}
 	case Partial:
 		return func(dst, match []byte) []byte { return appendPartial(dst, match, rule.Keep) }
