@@ -76,6 +76,11 @@ func (s *Sandbox) Spec() Spec { return s.host.spec }
 // Missing are the limits that this host can't enforce, one line each.
 func (s *Sandbox) Missing() []string { return s.host.cgroups.lacks() }
 
+// OOMKills says how many of the kernel's processes were killed because all of them
+// together were over the memory limit, since it was started or restored. The
+// kernel itself may live on.
+func (s *Sandbox) OOMKills() int { return s.host.cgroups.oomKills() }
+
 // Done is closed when the kernel has ended.
 func (s *Sandbox) Done() <-chan struct{} { return s.done }
 
@@ -96,6 +101,9 @@ func (s *Sandbox) Interrupt() error {
 	case <-s.done:
 		return ErrGone
 	default:
+	}
+	if s.main <= 1 {
+		return ErrGone // it ended before it was seen
 	}
 	// The group's number can't be another's: its leader's parent is init, which
 	// ends when it has reaped the leader, and with init everything.
@@ -207,7 +215,7 @@ func (s *Sandbox) reap(ctx context.Context) {
 
 // reason says in a line why the kernel ended.
 func (s *Sandbox) reason(e Exit, over string) string {
-	oom := s.host.cgroups.oomKilled()
+	oom := s.host.cgroups.oomKills() > 0
 	limit := s.host.spec.Limits.Memory
 	switch {
 	case over != "":

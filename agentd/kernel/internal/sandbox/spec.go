@@ -99,6 +99,9 @@ type Limits struct {
 	Files uint64 `json:"files,omitempty"`
 }
 
+// minPIDs is the least that lets a kernel start.
+const minPIDs = 32
+
 // A NetworkMode says where a kernel may connect to.
 type NetworkMode string
 
@@ -181,6 +184,9 @@ func (s *Spec) Validate() error {
 	l := s.Limits
 	if l.Memory < 0 || l.CPU < 0 || l.PIDs < 0 || l.Disk < 0 || l.Shm < 0 {
 		return errors.New("a limit is negative")
+	}
+	if l.PIDs > 0 && l.PIDs < minPIDs {
+		return fmt.Errorf("a limit of %d processes and threads: want %d or more, ipykernel alone has a dozen", l.PIDs, minPIDs)
 	}
 	switch s.Network.Mode {
 	case NetworkNone, NetworkAllowed, NetworkOpen:

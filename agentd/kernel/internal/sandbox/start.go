@@ -140,7 +140,8 @@ func (h *hostSide) start(ctx context.Context) (*Sandbox, error) {
 		s.abort()
 		return nil, err
 	}
-	if err := s.findMain(ctx); err != nil {
+	// One that has ended already says so by Wait.
+	if err := s.findMain(ctx); err != nil && !errors.Is(err, ErrGone) {
 		s.abort()
 		return nil, err
 	}
