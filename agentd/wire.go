@@ -188,6 +188,9 @@ func mapSources(c *config.Config, env *secret.Environment, client *vault.Client,
 			Concurrency: s.Policy.Concurrency, ReadWrite: s.Policy.Mode == policy.ModeReadWrite,
 			Guard: guard(s.Policy, key),
 		}
+		if s.Engine == "mysql" {
+			source.Guard.Hide = s.Policy.Hide
+		}
 		if ref := s.Password; ref.Vault != nil {
 			fromVault(&source, *ref.Vault, client)
 		} else if !ref.IsZero() {

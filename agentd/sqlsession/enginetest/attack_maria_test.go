@@ -32,7 +32,7 @@ var mariaAttacks = []string{
 	// blocks and dynamic SQL
 	"BEGIN NOT ATOMIC DELETE FROM accounts; END", "IF 1 THEN DELETE FROM accounts; END IF", "EXECUTE IMMEDIATE 'DELETE FROM accounts'", "PREPARE s FROM 'DELETE FROM accounts'", "CALL p_write()", "CALL shop.p_write()", "DO f_write()", "DO SLEEP(0)", "DO GET_LOCK('attack', 0)",
 	// EXPLAIN and its like run things
-	"EXPLAIN SELECT f_write()", "ANALYZE SELECT f_write()", "ANALYZE FORMAT=JSON DELETE FROM accounts", "EXPLAIN EXTENDED SELECT * FROM accounts", "DESCRIBE accounts", "SHOW CREATE TABLE accounts", "SHOW EXPLAIN FOR 1",
+	"EXPLAIN SELECT f_write()", "ANALYZE SELECT f_write()", "ANALYZE FORMAT=JSON DELETE FROM accounts", "EXPLAIN EXTENDED SELECT * FROM accounts", "EXPLAIN accounts", "DESCRIBE v_lock", "SHOW COLUMNS FROM v_lock", "SHOW FULL COLUMNS FROM shop.v_lock LIKE '%'", "SHOW CREATE VIEW v_lock", "SHOW INDEX FROM v_lock", "SHOW COLUMNS FROM accounts WHERE f_lock() = 1", "SHOW TABLES WHERE GET_LOCK('attack', 0)", "SHOW DATABASES WHERE f_write()", "SHOW VARIABLES WHERE f_lock()", "SHOW CREATE USER root", "SHOW EXPLAIN FOR 1", "DESCRIBE SELECT f_lock()", "DESC ANALYZE SELECT f_lock()", "SHOW TABLES LIKE 'a' INTO OUTFILE '/tmp/postern-attack'",
 	// comments that are code
 	"SELECT 1 /*!50000 INTO OUTFILE '/tmp/postern-attack' */", "/*!DELETE FROM accounts*/", "SELECT 1 /*M!100000 INTO OUTFILE '/tmp/postern-attack' */", "/*M!DELETE FROM accounts */", "SELECT /*!99999 1, */ f_lock()", "SELECT /*+ SET_VAR(sql_mode = 'ANSI_QUOTES') */ 1", "SELECT 1 /*!*/; DELETE FROM accounts",
 	// files
@@ -60,6 +60,7 @@ var mariaHarmless = []string{
 	"SELECT owner, ROW_NUMBER() OVER (PARTITION BY owner ORDER BY id) FROM accounts", "SELECT NOW(), UUID(), RAND(), VERSION(), DATABASE(), CURRENT_USER()", "SELECT JSON_EXTRACT('{\"a\": 1}', '$.a')",
 	"SELECT 'INTO OUTFILE', \"GET_LOCK('a', 1)\" -- INTO OUTFILE", "SELECT `into` FROM (SELECT 1 AS `into`) t", "(SELECT 1) UNION ALL (SELECT 2)", "SELECT ST_AsText(ST_GeomFromText('POINT(1 2)'))", "SELECT CAST('5' AS DECIMAL(10, 2)), CONVERT('a' USING utf8mb4)",
 	"SELECT REPLACE('a', 'a', 'b'), INSERT('abc', 1, 1, 'x'), TRUNCATE(1.5, 0), LEFT('abc', 1), IF(1, 2, 3)", "SELECT DATE_ADD('2024-01-01', INTERVAL 1 DAY)", "SELECT TABLE_NAME FROM information_schema.TABLES WHERE TABLE_SCHEMA = 'shop'", "SELECT @@version",
+	"DESCRIBE accounts", "DESC shop.accounts owner", "SHOW CREATE TABLE accounts", "SHOW TABLES", "SHOW FULL TABLES FROM shop LIKE 'a%'", "SHOW TABLE STATUS", "SHOW TABLE STATUS FROM shop", "SHOW INDEX FROM accounts", "SHOW FULL COLUMNS FROM v_plain", "SHOW CREATE VIEW v_plain", "SHOW DATABASES", "SHOW VARIABLES LIKE 'version%'",
 }
 
 // accountsState asks for what is in the tables of TestMariaAttacks.
@@ -163,6 +164,14 @@ func TestMariaAttacks(t *testing.T) {
 		if _, _, err := try(t, super, request(text)); err != nil {
 			t.Errorf("%q: %v", text, err)
 		}
+	}
+	// An identifier that a value gives is looked at like any other.
+	refuse(t, super, with("SELECT * FROM {{t|identifier}}", map[string]string{"t": "v_nested"}), proto.CodePolicyDenied)
+	refuse(t, super, with("DESCRIBE {{t|identifier}}", map[string]string{"t": "v_nested"}), proto.CodePolicyDenied)
+	refuse(t, super, with("SELECT {{f|identifier}} ()", map[string]string{"f": "f_lock"}), proto.CodePolicyDenied)
+	query(t, super, with("SELECT * FROM {{t|identifier}}", map[string]string{"t": "v_plain"}))
+	if after := mariaState(t, db.admin, mariaServer.Dir, accountsState...); after != before {
+		t.Errorf("an identifier has changed something:\n%s", difference(before, after))
 	}
 	// What the policy lists may be called; a new connection takes the lock away again.
 	listed := db.open(t, func(s *sqlsession.Source) {

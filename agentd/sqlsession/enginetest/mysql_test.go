@@ -231,6 +231,11 @@ func TestMySQLModes(t *testing.T) {
 	refuse(t, m, request(`SELECT "a" , ' \' , GET_LOCK("x", 0) , ' '`), proto.CodePolicyDenied)
 }
 
+func TestMySQLShow(t *testing.T) {
+	db, super := mysqlRoot(t)
+	showsCatalog(t, db, super)
+}
+
 func TestMySQLTLS(t *testing.T) {
 	db, _ := mysqlRoot(t)
 	m := db.open(t, func(s *sqlsession.Source) {

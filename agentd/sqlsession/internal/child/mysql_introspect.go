@@ -50,6 +50,9 @@ func (s *mysqlSession) introspect(r *frame.IntrospectRequest, st *statement) *pr
 	limit := &frame.RunRequest{TimeoutMillis: r.TimeoutMillis}
 	timer := time.AfterFunc(time.Duration(r.TimeoutMillis)*time.Millisecond, func() { st.stop(frame.TimedOut) })
 	defer timer.Stop()
+	// MariaDB prepares views to tell of them, and may call functions in them: what those
+	// leave behind goes with the connection.
+	s.spent = s.spent || s.mariadb
 	c := &mysqlCatalog{mysqlSession: s, st: st, ctx: context.Background()}
 	err := s.tell(c.ctx, "START TRANSACTION READ ONLY")
 	if err == nil {

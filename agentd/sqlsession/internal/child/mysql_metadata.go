@@ -29,10 +29,9 @@ const maxDescribedTables = 1000
 // and what it computes is not told: of an expression nothing but the type, of an
 // error nothing but its number and names that stand in the statement.
 func (x *mysqlExecution) describe(ctx context.Context) (failure *proto.Error, lost bool) {
-	text := x.request.SQL
-	uses, refusal := mysqlguard.Metadata(text, x.request.Guard.Functions)
+	uses, refusal := mysqlguard.Metadata(x.text.Text, x.request.Guard.Functions)
 	if refusal != nil {
-		return mysqlDenial(refusal), false
+		return x.denial(refusal), false
 	}
 	if n := len(x.text.Args); n > maxDescribed || namesLength(x.text.Args) > 64*maxDescribed {
 		return proto.Errorf(proto.CodeInvalid, "the statement has %d parameters: at most %d, of 64 characters, can be described", n, maxDescribed), false
@@ -128,13 +127,16 @@ func (x *mysqlExecution) columnFacts(ctx context.Context, columns []mysqlColumn)
 		if x.st.isStopped() {
 			return nil, stopError(x.st.stopReason(), x.request)
 		}
+		// Each is told for itself: to tell of a view the server prepares it, and no other than
+		// those of the statement have been looked into.
 		err := x.each(ctx, "SELECT c.COLUMN_NAME, c.COLUMN_TYPE, c.IS_NULLABLE, t.TABLE_TYPE FROM information_schema.COLUMNS c JOIN information_schema.TABLES t"+
-			" ON t.TABLE_SCHEMA = c.TABLE_SCHEMA AND t.TABLE_NAME = c.TABLE_NAME WHERE c.TABLE_SCHEMA = ? AND c.TABLE_NAME = ?", table[:], func(row []string) error {
-			if place := [3]string{table[0], table[1], row[0]}; wanted[place] {
-				facts[place] = mysqlFact{sql: clean(row[1]), notNull: row[2] == "NO" && row[3] == "BASE TABLE"}
-			}
-			return nil
-		})
+			" ON t.TABLE_SCHEMA = c.TABLE_SCHEMA AND t.TABLE_NAME = c.TABLE_NAME WHERE c.TABLE_SCHEMA = ? AND c.TABLE_NAME = ? AND t.TABLE_SCHEMA = ? AND t.TABLE_NAME = ?",
+			append(table[:], table[:]...), func(row []string) error {
+				if place := [3]string{table[0], table[1], row[0]}; wanted[place] {
+					facts[place] = mysqlFact{sql: clean(row[1]), notNull: row[2] == "NO" && row[3] == "BASE TABLE"}
+				}
+				return nil
+			})
 		if err != nil {
 			return nil, x.reduced(err)
 		}

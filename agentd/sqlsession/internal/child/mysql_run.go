@@ -25,7 +25,11 @@ type mysqlExecution struct {
 	request *frame.RunRequest
 	st      *statement
 	text    *sqltext.Statement
-	done    frame.DoneReply
+	// show is what the statement asks if it has the words of SHOW, and schema the
+	// database that it is about.
+	show   *mysqlguard.Show
+	schema string
+	done   frame.DoneReply
 }
 
 // run is engine's.
@@ -91,18 +95,27 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 		return failure, false
 	}
 	ctx := context.Background() // st ends what takes too long
-	if metadata {
+	isShow := mysqlguard.IsShow(x.text.Text)
+	if metadata && !isShow {
 		return x.describe(ctx)
 	}
-	if failure, lost := x.judge(ctx); failure != nil {
+	tell := func(err error) *proto.Error { return x.failure(err, r, x.st, x.text) }
+	if metadata {
+		tell = x.reduced
+	}
+	if failure, lost := x.judge(ctx, isShow); failure != nil {
 		return failure, lost
 	}
-	if err := x.begin(ctx); err != nil {
-		return x.failure(err, r, x.st, nil), isBroken(err)
+	text := x.text.Text
+	if x.show != nil {
+		text = x.show.Text
 	}
-	prepared, err := x.conn.(driver.ConnPrepareContext).PrepareContext(ctx, x.text.Text)
+	if err := x.begin(ctx); err != nil {
+		return tell(err), isBroken(err)
+	}
+	prepared, err := x.conn.(driver.ConnPrepareContext).PrepareContext(ctx, text)
 	if err != nil {
-		return x.failure(err, r, x.st, x.text), isBroken(err)
+		return tell(err), isBroken(err)
 	}
 	defer func() { _ = prepared.Close() }()
 	if n := prepared.NumInput(); n != len(arguments) {
@@ -116,9 +129,15 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	}
 	rows, err := prepared.(driver.StmtQueryContext).QueryContext(ctx, arguments)
 	if err != nil {
-		return x.failure(err, r, x.st, x.text), false
+		return tell(err), false
 	}
-	c, fields := newMySQLCursor(rows)
+	var c cursor
+	var fields []field
+	if x.show != nil {
+		c, fields = x.newShowCursor(rows, x.show, x.schema)
+	} else {
+		c, fields = newMySQLCursor(rows)
+	}
 	f := newFeed(x.sink, r, x.st, fields, c)
 	err = f.run()
 	if closing := rows.Close(); err == nil {
@@ -128,7 +147,7 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	case f.value != nil:
 		failure = proto.Errorf(proto.CodeInvalid, "%w", f.value)
 	case err != nil:
-		failure = x.failure(err, r, x.st, x.text)
+		failure = tell(err)
 	case reason != 0:
 		failure = stopError(reason, r)
 	}
@@ -139,24 +158,60 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	return failure, false
 }
 
-// judge refuses what the policy does not allow, before the database hears of it.
-func (x *mysqlExecution) judge(ctx context.Context) (failure *proto.Error, lost bool) {
-	text, r := x.request.SQL, x.request
-	if r.ReadWrite {
-		if refusal := mysqlguard.ReadWrite(text); refusal != nil {
-			return mysqlDenial(refusal), false
+// judge refuses what the policy does not allow, before the database hears of it. The
+// text is the one with its placeholders, so that an identifier that a value gave is
+// looked at like any other.
+func (x *mysqlExecution) judge(ctx context.Context, isShow bool) (failure *proto.Error, lost bool) {
+	text, r := x.text.Text, x.request
+	var uses mysqlguard.Uses
+	switch {
+	case isShow:
+		show, refusal := mysqlguard.ParseShow(text)
+		if refusal != nil {
+			if r.ReadWrite {
+				return x.judgeReadWrite(text), false
+			}
+			return x.denial(refusal), false
 		}
-		return nil, false
-	}
-	uses, refusal := mysqlguard.ReadOnly(text, r.Guard.Functions)
-	if refusal != nil {
-		return mysqlDenial(refusal), false
+		schema, failure := x.judgeShow(show)
+		if failure != nil {
+			return failure, false
+		}
+		x.show, x.schema = show, schema
+		// The server prepares a view to tell of it.
+		uses.Names = show.Names()
+		if r.ReadWrite {
+			return nil, false
+		}
+	case r.ReadWrite:
+		return x.judgeReadWrite(text), false
+	default:
+		var refusal *mysqlguard.Refusal
+		if uses, refusal = mysqlguard.ReadOnly(text, r.Guard.Functions); refusal != nil {
+			return x.denial(refusal), false
+		}
 	}
 	failure, _, err := x.judgeNames(ctx, uses)
 	if err != nil {
 		return x.failure(err, r, x.st, nil), isBroken(err)
 	}
 	return failure, false
+}
+
+func (x *mysqlExecution) judgeReadWrite(text string) *proto.Error {
+	if refusal := mysqlguard.ReadWrite(text); refusal != nil {
+		return x.denial(refusal)
+	}
+	return nil
+}
+
+// denial is a refusal with its position in the text that the user gave.
+func (x *mysqlExecution) denial(r *mysqlguard.Refusal) *proto.Error {
+	own := *r
+	if own.Position > 0 {
+		own.Position = x.text.Position(own.Position)
+	}
+	return mysqlDenial(&own)
 }
 
 func mysqlDenial(r *mysqlguard.Refusal) *proto.Error {

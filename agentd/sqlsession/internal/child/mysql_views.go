@@ -42,6 +42,9 @@ type mysqlObjects struct {
 	// have names beyond ASCII, which the server may find by other names.
 	functions map[string]bool
 	odd       bool
+	// varying are those of the stored ones that are not declared deterministic, schema and
+	// name in lower case: the server does not call them before a statement runs.
+	varying map[[2]string]bool
 }
 
 // objects asks for the lists, or takes those of a moment ago.
@@ -49,7 +52,7 @@ func (s *mysqlSession) objectsNow(ctx context.Context) (*mysqlObjects, error) {
 	if s.objects != nil && time.Since(s.objects.at) < objectAge {
 		return s.objects, nil
 	}
-	o := &mysqlObjects{at: time.Now(), views: map[string][][2]string{}, functions: map[string]bool{}}
+	o := &mysqlObjects{at: time.Now(), views: map[string][][2]string{}, functions: map[string]bool{}, varying: map[[2]string]bool{}}
 	count := 0
 	more := func() error {
 		if count++; count > maxObjects {
@@ -69,7 +72,13 @@ func (s *mysqlSession) objectsNow(ctx context.Context) (*mysqlObjects, error) {
 		o.odd = o.odd || !isASCII(row[0])
 		return more()
 	}
-	if err := s.each(ctx, "SELECT LOWER(ROUTINE_NAME) FROM information_schema.ROUTINES WHERE ROUTINE_TYPE = 'FUNCTION' AND ROUTINE_SCHEMA <> 'sys'", nil, function); err != nil {
+	err = s.each(ctx, "SELECT LOWER(ROUTINE_NAME), LOWER(ROUTINE_SCHEMA), IS_DETERMINISTIC FROM information_schema.ROUTINES WHERE ROUTINE_TYPE = 'FUNCTION' AND ROUTINE_SCHEMA <> 'sys'", nil, func(row []string) error {
+		if row[2] == "NO" {
+			o.varying[[2]string{row[1], row[0]}] = true
+		}
+		return function(row)
+	})
+	if err != nil {
 		return nil, err
 	}
 	// Loaded functions: not every account may read these tables.
@@ -135,6 +144,7 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 		return failure, false, err
 	}
 	looked, seen := map[string]bool{}, map[[2]string]bool{}
+	catalog := strings.EqualFold(x.dsn.DBName, catalogSchema) || x.show != nil && x.show.Kind == mysqlguard.ShowTableStatus
 	for names := uses.Names; len(names) > 0; {
 		lowered, err := x.lower(ctx, names)
 		if err != nil {
@@ -146,6 +156,7 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 				continue
 			}
 			looked[n] = true
+			catalog = catalog || n == catalogSchema
 			if len(looked) > maxNames {
 				return denied(0, "the statement is refused: it has more than %d names", maxNames), false, nil
 			}
@@ -166,7 +177,40 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 			}
 		}
 	}
+	if catalog && x.mariadb {
+		failure, err := x.judgeCatalog(ctx, objects)
+		return failure, views, err
+	}
 	return nil, views, nil
+}
+
+// catalogSchema is where the server tells of all tables and views.
+const catalogSchema = "information_schema"
+
+// judgeCatalog is for a statement that has MariaDB tell of views. To say what columns a
+// view has, it prepares it, and when it prepares, it calls functions that are declared
+// deterministic if their arguments are constant. So no view may have one that the policy
+// does not list.
+func (x *mysqlExecution) judgeCatalog(ctx context.Context, objects *mysqlObjects) (*proto.Error, error) {
+	functions := x.request.Guard.Functions
+	besides := func(schema, name string) bool { return objects.varying[[2]string{strings.ToLower(schema), name}] }
+	var found *proto.Error
+	err := x.each(ctx, "SELECT TABLE_SCHEMA, TABLE_NAME, VIEW_DEFINITION FROM information_schema.VIEWS WHERE TABLE_SCHEMA NOT IN ('sys', 'mysql')", nil, func(row []string) error {
+		if found != nil || mysqlguard.Allowed(functions, row[0], row[1]) {
+			return nil
+		}
+		why := "what that does can't be seen: grant the account SHOW VIEW on it, or list the view in policy.functions"
+		if row[2] != "" {
+			_, refusal := mysqlguard.View(row[2], row[0], functions, besides)
+			if refusal == nil {
+				return nil
+			}
+			why = refusal.Reason
+		}
+		found = denied(0, "the statement is refused: to answer it MariaDB prepares the view %s.%s, and there %s", clean(row[0]), clean(row[1]), why)
+		return nil
+	})
+	return found, err
 }
 
 // judgeView looks into one view.
@@ -179,7 +223,7 @@ func (x *mysqlExecution) judgeView(ctx context.Context, objects *mysqlObjects, s
 	if len(found) != 1 || found[0][0] == "" {
 		return none, denied(0, "the statement is refused: what the view %s.%s does can't be seen: grant the account SHOW VIEW on it, or list the view in policy.functions", clean(schema), clean(view)), nil
 	}
-	used, refusal := mysqlguard.View(found[0][0], schema, x.request.Guard.Functions)
+	used, refusal := mysqlguard.View(found[0][0], schema, x.request.Guard.Functions, nil)
 	if refusal != nil {
 		return none, denied(0, "the statement is refused: it may use the view %s.%s, and there %s", clean(schema), clean(view), refusal.Reason), nil
 	}
@@ -219,7 +263,7 @@ func (x *mysqlExecution) judgeTables(ctx context.Context, schema, view string, t
 func (x *mysqlExecution) judgeCalls(ctx context.Context, objects *mysqlObjects, called map[string]int, where string) (*proto.Error, error) {
 	for name, position := range called {
 		if objects.functions[name] {
-			return denied(position, "the statement is refused: %sthe function %s may be a stored or loaded one of the same name, and policy.functions does not list it", where, clean(name)), nil
+			return denied(x.text.Position(position), "the statement is refused: %sthe function %s may be a stored or loaded one of the same name, and policy.functions does not list it", where, clean(name)), nil
 		}
 	}
 	if !objects.odd || len(called) == 0 {

@@ -156,6 +156,9 @@ type Guard struct {
 	Masks         []Mask   `json:",omitempty"`
 	MaskFilters   string   `json:",omitempty"` // allow, equality or refuse
 	SafeFunctions []string `json:",omitempty"`
+	// Hide are globs of what introspection leaves out (see package policy), for engines
+	// whose own questions of the catalog it narrows; others do not get it.
+	Hide []string `json:",omitempty"`
 	// MaskKey is the key of hashes.
 	MaskKey []byte `json:",omitempty"`
 }
