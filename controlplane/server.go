@@ -22,6 +22,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/audit"
 	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
+	"github.com/postern-dev/postern/controlplane/jupyter"
 	"github.com/postern-dev/postern/controlplane/kernel"
 	"github.com/postern-dev/postern/controlplane/pgwire"
 	"github.com/postern-dev/postern/controlplane/pki"
@@ -74,6 +75,7 @@ type Server struct {
 	pg       *pgwire.Server
 	catalogs *catalog.Service
 	kernels  *kernel.Service
+	jupyter  *jupyter.Server
 	tunnels  *tunnel.Server
 	events   *linkEvents
 	http     *http.Server
@@ -208,23 +210,10 @@ func (s *Server) wire() error {
 			return pgAgent{l}, nil
 		},
 	})
-	s.kernels = kernel.New(kernel.Config{
-		Logger: s.log, Store: kernelStore{s.store}, Append: s.audit.Append,
-		Operator: func(role string) bool { return token.Role(role).Includes(token.Operator) },
-		Connect: func(id string) (kernel.Agent, error) {
-			if s.draining.Load() {
-				return nil, errDraining
-			}
-			l, err := s.hub.Agent(id)
-			if err != nil {
-				return nil, err
-			}
-			return kernelAgent{l}, nil
-		},
-	})
+	s.wireKernels(registry, requests)
 	s.http.Handler = api.New(api.Config{
-		Logger: s.log, Tokens: tokens{s.tokens, s.pg}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
-		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels},
+		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
+		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Jupyter: s.jupyter,
 		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
 	})
 	return nil
@@ -339,6 +328,7 @@ func (s *Server) drain() {
 	s.draining.Store(true)
 	s.log.Info("control plane draining", "agents", s.hub.Online(), "queries", s.queries.Running(), "sessions", s.pg.Sessions())
 	s.hub.Drain(time.Second, s.options.DrainTimeout)
+	s.jupyter.Close() // its clients come back by themselves, to whoever serves then
 	ctx, cancel := context.WithTimeout(context.Background(), s.options.DrainTimeout)
 	defer cancel()
 	sessions := make(chan struct{})
@@ -421,9 +411,11 @@ func (s *Server) recheck(ctx context.Context, since time.Time) time.Time {
 	}
 	for _, revoked := range tokens {
 		s.pg.CutToken(revoked.Token)
+		s.jupyter.CutToken(revoked.Token)
 	}
 	for _, id := range organizations {
 		s.pg.CutOrganization(id)
+		s.jupyter.CutOrganization(id)
 		s.hub.DisconnectOrganization(id, hub.ErrDisabled)
 	}
 	return now
@@ -440,6 +432,9 @@ func (s *Server) Close() error {
 	}
 	if s.pg != nil {
 		s.pg.Close()
+	}
+	if s.jupyter != nil {
+		s.jupyter.Close()
 	}
 	if s.journal != nil {
 		s.journal.Close()

@@ -12,6 +12,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/audit"
 	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
+	"github.com/postern-dev/postern/controlplane/jupyter"
 	"github.com/postern-dev/postern/controlplane/pgwire"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/query"
@@ -153,14 +154,16 @@ func (r *rows) ReportRows(ctx context.Context, id hub.Identity, queryID string, 
 // tokens tells the API who calls.
 type tokens struct {
 	*token.Service
-	pg *pgwire.Server
+	pg      *pgwire.Server
+	jupyter *jupyter.Server
 }
 
-// Revoke revokes a token and ends its PostgreSQL clients' sessions.
+// Revoke revokes a token and ends what its clients have open.
 func (t tokens) Revoke(ctx context.Context, organization, idOrName string) (*posternv1.Token, error) {
 	revoked, err := t.Service.Revoke(ctx, organization, idOrName)
 	if err == nil {
 		t.pg.CutToken(revoked.Id)
+		t.jupyter.CutToken(revoked.Id)
 	}
 	return revoked, err
 }
@@ -172,11 +175,12 @@ func (t tokens) Authenticate(ctx context.Context, bearer, remote string) (api.Ca
 
 // agents are the tunnels for the API.
 type agents struct {
-	hub    *hub.Hub
-	store  *store.Store
-	joins  *registration.Service
-	tokens *token.Service
-	pg     *pgwire.Server
+	hub     *hub.Hub
+	store   *store.Store
+	joins   *registration.Service
+	tokens  *token.Service
+	pg      *pgwire.Server
+	jupyter *jupyter.Server
 }
 
 func (a agents) Agent(id string) (api.LiveAgent, error) {
@@ -200,6 +204,7 @@ func (a agents) DisconnectOrganization(id string) {
 	a.joins.Forget()
 	a.tokens.Forget()
 	a.pg.CutOrganization(id)
+	a.jupyter.CutOrganization(id)
 	a.hub.DisconnectOrganization(id, hub.ErrDisabled)
 }
 

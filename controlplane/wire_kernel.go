@@ -5,11 +5,15 @@ import (
 	"net/http"
 
 	"connectrpc.com/connect"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/postern-dev/postern/controlplane/api"
 	"github.com/postern-dev/postern/controlplane/hub"
+	"github.com/postern-dev/postern/controlplane/jupyter"
 	"github.com/postern-dev/postern/controlplane/kernel"
+	"github.com/postern-dev/postern/controlplane/ratelimit"
 	"github.com/postern-dev/postern/controlplane/store"
+	"github.com/postern-dev/postern/controlplane/token"
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
@@ -21,6 +25,28 @@ var (
 	_ kernel.Store = kernelStore{}
 	_ api.Kernels  = kernels{}
 )
+
+// wireKernels makes what serves kernels and Jupyter's clients.
+func (s *Server) wireKernels(registry prometheus.Registerer, requests *ratelimit.Limiter) {
+	s.kernels = kernel.New(kernel.Config{
+		Logger: s.log, Store: kernelStore{s.store}, Append: s.audit.Append,
+		Operator: func(role string) bool { return token.Role(role).Includes(token.Operator) },
+		Connect: func(id string) (kernel.Agent, error) {
+			if s.draining.Load() {
+				return nil, errDraining
+			}
+			l, err := s.hub.Agent(id)
+			if err != nil {
+				return nil, err
+			}
+			return kernelAgent{l}, nil
+		},
+	})
+	s.jupyter = jupyter.New(jupyter.Config{
+		Logger: s.log, Tokens: jupyterTokens{s.tokens}, Kernels: jupyterKernels{s.kernels}, Sessions: jupyterSessions{s.store},
+		Permit: mayRunStatements, Remote: api.RemoteAddress, Requests: requests, Metrics: jupyter.NewMetrics(registry),
+	})
+}
 
 // kernelAgent asks an agent for kernels. Their channels share a lane for bulk: a
 // kernel is silent for hours, and then prints a gigabyte.

@@ -28,6 +28,8 @@ type Config struct {
 	Gatherer prometheus.Gatherer
 	// Tunnel serves the WebSocket endpoint, /tunnel.
 	Tunnel http.Handler
+	// Jupyter serves Jupyter's clients, below /jupyter/; it knows callers by itself.
+	Jupyter http.Handler
 	// Ready returns nil when this process can serve, else why not.
 	Ready func(context.Context) error
 	// Requests bounds the requests of each token, by its id.

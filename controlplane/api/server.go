@@ -71,6 +71,7 @@ func New(cfg Config) *API {
 		})
 	}
 	mux.Handle("/tunnel", cfg.Tunnel)
+	mux.Handle("/jupyter/", cfg.Jupyter)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { plain(w, http.StatusOK, "ok") })
 	mux.HandleFunc("GET /readyz", a.serveReady)
 	mux.Handle("GET /metrics", a.metricsHandler())

@@ -21,6 +21,8 @@ type Attach struct {
 	Client string
 	// Resume asks for what this client has not confirmed.
 	Resume bool
+	// After is the newest message that it has, for a host that has forgotten the client.
+	After uint64
 	// Again says that this client's stream was lost and its audit entry is written.
 	Again bool
 }
@@ -51,7 +53,7 @@ func (s *Service) Attach(ctx context.Context, c Caller, r Attach) (*Channels, er
 	ctx, cancel := context.WithTimeout(ctx, agentTime)
 	defer cancel()
 	retired := l.Retired()
-	stream, err := kernelstream.Dial(ctx, l, &posternv1.KernelChannelsRequest{KernelId: r.Kernel, Principal: c.Principal, Client: r.Client, Resume: r.Resume})
+	stream, err := kernelstream.Dial(ctx, l, &posternv1.KernelChannelsRequest{KernelId: r.Kernel, Principal: c.Principal, Client: r.Client, Resume: r.Resume, AfterSequence: r.After})
 	if !r.Again {
 		aerr := s.audit(ctx, c, "kernel.attach", agent, r.Kernel, err, func(e *auditchain.Entry) { e.SessionID = r.Client })
 		if aerr != nil && err == nil {

@@ -141,6 +141,21 @@ func (s *Service) audit(ctx context.Context, c Caller, action string, agent *pos
 	return s.cfg.Append(context.WithoutCancel(ctx), e)
 }
 
+// Agent finds an agent that is not revoked, online or not.
+func (s *Service) Agent(ctx context.Context, c Caller, idOrName string) (*posternv1.Agent, error) {
+	agent, _, err := s.agent(ctx, c, idOrName)
+	if agent != nil {
+		return agent, nil
+	}
+	return nil, err
+}
+
+// Where is the id of the agent that has a kernel.
+func (s *Service) Where(ctx context.Context, c Caller, id string) (string, error) {
+	row, err := s.find(ctx, c, id, false)
+	return row.Agent, err
+}
+
 // Specs are the kernelspecs of an agent.
 func (s *Service) Specs(ctx context.Context, c Caller, agent string) (*posternv1.ListKernelSpecsResponse, error) {
 	_, l, err := s.agent(ctx, c, agent)
