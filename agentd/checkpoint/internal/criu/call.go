@@ -89,6 +89,13 @@ func (d *Driver) call(ctx context.Context, req request, inherit map[string]*os.F
 	if req.Op == opRestore {
 		w.endTree()
 	}
+	if answered && answer.Copy {
+		e := &Error{Op: req.Op, Cause: CauseCopy, Err: errors.New(oneLine(answer.Failed))}
+		if answer.Full {
+			e.Cause = CauseNoSpace
+		}
+		return event{}, e
+	}
 	cause := errGone
 	if answered {
 		cause = errors.New(oneLine(answer.Failed))

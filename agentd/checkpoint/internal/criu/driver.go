@@ -86,6 +86,10 @@ type Dump struct {
 	// LeaveRunning lets the tree go on; otherwise it is gone when Dump returns nil, and
 	// runs on when it returns an error.
 	LeaveRunning bool
+	// Stop leaves the tree there, stopped by SIGSTOP, until Continue or its end.
+	Stop bool
+	// Copies are made while the tree stands still: its files as its memory knows them.
+	Copies []CopyDir
 	// External are CRIU's --external options: mnt[/path/inside]:key, net[inode]:key.
 	External []string
 	// Verbose writes CRIU's log in full (its level 4), which costs some time while the
@@ -116,6 +120,8 @@ type Restore struct {
 type DumpStats struct {
 	Freezing, Frozen, MemoryDump, MemoryWrite time.Duration
 	PagesScanned, PagesWritten                uint64
+	// Copying is what the copies took of the standstill, which Frozen does not count.
+	Copying time.Duration
 	// Took is the whole call as the caller sees it.
 	Took time.Duration
 }
@@ -135,7 +141,7 @@ func Subreaper() error { return unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0,
 // reported, a context's error that the time was over.
 func (d *Driver) Dump(ctx context.Context, o Dump) (DumpStats, error) {
 	began, before := time.Now(), stopped(o.PID)
-	reply, err := d.call(ctx, request{Op: opDump, PID: o.PID, Images: o.Images, LeaveRunning: o.LeaveRunning, External: o.External, Verbose: o.Verbose}, nil)
+	reply, err := d.call(ctx, request{Op: opDump, PID: o.PID, Images: o.Images, LeaveRunning: o.LeaveRunning, Stop: o.Stop, Copies: o.Copies, External: o.External, Verbose: o.Verbose}, nil)
 	if err != nil {
 		thaw(o.PID, before)
 		return DumpStats{}, err
@@ -155,6 +161,13 @@ func (d *Driver) Restore(ctx context.Context, o Restore) (Restored, error) {
 	r := reply.Restored
 	r.Took = time.Since(began)
 	return r, nil
+}
+
+// Continue lets a tree go on that Dump left stopped.
+func Continue(pid int) {
+	for p := range stopped(pid) {
+		_ = unix.Kill(p, unix.SIGCONT)
+	}
 }
 
 // Version asks CRIU for its version, as major*10000 + minor*100 + sublevel.

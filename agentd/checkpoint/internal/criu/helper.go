@@ -18,6 +18,8 @@ import (
 	"github.com/checkpoint-restore/go-criu/v7/stats"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/postern-dev/postern/agentd/checkpoint/internal/snapshot"
 )
 
 // logName is CRIU's log in the image directory, removed after success.
@@ -58,7 +60,10 @@ type helper struct {
 	mu  sync.Mutex
 	out *json.Encoder
 
-	root int32
+	root    int32
+	copies  []*snapshot.Copy
+	copying time.Duration
+	copyErr error
 }
 
 func (h *helper) tell(e event) error {
@@ -74,6 +79,41 @@ func (h *helper) SetupNamespaces(pid int32) error { return h.tell(event{Born: in
 // PostRestore has the process id that the answer needs.
 func (h *helper) PostRestore(pid int32) error {
 	h.root = pid
+	return nil
+}
+
+// copyFirst makes the copies' first pass, beside the running tree.
+func (h *helper) copyFirst() error {
+	for _, c := range h.req.Copies {
+		s, err := snapshot.New(c.From, c.To, c.Max)
+		if err != nil {
+			return err
+		}
+		h.copies = append(h.copies, s)
+		if _, err := s.Pass(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// PostDump is called when the images are written and the tree still stands.
+func (h *helper) PostDump() error {
+	began := time.Now()
+	for i, c := range h.copies {
+		if _, err := c.Pass(); err != nil {
+			h.copyErr = fmt.Errorf("copy %s: %w", h.req.Copies[i].From, err)
+			return h.copyErr
+		}
+	}
+	if h.req.Stop { // it takes effect when CRIU lets go of them, before they run a step
+		for _, pid := range Tree(h.req.PID) {
+			if err := unix.Kill(pid, unix.SIGSTOP); err != nil && !errors.Is(err, unix.ESRCH) {
+				return fmt.Errorf("stop process %d: %w", pid, err)
+			}
+		}
+	}
+	h.copying = time.Since(began)
 	return nil
 }
 
@@ -99,10 +139,18 @@ func (h *helper) run() event {
 	defer dir.Close() //nolint:errcheck // it is only read
 	o := h.options(dir)
 	if h.req.Op == opDump {
+		if err := h.copyFirst(); err != nil {
+			return event{Failed: err.Error(), Copy: true, Full: full(err)}
+		}
 		if err := c.Dump(o, h); err != nil {
+			if h.copyErr != nil {
+				return event{Failed: h.copyErr.Error(), Copy: true, Full: full(h.copyErr)}
+			}
 			return event{Failed: err.Error()}
 		}
-		return event{Stats: dumpStats(dir)}
+		s := dumpStats(dir)
+		s.Copying = h.copying
+		return event{Stats: s}
 	}
 	if err := c.Restore(o, h); err != nil {
 		return event{Failed: err.Error()}
@@ -114,20 +162,24 @@ func (h *helper) run() event {
 	return event{Restored: r}
 }
 
+func full(err error) bool { return errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) }
+
 func (h *helper) options(dir *os.File) *rpc.CriuOpts {
 	level := int32(2)
 	if h.req.Verbose {
 		level = 4
 	}
-	mode := rpc.CriuCgMode_IGNORE
+	mode, lock := rpc.CriuCgMode_IGNORE, rpc.CriuNetworkLockMethod_SKIP
 	o := &rpc.CriuOpts{
 		ImagesDirFd:       proto.Int32(int32(dir.Fd())),
 		LogFile:           proto.String(logName),
 		LogLevel:          proto.Int32(level),
 		ManageCgroupsMode: &mode,
-		// A connection that the kernel's own programs have between themselves is closed,
-		// not refused; those that leave the tree are refused by the dry check.
-		TcpClose: proto.Bool(true),
+		// Connections that the kernel's own programs have between themselves travel; those
+		// that leave the tree are refused before, by the dry check. Nobody outside can send
+		// into the tree's own network, so there is nothing to lock.
+		TcpEstablished: proto.Bool(true),
+		NetworkLock:    &lock,
 		// Locks that the tree's own processes hold.
 		FileLocks: proto.Bool(true),
 		External:  h.req.External,
@@ -136,7 +188,8 @@ func (h *helper) options(dir *os.File) *rpc.CriuOpts {
 	o.GhostLimit = proto.Uint32(GhostLimit)
 	if h.req.Op == opDump {
 		o.Pid = proto.Int32(int32(h.req.PID))
-		o.LeaveRunning = proto.Bool(h.req.LeaveRunning)
+		// CRIU's own leave-stopped leaves TCP sockets in repair mode: see PostDump.
+		o.LeaveRunning = proto.Bool(h.req.LeaveRunning || h.req.Stop)
 		return o
 	}
 	o.RstSibling = proto.Bool(true)

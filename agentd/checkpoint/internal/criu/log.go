@@ -49,6 +49,8 @@ const (
 	CauseImages
 	// CauseTraced: a debugger holds the process.
 	CauseTraced
+	// CauseCopy: the private directory could not be copied.
+	CauseCopy
 	// CauseCPU: the image needs what this CPU has not.
 	CauseCPU
 )
@@ -72,6 +74,7 @@ var causeTexts = map[Cause]string{
 	CausePIDTaken:       "a process id is taken",
 	CauseImages:         "the images are damaged or incomplete",
 	CauseTraced:         "a debugger holds one of the kernel's processes: detach it",
+	CauseCopy:           "the kernel's private directory could not be copied",
 	CauseCPU:            "this CPU lacks what the checkpoint needs",
 }
 

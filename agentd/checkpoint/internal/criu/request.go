@@ -23,8 +23,19 @@ type request struct {
 	// Inherit are keys whose file is the helper's descriptor firstInherited plus the index.
 	Inherit []string `json:"inherit,omitempty"`
 	Cgroups []string `json:"cgroups,omitempty"`
-	Verbose bool     `json:"verbose,omitempty"`
-	Preload string   `json:"preload,omitempty"`
+	Stop    bool     `json:"stop,omitempty"`
+	// Copies are directories to copy while the tree stands still.
+	Copies  []CopyDir `json:"copies,omitempty"`
+	Verbose bool      `json:"verbose,omitempty"`
+	Preload string    `json:"preload,omitempty"`
+}
+
+// CopyDir is a directory of the host that is copied, as it is while the tree stands
+// still, to another, empty one. Max bounds the bytes of its files.
+type CopyDir struct {
+	From string `json:"from"`
+	To   string `json:"to"`
+	Max  int64  `json:"max,omitempty"`
 }
 
 const (
@@ -42,8 +53,10 @@ type event struct {
 	// Done marks the answer.
 	Done bool `json:"done,omitempty"`
 	// Failed is go-criu's error; the log has the cause.
-	Failed   string    `json:"failed,omitempty"`
-	Errno    int32     `json:"errno,omitempty"`
+	Failed string `json:"failed,omitempty"`
+	// Copy marks that a copy failed, not CRIU; Full that it was for want of space.
+	Copy     bool      `json:"copy,omitempty"`
+	Full     bool      `json:"full,omitempty"`
 	Stats    DumpStats `json:"stats,omitzero"`
 	Restored Restored  `json:"restored,omitzero"`
 	Version  int       `json:"version,omitempty"`

@@ -1,0 +1,29 @@
+package restoretest
+
+import (
+	"os"
+	"testing"
+
+	"go.uber.org/goleak"
+
+	"github.com/postern-dev/postern/agentd/checkpoint"
+	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
+	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
+)
+
+func TestMain(m *testing.M) {
+	if len(os.Args) > 1 {
+		switch os.Args[1] {
+		case sandbox.InitArg:
+			os.Exit(sandbox.InitMain())
+		case checkpoint.HelperArg:
+			os.Exit(checkpoint.HelperMain())
+		case checkpoint.ExecArg:
+			os.Exit(checkpoint.ExecMain())
+		}
+	}
+	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
+		criutest.Clean()
+		os.Exit(code)
+	}))
+}
