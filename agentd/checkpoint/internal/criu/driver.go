@@ -146,6 +146,10 @@ func (d *Driver) Dump(ctx context.Context, o Dump) (DumpStats, error) {
 		thaw(o.PID, before)
 		return DumpStats{}, err
 	}
+	if o.Stop && !waitStopped(o.PID) {
+		thaw(o.PID, before)
+		return DumpStats{}, &Error{Op: opDump, Cause: CauseTimeout, Err: errors.New("a process does not stop: it waits for a file system that does not answer")}
+	}
 	s := reply.Stats
 	s.Took = time.Since(began)
 	return s, nil

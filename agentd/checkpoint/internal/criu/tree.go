@@ -5,6 +5,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -104,4 +105,22 @@ func thaw(root int, before map[int]bool) {
 			_ = unix.Kill(pid, unix.SIGCONT)
 		}
 	}
+}
+
+// waitStopped waits until every process of a tree stands still; false after the grace
+// time. SIGSTOP was sent while CRIU held all threads, so none runs a step in between;
+// it only takes them a moment to get there.
+func waitStopped(root int) bool {
+	for deadline := time.Now().Add(grace); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		running := false
+		for _, pid := range Tree(root) {
+			if s, ok := readStat(pid); ok && s.state != 'T' && s.state != 'Z' && s.state != 'X' {
+				running = true
+			}
+		}
+		if !running {
+			return true
+		}
+	}
+	return false
 }
