@@ -19,6 +19,7 @@ import (
 	"github.com/postern-dev/postern/agentd/control"
 	"github.com/postern-dev/postern/agentd/doctor"
 	"github.com/postern-dev/postern/agentd/identity"
+	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/tunnel"
@@ -117,8 +118,27 @@ func examine(ctx context.Context, r *doctor.Report, p *places) {
 	examineLink(ctx, r, p, c, status, running)
 	examineAudit(r, p, status, running)
 	r.Sandbox(c.SQL.UIDBase, uidCount)
+	examineKernels(ctx, r)
 	examineCheckpoints(ctx, r)
 	examineSources(ctx, r, p, c, running)
+}
+
+// Kernels' users, by default; the last one is this command's own.
+const (
+	kernelUIDBase  = 1_901_000_000
+	kernelUIDCount = 65_536
+)
+
+// examineKernels says whether kernels can run here. A host for SQL alone needs none
+// of it, so nothing of it fails the whole.
+func examineKernels(ctx context.Context, r *doctor.Report) {
+	for _, f := range kernel.Examine(ctx, kernel.Needs{UIDBase: kernelUIDBase, UIDs: kernelUIDCount}) {
+		result := doctor.Warning
+		if f.OK {
+			result = doctor.OK
+		}
+		r.Add(f.Name, result, f.Message, f.Remedy)
+	}
 }
 
 // examineCheckpoints says what of checkpoints works here. Kernels run without them, so
