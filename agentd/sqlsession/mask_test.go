@@ -60,7 +60,11 @@ func maskSource(t *testing.T, filters string) sqlsession.Source {
 	return s
 }
 
+// hashes are what the mask of that name makes, which may have any four letters in it.
+var hashes = regexp.MustCompile(`\b[a-z2-7]{26}\b`)
+
 func hasCanary(text string) string {
+	text = hashes.ReplaceAllString(text, "")
 	for _, c := range canaries {
 		if strings.Contains(text, c) {
 			return c

@@ -302,6 +302,9 @@ func (s *stranger) log(way string, denials *int) string {
 		if e.Verdict == "denied" && (way == "simple" || way == "extended") {
 			*denials++
 		}
+		if e.State == posternv1.WireEvent_STATE_RUNNING {
+			continue // of what took longer than a moment
+		}
 		fmt.Fprintln(&text, e.State, e.Sql, e.Verdict, e.CommandTag, e.Error)
 	}
 	for _, line := range s.told {

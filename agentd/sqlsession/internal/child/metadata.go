@@ -131,6 +131,9 @@ func (x *execution) readCatalog(d description, calls *pgplan.Statement) *proto.E
 	return x.deliver(d.fields)
 }
 
+// takesRow: a whole row may be given to an argument of type t.
+const takesRow = `(t.typtype OPERATOR(pg_catalog.=) 'c' OR t.typname OPERATOR(pg_catalog.=) ANY ('{record,any,anyelement,anynonarray,anycompatible,anycompatiblenonarray}'))`
+
 // ownRelationsOnly asks the server what the names in the statement mean, which it
 // has parsed in this transaction: the relations that it has locked for that must
 // all have come with the server, and x.f must be no function of a whole row.
@@ -140,7 +143,7 @@ func (x *execution) ownRelationsOnly(calls *pgplan.Statement) *proto.Error {
   AND l.locktype OPERATOR(pg_catalog.=) 'relation' AND l.relation OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid),
  'information_schema' OPERATOR(pg_catalog.=) ANY (pg_catalog.current_schemas(true)),
  (SELECT pg_catalog.min(p.proname::pg_catalog.text) FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) p.proargtypes[0]
-  WHERE p.proname OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.name[]) AND t.typtype IN ('c', 'p'))`, nameArray(calls.Fields)))
+  WHERE p.proname OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.name[]) AND `+takesRow+`)`, nameArray(calls.Fields)))
 	switch {
 	case err != nil:
 		return x.broken(err)
@@ -334,15 +337,19 @@ func (x *execution) reduced(e *pgproto3.ErrorResponse, prefix int) *proto.Error 
 	case e.Code == stateSyntaxError && e.Routine == "exec_parse_message":
 		return denied(0, "the text has more than one statement: send them one by one")
 	}
-	safe := &pgproto3.ErrorResponse{Code: e.Code, Position: e.Position - int32(prefix), Message: ownWords[e.Code]}
+	safe := discreetError(e)
+	safe.Position = max(0, e.Position-int32(prefix))
+	return sqlError(safe, x.text)
+}
+
+// discreetError is what may be told of an error where values must not get out.
+func discreetError(e *pgproto3.ErrorResponse) *pgproto3.ErrorResponse {
+	safe := &pgproto3.ErrorResponse{Code: e.Code, Position: e.Position, Message: ownWords[e.Code]}
 	switch {
 	case tellable[e.Code] && parserFile(e.File) && e.Where == "" && e.InternalQuery == "":
 		safe.Message, safe.Hint = e.Message, e.Hint
 	case safe.Message == "":
 		safe.Message = "the reason is not told, as it may hold data"
 	}
-	if safe.Position < 0 {
-		safe.Position = 0
-	}
-	return sqlError(safe, x.text)
+	return safe
 }

@@ -243,19 +243,30 @@ func (x *execution) cycle(message pgproto3.FrontendMessage) (*pgproto3.ErrorResp
 const candidatesQuery = `WITH rel AS (SELECT DISTINCT l.relation FROM pg_catalog.pg_locks l
  WHERE l.pid OPERATOR(pg_catalog.=) pg_catalog.pg_backend_pid() AND l.locktype OPERATOR(pg_catalog.=) 'relation'
  AND l.relation OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid),
-trees AS (SELECT r.ev_action::pg_catalog.text AS t FROM pg_catalog.pg_rewrite r WHERE r.ev_class IN (SELECT relation FROM rel)
- UNION ALL SELECT p.polqual::pg_catalog.text FROM pg_catalog.pg_policy p WHERE p.polrelid IN (SELECT relation FROM rel)
- UNION ALL SELECT p.polwithcheck::pg_catalog.text FROM pg_catalog.pg_policy p WHERE p.polrelid IN (SELECT relation FROM rel)),
+trees AS (SELECT r.ev_action::pg_catalog.text AS t FROM pg_catalog.pg_rewrite r WHERE r.ev_class OPERATOR(pg_catalog.=) ANY (SELECT relation FROM rel)
+ UNION ALL SELECT p.polqual::pg_catalog.text FROM pg_catalog.pg_policy p WHERE p.polrelid OPERATOR(pg_catalog.=) ANY (SELECT relation FROM rel)
+ UNION ALL SELECT p.polwithcheck::pg_catalog.text FROM pg_catalog.pg_policy p WHERE p.polrelid OPERATOR(pg_catalog.=) ANY (SELECT relation FROM rel)),
 hidden AS (SELECT DISTINCT m.m[2]::pg_catalog.oid AS id, m.m[1] OPERATOR(pg_catalog.=) 'opfuncid' AS operator FROM trees,
  LATERAL pg_catalog.regexp_matches(trees.t, ':(funcid|opfuncid|aggfnoid|winfnoid) ([0-9]+)', 'g') m(m)),
-calls AS (SELECT 'f' AS k, p.oid, p.proname AS n FROM pg_catalog.pg_proc p WHERE p.proname OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.name[])
+calls AS (` + namedCalls + `
+ UNION ALL SELECT 'v', h.id, '' FROM hidden h WHERE NOT h.operator OR h.id OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid)
+` + candidatesOf
+
+// namedCalls are what names, operators and casts of a statement may call.
+const namedCalls = `SELECT 'f' AS k, p.oid, p.proname AS n FROM pg_catalog.pg_proc p WHERE p.proname OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.name[])
  UNION ALL SELECT 'o', o.oprcode::pg_catalog.oid, o.oprname FROM pg_catalog.pg_operator o WHERE o.oid OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid AND o.oprname OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.name[])
  UNION ALL SELECT 'x', p.oid, p.proname FROM pg_catalog.pg_proc p WHERE p.pronargs OPERATOR(pg_catalog.=) 1 AND p.oid OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid AND p.proname OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.name[])
-  AND EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid OPERATOR(pg_catalog.=) p.proargtypes[0] AND t.typtype IN ('c', 'p'))
+  AND EXISTS (SELECT FROM pg_catalog.pg_type t WHERE t.oid OPERATOR(pg_catalog.=) p.proargtypes[0] AND t.typtype OPERATOR(pg_catalog.=) ANY ('{c,p}'))
  UNION ALL SELECT 'c', c.castfunc, '' FROM pg_catalog.pg_cast c WHERE c.castfunc OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid
-  AND NOT EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.oid OPERATOR(pg_catalog.=) c.castfunc AND p.prolang OPERATOR(pg_catalog.=) 12::pg_catalog.oid AND p.prosrc OPERATOR(pg_catalog.=) 'multirange_constructor1')
- UNION ALL SELECT 'v', h.id, '' FROM hidden h WHERE NOT h.operator OR h.id OPERATOR(pg_catalog.>=) 16384::pg_catalog.oid)
-SELECT DISTINCT c.k, c.n, n.nspname, p.proname, p.oid OPERATOR(pg_catalog.<) 16384::pg_catalog.oid, p.provolatile, COALESCE(e.extname, '')
+  AND NOT EXISTS (SELECT FROM pg_catalog.pg_proc p WHERE p.oid OPERATOR(pg_catalog.=) c.castfunc AND p.prolang OPERATOR(pg_catalog.=) 12::pg_catalog.oid AND p.prosrc OPERATOR(pg_catalog.=) 'multirange_constructor1')`
+
+// namedCandidatesQuery is the same for a statement that names no relation but the
+// server's own.
+const namedCandidatesQuery = `WITH calls AS (` + namedCalls + `)
+` + candidatesOf
+
+// candidatesOf tells of functions in calls.
+const candidatesOf = `SELECT DISTINCT c.k, c.n, n.nspname, p.proname, p.oid OPERATOR(pg_catalog.<) 16384::pg_catalog.oid, p.provolatile, COALESCE(e.extname, '')
 FROM calls c JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) c.oid JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) p.pronamespace
 LEFT JOIN pg_catalog.pg_depend d ON d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::pg_catalog.oid AND d.objid OPERATOR(pg_catalog.=) p.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'
 LEFT JOIN pg_catalog.pg_extension e ON e.oid OPERATOR(pg_catalog.=) d.refobjid LIMIT 10001`
@@ -278,42 +289,51 @@ func (x *execution) judgeCalls(s *pgplan.Statement, what string, besides func(na
 	case len(rows) >= maxCandidates:
 		return denied(0, "the statement is refused: it names too many functions")
 	}
-	type candidate struct {
-		kind, name string
-		pgplan.Candidate
+	reason, offset, ok := refuseCalls(rows, s, what, x.request.Guard.Functions, besides)
+	switch {
+	case !ok:
+		return proto.Errorf(proto.CodeInternal, "the server's answer about functions is not understood")
+	case reason != "":
+		return denied(x.position(offset), "%s", reason)
 	}
-	var all []candidate
+	return nil
+}
+
+// refuseCalls says why what candidatesQuery has found must not be called, and where in
+// the text; "" if it may. ok is false for an answer that is not understood.
+func refuseCalls(rows [][]string, s *pgplan.Statement, what string, functions []string, besides func(name string) bool) (reason string, offset int, ok bool) {
+	const remedy = "name it in functions of the data source's policy if it may be run"
 	for _, row := range rows {
 		if len(row) != 7 {
-			return proto.Errorf(proto.CodeInternal, "the server's answer about functions is not understood")
+			return "", -1, false
 		}
-		all = append(all, candidate{row[0], row[1], pgplan.Candidate{Schema: row[2], Name: row[3], BuiltIn: row[4] == "t", Volatility: row[5], Extension: row[6]}})
 	}
-	const remedy = "name it in functions of the data source's policy if it may be run"
-	for _, c := range all {
-		if c.kind == "v" && c.BuiltIn && (c.Candidate.Name == "current_setting" || pgcatalog.Told(c.Candidate.Name)) {
+	for _, row := range rows {
+		kind, name := row[0], row[1]
+		c := pgplan.Candidate{Schema: row[2], Name: row[3], BuiltIn: row[4] == "t", Volatility: row[5], Extension: row[6]}
+		if kind == "v" && c.BuiltIn && (c.Name == "current_setting" || pgcatalog.Told(c.Name)) {
 			continue // what whoever made the view or policy lets be told
 		}
-		if c.Plannable(x.request.Guard.Functions) || c.BuiltIn && besides(c.Candidate.Name) {
+		if c.Plannable(functions) || c.BuiltIn && besides(c.Name) {
 			continue
 		}
-		full := clean(c.Schema + "." + c.Candidate.Name)
-		switch c.kind {
+		full := clean(c.Schema + "." + c.Name)
+		switch kind {
 		case "f":
 			for _, f := range s.Functions {
-				if f.Name == c.name && (f.Schema == "" || f.Schema == c.Schema) {
-					return denied(x.text.Position(characters(x.text.Text, f.Offset)), "%s is refused: the statement may call %s, which is not known to be harmless: %s", what, full, remedy)
+				if f.Name == name && (f.Schema == "" || f.Schema == c.Schema) {
+					return fmt.Sprintf("%s is refused: the statement may call %s, which is not known to be harmless: %s", what, full, remedy), f.Offset, true
 				}
 			}
 		case "o", "x":
-			return denied(0, "%s is refused: it may call %s as %s: %s", what, full, clean(c.name), remedy)
+			return fmt.Sprintf("%s is refused: it may call %s as %s: %s", what, full, clean(name), remedy), -1, true
 		case "c":
-			return denied(0, "%s is refused: the database has a cast by %s: %s", what, full, remedy)
+			return fmt.Sprintf("%s is refused: the database has a cast by %s: %s", what, full, remedy), -1, true
 		default:
-			return denied(0, "%s is refused: a view or a row security policy of the statement's tables calls %s: %s", what, full, remedy)
+			return fmt.Sprintf("%s is refused: a view or a row security policy of the statement's tables calls %s: %s", what, full, remedy), -1, true
 		}
 	}
-	return nil
+	return "", -1, true
 }
 
 // nameArray is an array literal of names.

@@ -13,7 +13,6 @@ import (
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgguard"
-	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgplan"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgproxy"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 	"github.com/postern-dev/postern/proto"
@@ -100,7 +99,10 @@ func (p *process) serveProxy(r *frame.WireRequest, conn net.Conn) int {
 		Agentd: conn, Parser: p.parser, Judge: judge, Guard: r.Guard, ReadWrite: r.ReadWrite,
 		MaxRows: r.MaxRows, MaxBytes: r.MaxBytes, Timeout: millis(r.TimeoutMillis), Idle: millis(r.IdleMillis), IdleInTransaction: millis(r.IdleInTransaction),
 	}
-	if masking != nil && r.Guard.Mode != modeMetadata {
+	switch {
+	case r.Guard.Mode == modeMetadata:
+		config.Spare, config.Discreet = spare, discreetWords
+	case masking != nil:
 		config.Hide = wireHide{masking: masking}
 	}
 	if masking != nil {
@@ -129,7 +131,7 @@ type wireJudge struct {
 // Judge implements pgproxy.Judge.
 func (j *wireJudge) Judge(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
 	v, refusal := j.permit(ctx, server, text, tree)
-	if refusal != nil || v.DescribeOnly != nil {
+	if refusal != nil || v.DescribeOnly != nil || j.guard.Mode == modeMetadata {
 		return v, refusal
 	}
 	v.Hide, refusal = wireMasks(ctx, j.masking, j.parser, server, text, tree)
@@ -137,28 +139,27 @@ func (j *wireJudge) Judge(ctx context.Context, server pgproxy.Asker, text string
 }
 
 func (j *wireJudge) permit(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
+	if j.guard.Mode == modeMetadata {
+		return j.metadata(ctx, server, text, tree)
+	}
 	reads := onlyReads(tree.GetStmts()[0].GetStmt().ProtoReflect(), true)
 	if !j.readWrite && !reads {
 		return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: stateReadOnly, Message: "the statement is refused: the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT"}
 	}
+	return j.guarded(ctx, server, text, tree)
+}
+
+// guarded holds what a statement calls against the policy.
+func (j *wireJudge) guarded(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) (pgproxy.Verdict, *pgproxy.Refusal) {
 	guard := *j.guard
 	if !j.readWrite {
 		guard.Mode = pgguard.ModeReadOnly
-	}
-	if j.guard.Mode == modeMetadata {
-		if refusal := j.runsNoCheck(ctx, server, text, tree); refusal != nil {
-			return pgproxy.Verdict{}, refusal
-		}
 	}
 	_, refusal := pgguard.Check(ctx, pgguard.Input{Tree: tree, Text: text, Guard: &guard, Version: j.version, CopyOut: true, Resolver: wireResolver{server}})
 	var asked *pgproxy.Refusal
 	switch {
 	case refusal == nil && j.readWrite:
 		return pgproxy.Verdict{}, nil // a function may write: every statement's intent is in the log
-	case refusal == nil && j.guard.Mode == pgguard.ModeMetadata:
-		return pgproxy.Verdict{Reads: true, DescribeOnly: &pgproxy.Refusal{
-			SQLState: "42501", Message: "the statement is refused: the data source shows metadata only: it can be parsed and described, not run",
-		}}, nil
 	case refusal == nil:
 		return pgproxy.Verdict{Reads: true}, nil
 	case errors.As(refusal.Err, &asked):
@@ -167,40 +168,6 @@ func (j *wireJudge) permit(ctx context.Context, server pgproxy.Asker, text strin
 		return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: "57014", Message: "the statement is refused: " + refusal.Reason, Code: proto.CodeUnavailable}
 	}
 	return pgproxy.Verdict{}, &pgproxy.Refusal{SQLState: "42501", Message: clean("the statement is refused: " + refusal.Reason), Position: refusal.Position}
-}
-
-// runsNoCheck is that of an execution: see there.
-func (j *wireJudge) runsNoCheck(ctx context.Context, server pgproxy.Asker, text string, tree *pgtree.Tree) *pgproxy.Refusal {
-	calls, err := pgplan.Read(tree)
-	var refusal *pgplan.Refusal
-	switch {
-	case errors.As(err, &refusal):
-		return &pgproxy.Refusal{SQLState: "42501", Message: "the statement is refused: " + refusal.Message, Position: characters(text, refusal.Offset)}
-	case err != nil:
-		return &pgproxy.Refusal{SQLState: "42501", Message: "the statement is refused: it is not understood"}
-	case calls.Composite < 0:
-		return nil
-	}
-	if refusal := j.learnDomains(ctx, server); refusal != nil || j.domains.acting == "" {
-		return refusal
-	}
-	return &pgproxy.Refusal{SQLState: "42501", Message: "the statement is refused: " + j.domains.reason(), Position: characters(text, calls.Composite)}
-}
-
-// learnDomains asks for what is known of the database's domains, if that is old.
-func (j *wireJudge) learnDomains(ctx context.Context, server pgproxy.Asker) *pgproxy.Refusal {
-	if !j.domains.old() {
-		return nil
-	}
-	rows, err := server.Ask(ctx, domainsQuery)
-	var theirs *pgproxy.Refusal
-	switch {
-	case errors.As(err, &theirs):
-		return theirs
-	case err != nil, !j.domains.learn(rows, j.guard.Functions):
-		return &pgproxy.Refusal{SQLState: "57014", Message: "the statement is refused: the catalog's answer about domains is not understood", Code: proto.CodeUnavailable}
-	}
-	return nil
 }
 
 // wireResolver asks over the connection of a client of PostgreSQL's protocol.

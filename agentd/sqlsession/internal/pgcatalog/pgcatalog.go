@@ -2,6 +2,7 @@ package pgcatalog
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	pgquery "github.com/pganalyze/pg_query_go/v6"
@@ -18,6 +19,19 @@ type Verdict struct {
 	Reason string
 	// Offset is where, in bytes of the text from 0; -1 is unknown.
 	Offset int
+	// None is set when it names no relation at all.
+	None bool
+	// Relations are the names that must mean the catalog's own relations, and may be
+	// nothing else.
+	Relations []Relation
+}
+
+// Relation is a name in a statement. Schema is empty where the search path decides.
+type Relation struct {
+	Schema, Name string
+	// Own is set for what is WITH's where it can be reached, and there must be no
+	// relation of that name where it can't.
+	Own bool
 }
 
 // Judge looks at a tree of one statement, of which package pgplan knows all nodes.
@@ -25,12 +39,14 @@ type Verdict struct {
 // that is not on the list, names no hidden column, and reads no relation as a
 // whole that has one.
 func Judge(tree *pgtree.Tree) Verdict {
-	w := &walker{stars: -1, ctes: make(map[string]bool), columns: make(map[*pgquery.Alias]bool), names: make(map[string]bool)}
+	w := &walker{ctes: make(map[string]bool), columns: make(map[*pgquery.Alias]bool), names: make(map[string]bool), parts: make(map[*pgquery.ColumnRef][]string)}
 	w.walk(tree.GetStmts()[0].GetStmt().ProtoReflect())
-	v := Verdict{Offset: -1}
+	v := Verdict{Offset: -1, None: len(w.tables) == 0}
 	secretive := false
 	for _, t := range w.tables {
-		if t.Schemaname == "" && t.Catalogname == "" && w.ctes[t.Relname] {
+		own := t.Schemaname == "" && t.Catalogname == "" && w.ctes[t.Relname]
+		v.Relations = append(v.Relations, Relation{Schema: t.Schemaname, Name: t.Relname, Own: own})
+		if own {
 			continue // or, out of its reach, a relation that the server says is ours or not
 		}
 		r, known := find(t)
@@ -66,12 +82,15 @@ func Judge(tree *pgtree.Tree) Verdict {
 	}
 	const instead = "name the columns: some of the catalog's hold data and are not told"
 	switch {
-	case w.stars >= 0:
-		v.refuse(w.stars, "* is refused where only metadata is told: %s", instead)
+	case w.whole() != nil:
+		v.refuse(max(0, int(w.whole().Location)), "* is refused where only metadata is told: %s", instead)
 	case w.natural:
 		v.refuse(-1, "NATURAL JOIN is refused where only metadata is told: %s", instead)
 	}
 	for _, ref := range w.refs {
+		if ref.of != "" && ref.of != "pg_catalog" && ref.of != "information_schema" {
+			continue // a column of what has that name: none of the schemas of what may be read
+		}
 		if w.names[ref.text] {
 			v.refuse(ref.offset, "%s may be a whole row, which is refused where only metadata is told: %s", ref.text, instead)
 		}
@@ -114,6 +133,8 @@ func name(t *pgquery.RangeVar) string {
 type word struct {
 	text   string
 	offset int
+	// of is the name before it, of two.
+	of string
 }
 
 type walker struct {
@@ -125,9 +146,12 @@ type walker struct {
 	names map[string]bool
 	// words are all identifiers, refs the last ones of references to columns.
 	words, refs []word
-	stars       int // where the first * stands; -1: nowhere
-	natural     bool
-	locks       bool
+	// stars are where * stands. Of parts are those that mean the columns of subqueries
+	// alone, if WITH has made the names.
+	stars   []*pgquery.ColumnRef
+	parts   map[*pgquery.ColumnRef][]string
+	natural bool
+	locks   bool
 }
 
 func (w *walker) walk(m protoreflect.Message) {
@@ -147,6 +171,8 @@ func (w *walker) walk(m protoreflect.Message) {
 			break
 		}
 		w.names[x.Aliasname] = true
+	case *pgquery.SelectStmt:
+		w.query(x)
 	case *pgquery.CommonTableExpr:
 		w.ctes[x.Ctename] = true
 	case *pgquery.JoinExpr:
@@ -154,7 +180,7 @@ func (w *walker) walk(m protoreflect.Message) {
 	case *pgquery.LockingClause:
 		w.locks = true
 	case *pgquery.String:
-		w.words = append(w.words, word{x.Sval, -1})
+		w.words = append(w.words, word{text: x.Sval, offset: -1})
 	case *pgquery.ColumnRef:
 		w.column(x)
 	}
@@ -173,17 +199,63 @@ func (w *walker) walk(m protoreflect.Message) {
 	})
 }
 
+// whole is a * that may mean all columns of a relation; nil: there is none.
+func (w *walker) whole() *pgquery.ColumnRef {
+	for _, star := range w.stars {
+		with, ok := w.parts[star]
+		if !ok || slices.ContainsFunc(with, func(name string) bool { return !w.ctes[name] }) {
+			return star
+		}
+	}
+	return nil
+}
+
+// query notes SELECT * FROM (SELECT ...): the columns are those that the subquery names.
+func (w *walker) query(x *pgquery.SelectStmt) {
+	with := []string{}
+	for _, from := range x.FromClause {
+		if !derived(from, &with) {
+			return
+		}
+	}
+	for _, target := range x.TargetList {
+		ref := target.GetResTarget().GetVal().GetColumnRef()
+		if len(ref.GetFields()) == 1 && ref.Fields[0].GetAStar() != nil {
+			w.parts[ref] = with
+		}
+	}
+}
+
+// derived tells whether something in FROM is made of subqueries and functions, and of
+// what WITH must have made.
+func derived(n *pgquery.Node, with *[]string) bool {
+	switch {
+	case n.GetRangeVar() != nil && n.GetRangeVar().Schemaname == "" && n.GetRangeVar().Catalogname == "":
+		*with = append(*with, n.GetRangeVar().Relname)
+		return true
+	case n.GetRangeSubselect() != nil, n.GetRangeFunction() != nil:
+		return true
+	case n.GetJoinExpr() != nil:
+		return derived(n.GetJoinExpr().GetLarg(), with) && derived(n.GetJoinExpr().GetRarg(), with)
+	}
+	return false
+}
+
 func (w *walker) column(x *pgquery.ColumnRef) {
 	for i, f := range x.Fields {
 		if f.GetAStar() != nil {
-			w.stars = max(0, int(x.Location))
+			w.stars = append(w.stars, x)
 		}
 		if s := f.GetString_(); s != nil {
 			if hiddenColumns[s.Sval] {
-				w.words = append(w.words, word{s.Sval, int(x.Location)})
+				w.words = append(w.words, word{text: s.Sval, offset: int(x.Location)})
 			}
 			if i == len(x.Fields)-1 {
-				w.refs = append(w.refs, word{s.Sval, int(x.Location)})
+				ref := word{text: s.Sval, offset: int(x.Location)}
+				if len(x.Fields) == 2 {
+					ref.of = x.Fields[0].GetString_().GetSval()
+				}
+				w.refs = append(w.refs, ref)
 			}
 		}
 	}

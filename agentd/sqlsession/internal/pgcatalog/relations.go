@@ -39,6 +39,40 @@ var relations = map[string]map[string]relation{
 		"pg_operator":    open,
 		"pg_extension":   hides("extconfig extcondition"),
 		"pg_tables":      open,
+		// What psql, JDBC and the like look at beside: names, kinds and flags.
+		"pg_policy":                hides("polqual polwithcheck"),
+		"pg_trigger":               hides("tgargs tgqual"),
+		"pg_rewrite":               hides("ev_qual ev_action"),
+		"pg_statistic_ext":         hides("stxexprs"),
+		"pg_publication":           open,
+		"pg_publication_rel":       hides("prqual"),
+		"pg_publication_namespace": open,
+		"pg_partitioned_table":     hides("partexprs"),
+		"pg_conversion":            open,
+		"pg_amop":                  open,
+		"pg_amproc":                open,
+		"pg_aggregate":             hides("agginitval aggminitval"),
+		"pg_event_trigger":         open,
+		"pg_transform":             open,
+		"pg_ts_config":             open,
+		"pg_ts_config_map":         open,
+		"pg_ts_dict":               hides("dictinitoption"),
+		"pg_ts_parser":             open,
+		"pg_ts_template":           open,
+		"pg_foreign_data_wrapper":  hides("fdwoptions"),
+		"pg_foreign_server":        hides("srvoptions"),
+		"pg_foreign_table":         hides("ftoptions"),
+		"pg_default_acl":           open,
+		"pg_roles":                 hides("rolpassword rolconfig rolvaliduntil"),
+		"pg_auth_members":          open,
+		"pg_database":              hides("datconfig datfrozenxid datminmxid"),
+		"pg_tablespace":            hides("spcoptions"),
+		"pg_views":                 hides("definition"),
+		"pg_indexes":               hides("indexdef"),
+		"pg_user":                  hides("passwd valuntil useconfig"),
+		"pg_enum":                  open,
+		"pg_subscription":          hides("subconninfo"),
+		"pg_user_mappings":         hides("umoptions"),
 	},
 	"information_schema": {
 		"attributes":                      hides("attribute_default"),
@@ -96,6 +130,9 @@ var told = func() map[string]bool {
 		has_table_privilege has_schema_privilege has_column_privilege has_function_privilege has_any_column_privilege has_type_privilege
 		has_sequence_privilege has_database_privilege pg_has_role
 		obj_description col_description to_regclass to_regtype to_regproc to_regprocedure to_regnamespace to_regoper to_regoperator
+		pg_opfamily_is_visible pg_conversion_is_visible pg_statistics_obj_is_visible
+		pg_ts_config_is_visible pg_ts_dict_is_visible pg_ts_parser_is_visible pg_ts_template_is_visible
+		pg_partition_ancestors pg_partition_root getdatabaseencoding pg_char_to_encoding
 		current_schemas pg_encoding_to_char pg_relation_is_publishable pg_my_temp_schema pg_is_other_temp_schema
 		pg_index_column_has_property pg_index_has_property pg_indexam_has_property pg_get_serial_sequence
 		regclass regtype regproc regprocedure regnamespace`) {

@@ -452,6 +452,9 @@ func (p *Proxy) failure(size int) error {
 		}
 		refusal = hide.Error(body, st != nil || x.kind == 'B')
 	}
+	if refusal == nil && p.config.Discreet != nil {
+		refusal = p.config.Discreet(body)
+	}
 	if st != nil {
 		detail := serverError(body)
 		if refusal != nil {
@@ -463,9 +466,6 @@ func (p *Proxy) failure(size int) error {
 	switch {
 	case refusal != nil:
 		err = p.replace(5+size, appendError(nil, "ERROR", refusal))
-	case p.config.Guard.Mode == "metadata":
-		d := serverError(body)
-		err = p.replace(5+size, appendError(nil, "ERROR", &Refusal{SQLState: d.GetSql().GetSqlstate(), Position: int(d.GetSql().GetPosition()), Message: "the database refused the statement: its words are not told, as the data source shows metadata only"}))
 	default:
 		err = p.through(5 + size)
 	}

@@ -21,6 +21,8 @@ type part struct {
 	write bool
 	// describeOnly is why it may be parsed and described but not run.
 	describeOnly *Refusal
+	// bracket is why no value of a Bind may be an array, a row or a range.
+	bracket *Refusal
 	// hide masks its result; nil: nothing that it selects is a masked column.
 	hide Hider
 	// path: names may mean something else after it (search_path).
@@ -98,9 +100,6 @@ func classify(node *pgquery.Node, v view) (p part, inside []inner, refusal *Refu
 		inside = append(inside, inner{node: n.DeclareCursorStmt.GetQuery()})
 	case *pgquery.Node_FetchStmt:
 		p.quiet, p.fetches = false, n.FetchStmt.GetPortalname()
-		if v.metadata {
-			p.describeOnly = refuse(stateDenied, "the data source shows metadata only: no rows can be fetched")
-		}
 	case *pgquery.Node_ClosePortalStmt:
 		p.quiet = true
 	case *pgquery.Node_ConstraintsSetStmt:

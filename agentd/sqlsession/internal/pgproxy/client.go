@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"strings"
 
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgplan"
 	"github.com/postern-dev/postern/proto"
 )
 
@@ -354,6 +355,14 @@ func (p *Proxy) bind(size int) error {
 	if failure != nil {
 		return failure
 	}
+	if made := p.statement(statement); refusal == nil && made != nil && made.part.bracket != nil {
+		switch {
+		case !whole:
+			refusal = refuse(stateLimit, "the values have %d bytes, more than can be looked at on a data source that shows metadata only", size)
+		case !plainValues(message):
+			refusal = made.part.bracket
+		}
+	}
 	if refusal != nil || p.skipping {
 		if err := p.takeAway(size - head); err != nil || p.skipping {
 			return err
@@ -386,6 +395,8 @@ func (p *Proxy) mayBind(name, statement string) (*Refusal, error) {
 	switch {
 	case name == ours:
 		return refuse(stateDenied, "the name %q of a portal is taken", name), nil
+	case made != nil && made.part.describeOnly != nil && p.config.Guard.Mode == "metadata":
+		return made.part.describeOnly, nil // to bind is to plan
 	case made == nil:
 		message := "prepared statement \"" + clip(statement, 64) + "\" does not exist"
 		if statement == "" {
@@ -409,6 +420,54 @@ func (p *Proxy) mayBind(name, statement string) (*Refusal, error) {
 		made.part = j.parts[0]
 	}
 	return nil, nil
+}
+
+// scalar is the longest value in binary that is no array, row or range, in bytes: those
+// have a head and, but for what is empty, the length of something in them.
+const scalar = 8
+
+// plainValues tells whether none of a Bind's values is an array, a row or a range: they
+// begin with a bracket.
+func plainValues(body []byte) bool {
+	_, rest, _ := cut(body)
+	_, rest, ok := cut(rest)
+	if !ok || len(rest) < 2 {
+		return false
+	}
+	n := int(binary.BigEndian.Uint16(rest))
+	rest = rest[2:]
+	if len(rest) < 2*n+2 {
+		return false
+	}
+	formats := rest[:2*n]
+	values := int(binary.BigEndian.Uint16(rest[2*n:]))
+	rest = rest[2*n+2:]
+	for i := range values {
+		if len(rest) < 4 {
+			return false
+		}
+		size := int(int32(binary.BigEndian.Uint32(rest)))
+		rest = rest[4:]
+		if size < 0 {
+			continue
+		}
+		if size > len(rest) {
+			return false
+		}
+		value := rest[:size]
+		rest = rest[size:]
+		var format uint16
+		switch {
+		case n == 1:
+			format = binary.BigEndian.Uint16(formats)
+		case i < n:
+			format = binary.BigEndian.Uint16(formats[2*i:])
+		}
+		if format != 0 && size > scalar || format == 0 && pgplan.Composite(string(value)) {
+			return false
+		}
+	}
+	return true
 }
 
 // bindLong sends a Bind in pieces to a server that has nothing else to do.

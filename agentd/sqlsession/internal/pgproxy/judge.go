@@ -37,6 +37,8 @@ type Verdict struct {
 	Reads bool
 	// DescribeOnly is why it may be parsed and described but not run; nil: it may.
 	DescribeOnly *Refusal
+	// Bracket is why no value of a Bind may be an array, a row or a range; nil: it may.
+	Bracket *Refusal
 	// Hide masks its result; nil: as Config.Hide says.
 	Hide Hider
 }
@@ -101,7 +103,7 @@ func (p *Proxy) judge(text string) *judgement {
 	j.made, j.epoch = time.Now(), p.epoch
 	switch {
 	case j.refusal != nil:
-	case key == text, len(j.parts) == 1 && j.parts[0].data && j.parts[0].declares == "":
+	case key == text, len(j.parts) == 1 && j.parts[0].data && j.parts[0].declares == "" && j.rewrite == "":
 		p.verdicts.put(key, j)
 	default:
 		p.verdicts.put(text, j) // of others a number may matter: SET x = 0
@@ -127,11 +129,24 @@ func (p *Proxy) look(text string) *judgement {
 		p.learnPath()
 	}
 	j := &judgement{}
+	original, spared := text, false
+	if p.config.Spare != nil && len(tree.GetStmts()) == 1 && tree.Stmts[0].GetStmt().GetSelectStmt() != nil {
+		if judged, sent := p.config.Spare(text, tree); judged != "" {
+			again, err := p.config.Parser.Parse(ctx, judged)
+			if err != nil || len(again.GetStmts()) != 1 || again.Stmts[0].GetStmt().GetSelectStmt() == nil {
+				return &judgement{refusal: refuse(stateDenied, "the statement is not understood and is refused")}
+			}
+			tree, text, j.rewrite, spared = again, judged, sent, true
+		}
+	}
 	v := p.view()
 	moved := false                // names may mean something else than now
 	prepared := map[string]part{} // by this text
 	for _, raw := range tree.GetStmts() {
 		sql, offset := slice(text, raw)
+		if spared {
+			sql = strings.TrimSpace(original)
+		}
 		if raw.GetStmt() == nil {
 			return &judgement{refusal: refuse(stateDenied, "the statement is not understood and is refused")}
 		}
@@ -151,6 +166,9 @@ func (p *Proxy) look(text string) *judgement {
 		for _, q := range inside {
 			verdict, refusal := p.config.Judge.Judge(ctx, p, text, treeOf(q.node, raw))
 			if refusal != nil {
+				if spared {
+					refusal.Position = 0 // of another text than the client's
+				}
 				return &judgement{parts: []part{one}, refusal: refusal}
 			}
 			if verdict.Hide != nil && (one.declares != "" || one.executes != "") && verdict.Hide.Masked() != "" {
@@ -161,6 +179,9 @@ func (p *Proxy) look(text string) *judgement {
 				return &judgement{parts: []part{one}, refusal: refuse(stateDenied, "the statement is refused: %s the masked column %s", what, verdict.Hide.Masked())}
 			}
 			one.hide = verdict.Hide
+			if one.bracket == nil {
+				one.bracket = verdict.Bracket
+			}
 			one.write = one.write || p.config.ReadWrite && !verdict.Reads
 			if one.describeOnly == nil {
 				one.describeOnly = verdict.DescribeOnly
@@ -271,6 +292,9 @@ func (p *Proxy) judgeTypes(types []byte, one *part) (*Refusal, error) {
 	}
 	if one.describeOnly == nil {
 		one.describeOnly = verdict.DescribeOnly
+	}
+	if one.bracket == nil {
+		one.bracket = verdict.Bracket
 	}
 	return nil, nil
 }

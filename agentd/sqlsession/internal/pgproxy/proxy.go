@@ -43,6 +43,11 @@ type Config struct {
 	// masks nothing.
 	Hide      Hider
 	ReadWrite bool
+	// Spare, which may be nil, makes of a statement one that tells less, or "": judged is
+	// parsed and held against the policy, and sent goes to the server.
+	Spare func(text string, tree *pgtree.Tree) (judged, sent string)
+	// Discreet, which may be nil, is what is told in place of the server's ErrorResponse.
+	Discreet func(body []byte) *Refusal
 	// MaxRows, MaxBytes (of protocol) and Timeout bound each statement.
 	MaxRows, MaxBytes uint64
 	Timeout           time.Duration
