@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"strings"
 	"time"
 	"unicode/utf8"
 
@@ -94,7 +95,9 @@ func (e *Entry) Seal(prev Head) Head {
 		&e.Organization, &e.Actor, &e.Role, &e.Action, &e.Target, &e.Agent, &e.Source, &e.QueryID, &e.SessionID,
 		&e.Verdict, &e.Statement, &e.Outcome, &e.Error, &e.Remote,
 	} {
-		*s = string(bytes.ToValidUTF8([]byte(*s), []byte("\uFFFD")))
+		if !utf8.ValidString(*s) {
+			*s = strings.ToValidUTF8(*s, "\uFFFD")
+		}
 	}
 	if len(e.Statement) > MaxStatement {
 		n := MaxStatement
@@ -104,7 +107,7 @@ func (e *Entry) Seal(prev Head) Head {
 		e.Statement = fmt.Sprintf("%s… (cut, %d bytes in all)", e.Statement[:n], len(e.Statement))
 	}
 	if len(e.Error) > MaxStatement {
-		e.Error = string(bytes.ToValidUTF8([]byte(e.Error[:MaxStatement]), nil))
+		e.Error = strings.ToValidUTF8(e.Error[:MaxStatement], "")
 	}
 	hash := e.digest(prev.Hash)
 	e.Hash = hex.EncodeToString(hash[:])
@@ -117,17 +120,6 @@ func (e Entry) digest(prev [sha256.Size]byte) [sha256.Size]byte {
 	h.Write(prev[:])
 	h.Write(e.Encode())
 	return [sha256.Size]byte(h.Sum(nil))
-}
-
-// Encode is e as one line of canonical JSON, without the line's end.
-func (e Entry) Encode() []byte {
-	var b bytes.Buffer
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false)
-	if err := enc.Encode(e); err != nil {
-		panic(err) // strings, numbers and a time within years 0 to 9999 always encode
-	}
-	return bytes.TrimRight(b.Bytes(), "\n")
 }
 
 // Decode reads one line. It refuses what Encode would not have written.
