@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
 	"strings"
 	"time"
 
@@ -108,6 +109,10 @@ func (p *process) serveProxy(r *frame.WireRequest, conn net.Conn) int {
 	if masking != nil {
 		config.Redact = masking.texts.String
 	}
+	// One goroutine works at a time: it waits for the client, for the server, or for the
+	// one that reads agentd's frames. A second processor would be woken up for each of
+	// them, which costs a sixth of what a small statement takes here.
+	runtime.GOMAXPROCS(1)
 	proxy := pgproxy.New(config)
 	p.proxy.Store(proxy)
 	if err := proxy.Run(); err != nil {
