@@ -104,6 +104,16 @@ func tellsHidden(page *posternv1.CatalogPage, hide policy.Hide) bool {
 			return true
 		}
 	}
+	for _, x := range page.Types {
+		if hide.Object(x.Schema, x.Name) {
+			return true
+		}
+	}
+	for _, q := range page.Sequences {
+		if hide.Object(q.Schema, q.Name) || q.Owner != nil && hide.Object(q.Owner.Schema, q.Owner.Name) {
+			return true
+		}
+	}
 	for _, s := range page.Schemas {
 		if hide.Schema(s.Name) {
 			return true

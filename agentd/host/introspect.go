@@ -92,7 +92,7 @@ func (h *Host) introspect(ctx context.Context, r *posternv1.IntrospectRequest, s
 	began := time.Now()
 	pace, _ := ctx.Value(paceKey{}).(func())
 	err := h.cfg.SQL.Introspect(ctx, Introspection{Source: r.Source, Known: r.Known, Timeout: verdict.Timeout}, func(page *posternv1.CatalogPage) error {
-		entry.Rows += uint64(len(page.Tables) + len(page.Functions))
+		entry.Rows += uint64(len(page.Tables) + len(page.Functions) + len(page.Types) + len(page.Sequences))
 		entry.Bytes += uint64(gproto.Size(page))
 		if pace != nil {
 			pace()

@@ -159,6 +159,16 @@ func decodePage(raw []byte) (*posternv1.CatalogPage, error) {
 			return nil, errors.New("a function without a name")
 		}
 	}
+	for _, x := range page.Types {
+		if x.GetSchema() == "" || x.GetName() == "" {
+			return nil, errors.New("a type without a name")
+		}
+	}
+	for _, q := range page.Sequences {
+		if q.GetSchema() == "" || q.GetName() == "" {
+			return nil, errors.New("a sequence without a name")
+		}
+	}
 	for _, schema := range page.Schemas {
 		if schema.GetName() == "" {
 			return nil, errors.New("a schema without a name")

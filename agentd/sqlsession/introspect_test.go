@@ -33,15 +33,19 @@ func catalogDatabase(t testing.TB, name string) {
 		`CREATE SCHEMA shop`, `COMMENT ON SCHEMA shop IS 'what we sell'`,
 		`CREATE SCHEMA canary_schema`,
 		`CREATE SCHEMA norights`,
-		`CREATE TYPE shop.mood AS ENUM ('canary_label', 'good')`,
-		`CREATE TYPE canary_schema.canary_type AS (a int)`,
+		`CREATE TYPE shop.mood AS ENUM ('so so', 'good')`, `ALTER TYPE shop.mood ADD VALUE 'bad' BEFORE 'good'`, `COMMENT ON TYPE shop.mood IS 'how one feels'`,
+		`CREATE TYPE canary_schema.canary_type AS (a int)`, `CREATE TYPE canary_schema.canary_enum AS ENUM ('canary_label')`,
+		`CREATE TYPE shop.place AS (street text, points numeric(4,1)[], secret canary_schema.canary_type, mood shop.mood)`,
+		`CREATE DOMAIN shop.price AS numeric(10,2) NOT NULL DEFAULT 42424242 CONSTRAINT canary_check CHECK (VALUE < 42424242)`, `CREATE DOMAIN shop.masked AS canary_schema.canary_enum`,
+		`CREATE TYPE shop.hours AS RANGE (subtype = time)`, `CREATE TYPE shop.ungranted AS ENUM ('canary_ungranted')`, `REVOKE ALL ON TYPE shop.ungranted FROM PUBLIC`,
+		`CREATE SEQUENCE shop.numbers AS integer START 42424242`, `COMMENT ON SEQUENCE shop.numbers IS 'of invoices'`, `CREATE SEQUENCE shop.canary_sequence`,
 		`CREATE TABLE canary_schema.vault (id int PRIMARY KEY)`,
 		`CREATE TABLE norights.unseen (id int PRIMARY KEY)`,
 		`CREATE TABLE shop.canary_table (id int PRIMARY KEY)`,
 		`CREATE TABLE shop.customers (
 			id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
 			email varchar(80) NOT NULL UNIQUE,
-			mood shop.mood DEFAULT 'canary_label',
+			mood shop.mood DEFAULT 'so so',
 			doubled int GENERATED ALWAYS AS (42424242 * 2) STORED,
 			price numeric(10,2)[] DEFAULT '{1.5}',
 			secret canary_schema.canary_type[],
@@ -66,10 +70,14 @@ func catalogDatabase(t testing.TB, name string) {
 		`CREATE FUNCTION canary_schema.hidden_function() RETURNS int LANGUAGE sql AS 'SELECT 1'`,
 		`CREATE PROCEDURE shop.tidy(VARIADIC names text[]) LANGUAGE sql AS ''`,
 		`CREATE AGGREGATE shop.total(int) (SFUNC = int4pl, STYPE = int)`,
+		`CREATE FUNCTION canary_schema.canary_trigger() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'`,
+		`CREATE TRIGGER watch BEFORE INSERT ON shop.customers FOR EACH ROW WHEN (NEW.id = 42424242) EXECUTE FUNCTION canary_schema.canary_trigger('canary_argument')`,
+		`CREATE TRIGGER "an other" AFTER UPDATE ON shop.customers FOR EACH STATEMENT EXECUTE FUNCTION canary_schema.canary_trigger()`,
 		`CREATE TABLE shop.columns_only (seen int, canary_column int)`,
 		`ANALYZE`,
 		`GRANT USAGE ON SCHEMA shop, canary_schema TO reader`,
 		`GRANT SELECT ON ALL TABLES IN SCHEMA shop, canary_schema, norights TO reader`,
+		`GRANT SELECT ON ALL SEQUENCES IN SCHEMA shop TO reader`, `REVOKE ALL ON shop.canary_sequence FROM reader`,
 		`REVOKE ALL ON shop.columns_only FROM reader`, `GRANT SELECT (seen) ON shop.columns_only TO reader`,
 		`CREATE TABLE shop.canary_ungranted (a int)`,
 	); err != nil {
@@ -126,10 +134,20 @@ func TestIntrospect(t *testing.T) {
 		}
 		lines = append(lines, fmt.Sprintf("%s -> %s %v", line, f.Result, f.ReturnsSet))
 	}
+	for _, x := range page.Types {
+		line := fmt.Sprintf("%s type %s.%s %q of %q %v", x.Kind, x.Schema, x.Name, x.Labels, x.Base, x.NotNull)
+		for _, c := range x.Attributes {
+			line += fmt.Sprintf(" [%s %s]", c.Name, c.Type)
+		}
+		lines = append(lines, line+" "+x.Comment)
+	}
+	for _, x := range page.Sequences {
+		lines = append(lines, fmt.Sprintf("sequence %s.%s %s of %s.%s.%s %s", x.Schema, x.Name, x.Type, x.Owner.GetSchema(), x.Owner.GetName(), x.OwnerColumn, x.Comment))
+	}
 	const want = `schema public "standard public schema" 16
 schema shop "what we sell" 16
 table shop.columns_only rows=0 bytes=0; seen integer
-table shop.customers rows=0 bytes=25000 (who buys); id bigint not null identity always; email character varying(80) not null (where to write); mood shop.mood default; doubled integer generated; price numeric(10,2)[] default; secret (hidden); primary customers_pkey [id]; unique customers_email_key [email]; check price_check [price]; index by_email btree [(expression) id] partial; index customers_email_key btree [email] unique; index customers_pkey btree [id] unique
+table shop.customers rows=0 bytes=25000 (who buys); id bigint not null identity always; email character varying(80) not null (where to write); mood shop.mood default; doubled integer generated; price numeric(10,2)[] default; secret (hidden); primary customers_pkey [id]; unique customers_email_key [email]; check price_check [price]; index by_email btree [(expression) id] partial; index customers_email_key btree [email] unique; index customers_pkey btree [id] unique; trigger an other; trigger watch
 partitioned table shop.events rows=0; at date not null; what text
 table shop.events_2026 rows=0 bytes=0 of shop.events; at date not null; what text
 foreign table shop.far; a integer
@@ -137,9 +155,21 @@ table shop.orders rows=12000 bytes=750000; id integer; customer bigint; vault in
 view shop.recent; id integer; note text
 materialized view shop.totals rows=1 bytes=8200; n bigint
 function shop.add [in a integer] [in b integer] [out total integer] -> integer false
+function shop.hours [in  time without time zone] [in  time without time zone] -> shop.hours false
+function shop.hours [in  time without time zone] [in  time without time zone] [in  text] -> shop.hours false
+function shop.hours_multirange -> shop.hours_multirange false
+function shop.hours_multirange [in  shop.hours] -> shop.hours_multirange false
+function shop.hours_multirange [variadic  shop.hours[]] -> shop.hours_multirange false
 function shop.takes [in x (hidden)] -> (hidden) true
 procedure shop.tidy [variadic names text[]] ->  false
-aggregate shop.total [in  integer] -> integer false`
+aggregate shop.total [in  integer] -> integer false
+range type shop.hours [] of "time without time zone" false 
+domain type shop.masked [] of "(hidden)" false 
+enum type shop.mood ["so so" "bad" "good"] of "" false how one feels
+composite type shop.place [] of "" false [street text] [points numeric(4,1)[]] [secret (hidden)] [mood shop.mood] 
+domain type shop.price [] of "numeric(10,2)" true 
+sequence shop.customers_id_seq bigint of shop.customers.id 
+sequence shop.numbers integer of .. of invoices`
 	if got := strings.Join(lines, "\n"); got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
 	}
@@ -202,6 +232,9 @@ func describe(x *posternv1.CatalogTable) string {
 		flag(i.Unique, "unique")
 		flag(i.Partial, "partial")
 	}
+	for _, g := range x.Triggers {
+		line += "; trigger " + g
+	}
 	return line
 }
 
@@ -220,6 +253,7 @@ func TestIntrospectChanges(t *testing.T) {
 	}
 	for _, change := range []string{
 		"ALTER TABLE other.a ADD COLUMN y text", "COMMENT ON COLUMN other.a.y IS 'new'", "CREATE UNIQUE INDEX ON other.a (y)", "ALTER TABLE other.a RENAME TO b",
+		"CREATE TYPE other.e AS ENUM ('a')", "ALTER TYPE other.e ADD VALUE 'b'", "DO $$ BEGIN CREATE SEQUENCE other.s; GRANT SELECT ON other.s TO reader; END $$", "ALTER SEQUENCE other.s OWNED BY other.b.x",
 		"CREATE FUNCTION other.f() RETURNS int LANGUAGE sql AS 'SELECT 1'", "COMMENT ON SCHEMA other IS 'x'", "DROP TABLE other.b",
 	} {
 		if err := server.SQLIn(t.Context(), "changes", change); err != nil {

@@ -8,6 +8,7 @@ import (
 
 	"connectrpc.com/connect"
 	"github.com/spf13/cobra"
+	gproto "google.golang.org/protobuf/proto"
 
 	"github.com/postern-dev/postern/client"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -17,8 +18,8 @@ func (a *app) introspectCommand() *cobra.Command {
 	var schema, table string
 	var refresh bool
 	cmd := &cobra.Command{
-		Use: "introspect AGENT/SOURCE", Short: "Show schemas, tables, columns, keys and functions of a data source",
-		Long: "Shows what a data source holds, from the control plane's cache: a line for each table and function,\n" +
+		Use: "introspect AGENT/SOURCE", Short: "Show schemas, tables, columns, keys, functions, types and sequences of a data source",
+		Long: "Shows what a data source holds, from the control plane's cache: a line for each table, function, type and sequence,\n" +
 			"or with --table everything about those that match. Patterns: * is any text, ? any character.\n" +
 			"Rows and sizes are estimates with two digits. What the host's policy hides is not there.",
 		Example: "  postern source introspect edge-1/warehouse\n  postern source introspect edge-1/warehouse --table 'order*' --refresh",
@@ -34,7 +35,7 @@ func (a *app) introspectCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&schema, "schema", "", "only schemas whose names match this pattern")
-	cmd.Flags().StringVar(&table, "table", "", "only tables and functions whose names match this pattern, in detail")
+	cmd.Flags().StringVar(&table, "table", "", "only tables, functions, types and sequences whose names match this pattern, in detail")
 	cmd.Flags().BoolVar(&refresh, "refresh", false, "ask the host now instead of reading the cache")
 	cmd.RegisterFlagCompletionFunc("schema", a.completeCatalog(func(r *posternv1.IntrospectSourceResponse) []string { //nolint:errcheck // fails on unknown flags alone
 		var names []string
@@ -47,6 +48,12 @@ func (a *app) introspectCommand() *cobra.Command {
 		var names []string
 		for _, t := range r.Tables {
 			names = append(names, t.Name+"\t"+t.Kind+" of "+t.Schema)
+		}
+		for _, t := range r.Types {
+			names = append(names, t.Name+"\t"+t.Kind+" type of "+t.Schema)
+		}
+		for _, q := range r.Sequences {
+			names = append(names, q.Name+"\tsequence of "+q.Schema)
 		}
 		return names
 	}, &schema))
@@ -88,6 +95,7 @@ func (a *app) introspect(ctx context.Context, c *client.Client, title string, r 
 		}
 		m := resp.Msg
 		all.Schemas, all.Tables, all.Functions = append(all.Schemas, m.Schemas...), append(all.Tables, m.Tables...), append(all.Functions, m.Functions...)
+		all.Types, all.Sequences = append(all.Types, m.Types...), append(all.Sequences, m.Sequences...)
 		all.Refreshed, all.Truncated = m.Refreshed, all.Truncated || m.Truncated
 		if m.NextPageToken == "" {
 			break
@@ -97,7 +105,8 @@ func (a *app) introspect(ctx context.Context, c *client.Client, title string, r 
 	if a.output == "json" {
 		return a.printCatalog(all)
 	}
-	a.info("%s, as of %s: %d schemas, %d tables and views, %d functions", safe(title), timeText(all.Refreshed), len(all.Schemas), len(all.Tables), len(all.Functions))
+	a.info("%s, as of %s: %d schemas, %d tables and views, %d functions, %d types, %d sequences",
+		safe(title), timeText(all.Refreshed), len(all.Schemas), len(all.Tables), len(all.Functions), len(all.Types), len(all.Sequences))
 	if all.Truncated {
 		a.info("the catalog is larger than the control plane keeps: some of it is missing")
 	}
@@ -111,6 +120,12 @@ func (a *app) introspect(ctx context.Context, c *client.Client, title string, r 
 	for _, f := range all.Functions {
 		rows = append(rows, []string{f.Schema, f.Name, f.Kind, "-", "-", "-", firstOf(clip(f.Comment, 50), "-")})
 	}
+	for _, t := range all.Types {
+		rows = append(rows, []string{t.Schema, t.Name, t.Kind + " type", "-", "-", "-", firstOf(clip(t.Comment, 50), "-")})
+	}
+	for _, q := range all.Sequences {
+		rows = append(rows, []string{q.Schema, q.Name, "sequence", "-", "-", "-", firstOf(clip(q.Comment, 50), "-")})
+	}
 	return a.printRows(rows)
 }
 
@@ -123,7 +138,9 @@ func (a *app) printCatalog(all *posternv1.IntrospectSourceResponse) error {
 		Schemas   []json.RawMessage `json:"schemas"`
 		Tables    []json.RawMessage `json:"tables"`
 		Functions []json.RawMessage `json:"functions"`
-	}{Refreshed: timeText(all.Refreshed), Truncated: all.Truncated, Schemas: []json.RawMessage{}, Tables: []json.RawMessage{}, Functions: []json.RawMessage{}}
+		Types     []json.RawMessage `json:"types"`
+		Sequences []json.RawMessage `json:"sequences"`
+	}{Refreshed: timeText(all.Refreshed), Truncated: all.Truncated, Schemas: []json.RawMessage{}}
 	for _, s := range all.Schemas {
 		raw, err := json.Marshal(map[string]string{"name": s.Name, "comment": s.Comment})
 		if err != nil {
@@ -131,21 +148,33 @@ func (a *app) printCatalog(all *posternv1.IntrospectSourceResponse) error {
 		}
 		out.Schemas = append(out.Schemas, raw)
 	}
-	for _, t := range all.Tables {
-		raw, err := asJSON(t)
-		if err != nil {
-			return err
-		}
-		out.Tables = append(out.Tables, raw)
+	var err error
+	if out.Tables, err = rawList(all.Tables); err != nil {
+		return err
 	}
-	for _, f := range all.Functions {
-		raw, err := asJSON(f)
-		if err != nil {
-			return err
-		}
-		out.Functions = append(out.Functions, raw)
+	if out.Functions, err = rawList(all.Functions); err != nil {
+		return err
+	}
+	if out.Types, err = rawList(all.Types); err != nil {
+		return err
+	}
+	if out.Sequences, err = rawList(all.Sequences); err != nil {
+		return err
 	}
 	return a.printJSON(out)
+}
+
+// rawList encodes each message; without any it is an empty list.
+func rawList[M gproto.Message](messages []M) ([]json.RawMessage, error) {
+	out := []json.RawMessage{}
+	for _, m := range messages {
+		raw, err := asJSON(m)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, raw)
+	}
+	return out, nil
 }
 
 func rowsText(t *posternv1.CatalogTable) string {
@@ -218,6 +247,9 @@ func (a *app) printDetails(all *posternv1.IntrospectSourceResponse) error {
 			}
 			rows = append(rows, []string{text})
 		}
+		for _, trigger := range t.Triggers {
+			rows = append(rows, []string{"  trigger " + trigger})
+		}
 		if t.Truncated {
 			rows = append(rows, []string{"  (more than is shown)"})
 		}
@@ -245,7 +277,42 @@ func (a *app) printDetails(all *posternv1.IntrospectSourceResponse) error {
 		}
 		rows = append(rows, []string{text + commentText(f.Comment)})
 	}
+	for _, t := range all.Types {
+		rows = append(rows, []string{typeText(t) + commentText(t.Comment)})
+	}
+	for _, q := range all.Sequences {
+		text := "sequence " + q.Schema + "." + q.Name + " " + q.Type
+		if o := q.Owner; o != nil {
+			text += " of " + o.Schema + "." + o.Name + "." + q.OwnerColumn
+		}
+		rows = append(rows, []string{text + commentText(q.Comment)})
+	}
 	return a.printRows(rows)
+}
+
+// typeText is a type as CREATE TYPE would have it, more or less.
+func typeText(t *posternv1.CatalogType) string {
+	text := t.Kind + " type " + t.Schema + "." + t.Name
+	var members []string
+	for _, label := range t.Labels {
+		members = append(members, "'"+strings.ReplaceAll(label, "'", "''")+"'")
+	}
+	for _, c := range t.Attributes {
+		members = append(members, c.Name+" "+c.Type)
+	}
+	if t.Truncated {
+		members = append(members, "...")
+	}
+	if len(members) > 0 {
+		text += " (" + strings.Join(members, ", ") + ")"
+	}
+	if t.Base != "" {
+		text += " of " + t.Base
+	}
+	if t.NotNull {
+		text += " not null"
+	}
+	return text
 }
 
 func commentText(text string) string {

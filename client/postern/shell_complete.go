@@ -14,7 +14,7 @@ import (
 )
 
 const (
-	// maxNames is how many tables are completed, and maxColumnTables of how many the
+	// maxNames is how many tables, types and sequences are completed, and maxColumnTables of how many the
 	// columns are known at once.
 	maxNames        = 10_000
 	maxColumnTables = 200
@@ -38,6 +38,7 @@ type names struct {
 	loaded  chan struct{} // closed when what was asked for is there
 	schemas []string
 	tables  [][2]string // schema, name
+	others  [][2]string // types and sequences: schema, name
 	columns map[string][]string
 }
 
@@ -75,7 +76,7 @@ func (n *names) load() {
 func (n *names) ask() {
 	r := &posternv1.IntrospectSourceRequest{Agent: n.agent, Source: n.source, NamesOnly: true, PageSize: 1000}
 	var schemas []string
-	var tables [][2]string
+	var tables, others [][2]string
 	for {
 		resp, err := n.client.Sources.Introspect(n.ctx, connect.NewRequest(r))
 		if err != nil {
@@ -87,13 +88,19 @@ func (n *names) ask() {
 		for _, t := range resp.Msg.Tables {
 			tables = append(tables, [2]string{t.Schema, t.Name})
 		}
-		if r.PageToken = resp.Msg.NextPageToken; r.PageToken == "" || len(tables) >= maxNames {
+		for _, t := range resp.Msg.Types {
+			others = append(others, [2]string{t.Schema, t.Name})
+		}
+		for _, q := range resp.Msg.Sequences {
+			others = append(others, [2]string{q.Schema, q.Name})
+		}
+		if r.PageToken = resp.Msg.NextPageToken; r.PageToken == "" || len(tables)+len(others) >= maxNames {
 			break
 		}
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.schemas, n.tables = schemas, tables
+	n.schemas, n.tables, n.others = schemas, tables, others
 }
 
 // columnsOf are the columns of the tables of this name.
@@ -160,7 +167,7 @@ func wordRune(r rune) bool { return r < 0x80 && wordByte(byte(r)) || r >= 0x80 |
 func (s *shell) words(text, word string) []string {
 	s.names.load()
 	s.names.mu.Lock()
-	schemas, tables := s.names.schemas, s.names.tables
+	schemas, tables, others := s.names.schemas, s.names.tables, s.names.others
 	s.names.mu.Unlock()
 	mentioned := make(map[string]bool)
 	for _, w := range strings.FieldsFunc(strings.ToLower(text), func(r rune) bool { return !wordRune(r) }) {
@@ -178,6 +185,11 @@ func (s *shell) words(text, word string) []string {
 				}
 			}
 		}
+		for _, t := range others {
+			if strings.EqualFold(t[0], qualifier) {
+				out = append(out, quoteName(t[0])+"."+quoteName(t[1]))
+			}
+		}
 		return out
 	}
 	for _, t := range tables {
@@ -188,6 +200,9 @@ func (s *shell) words(text, word string) []string {
 		}
 	}
 	for _, t := range tables {
+		out = append(out, quoteName(t[1]))
+	}
+	for _, t := range others {
 		out = append(out, quoteName(t[1]))
 	}
 	for _, name := range schemas {

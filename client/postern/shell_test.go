@@ -193,6 +193,7 @@ func TestShellOnATerminal(t *testing.T) {
 	term.await("it was idle for 10m0s")
 	term.line("rows 7;\r")
 	term.await("(7 rows)")
+	term.await("Time: ")
 	// Ctrl-C forgets what is typed; twice at an empty prompt leaves.
 	term.line("select 'x\r")
 	term.await(prompt + "'> ")

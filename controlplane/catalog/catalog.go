@@ -19,7 +19,7 @@ import (
 
 // Bounds of what is kept of one data source.
 const (
-	MaxColumns = 200_000 // a function, and a table without columns, counts as one
+	MaxColumns = 200_000 // a function, a type, a sequence, and a table without columns, counts as one
 	MaxBytes   = 64 << 20
 )
 
@@ -379,7 +379,7 @@ func (s *Service) fill(ctx context.Context, live Agent, agent, source string, p 
 		if in.cut && len(known) > 0 {
 			return errFull
 		}
-		if len(page.Tables)+len(page.Functions) == 0 {
+		if len(page.Tables)+len(page.Functions)+len(page.Types)+len(page.Sequences) == 0 {
 			return nil
 		}
 		return s.cfg.Store.StageCatalog(ctx, agent, source, generation, page)
@@ -423,6 +423,8 @@ func (s *Service) take(in *refill, page *posternv1.CatalogPage) {
 	}
 	page.Tables = slices.DeleteFunc(page.Tables, func(t *posternv1.CatalogTable) bool { return !fits(t.Schema, len(t.Columns), t) })
 	page.Functions = slices.DeleteFunc(page.Functions, func(f *posternv1.CatalogFunction) bool { return !fits(f.Schema, 1, f) })
+	page.Types = slices.DeleteFunc(page.Types, func(t *posternv1.CatalogType) bool { return !fits(t.Schema, 1+len(t.Attributes), t) })
+	page.Sequences = slices.DeleteFunc(page.Sequences, func(q *posternv1.CatalogSequence) bool { return !fits(q.Schema, 1, q) })
 	for _, schema := range page.Schemas {
 		if !fits(schema.Name, 1, schema) {
 			break

@@ -46,7 +46,7 @@ func (m *memory) CatalogState(context.Context, string, string) ([]*posternv1.Cat
 func (m *memory) StageCatalog(_ context.Context, _, _, generation string, page *posternv1.CatalogPage) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.staged[generation] += len(page.Tables) + len(page.Functions)
+	m.staged[generation] += len(page.Tables) + len(page.Functions) + len(page.Types) + len(page.Sequences)
 	return nil
 }
 

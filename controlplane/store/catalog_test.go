@@ -29,6 +29,12 @@ func search(t *testing.T, s *store.Store, agent string, r *posternv1.IntrospectS
 		for _, f := range resp.Functions {
 			names = append(names, fmt.Sprintf("%s.%s(%d)", f.Schema, f.Name, len(f.Arguments)))
 		}
+		for _, x := range resp.Types {
+			names = append(names, fmt.Sprintf("%s.%s:%s%d", x.Schema, x.Name, x.Kind, len(x.Labels)))
+		}
+		for _, x := range resp.Sequences {
+			names = append(names, fmt.Sprintf("%s.%s#%s", x.Schema, x.Name, x.Type))
+		}
 		if r.PageToken = resp.NextPageToken; r.PageToken == "" {
 			return names, pages
 		}
@@ -146,5 +152,40 @@ func TestCatalogs(t *testing.T) {
 		must(s.RevokeAgent(ctx, org, a, now))(t)
 		_, err = s.SearchCatalog(ctx, a, &posternv1.IntrospectSourceRequest{Source: "db"})
 		wantCode(t, err, proto.CodeNotFound)
+	})
+}
+
+// Types and sequences come after tables and functions of their schema, on whatever page.
+func TestCatalogTypes(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, s *store.Store) {
+		org, _ := tenants(t, s)
+		agent, _, err := join(s, org, newKey(t, s, org, 1).Id, "host")
+		if err != nil {
+			t.Fatal(err)
+		}
+		generation := store.NewGeneration(now)
+		for _, page := range []*posternv1.CatalogPage{
+			{Sequences: []*posternv1.CatalogSequence{{Schema: "a", Name: "mood", Type: "bigint"}, {Schema: "b", Name: "s", Type: "integer"}}},
+			{Types: []*posternv1.CatalogType{{Schema: "a", Name: "mood", Kind: "enum", Labels: []string{"x", "y"}}, {Schema: "a", Name: "range", Kind: "range", Base: "date"}}},
+			{Tables: []*posternv1.CatalogTable{table("a", "mood"), table("b", "t")}, Functions: []*posternv1.CatalogFunction{{Schema: "a", Name: "mood"}}},
+		} {
+			if err := s.StageCatalog(ctx, agent.Id, "db", generation, page); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := s.FinishCatalog(ctx, agent.Id, "db", generation, schemas("a", "1", "b", "1"), nil, nil, false, now); err != nil {
+			t.Fatal(err)
+		}
+		const all = "a.mood a.mood(0) a.mood:enum2 a.range:range0 a.mood#bigint b.t b.s#integer"
+		for _, size := range []uint32{1, 2, 3, 1000} {
+			names, _ := search(t, s, agent.Id, &posternv1.IntrospectSourceRequest{PageSize: size})
+			if size == 1 && strings.Join(names, " ") != all || len(names) != 7 {
+				t.Errorf("pages of %d: got %v, want %s", size, names, all)
+			}
+		}
+		names, _ := search(t, s, agent.Id, &posternv1.IntrospectSourceRequest{Table: "mood", NamesOnly: true})
+		if got := strings.Join(names, " "); got != "a.mood a.mood(0) a.mood:enum0 a.mood#" {
+			t.Errorf("names alone: got %s", got)
+		}
 	})
 }

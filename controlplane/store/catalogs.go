@@ -25,7 +25,7 @@ const (
 	searchBatch = 500
 	searchMost  = 20_000
 	searchBytes = 2 << 20
-	// defaultPage and largestPage are in tables and functions.
+	// defaultPage and largestPage are in tables, functions, types and sequences.
 	defaultPage = 500
 	largestPage = 1000
 	// stageAge is after how long objects that no schema took over are forgotten.
@@ -36,6 +36,8 @@ const (
 const (
 	kindTable    = 0
 	kindFunction = 1
+	kindType     = 2
+	kindSequence = 3
 )
 
 // NewGeneration names a refresh that begins now.
@@ -103,6 +105,16 @@ func (s *Store) StageCatalog(ctx context.Context, agent, source, generation stri
 				}
 			}
 			if err := add(f.Schema, f.Name, kindFunction, position, f); err != nil {
+				return err
+			}
+		}
+		for _, t := range page.Types {
+			if err := add(t.Schema, t.Name, kindType, 0, t); err != nil {
+				return err
+			}
+		}
+		for _, q := range page.Sequences {
+			if err := add(q.Schema, q.Name, kindSequence, 0, q); err != nil {
 				return err
 			}
 		}
@@ -263,7 +275,7 @@ func parsePlace(token string) (place, error) {
 	if err == nil && len(raw) <= 4096 {
 		err = json.Unmarshal(raw, &p)
 	}
-	if err != nil || len(raw) > 4096 || p.Schema == "" || p.Kind < kindTable || p.Kind > kindFunction || p.Position < 0 {
+	if err != nil || len(raw) > 4096 || p.Schema == "" || p.Kind < kindTable || p.Kind > kindSequence || p.Position < 0 {
 		return start, posternproto.Errorf(posternproto.CodeInvalid, "the page token is none of ours: begin without one")
 	}
 	p.Schema, p.Name = plainText(p.Schema), plainText(p.Name)
@@ -367,24 +379,38 @@ func (p *searchPage) add(at place, data []byte) error {
 	}
 	p.found++
 	p.volume += len(data)
-	if at.Kind == kindTable {
-		t := &posternv1.CatalogTable{}
-		if err := proto.Unmarshal(data, t); err != nil {
-			return err
-		}
-		if p.request.NamesOnly {
-			t = &posternv1.CatalogTable{Schema: t.Schema, Name: t.Name, Kind: t.Kind}
-		}
-		p.Tables = append(p.Tables, t)
-		return nil
+	switch at.Kind {
+	case kindTable:
+		return decodeInto(&p.Tables, data, p.request.NamesOnly, func(t *posternv1.CatalogTable) *posternv1.CatalogTable {
+			return &posternv1.CatalogTable{Schema: t.Schema, Name: t.Name, Kind: t.Kind}
+		})
+	case kindFunction:
+		return decodeInto(&p.Functions, data, p.request.NamesOnly, func(f *posternv1.CatalogFunction) *posternv1.CatalogFunction {
+			return &posternv1.CatalogFunction{Schema: f.Schema, Name: f.Name, Kind: f.Kind}
+		})
+	case kindType:
+		return decodeInto(&p.Types, data, p.request.NamesOnly, func(t *posternv1.CatalogType) *posternv1.CatalogType {
+			return &posternv1.CatalogType{Schema: t.Schema, Name: t.Name, Kind: t.Kind}
+		})
+	case kindSequence:
+		return decodeInto(&p.Sequences, data, p.request.NamesOnly, func(q *posternv1.CatalogSequence) *posternv1.CatalogSequence {
+			return &posternv1.CatalogSequence{Schema: q.Schema, Name: q.Name}
+		})
 	}
-	f := &posternv1.CatalogFunction{}
-	if err := proto.Unmarshal(data, f); err != nil {
+	return nil // of a newer version
+}
+
+// decodeInto adds an object to a page's list; short is what is left of it where names
+// alone are wanted.
+func decodeInto[M proto.Message](list *[]M, data []byte, namesOnly bool, short func(M) M) error {
+	var none M
+	m := none.ProtoReflect().New().Interface().(M)
+	if err := proto.Unmarshal(data, m); err != nil {
 		return err
 	}
-	if p.request.NamesOnly {
-		f = &posternv1.CatalogFunction{Schema: f.Schema, Name: f.Name, Kind: f.Kind}
+	if namesOnly {
+		m = short(m)
 	}
-	p.Functions = append(p.Functions, f)
+	*list = append(*list, m)
 	return nil
 }

@@ -291,7 +291,8 @@ func (s *Server) Introspect(_ context.Context, req *connect.Request[posternv1.In
 				{Kind: "foreign", Columns: []string{"customer"}, ReferencesHidden: true},
 				{Name: "fk", Kind: "foreign", Columns: []string{"id"}, References: &posternv1.CatalogName{Schema: "public", Name: "items"}, ReferencedColumns: []string{"id"}},
 			},
-			Indexes: []*posternv1.CatalogIndex{{Name: "orders_pkey", Method: "btree", Unique: true, Columns: []string{"id"}}},
+			Indexes:  []*posternv1.CatalogIndex{{Name: "orders_pkey", Method: "btree", Unique: true, Columns: []string{"id"}}},
+			Triggers: []string{"audit_orders"},
 		}}
 		resp.NextPageToken = "more"
 		return respond(resp, nil)
@@ -301,6 +302,12 @@ func (s *Server) Introspect(_ context.Context, req *connect.Request[posternv1.In
 		Schema: "public", Name: "order_total", Kind: "function", Result: "numeric", ReturnsSet: true,
 		Arguments: []*posternv1.CatalogArgument{{Name: "id", Type: "bigint", Mode: "in"}, {Type: "text", Mode: "variadic"}},
 	}}
+	resp.Types = []*posternv1.CatalogType{
+		{Schema: "public", Name: "order_state", Kind: "enum", Labels: []string{"new", "it's paid"}, Comment: "where it stands"},
+		{Schema: "public", Name: "order_price", Kind: "domain", Base: "numeric(10,2)", NotNull: true},
+		{Schema: "public", Name: "order_place", Kind: "composite", Attributes: []*posternv1.CatalogColumn{{Name: "street", Type: "text"}, {Name: "zip", Type: "integer"}}},
+	}
+	resp.Sequences = []*posternv1.CatalogSequence{{Schema: "public", Name: "orders_id_seq", Type: "bigint", Owner: &posternv1.CatalogName{Schema: "public", Name: "orders"}, OwnerColumn: "id"}}
 	return respond(resp, nil)
 }
 

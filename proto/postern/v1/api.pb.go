@@ -1613,11 +1613,11 @@ type IntrospectSourceRequest struct {
 	Source string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
 	// Globs: * is any text, ? any character; empty is everything.
 	Schema string `protobuf:"bytes,3,opt,name=schema,proto3" json:"schema,omitempty"`
-	// Of tables' and functions' names.
+	// Of names of tables, functions, types and sequences.
 	Table string `protobuf:"bytes,4,opt,name=table,proto3" json:"table,omitempty"`
 	// Ask the host first, however fresh the cache is.
 	Refresh bool `protobuf:"varint,5,opt,name=refresh,proto3" json:"refresh,omitempty"`
-	// Of tables and functions on a page; at most 1000, 0: 500. A page of
+	// Of tables, functions, types and sequences on a page; at most 1000, 0: 500. A page of
 	// large ones has fewer.
 	PageSize uint32 `protobuf:"varint,6,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	// The last page's next_page_token; the other fields but refresh must be the same.
@@ -1718,7 +1718,8 @@ type IntrospectSourceResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// On the first page: the schemas that match, by name, without fingerprints.
 	Schemas []*CatalogSchema `protobuf:"bytes,1,rep,name=schemas,proto3" json:"schemas,omitempty"`
-	// By schema and name; of a schema, its tables come before its functions.
+	// By schema and name; of a schema, its tables come first, then functions, types and
+	// sequences.
 	Tables    []*CatalogTable    `protobuf:"bytes,2,rep,name=tables,proto3" json:"tables,omitempty"`
 	Functions []*CatalogFunction `protobuf:"bytes,3,rep,name=functions,proto3" json:"functions,omitempty"`
 	// Empty: there is no more.
@@ -1726,7 +1727,9 @@ type IntrospectSourceResponse struct {
 	// When the host was asked last.
 	Refreshed *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=refreshed,proto3" json:"refreshed,omitempty"`
 	// The catalog is larger than the cache may be: some of it is missing.
-	Truncated     bool `protobuf:"varint,6,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	Truncated     bool               `protobuf:"varint,6,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	Types         []*CatalogType     `protobuf:"bytes,7,rep,name=types,proto3" json:"types,omitempty"`
+	Sequences     []*CatalogSequence `protobuf:"bytes,8,rep,name=sequences,proto3" json:"sequences,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1801,6 +1804,20 @@ func (x *IntrospectSourceResponse) GetTruncated() bool {
 		return x.Truncated
 	}
 	return false
+}
+
+func (x *IntrospectSourceResponse) GetTypes() []*CatalogType {
+	if x != nil {
+		return x.Types
+	}
+	return nil
+}
+
+func (x *IntrospectSourceResponse) GetSequences() []*CatalogSequence {
+	if x != nil {
+		return x.Sequences
+	}
+	return nil
 }
 
 // RunSQLRequest is the JSON body of POST /api/v1/sql/AGENT/SOURCE?format=F,
@@ -3524,14 +3541,16 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\n" +
 	"page_token\x18\a \x01(\tR\tpageToken\x12\x1d\n" +
 	"\n" +
-	"names_only\x18\b \x01(\bR\tnamesOnly\"\xbc\x02\n" +
+	"names_only\x18\b \x01(\bR\tnamesOnly\"\xa6\x03\n" +
 	"\x18IntrospectSourceResponse\x123\n" +
 	"\aschemas\x18\x01 \x03(\v2\x19.postern.v1.CatalogSchemaR\aschemas\x120\n" +
 	"\x06tables\x18\x02 \x03(\v2\x18.postern.v1.CatalogTableR\x06tables\x129\n" +
 	"\tfunctions\x18\x03 \x03(\v2\x1b.postern.v1.CatalogFunctionR\tfunctions\x12&\n" +
 	"\x0fnext_page_token\x18\x04 \x01(\tR\rnextPageToken\x128\n" +
 	"\trefreshed\x18\x05 \x01(\v2\x1a.google.protobuf.TimestampR\trefreshed\x12\x1c\n" +
-	"\ttruncated\x18\x06 \x01(\bR\ttruncated\"\xc6\x02\n" +
+	"\ttruncated\x18\x06 \x01(\bR\ttruncated\x12-\n" +
+	"\x05types\x18\a \x03(\v2\x17.postern.v1.CatalogTypeR\x05types\x129\n" +
+	"\tsequences\x18\b \x03(\v2\x1b.postern.v1.CatalogSequenceR\tsequences\"\xc6\x02\n" +
 	"\rRunSQLRequest\x12\x10\n" +
 	"\x03sql\x18\x01 \x01(\tR\x03sql\x12\x19\n" +
 	"\bmax_rows\x18\x02 \x01(\x04R\amaxRows\x12\x1b\n" +
@@ -3756,12 +3775,14 @@ var file_postern_v1_api_proto_goTypes = []any{
 	(*CatalogSchema)(nil),                   // 65: postern.v1.CatalogSchema
 	(*CatalogTable)(nil),                    // 66: postern.v1.CatalogTable
 	(*CatalogFunction)(nil),                 // 67: postern.v1.CatalogFunction
-	(*Parameter)(nil),                       // 68: postern.v1.Parameter
-	(Explain)(0),                            // 69: postern.v1.Explain
-	(*SQLSession)(nil),                      // 70: postern.v1.SQLSession
-	(*ErrorDetail)(nil),                     // 71: postern.v1.ErrorDetail
-	(*KeptRows)(nil),                        // 72: postern.v1.KeptRows
-	(*CheckSourceResponse)(nil),             // 73: postern.v1.CheckSourceResponse
+	(*CatalogType)(nil),                     // 68: postern.v1.CatalogType
+	(*CatalogSequence)(nil),                 // 69: postern.v1.CatalogSequence
+	(*Parameter)(nil),                       // 70: postern.v1.Parameter
+	(Explain)(0),                            // 71: postern.v1.Explain
+	(*SQLSession)(nil),                      // 72: postern.v1.SQLSession
+	(*ErrorDetail)(nil),                     // 73: postern.v1.ErrorDetail
+	(*KeptRows)(nil),                        // 74: postern.v1.KeptRows
+	(*CheckSourceResponse)(nil),             // 75: postern.v1.CheckSourceResponse
 }
 var file_postern_v1_api_proto_depIdxs = []int32{
 	62, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
@@ -3800,82 +3821,84 @@ var file_postern_v1_api_proto_depIdxs = []int32{
 	66, // 33: postern.v1.IntrospectSourceResponse.tables:type_name -> postern.v1.CatalogTable
 	67, // 34: postern.v1.IntrospectSourceResponse.functions:type_name -> postern.v1.CatalogFunction
 	62, // 35: postern.v1.IntrospectSourceResponse.refreshed:type_name -> google.protobuf.Timestamp
-	63, // 36: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
-	68, // 37: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
-	69, // 38: postern.v1.RunSQLRequest.explain:type_name -> postern.v1.Explain
-	63, // 39: postern.v1.OpenSQLSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
-	70, // 40: postern.v1.OpenSQLSessionResponse.session:type_name -> postern.v1.SQLSession
-	70, // 41: postern.v1.ListSQLSessionsResponse.sessions:type_name -> postern.v1.SQLSession
-	62, // 42: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
-	63, // 43: postern.v1.Query.duration:type_name -> google.protobuf.Duration
-	71, // 44: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
-	37, // 45: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
-	37, // 46: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
-	72, // 47: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
-	37, // 48: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
-	48, // 49: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
-	62, // 50: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
-	49, // 51: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
-	49, // 52: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
-	49, // 53: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
-	58, // 54: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
-	62, // 55: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	62, // 56: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	0,  // 57: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
-	3,  // 58: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
-	5,  // 59: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
-	7,  // 60: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
-	10, // 61: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
-	12, // 62: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
-	14, // 63: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
-	18, // 64: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
-	20, // 65: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
-	22, // 66: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
-	24, // 67: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
-	27, // 68: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
-	28, // 69: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
-	31, // 70: postern.v1.SessionService.OpenSession:input_type -> postern.v1.OpenSQLSessionRequest
-	33, // 71: postern.v1.SessionService.CloseSession:input_type -> postern.v1.CloseSQLSessionRequest
-	35, // 72: postern.v1.SessionService.ListSessions:input_type -> postern.v1.ListSQLSessionsRequest
-	38, // 73: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
-	40, // 74: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
-	42, // 75: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
-	44, // 76: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
-	46, // 77: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
-	50, // 78: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
-	52, // 79: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
-	54, // 80: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
-	56, // 81: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
-	1,  // 82: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
-	4,  // 83: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
-	6,  // 84: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
-	8,  // 85: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
-	11, // 86: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
-	13, // 87: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
-	15, // 88: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
-	19, // 89: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
-	21, // 90: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
-	23, // 91: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
-	26, // 92: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
-	73, // 93: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	29, // 94: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
-	32, // 95: postern.v1.SessionService.OpenSession:output_type -> postern.v1.OpenSQLSessionResponse
-	34, // 96: postern.v1.SessionService.CloseSession:output_type -> postern.v1.CloseSQLSessionResponse
-	36, // 97: postern.v1.SessionService.ListSessions:output_type -> postern.v1.ListSQLSessionsResponse
-	39, // 98: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
-	41, // 99: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
-	43, // 100: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
-	45, // 101: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
-	47, // 102: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
-	51, // 103: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
-	53, // 104: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
-	55, // 105: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
-	57, // 106: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
-	82, // [82:107] is the sub-list for method output_type
-	57, // [57:82] is the sub-list for method input_type
-	57, // [57:57] is the sub-list for extension type_name
-	57, // [57:57] is the sub-list for extension extendee
-	0,  // [0:57] is the sub-list for field type_name
+	68, // 36: postern.v1.IntrospectSourceResponse.types:type_name -> postern.v1.CatalogType
+	69, // 37: postern.v1.IntrospectSourceResponse.sequences:type_name -> postern.v1.CatalogSequence
+	63, // 38: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
+	70, // 39: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
+	71, // 40: postern.v1.RunSQLRequest.explain:type_name -> postern.v1.Explain
+	63, // 41: postern.v1.OpenSQLSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
+	72, // 42: postern.v1.OpenSQLSessionResponse.session:type_name -> postern.v1.SQLSession
+	72, // 43: postern.v1.ListSQLSessionsResponse.sessions:type_name -> postern.v1.SQLSession
+	62, // 44: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
+	63, // 45: postern.v1.Query.duration:type_name -> google.protobuf.Duration
+	73, // 46: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
+	37, // 47: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
+	37, // 48: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
+	74, // 49: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
+	37, // 50: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
+	48, // 51: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
+	62, // 52: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
+	49, // 53: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
+	49, // 54: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
+	49, // 55: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
+	58, // 56: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
+	62, // 57: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	62, // 58: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	0,  // 59: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
+	3,  // 60: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
+	5,  // 61: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
+	7,  // 62: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
+	10, // 63: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
+	12, // 64: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
+	14, // 65: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
+	18, // 66: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
+	20, // 67: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
+	22, // 68: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
+	24, // 69: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
+	27, // 70: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
+	28, // 71: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
+	31, // 72: postern.v1.SessionService.OpenSession:input_type -> postern.v1.OpenSQLSessionRequest
+	33, // 73: postern.v1.SessionService.CloseSession:input_type -> postern.v1.CloseSQLSessionRequest
+	35, // 74: postern.v1.SessionService.ListSessions:input_type -> postern.v1.ListSQLSessionsRequest
+	38, // 75: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
+	40, // 76: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
+	42, // 77: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
+	44, // 78: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
+	46, // 79: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
+	50, // 80: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
+	52, // 81: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
+	54, // 82: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
+	56, // 83: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
+	1,  // 84: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
+	4,  // 85: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
+	6,  // 86: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
+	8,  // 87: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
+	11, // 88: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
+	13, // 89: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
+	15, // 90: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
+	19, // 91: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
+	21, // 92: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
+	23, // 93: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
+	26, // 94: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
+	75, // 95: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	29, // 96: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
+	32, // 97: postern.v1.SessionService.OpenSession:output_type -> postern.v1.OpenSQLSessionResponse
+	34, // 98: postern.v1.SessionService.CloseSession:output_type -> postern.v1.CloseSQLSessionResponse
+	36, // 99: postern.v1.SessionService.ListSessions:output_type -> postern.v1.ListSQLSessionsResponse
+	39, // 100: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
+	41, // 101: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
+	43, // 102: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
+	45, // 103: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
+	47, // 104: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
+	51, // 105: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
+	53, // 106: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
+	55, // 107: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
+	57, // 108: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
+	84, // [84:109] is the sub-list for method output_type
+	59, // [59:84] is the sub-list for method input_type
+	59, // [59:59] is the sub-list for extension type_name
+	59, // [59:59] is the sub-list for extension extendee
+	0,  // [0:59] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_api_proto_init() }

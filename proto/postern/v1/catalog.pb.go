@@ -100,7 +100,9 @@ type CatalogTable struct {
 	Rows  *uint64 `protobuf:"varint,9,opt,name=rows,proto3,oneof" json:"rows,omitempty"`
 	Bytes *uint64 `protobuf:"varint,10,opt,name=bytes,proto3,oneof" json:"bytes,omitempty"`
 	// Some of the table's columns, keys, indexes or comments were left out: it has too many.
-	Truncated     bool `protobuf:"varint,11,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	Truncated bool `protobuf:"varint,11,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	// Names of its triggers, less the server's own for foreign keys.
+	Triggers      []string `protobuf:"bytes,12,rep,name=triggers,proto3" json:"triggers,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -210,6 +212,13 @@ func (x *CatalogTable) GetTruncated() bool {
 		return x.Truncated
 	}
 	return false
+}
+
+func (x *CatalogTable) GetTriggers() []string {
+	if x != nil {
+		return x.Triggers
+	}
+	return nil
 }
 
 type CatalogName struct {
@@ -673,6 +682,208 @@ func (x *CatalogArgument) GetMode() string {
 	return ""
 }
 
+// CatalogType is a type that somebody made.
+type CatalogType struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Schema string                 `protobuf:"bytes,1,opt,name=schema,proto3" json:"schema,omitempty"`
+	Name   string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// enum | domain | composite | range
+	Kind    string `protobuf:"bytes,3,opt,name=kind,proto3" json:"kind,omitempty"`
+	Comment string `protobuf:"bytes,4,opt,name=comment,proto3" json:"comment,omitempty"`
+	// Of an enum, in its order; at most 1000.
+	Labels []string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty"`
+	// Of a composite; at most 1000, with names and types alone.
+	Attributes []*CatalogColumn `protobuf:"bytes,6,rep,name=attributes,proto3" json:"attributes,omitempty"`
+	// What a domain is made of, or a range of: numeric(10,2).
+	Base string `protobuf:"bytes,7,opt,name=base,proto3" json:"base,omitempty"`
+	// A domain that refuses NULL.
+	NotNull bool `protobuf:"varint,8,opt,name=not_null,json=notNull,proto3" json:"not_null,omitempty"`
+	// Some labels, attributes or the comment were left out: it has too many.
+	Truncated     bool `protobuf:"varint,9,opt,name=truncated,proto3" json:"truncated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CatalogType) Reset() {
+	*x = CatalogType{}
+	mi := &file_postern_v1_catalog_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CatalogType) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CatalogType) ProtoMessage() {}
+
+func (x *CatalogType) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_catalog_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CatalogType.ProtoReflect.Descriptor instead.
+func (*CatalogType) Descriptor() ([]byte, []int) {
+	return file_postern_v1_catalog_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *CatalogType) GetSchema() string {
+	if x != nil {
+		return x.Schema
+	}
+	return ""
+}
+
+func (x *CatalogType) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CatalogType) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *CatalogType) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+func (x *CatalogType) GetLabels() []string {
+	if x != nil {
+		return x.Labels
+	}
+	return nil
+}
+
+func (x *CatalogType) GetAttributes() []*CatalogColumn {
+	if x != nil {
+		return x.Attributes
+	}
+	return nil
+}
+
+func (x *CatalogType) GetBase() string {
+	if x != nil {
+		return x.Base
+	}
+	return ""
+}
+
+func (x *CatalogType) GetNotNull() bool {
+	if x != nil {
+		return x.NotNull
+	}
+	return false
+}
+
+func (x *CatalogType) GetTruncated() bool {
+	if x != nil {
+		return x.Truncated
+	}
+	return false
+}
+
+// CatalogSequence is a sequence; where it stands is not told.
+type CatalogSequence struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Schema string                 `protobuf:"bytes,1,opt,name=schema,proto3" json:"schema,omitempty"`
+	Name   string                 `protobuf:"bytes,2,opt,name=name,proto3" json:"name,omitempty"`
+	// Of its values: bigint.
+	Type    string `protobuf:"bytes,3,opt,name=type,proto3" json:"type,omitempty"`
+	Comment string `protobuf:"bytes,4,opt,name=comment,proto3" json:"comment,omitempty"`
+	// The column that it numbers; absent if there is none, or it is hidden.
+	Owner         *CatalogName `protobuf:"bytes,5,opt,name=owner,proto3" json:"owner,omitempty"`
+	OwnerColumn   string       `protobuf:"bytes,6,opt,name=owner_column,json=ownerColumn,proto3" json:"owner_column,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CatalogSequence) Reset() {
+	*x = CatalogSequence{}
+	mi := &file_postern_v1_catalog_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CatalogSequence) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CatalogSequence) ProtoMessage() {}
+
+func (x *CatalogSequence) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_catalog_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CatalogSequence.ProtoReflect.Descriptor instead.
+func (*CatalogSequence) Descriptor() ([]byte, []int) {
+	return file_postern_v1_catalog_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *CatalogSequence) GetSchema() string {
+	if x != nil {
+		return x.Schema
+	}
+	return ""
+}
+
+func (x *CatalogSequence) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *CatalogSequence) GetType() string {
+	if x != nil {
+		return x.Type
+	}
+	return ""
+}
+
+func (x *CatalogSequence) GetComment() string {
+	if x != nil {
+		return x.Comment
+	}
+	return ""
+}
+
+func (x *CatalogSequence) GetOwner() *CatalogName {
+	if x != nil {
+		return x.Owner
+	}
+	return nil
+}
+
+func (x *CatalogSequence) GetOwnerColumn() string {
+	if x != nil {
+		return x.OwnerColumn
+	}
+	return ""
+}
+
 // CatalogPage is a bounded piece of a data source's catalog.
 type CatalogPage struct {
 	state     protoimpl.MessageState `protogen:"open.v1"`
@@ -682,14 +893,16 @@ type CatalogPage struct {
 	// whose fingerprint the caller had sent is unchanged: nothing else of it was sent.
 	Schemas []*CatalogSchema `protobuf:"bytes,3,rep,name=schemas,proto3" json:"schemas,omitempty"`
 	// This is the last page. Without one the catalog is incomplete.
-	Complete      bool `protobuf:"varint,4,opt,name=complete,proto3" json:"complete,omitempty"`
+	Complete      bool               `protobuf:"varint,4,opt,name=complete,proto3" json:"complete,omitempty"`
+	Types         []*CatalogType     `protobuf:"bytes,5,rep,name=types,proto3" json:"types,omitempty"`
+	Sequences     []*CatalogSequence `protobuf:"bytes,6,rep,name=sequences,proto3" json:"sequences,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *CatalogPage) Reset() {
 	*x = CatalogPage{}
-	mi := &file_postern_v1_catalog_proto_msgTypes[8]
+	mi := &file_postern_v1_catalog_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -701,7 +914,7 @@ func (x *CatalogPage) String() string {
 func (*CatalogPage) ProtoMessage() {}
 
 func (x *CatalogPage) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_catalog_proto_msgTypes[8]
+	mi := &file_postern_v1_catalog_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -714,7 +927,7 @@ func (x *CatalogPage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CatalogPage.ProtoReflect.Descriptor instead.
 func (*CatalogPage) Descriptor() ([]byte, []int) {
-	return file_postern_v1_catalog_proto_rawDescGZIP(), []int{8}
+	return file_postern_v1_catalog_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CatalogPage) GetTables() []*CatalogTable {
@@ -745,6 +958,20 @@ func (x *CatalogPage) GetComplete() bool {
 	return false
 }
 
+func (x *CatalogPage) GetTypes() []*CatalogType {
+	if x != nil {
+		return x.Types
+	}
+	return nil
+}
+
+func (x *CatalogPage) GetSequences() []*CatalogSequence {
+	if x != nil {
+		return x.Sequences
+	}
+	return nil
+}
+
 var File_postern_v1_catalog_proto protoreflect.FileDescriptor
 
 const file_postern_v1_catalog_proto_rawDesc = "" +
@@ -754,7 +981,7 @@ const file_postern_v1_catalog_proto_rawDesc = "" +
 	"\rCatalogSchema\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x18\n" +
 	"\acomment\x18\x02 \x01(\tR\acomment\x12 \n" +
-	"\vfingerprint\x18\x03 \x01(\fR\vfingerprint\"\x9e\x03\n" +
+	"\vfingerprint\x18\x03 \x01(\fR\vfingerprint\"\xba\x03\n" +
 	"\fCatalogTable\x12\x16\n" +
 	"\x06schema\x18\x01 \x01(\tR\x06schema\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
@@ -767,7 +994,8 @@ const file_postern_v1_catalog_proto_rawDesc = "" +
 	"\x04rows\x18\t \x01(\x04H\x00R\x04rows\x88\x01\x01\x12\x19\n" +
 	"\x05bytes\x18\n" +
 	" \x01(\x04H\x01R\x05bytes\x88\x01\x01\x12\x1c\n" +
-	"\ttruncated\x18\v \x01(\bR\ttruncatedB\a\n" +
+	"\ttruncated\x18\v \x01(\bR\ttruncated\x12\x1a\n" +
+	"\btriggers\x18\f \x03(\tR\btriggersB\a\n" +
 	"\x05_rowsB\b\n" +
 	"\x06_bytes\"9\n" +
 	"\vCatalogName\x12\x16\n" +
@@ -809,12 +1037,33 @@ const file_postern_v1_catalog_proto_rawDesc = "" +
 	"\x0fCatalogArgument\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x12\n" +
 	"\x04type\x18\x02 \x01(\tR\x04type\x12\x12\n" +
-	"\x04mode\x18\x03 \x01(\tR\x04mode\"\xcb\x01\n" +
+	"\x04mode\x18\x03 \x01(\tR\x04mode\"\x87\x02\n" +
+	"\vCatalogType\x12\x16\n" +
+	"\x06schema\x18\x01 \x01(\tR\x06schema\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04kind\x18\x03 \x01(\tR\x04kind\x12\x18\n" +
+	"\acomment\x18\x04 \x01(\tR\acomment\x12\x16\n" +
+	"\x06labels\x18\x05 \x03(\tR\x06labels\x129\n" +
+	"\n" +
+	"attributes\x18\x06 \x03(\v2\x19.postern.v1.CatalogColumnR\n" +
+	"attributes\x12\x12\n" +
+	"\x04base\x18\a \x01(\tR\x04base\x12\x19\n" +
+	"\bnot_null\x18\b \x01(\bR\anotNull\x12\x1c\n" +
+	"\ttruncated\x18\t \x01(\bR\ttruncated\"\xbd\x01\n" +
+	"\x0fCatalogSequence\x12\x16\n" +
+	"\x06schema\x18\x01 \x01(\tR\x06schema\x12\x12\n" +
+	"\x04name\x18\x02 \x01(\tR\x04name\x12\x12\n" +
+	"\x04type\x18\x03 \x01(\tR\x04type\x12\x18\n" +
+	"\acomment\x18\x04 \x01(\tR\acomment\x12-\n" +
+	"\x05owner\x18\x05 \x01(\v2\x17.postern.v1.CatalogNameR\x05owner\x12!\n" +
+	"\fowner_column\x18\x06 \x01(\tR\vownerColumn\"\xb5\x02\n" +
 	"\vCatalogPage\x120\n" +
 	"\x06tables\x18\x01 \x03(\v2\x18.postern.v1.CatalogTableR\x06tables\x129\n" +
 	"\tfunctions\x18\x02 \x03(\v2\x1b.postern.v1.CatalogFunctionR\tfunctions\x123\n" +
 	"\aschemas\x18\x03 \x03(\v2\x19.postern.v1.CatalogSchemaR\aschemas\x12\x1a\n" +
-	"\bcomplete\x18\x04 \x01(\bR\bcompleteB;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
+	"\bcomplete\x18\x04 \x01(\bR\bcomplete\x12-\n" +
+	"\x05types\x18\x05 \x03(\v2\x17.postern.v1.CatalogTypeR\x05types\x129\n" +
+	"\tsequences\x18\x06 \x03(\v2\x1b.postern.v1.CatalogSequenceR\tsequencesB;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
 
 var (
 	file_postern_v1_catalog_proto_rawDescOnce sync.Once
@@ -828,7 +1077,7 @@ func file_postern_v1_catalog_proto_rawDescGZIP() []byte {
 	return file_postern_v1_catalog_proto_rawDescData
 }
 
-var file_postern_v1_catalog_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
+var file_postern_v1_catalog_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
 var file_postern_v1_catalog_proto_goTypes = []any{
 	(*CatalogSchema)(nil),   // 0: postern.v1.CatalogSchema
 	(*CatalogTable)(nil),    // 1: postern.v1.CatalogTable
@@ -838,23 +1087,29 @@ var file_postern_v1_catalog_proto_goTypes = []any{
 	(*CatalogIndex)(nil),    // 5: postern.v1.CatalogIndex
 	(*CatalogFunction)(nil), // 6: postern.v1.CatalogFunction
 	(*CatalogArgument)(nil), // 7: postern.v1.CatalogArgument
-	(*CatalogPage)(nil),     // 8: postern.v1.CatalogPage
+	(*CatalogType)(nil),     // 8: postern.v1.CatalogType
+	(*CatalogSequence)(nil), // 9: postern.v1.CatalogSequence
+	(*CatalogPage)(nil),     // 10: postern.v1.CatalogPage
 }
 var file_postern_v1_catalog_proto_depIdxs = []int32{
-	3, // 0: postern.v1.CatalogTable.columns:type_name -> postern.v1.CatalogColumn
-	4, // 1: postern.v1.CatalogTable.keys:type_name -> postern.v1.CatalogKey
-	5, // 2: postern.v1.CatalogTable.indexes:type_name -> postern.v1.CatalogIndex
-	2, // 3: postern.v1.CatalogTable.partition_of:type_name -> postern.v1.CatalogName
-	2, // 4: postern.v1.CatalogKey.references:type_name -> postern.v1.CatalogName
-	7, // 5: postern.v1.CatalogFunction.arguments:type_name -> postern.v1.CatalogArgument
-	1, // 6: postern.v1.CatalogPage.tables:type_name -> postern.v1.CatalogTable
-	6, // 7: postern.v1.CatalogPage.functions:type_name -> postern.v1.CatalogFunction
-	0, // 8: postern.v1.CatalogPage.schemas:type_name -> postern.v1.CatalogSchema
-	9, // [9:9] is the sub-list for method output_type
-	9, // [9:9] is the sub-list for method input_type
-	9, // [9:9] is the sub-list for extension type_name
-	9, // [9:9] is the sub-list for extension extendee
-	0, // [0:9] is the sub-list for field type_name
+	3,  // 0: postern.v1.CatalogTable.columns:type_name -> postern.v1.CatalogColumn
+	4,  // 1: postern.v1.CatalogTable.keys:type_name -> postern.v1.CatalogKey
+	5,  // 2: postern.v1.CatalogTable.indexes:type_name -> postern.v1.CatalogIndex
+	2,  // 3: postern.v1.CatalogTable.partition_of:type_name -> postern.v1.CatalogName
+	2,  // 4: postern.v1.CatalogKey.references:type_name -> postern.v1.CatalogName
+	7,  // 5: postern.v1.CatalogFunction.arguments:type_name -> postern.v1.CatalogArgument
+	3,  // 6: postern.v1.CatalogType.attributes:type_name -> postern.v1.CatalogColumn
+	2,  // 7: postern.v1.CatalogSequence.owner:type_name -> postern.v1.CatalogName
+	1,  // 8: postern.v1.CatalogPage.tables:type_name -> postern.v1.CatalogTable
+	6,  // 9: postern.v1.CatalogPage.functions:type_name -> postern.v1.CatalogFunction
+	0,  // 10: postern.v1.CatalogPage.schemas:type_name -> postern.v1.CatalogSchema
+	8,  // 11: postern.v1.CatalogPage.types:type_name -> postern.v1.CatalogType
+	9,  // 12: postern.v1.CatalogPage.sequences:type_name -> postern.v1.CatalogSequence
+	13, // [13:13] is the sub-list for method output_type
+	13, // [13:13] is the sub-list for method input_type
+	13, // [13:13] is the sub-list for extension type_name
+	13, // [13:13] is the sub-list for extension extendee
+	0,  // [0:13] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_catalog_proto_init() }
@@ -869,7 +1124,7 @@ func file_postern_v1_catalog_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_catalog_proto_rawDesc), len(file_postern_v1_catalog_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   9,
+			NumMessages:   11,
 			NumExtensions: 0,
 			NumServices:   0,
 		},

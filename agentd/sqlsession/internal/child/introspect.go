@@ -31,6 +31,9 @@ const (
 	maxKeys       = 500
 	maxIndexes    = 500
 	maxKeyColumns = 64
+	maxTriggers   = 500
+	// maxMembers bounds the labels of an enum and the attributes of a composite.
+	maxMembers = 1000
 	// hiddenName stands where a name may not be told.
 	hiddenName = "(hidden)"
 )
@@ -138,7 +141,12 @@ func (c *catalog) pass() ([]*posternv1.CatalogSchema, error) {
 	if err := c.relations(); err != nil {
 		return nil, err
 	}
-	return schemas, c.functions()
+	for _, part := range []func() error{c.functions, c.types, c.sequences} {
+		if err := part(); err != nil {
+			return nil, err
+		}
+	}
+	return schemas, nil
 }
 
 // digest adds a message to a schema's fingerprint.
@@ -265,7 +273,7 @@ func (c *catalog) details(batch []*relation) error {
 	for _, question := range []struct {
 		sql  string
 		take func(*relation, []string) error
-	}{{columnsQuestion, c.column}, {keysQuestion, c.key}, {indexesQuestion, c.index}} {
+	}{{columnsQuestion, c.column}, {keysQuestion, c.key}, {indexesQuestion, c.index}, {triggersQuestion, c.trigger}} {
 		err := c.each(strings.Replace(question.sql, "$tables", list, 1), func(row []string) error {
 			if r := of[row[0]]; r != nil {
 				return question.take(r, row[1:])
@@ -285,7 +293,7 @@ func (c *catalog) details(batch []*relation) error {
 			}
 		}
 		if gproto.Size(t) > maxTable {
-			t.Keys, t.Indexes = nil, nil
+			t.Keys, t.Indexes, t.Triggers = nil, nil, nil
 		}
 		c.digest(t.Schema, t)
 		c.room(gproto.Size(t))

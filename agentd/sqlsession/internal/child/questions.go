@@ -78,4 +78,47 @@ const (
  JOIN pg_catalog.pg_namespace rn ON rn.oid = coalesce(re.typnamespace, rt.typnamespace)
  WHERE ` + ownSchemas + ` AND pg_catalog.has_function_privilege(p.oid, 'EXECUTE')
  ORDER BY n.nspname, p.proname, p.oid`
+
+	// Triggers by table; those of foreign keys are the server's own.
+	triggersQuestion = `SELECT g.tgrelid, g.tgname FROM pg_catalog.pg_trigger g WHERE g.tgrelid = $tables AND NOT g.tgisinternal ORDER BY g.tgrelid, g.tgname`
+
+	// Types that somebody made: not those of tables, and not arrays. A domain's default and
+	// its checks are not asked for.
+	typesQuestion = `SELECT n.nspname, t.typname, t.typtype, pg_catalog.left(pg_catalog.obj_description(t.oid, 'pg_type'), 1000), t.typnotnull,
+ CASE t.typtype WHEN 'd' THEN pg_catalog.format_type(t.typbasetype, t.typtypmod) WHEN 'r' THEN pg_catalog.format_type(r.rngsubtype, NULL) END, bn.nspname, coalesce(be.typname, b.typname),
+ CASE t.typtype WHEN 'e' THEN (SELECT pg_catalog.json_agg(l.enumlabel ORDER BY l.enumsortorder)
+  FROM (SELECT e.enumlabel, e.enumsortorder FROM pg_catalog.pg_enum e WHERE e.enumtypid = t.oid ORDER BY e.enumsortorder LIMIT 1001) l)
+ WHEN 'c' THEN (SELECT pg_catalog.json_agg(pg_catalog.json_build_array(l.attname, l.type, l.nspname, l.bare) ORDER BY l.attnum)
+  FROM (SELECT a.attname, a.attnum, pg_catalog.format_type(a.atttypid, a.atttypmod) AS type, an.nspname, coalesce(ae.typname, at.typname) AS bare
+   FROM pg_catalog.pg_attribute a
+   JOIN pg_catalog.pg_type at ON at.oid = a.atttypid
+   LEFT JOIN pg_catalog.pg_type ae ON ae.oid = at.typelem AND at.typlen = -1
+   JOIN pg_catalog.pg_namespace an ON an.oid = coalesce(ae.typnamespace, at.typnamespace)
+   WHERE a.attrelid = t.typrelid AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum LIMIT 1001) l) END
+ FROM pg_catalog.pg_type t
+ JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace
+ LEFT JOIN pg_catalog.pg_range r ON r.rngtypid = t.oid AND t.typtype = 'r'
+ LEFT JOIN pg_catalog.pg_class c ON c.oid = t.typrelid
+ LEFT JOIN pg_catalog.pg_type b ON b.oid = CASE t.typtype WHEN 'd' THEN t.typbasetype ELSE r.rngsubtype END
+ LEFT JOIN pg_catalog.pg_type be ON be.oid = b.typelem AND b.typlen = -1
+ LEFT JOIN pg_catalog.pg_namespace bn ON bn.oid = coalesce(be.typnamespace, b.typnamespace)
+ WHERE ` + ownSchemas + ` AND (t.typtype IN ('e', 'd', 'r') OR t.typtype = 'c' AND c.relkind = 'c')
+ AND pg_catalog.has_type_privilege(t.oid, 'USAGE')
+ ORDER BY n.nspname, t.typname`
+
+	// The owner is the column that a sequence was made for, if the role may know of it.
+	sequencesQuestion = `SELECT n.nspname, c.relname, pg_catalog.format_type(s.seqtypid, NULL), pg_catalog.left(pg_catalog.obj_description(c.oid, 'pg_class'), 1000), o.nspname, o.relname, o.attname
+ FROM pg_catalog.pg_class c
+ JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+ JOIN pg_catalog.pg_sequence s ON s.seqrelid = c.oid
+ LEFT JOIN LATERAL (SELECT tn.nspname, t.relname, a.attname FROM pg_catalog.pg_depend d
+  JOIN pg_catalog.pg_class t ON t.oid = d.refobjid
+  JOIN pg_catalog.pg_namespace tn ON tn.oid = t.relnamespace
+  JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid AND a.attnum = d.refobjsubid
+  WHERE d.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objid = c.oid AND d.objsubid = 0
+  AND d.refclassid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.refobjsubid > 0 AND d.deptype IN ('a', 'i')
+  AND pg_catalog.has_schema_privilege(tn.oid, 'USAGE')
+  AND (pg_catalog.has_table_privilege(t.oid, ` + columnRights + `) OR pg_catalog.has_column_privilege(t.oid, a.attnum, ` + columnRights + `)) LIMIT 1) o ON true
+ WHERE c.relkind = 'S' AND ` + ownSchemas + ` AND CASE c.relkind WHEN 'S' THEN pg_catalog.has_sequence_privilege(c.oid, 'USAGE, SELECT, UPDATE') END
+ ORDER BY n.nspname, c.relname`
 )

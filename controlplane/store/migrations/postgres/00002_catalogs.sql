@@ -30,7 +30,7 @@ CREATE TABLE catalog_objects (
   source     TEXT NOT NULL,
   schema     TEXT COLLATE "C" NOT NULL,
   generation TEXT NOT NULL,
-  -- 0: postern.v1.CatalogTable, 1: postern.v1.CatalogFunction, which is what data is.
+  -- 0: postern.v1.CatalogTable, 1: CatalogFunction, 2: CatalogType, 3: CatalogSequence, which is what data is.
   kind       BIGINT NOT NULL,
   name       TEXT COLLATE "C" NOT NULL,
   -- Counts functions of one name.
