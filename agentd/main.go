@@ -37,6 +37,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == checkpoint.ExecArg {
 		os.Exit(checkpoint.ExecMain())
 	}
+	if len(os.Args) > 1 && os.Args[1] == kernel.ShimArg {
+		os.Exit(kernel.ShimMain(os.Args[2:]))
+	}
 	os.Exit(run(os.Args[1:]))
 }
 

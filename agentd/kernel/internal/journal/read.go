@@ -193,7 +193,10 @@ func (r *Reader) Next(ctx context.Context) (*Record, error) {
 	}
 }
 
-// try returns a record, or a channel that is closed when there is more.
+// Poll is Next that does not wait: without a record it returns a channel that is
+// closed when there may be one.
+func (r *Reader) Poll() (*Record, <-chan struct{}, error) { return r.try() }
+
 func (r *Reader) try() (*Record, <-chan struct{}, error) {
 	for {
 		r.j.mu.Lock()

@@ -29,6 +29,8 @@ const (
 	MaxFrames = 8192
 	// maxCommand bounds a command in bytes.
 	maxCommand = 4 << 10
+	// LargeFrame is from which size on a frame is offered to Conn.Large, in bytes.
+	LargeFrame = 1 << 20
 	// step is by how much memory is ahead of what has arrived of a frame, in bytes.
 	step = 1 << 20
 
@@ -59,8 +61,18 @@ func (e *TooLargeError) Error() string {
 // Is makes it ErrTooLarge.
 func (e *TooLargeError) Is(target error) bool { return target == ErrTooLarge }
 
+// ErrTaken is returned by Recv for a message that Large has taken.
+var ErrTaken = errors.New("message taken as it came")
+
 // Conn is a connection after its handshake.
 type Conn struct {
+	// Large, if not nil, is offered each frame of more than LargeFrame bytes, before it
+	// is kept: the frames of the message before it, its size and its bytes as they come,
+	// all of which it reads. false: it wants nothing of it and has read nothing. Of a
+	// message that was taken the other frames are passed over. An error ends Recv. It is
+	// set before the first Recv.
+	Large func(before [][]byte, size int64, body io.Reader) (taken bool, err error)
+
 	conn net.Conn
 	kind Kind
 	max  int
@@ -218,7 +230,7 @@ func unexpected(err error) error {
 func (c *Conn) Recv() ([][]byte, error) {
 	var frames [][]byte
 	var total int64
-	over := false
+	over, taken := false, false
 	for first := true; ; {
 		flags, size, err := c.header()
 		if err != nil {
@@ -238,7 +250,23 @@ func (c *Conn) Recv() ([][]byte, error) {
 			continue
 		}
 		total += int64(size)
-		over = over || total > int64(c.max) || len(frames) >= MaxFrames
+		if !taken && !over && size > LargeFrame && c.Large != nil {
+			body := io.LimitReader(c.in, int64(size))
+			if taken, err = c.Large(frames, int64(size), body); err != nil {
+				return nil, err
+			}
+			if taken {
+				if _, err := io.Copy(io.Discard, body); err != nil {
+					return nil, unexpected(err)
+				}
+				if frames, size = nil, 0; flags&flagMore == 0 {
+					return nil, ErrTaken
+				}
+				first = false
+				continue
+			}
+		}
+		over = over || taken || total > int64(c.max) || len(frames) >= MaxFrames
 		if over {
 			frames = nil
 			if _, err := io.CopyN(io.Discard, c.in, int64(size)); err != nil {
@@ -254,6 +282,9 @@ func (c *Conn) Recv() ([][]byte, error) {
 		first = false
 		if flags&flagMore != 0 {
 			continue
+		}
+		if taken {
+			return nil, ErrTaken
 		}
 		if over {
 			return nil, &TooLargeError{Bytes: total}
@@ -334,6 +365,9 @@ func (c *Conn) Send(frames [][]byte) error {
 
 // SetDeadline bounds Recv and Send from then on; zero takes the bound away.
 func (c *Conn) SetDeadline(t time.Time) error { return c.conn.SetDeadline(t) }
+
+// Raw is the connection itself, to be looked at: nobody else reads or writes it.
+func (c *Conn) Raw() net.Conn { return c.conn }
 
 // Close closes the connection at once; what Send has taken may be lost.
 func (c *Conn) Close() error { return c.conn.Close() }

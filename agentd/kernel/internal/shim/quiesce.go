@@ -1,0 +1,162 @@
+package shim
+
+import (
+	"context"
+	"time"
+
+	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/jupyter"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// Quiesced is how a kernel was found when its sockets were closed.
+type Quiesced struct {
+	// Busy: it was in the middle of a request. What it prints until it is connected
+	// again is lost; its reply is not (see sweep).
+	Busy bool `json:"busy"`
+	// Requests were sent and not answered.
+	Requests int `json:"requests"`
+	// InitPID is init's process id on the host.
+	InitPID int `json:"init_pid"`
+	// Sequence is the newest message's.
+	Sequence uint64 `json:"sequence"`
+}
+
+// Quiesce holds back what clients send, waits until the kernel has answered what it was
+// sent, wait at most, and closes all sockets to it. Clients stay attached; their
+// messages wait. Resume, TakeOver or Restart ends it; the journal is on the disk when it
+// returns.
+func (s *Shim) Quiesce(ctx context.Context, wait time.Duration) (Quiesced, error) {
+	s.life.Lock()
+	defer s.life.Unlock()
+	if err := s.usable(); err != nil {
+		return Quiesced{}, err
+	}
+	s.mu.Lock()
+	box, quiet, phase, reason := s.box, s.quiet, s.phase, s.reason
+	s.mu.Unlock()
+	switch {
+	case box == nil:
+		return Quiesced{}, proto.Errorf(proto.CodeUnavailable, "the kernel does not run%s", because(reason))
+	case quiet:
+		return Quiesced{}, proto.Errorf(proto.CodeUnavailable, "the kernel is being checkpointed already: try again")
+	case phase == posternv1.KernelState_KERNEL_STATE_STARTING:
+		return Quiesced{}, proto.Errorf(proto.CodeUnavailable, "the kernel has not answered yet: try again when it is idle")
+	}
+	for _, q := range s.queues {
+		q.open(nil)
+	}
+	deadline := time.Now().Add(wait)
+	for s.hasRequests() && time.Now().Before(deadline) && ctx.Err() == nil {
+		time.Sleep(2 * time.Millisecond)
+	}
+	out := Quiesced{InitPID: box.PID()}
+	s.mu.Lock()
+	for _, r := range s.requests {
+		if !r.queued {
+			out.Requests++
+			out.Busy = out.Busy || r.Channel == jupyter.Shell
+		}
+	}
+	s.quiet = true
+	s.mu.Unlock()
+	s.setPhase(posternv1.KernelState_KERNEL_STATE_CHANGING, "checkpoint")
+	s.disconnect()
+	out.Sequence = s.journal.Last()
+	if err := s.journal.Sync(); err != nil {
+		s.logger.Error("journal not synced", "err", err)
+	}
+	return out, nil
+}
+
+// Resume connects to the kernel again, which went on running or goes on now.
+func (s *Shim) Resume() error {
+	s.life.Lock()
+	defer s.life.Unlock()
+	s.mu.Lock()
+	box, quiet := s.box, s.quiet
+	s.mu.Unlock()
+	if box == nil || !quiet {
+		return proto.Errorf(proto.CodeInvalid, "the kernel is not quiesced")
+	}
+	return s.again(box)
+}
+
+// again begins a new epoch. The caller has life.
+func (s *Shim) again(box *sandbox.Sandbox) error {
+	s.mu.Lock()
+	s.quiet = false
+	s.state.Epoch++
+	s.mu.Unlock()
+	if err := s.saveState(); err != nil {
+		return err
+	}
+	s.connect(box)
+	return nil
+}
+
+// Sandbox is the kernel's sandbox; nil when there is none.
+func (s *Shim) Sandbox() *sandbox.Sandbox {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.box
+}
+
+// Suspend forgets the processes of a quiesced kernel: they are on disk, and the caller
+// ends them. State says so before it returns.
+func (s *Shim) Suspend(ctx context.Context, checkpoint string) error {
+	s.life.Lock()
+	defer s.life.Unlock()
+	s.mu.Lock()
+	quiet := s.quiet
+	s.mu.Unlock()
+	if !quiet {
+		return proto.Errorf(proto.CodeInvalid, "the kernel is not quiesced")
+	}
+	s.mu.Lock()
+	s.state.Suspended, s.state.Checkpoint = true, checkpoint
+	s.mu.Unlock()
+	if err := s.saveState(); err != nil {
+		return err
+	}
+	if err := s.end(ctx); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.quiet = false
+	s.mu.Unlock()
+	s.setPhase(posternv1.KernelState_KERNEL_STATE_SUSPENDED, "")
+	return nil
+}
+
+// TakeOver makes restored processes the kernel's. Those that it had must have been ended
+// by Forget or Suspend. Requests that the kernel was sent after the checkpoint are
+// answered in its place: the processes do not know of them.
+func (s *Shim) TakeOver(box *sandbox.Sandbox, checkpoint string) error {
+	s.life.Lock()
+	defer s.life.Unlock()
+	s.mu.Lock()
+	busy := s.box != nil
+	s.mu.Unlock()
+	if busy {
+		return proto.Errorf(proto.CodeInvalid, "the kernel has processes already")
+	}
+	s.mu.Lock()
+	s.state.Generation++
+	s.state.Epoch++
+	s.state.Suspended, s.state.Dead, s.state.Checkpoint = false, "", checkpoint
+	s.state.Started = time.Now().UTC()
+	s.quiet = false
+	s.mu.Unlock()
+	s.setPhase(posternv1.KernelState_KERNEL_STATE_CHANGING, "restored")
+	return s.run(box)
+}
+
+// Forget ends the processes of a quiesced kernel, to be replaced by TakeOver.
+func (s *Shim) Forget(ctx context.Context) error {
+	s.life.Lock()
+	defer s.life.Unlock()
+	s.setPhase(posternv1.KernelState_KERNEL_STATE_CHANGING, "restoring")
+	return s.end(ctx)
+}

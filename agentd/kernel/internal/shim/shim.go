@@ -1,0 +1,524 @@
+package shim
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/postern-dev/postern/agentd/kernel/internal/journal"
+	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/jupyter"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// Times that things may take.
+const (
+	startTime = 60 * time.Second // a sandbox's start
+	killTime  = 20 * time.Second // its end
+)
+
+// ownPrefix begins the sessions of shims' own messages.
+const ownPrefix = "postern-shim-"
+
+var errStopped = proto.Errorf(proto.CodeUnavailable, "the kernel is being stopped")
+
+// Shim is a running shim. Open makes it, Serve serves, Close lets go: of the process,
+// never of the kernel.
+type Shim struct {
+	dir     string
+	logger  *slog.Logger
+	lock    *os.File
+	journal *journal.Journal
+	// self is the session of our own messages to the kernel.
+	self string
+
+	ctx    context.Context
+	cancel context.CancelCauseFunc
+	wg     sync.WaitGroup
+
+	queues map[string]*queue // shell, control, stdin
+
+	// life serialises start, restart, stop, quiesce, resume; taken before mu.
+	life sync.Mutex
+
+	// mu guards the following; held for memory alone.
+	mu       sync.Mutex
+	spec     Spec
+	state    State
+	box      *sandbox.Sandbox
+	link     *link
+	phase    posternv1.KernelState
+	reason   string
+	quiet    bool // quiesced
+	stopped  bool
+	active   time.Time
+	clients  map[string]*client
+	requests map[string]*request
+	order    uint64 // of the newest request
+	drops    uint64 // messages of the kernel that were no messages, or for nobody
+	changed  chan struct{}
+	finished chan struct{} // closed by Stop
+}
+
+// Open opens a kernel's directory and adopts, or starts, its kernel. A kernel that
+// died meanwhile is no error.
+func Open(ctx context.Context, dir string, logger *slog.Logger) (*Shim, error) {
+	spec, err := ReadSpec(dir)
+	if err != nil {
+		return nil, err
+	}
+	s := &Shim{
+		dir: dir, logger: logger, spec: spec, self: ownPrefix + jupyter.NewID(), queues: map[string]*queue{},
+		clients: map[string]*client{}, requests: map[string]*request{}, changed: make(chan struct{}), finished: make(chan struct{}),
+		active: time.Now(), phase: posternv1.KernelState_KERNEL_STATE_STARTING,
+	}
+	s.ctx, s.cancel = context.WithCancelCause(context.Background())
+	if s.lock, err = os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(s.lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		_ = s.lock.Close()
+		return nil, fmt.Errorf("another shim has %s", dir)
+	}
+	if err := s.open(ctx); err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Shim) open(ctx context.Context) error {
+	if err := readJSON(filepath.Join(s.dir, stateFile), &s.state); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	var found journal.Recovery
+	var err error
+	s.journal, found, err = journal.Open(journal.Config{Dir: filepath.Join(s.dir, journalDir), MaxBytes: s.spec.JournalBytes, Logger: s.logger})
+	if err != nil {
+		return err
+	}
+	for _, r := range found.Requests {
+		s.requests[r.ID] = &request{Request: r}
+	}
+	for _, name := range []string{jupyter.Shell, jupyter.Control, jupyter.Stdin} {
+		q := newQueue()
+		s.queues[name] = q
+		s.wg.Go(func() { s.send(name, q) })
+	}
+	s.wg.Go(s.watchRequests)
+	s.life.Lock()
+	defer s.life.Unlock()
+	switch {
+	case s.state.Suspended:
+		s.setPhase(posternv1.KernelState_KERNEL_STATE_SUSPENDED, "")
+	case s.state.Dead != "":
+		s.setPhase(posternv1.KernelState_KERNEL_STATE_DEAD, s.state.Dead)
+	case s.state.Generation > 0:
+		return s.adopt(ctx)
+	default:
+		return s.start(ctx)
+	}
+	return nil
+}
+
+// adopt takes over the kernel that an earlier shim left.
+func (s *Shim) adopt(ctx context.Context) error {
+	spec := s.spec.Sandbox
+	if s.state.Sandbox != nil {
+		spec = *s.state.Sandbox
+	}
+	box, err := sandbox.Adopt(ctx, spec, 0)
+	if errors.Is(err, sandbox.ErrGone) {
+		if cerr := sandbox.Cleanup(ctx, spec); cerr != nil {
+			s.logger.Error("remains of a kernel not cleaned up", "err", cerr)
+		}
+		return s.died(nil, "it ended while nobody watched: the host was restarted, or the kernel was killed")
+	}
+	if err != nil {
+		return fmt.Errorf("adopt the kernel: %w", err)
+	}
+	s.logger.Info("kernel adopted", "pid", box.PID())
+	s.state.Epoch++
+	return s.run(box)
+}
+
+// start starts the kernel's processes. The caller has life.
+func (s *Shim) start(ctx context.Context) error {
+	var key [32]byte
+	if _, err := rand.Read(key[:]); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.state.Generation++
+	s.state.Epoch++
+	s.state.Key, s.state.Started, s.state.Dead, s.state.Suspended = hex.EncodeToString(key[:]), time.Now().UTC(), "", false
+	s.state.Sandbox, s.state.Checkpoint = nil, ""
+	s.mu.Unlock()
+	if err := s.saveState(); err != nil {
+		return err
+	}
+	if err := s.writeConnection(); err != nil {
+		return fmt.Errorf("connection file: %w", err)
+	}
+	s.setPhase(posternv1.KernelState_KERNEL_STATE_STARTING, "")
+	ctx, cancel := context.WithTimeout(ctx, startTime)
+	defer cancel()
+	box, err := sandbox.Start(ctx, s.spec.Sandbox)
+	if err != nil {
+		return s.died(nil, "it could not be started: "+oneLine(err.Error()))
+	}
+	return s.run(box)
+}
+
+// run takes a sandbox that runs and connects to it.
+func (s *Shim) run(box *sandbox.Sandbox) error {
+	spec := box.Spec()
+	s.mu.Lock()
+	s.box = box
+	s.state.Sandbox = &spec
+	s.mu.Unlock()
+	if err := s.saveState(); err != nil {
+		return err
+	}
+	s.wg.Go(func() { s.watch(box) })
+	s.connect(box)
+	return nil
+}
+
+// watch waits for the kernel's end.
+func (s *Shim) watch(box *sandbox.Sandbox) {
+	exit, err := box.Wait(s.ctx)
+	if err != nil {
+		return // the shim lets go
+	}
+	s.life.Lock()
+	defer s.life.Unlock()
+	s.mu.Lock()
+	current := s.box == box
+	s.mu.Unlock()
+	if !current {
+		return // restarted, stopped or suspended
+	}
+	reason := exit.Reason
+	if reason == "" {
+		reason = fmt.Sprintf("ended with exit code %d", exit.Code)
+	}
+	if err := s.died(box, reason); err != nil {
+		s.logger.Error("a kernel's end not noted", "err", err)
+	}
+}
+
+// died notes that the kernel's processes have ended by themselves, and tells
+// everybody. The caller has life.
+func (s *Shim) died(box *sandbox.Sandbox, reason string) error {
+	s.logger.Warn("kernel died", "reason", reason)
+	s.disconnect()
+	s.mu.Lock()
+	s.box = nil
+	s.state.Dead = reason
+	s.mu.Unlock()
+	if box != nil {
+		box.Close()
+	}
+	err := s.saveState()
+	s.refuseAll("the kernel died: " + reason)
+	s.say("status", map[string]string{"execution_state": "dead"})
+	s.setPhase(posternv1.KernelState_KERNEL_STATE_DEAD, reason)
+	return err
+}
+
+// end ends the kernel's processes. The caller has life.
+func (s *Shim) end(ctx context.Context) error {
+	s.mu.Lock()
+	box := s.box
+	s.box = nil
+	s.mu.Unlock()
+	s.disconnect()
+	if box == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, killTime)
+	defer cancel()
+	if err := box.Kill(ctx); err != nil {
+		s.mu.Lock()
+		s.box = box
+		s.mu.Unlock()
+		return fmt.Errorf("end the kernel: %w", err)
+	}
+	box.Close()
+	return nil
+}
+
+// Restart ends the kernel's processes and starts them anew.
+func (s *Shim) Restart(ctx context.Context) error {
+	s.life.Lock()
+	defer s.life.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
+	s.setPhase(posternv1.KernelState_KERNEL_STATE_CHANGING, "restarting")
+	s.say("status", map[string]string{"execution_state": "restarting"})
+	if err := s.end(ctx); err != nil {
+		return err
+	}
+	s.refuseAll("the kernel was restarted")
+	s.mu.Lock()
+	s.quiet = false
+	s.mu.Unlock()
+	return s.start(ctx)
+}
+
+// Stop ends the kernel for good; Serve returns.
+func (s *Shim) Stop(ctx context.Context) error {
+	s.life.Lock()
+	defer s.life.Unlock()
+	if err := s.end(ctx); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	spec := s.spec.Sandbox
+	first := !s.stopped
+	s.stopped = true
+	s.mu.Unlock()
+	if err := sandbox.Cleanup(ctx, spec); err != nil {
+		return fmt.Errorf("clean up after the kernel: %w", err)
+	}
+	if first {
+		s.say("status", map[string]string{"execution_state": "dead"})
+		s.setPhase(posternv1.KernelState_KERNEL_STATE_DEAD, "stopped")
+		close(s.finished)
+	}
+	return nil
+}
+
+// usable: the caller has life.
+func (s *Shim) usable() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopped {
+		return errStopped
+	}
+	return nil
+}
+
+// Interrupt interrupts what the kernel runs.
+func (s *Shim) Interrupt() error {
+	s.mu.Lock()
+	box, l, mode, dead := s.box, s.link, s.spec.InterruptMode, s.state.Dead
+	s.mu.Unlock()
+	if box == nil {
+		return proto.Errorf(proto.CodeUnavailable, "the kernel does not run%s: restart it", because(dead))
+	}
+	if mode != "message" {
+		return box.Interrupt()
+	}
+	if l == nil {
+		return proto.Errorf(proto.CodeUnavailable, "the kernel is not connected at present: try again")
+	}
+	return l.own(jupyter.Control, "interrupt_request", nil)
+}
+
+func because(reason string) string {
+	if reason == "" {
+		return ""
+	}
+	return " (" + reason + ")"
+}
+
+// Reread takes a spec that agentd has changed: who owns the kernel, and its id.
+func (s *Shim) Reread() error {
+	spec, err := ReadSpec(s.dir)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.spec.ID, s.spec.Owner, s.spec.Created = spec.ID, spec.Owner, spec.Created
+	s.mu.Unlock()
+	s.touch()
+	s.signal()
+	return nil
+}
+
+func (s *Shim) saveState() error {
+	s.mu.Lock()
+	state := s.state
+	s.mu.Unlock()
+	return writeJSON(filepath.Join(s.dir, stateFile), state)
+}
+
+// setPhase changes the state that everybody is told.
+func (s *Shim) setPhase(phase posternv1.KernelState, reason string) {
+	s.mu.Lock()
+	same := s.phase == phase && s.reason == reason
+	s.phase, s.reason = phase, reason
+	s.mu.Unlock()
+	if !same {
+		s.signal()
+	}
+}
+
+// signal wakes those who watch the state.
+func (s *Shim) signal() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	close(s.changed)
+	s.changed = make(chan struct{})
+}
+
+func (s *Shim) touch() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.active = time.Now()
+}
+
+// Kernel is the kernel as it is, and a channel that is closed when it changes.
+func (s *Shim) Kernel() (*posternv1.Kernel, <-chan struct{}) {
+	last := s.journal.Last()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k := &posternv1.Kernel{
+		Id: s.spec.ID, Spec: s.spec.Name, Language: s.spec.Language, State: s.phase, Reason: s.reason,
+		LastActivity: timestamppb.New(s.active), Sequence: last, Generation: s.state.Generation, Checkpoint: s.state.Checkpoint,
+	}
+	if !s.state.Started.IsZero() {
+		k.Started = timestamppb.New(s.state.Started)
+	}
+	for _, c := range s.clients {
+		if c.stream != nil {
+			k.Connections++
+		}
+	}
+	if len(s.spec.Owner) > 0 {
+		owner := &posternv1.Principal{}
+		if protojson.Unmarshal(s.spec.Owner, owner) == nil {
+			k.Owner = owner
+		}
+	}
+	for _, m := range s.spec.Mounts {
+		k.Mounts = append(k.Mounts, &posternv1.KernelMount{Workspace: m.Workspace, ReadOnly: m.ReadOnly})
+	}
+	return k, s.changed
+}
+
+// say journals a message of our own to everybody on iopub.
+func (s *Shim) say(kind string, content any) {
+	m, err := jupyter.New(jupyter.IOPub, kind, s.self, content)
+	if err == nil {
+		_, err = s.journal.Append("", m)
+	}
+	if err != nil {
+		s.logger.Error("message of the shim's own not kept", "kind", kind, "err", err)
+	}
+}
+
+// Close ends the shim's part; the kernel goes on.
+func (s *Shim) Close() {
+	s.cancel(errStopped)
+	s.life.Lock()
+	s.disconnect()
+	s.mu.Lock()
+	box := s.box
+	s.box = nil
+	for _, c := range s.clients {
+		c.hangUpLocked()
+	}
+	s.mu.Unlock()
+	s.life.Unlock()
+	for _, q := range s.queues {
+		q.close()
+	}
+	if s.journal != nil {
+		if err := s.journal.Close(); err != nil {
+			s.logger.Error("journal not closed", "err", err)
+		}
+	}
+	s.wg.Wait()
+	if box != nil {
+		box.Close()
+	}
+	_ = s.lock.Close()
+}
+
+// writeConnection writes the connection file into the kernel's run directory. What an
+// earlier kernel left there is not trusted.
+func (s *Shim) writeConnection() error {
+	spec := s.spec.Sandbox
+	if err := os.Mkdir(spec.RunDir, 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	root, err := os.OpenRoot(spec.RunDir)
+	if err != nil {
+		return err
+	}
+	defer root.Close() //nolint:errcheck // it was read
+	for _, name := range []string{connectFile, socketName(1), socketName(2), socketName(3), socketName(4), socketName(5)} {
+		if err := root.RemoveAll(name); err != nil {
+			return err
+		}
+	}
+	c := s.connection(sandbox.RunInside)
+	text, err := c.Encode()
+	if err != nil {
+		return err
+	}
+	f, err := root.OpenFile(connectFile, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(text)
+	return errors.Join(err, f.Chown(int(spec.UID), int(spec.GID)), f.Close())
+}
+
+func socketName(port int) string { return fmt.Sprintf("%s-%d", socketStem, port) }
+
+func (s *Shim) connection(run string) jupyter.Connection {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return jupyter.Connection{
+		Transport: "ipc", IP: filepath.Join(run, socketStem), ShellPort: 1, IOPubPort: 2, StdinPort: 3, ControlPort: 4, HeartbeatPort: 5,
+		SignatureScheme: jupyter.Scheme, Key: s.state.Key, KernelName: s.spec.Name,
+	}
+}
+
+func oneLine(text string) string {
+	b, _ := json.Marshal(text) //nolint:errchkjson // a string has a JSON
+	if len(b) == len(text)+2 {
+		return text
+	}
+	return proto.Errorf(proto.CodeInternal, "%s", text).Message
+}
+
+// listen makes the socket. The path may be longer than a socket's address.
+func listen(dir string) (net.Listener, error) {
+	d, err := os.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Close() //nolint:errcheck // the socket is made
+	path := fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), socketFile)
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	old := unix.Umask(0o177)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	unix.Umask(old)
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	return l, nil
+}
