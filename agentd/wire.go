@@ -196,7 +196,8 @@ func mapSources(c *config.Config, env *secret.Environment, client *vault.Client,
 			Name: s.Name, Engine: s.Engine, DSN: s.DSN,
 			MaxRows: s.Policy.MaxRows, MaxBytes: s.Policy.MaxBytes, StatementTimeout: s.Policy.StatementTimeout,
 			Concurrency: s.Policy.Concurrency, ReadWrite: s.Policy.Mode == policy.ModeReadWrite,
-			Guard: guard(s.Policy, key),
+			Guard:    guard(s.Policy, key),
+			WireIdle: s.Policy.ClientIdle, WireIdleInTransaction: s.Policy.ClientIdleInTransaction,
 		}
 		if s.Engine == "mysql" {
 			source.Guard.Hide = s.Policy.Hide

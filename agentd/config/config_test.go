@@ -55,7 +55,7 @@ func TestWholeFile(t *testing.T) {
 		t.Errorf("got %+v", c)
 	}
 	if len(c.Sources) != 2 || c.Sources[0].Password != (secret.Ref{File: "/etc/postern/warehouse.pw"}) ||
-		!reflect.DeepEqual(c.Sources[0].Policy, policy.Source{Mode: policy.ModeReadWrite, MaxRows: 5, MaxBytes: 2 << 20, StatementTimeout: 10 * time.Second, Concurrency: 3, KeepFirst: 7, KeepLast: 100, Plans: policy.PlansOff, MaskFilters: policy.FiltersEquality}) ||
+		!reflect.DeepEqual(c.Sources[0].Policy, policy.Source{Mode: policy.ModeReadWrite, MaxRows: 5, MaxBytes: 2 << 20, StatementTimeout: 10 * time.Second, Concurrency: 3, ClientIdle: time.Hour, ClientIdleInTransaction: 10 * time.Minute, KeepFirst: 7, KeepLast: 100, Plans: policy.PlansOff, MaskFilters: policy.FiltersEquality}) ||
 		!reflect.DeepEqual(c.Sources[1].Policy, policy.Default()) {
 		t.Errorf("sources %+v", c.Sources)
 	}

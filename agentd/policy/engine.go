@@ -20,6 +20,8 @@ func (s Spec) CheckEngine(engine string) error {
 		return refuse("mask_filters", "remove it")
 	case len(s.MaskSafeFunctions) > 0:
 		return refuse("mask_safe_functions", "remove it")
+	case s.ClientIdle != "" || s.ClientIdleInTransaction != "":
+		return refuse("client_idle", "remove it: it is for clients of PostgreSQL's own protocol")
 	case s.Write != nil && engine == "mysql":
 		return refuse("write", "remove it, and grant the account no more than it needs")
 	}

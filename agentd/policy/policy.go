@@ -34,12 +34,16 @@ const (
 	DefaultMaxBytes         uint64 = 1 << 30
 	DefaultStatementTimeout        = 5 * time.Minute
 	DefaultConcurrency             = 8
+
+	DefaultClientIdle              = time.Hour
+	DefaultClientIdleInTransaction = 10 * time.Minute
 )
 
 // The largest values that a configuration may ask for.
 const (
 	MaxStatementTimeout = 24 * time.Hour
 	MaxConcurrency      = 256
+	MaxClientIdle       = 7 * 24 * time.Hour
 )
 
 // Source is the checked policy of one data source. The zero value allows
@@ -53,6 +57,9 @@ type Source struct {
 	StatementTimeout time.Duration
 	// Concurrency is how many statements may run at once; at least 1.
 	Concurrency int
+	// ClientIdle and ClientIdleInTransaction are how long a client of PostgreSQL's own
+	// protocol may be silent, outside and inside of a transaction; above 0.
+	ClientIdle, ClientIdleInTransaction time.Duration
 	// KeepFirst and KeepLast are how many of the first and last rows of each
 	// result the control plane may keep with its history; both 0: none.
 	KeepFirst, KeepLast int
@@ -106,10 +113,11 @@ func Default() Source {
 		MaxBytes:         DefaultMaxBytes,
 		StatementTimeout: DefaultStatementTimeout,
 		Concurrency:      DefaultConcurrency,
-		KeepFirst:        DefaultKeepRows,
-		KeepLast:         DefaultKeepRows,
-		Plans:            PlansOff,
-		MaskFilters:      FiltersEquality,
+		ClientIdle:       DefaultClientIdle, ClientIdleInTransaction: DefaultClientIdleInTransaction,
+		KeepFirst:   DefaultKeepRows,
+		KeepLast:    DefaultKeepRows,
+		Plans:       PlansOff,
+		MaskFilters: FiltersEquality,
 	}
 }
 

@@ -12,13 +12,16 @@ import (
 // Spec is a source's policy as /etc/postern/agentd.yaml has it; what is absent
 // gets its default. Decode it strictly: unknown keys are errors.
 type Spec struct {
-	Mode             string    `yaml:"mode"`
-	Plans            string    `yaml:"plans"`
-	MaxRows          *uint64   `yaml:"max_rows"`
-	MaxBytes         string    `yaml:"max_bytes"`
-	StatementTimeout string    `yaml:"statement_timeout"`
-	Concurrency      *int      `yaml:"concurrency"`
-	KeepRows         *KeepSpec `yaml:"keep_rows"`
+	Mode             string  `yaml:"mode"`
+	Plans            string  `yaml:"plans"`
+	MaxRows          *uint64 `yaml:"max_rows"`
+	MaxBytes         string  `yaml:"max_bytes"`
+	StatementTimeout string  `yaml:"statement_timeout"`
+	Concurrency      *int    `yaml:"concurrency"`
+	// ClientIdle and ClientIdleInTransaction are for PostgreSQL's own protocol.
+	ClientIdle              string    `yaml:"client_idle"`
+	ClientIdleInTransaction string    `yaml:"client_idle_in_transaction"`
+	KeepRows                *KeepSpec `yaml:"keep_rows"`
 	// Hide narrows introspection.
 	Hide []string `yaml:"hide"`
 	// Functions are those that may be called although the mode would refuse them.
@@ -106,12 +109,33 @@ func (s Spec) Source() (Source, error) {
 		}
 		source.Concurrency = *s.Concurrency
 	}
+	if source.ClientIdle, err = idle("client_idle", s.ClientIdle, source.ClientIdle); err != nil {
+		return Source{}, err
+	}
+	if source.ClientIdleInTransaction, err = idle("client_idle_in_transaction", s.ClientIdleInTransaction, source.ClientIdleInTransaction); err != nil {
+		return Source{}, err
+	}
 	hide, err := ParseHide(s.Hide)
 	if err != nil {
 		return Source{}, fmt.Errorf("policy.hide: %w", err)
 	}
 	source.Hide = hide
 	return source, nil
+}
+
+// idle reads how long a client may be silent.
+func idle(key, text string, standard time.Duration) (time.Duration, error) {
+	if text == "" {
+		return standard, nil
+	}
+	limit, err := time.ParseDuration(text)
+	if err != nil {
+		return 0, fmt.Errorf("policy.%s: %q is not a duration such as 30s, 10m or 1h", key, text)
+	}
+	if limit < time.Second || limit > MaxClientIdle {
+		return 0, fmt.Errorf("policy.%s: %s is not between 1s and %s", key, limit, MaxClientIdle)
+	}
+	return limit, nil
 }
 
 // units are those that ParseSize knows, longest first.

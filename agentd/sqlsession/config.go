@@ -53,6 +53,10 @@ type Source struct {
 	StatementTimeout time.Duration
 	// Concurrency is how many statements run at once; 0 means 8.
 	Concurrency int
+	// WireIdle and WireIdleInTransaction are how long a session of PostgreSQL's own
+	// protocol waits for its client's next message, outside and inside of a transaction;
+	// 0 means DefaultWireIdle and DefaultWireIdleInTransaction.
+	WireIdle, WireIdleInTransaction time.Duration
 	// ReadWrite tells whether requests may write. A request that wants to and
 	// may not is refused.
 	ReadWrite bool
@@ -99,9 +103,6 @@ type Config struct {
 	// QueueTimeout is how long a statement waits for a place when Concurrency
 	// are running; 0 means 5 s. Then it fails with OVERLOADED.
 	QueueTimeout time.Duration
-	// WireIdle and WireIdleInTransaction are how long a session of PostgreSQL's own
-	// protocol waits for its client; 0 means an hour, and ten minutes.
-	WireIdle, WireIdleInTransaction time.Duration
 	// Parser parses statements; the caller ends it, after Close. nil means one of
 	// the Manager's own, started with the first source.
 	Parser *Parser

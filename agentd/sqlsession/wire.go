@@ -24,7 +24,7 @@ import (
 )
 
 // How long a session of PostgreSQL's own protocol may wait for its client, where
-// Config is silent.
+// its Source is silent.
 const (
 	DefaultWireIdle              = time.Hour
 	DefaultWireIdleInTransaction = 10 * time.Minute
@@ -111,8 +111,8 @@ func (m *Manager) OpenWire(ctx context.Context, request WireRequest) (*Wire, err
 	if err == nil {
 		err = s.send(frame.Wire, frame.WireRequest{
 			SessionID: request.SessionID, MaxRows: source.MaxRows, MaxBytes: source.MaxBytes, ReadWrite: source.ReadWrite, Guard: source.Guard,
-			TimeoutMillis: max(1, source.StatementTimeout.Milliseconds()), IdleMillis: cmp.Or(m.config.WireIdle, DefaultWireIdle).Milliseconds(),
-			IdleInTransaction: cmp.Or(m.config.WireIdleInTransaction, DefaultWireIdleInTransaction).Milliseconds(),
+			TimeoutMillis: max(1, source.StatementTimeout.Milliseconds()), IdleMillis: cmp.Or(source.WireIdle, DefaultWireIdle).Milliseconds(),
+			IdleInTransaction: cmp.Or(source.WireIdleInTransaction, DefaultWireIdleInTransaction).Milliseconds(),
 		})
 		if err != nil {
 			m.drop(s)

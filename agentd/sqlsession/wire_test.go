@@ -354,3 +354,20 @@ func count(t *testing.T, sql string) (n int) {
 	}
 	return n
 }
+
+// TestWireIdle: how long a client may be silent is the source's to say.
+func TestWireIdle(t *testing.T) {
+	src := source("db")
+	src.WireIdle, src.WireIdleInTransaction = 300*time.Millisecond, 100*time.Millisecond
+	m := newManager(t, sqlsession.Config{}, src)
+	c := openWire(t, m, "wire_idle")
+	c.want("SELECT 1", "1")
+	if got := c.answer(); got != "57P05 EOF" {
+		t.Errorf("idle: %s", got)
+	}
+	c = openWire(t, m, "wire_idle_tx")
+	c.want("BEGIN", "")
+	if got := c.answer(); got != "25P03 EOF" {
+		t.Errorf("idle in a transaction: %s", got)
+	}
+}
