@@ -5,12 +5,12 @@ import (
 	"encoding/json"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const python = "/usr/bin/python3"
@@ -147,8 +147,15 @@ func alive(t *testing.T, uid uint32) int {
 		t.Fatal(err)
 	}
 	for _, e := range entries {
-		var st unix.Stat_t
-		if e.Name()[0] >= '0' && e.Name()[0] <= '9' && unix.Stat("/proc/"+e.Name(), &st) == nil && st.Uid == uid {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		uids, err := statusField(pid, "Uid:")
+		if err != nil || !slices.Contains(uids, uint64(uid)) {
+			continue
+		}
+		if _, err := startTime(pid); err == nil {
 			n++
 		}
 	}
