@@ -11,9 +11,10 @@
 //     page of memory, wherever it moved to: chunks of 4 KiB need no knowledge of
 //     virtual addresses, and store less than 8 or 16 KiB aligned to them (measured:
 //     docs/performance.md). A chunk of zeros is a hole and takes no space.
-//   - A segment is up to 64 new chunks, compressed together (zstd, or as they are if
+//   - A segment is up to 32 new chunks, compressed together (by LZ4 when they are new,
+//     since restores wait for it; by zstd when Collect writes them again; as they are if
 //     that saves less than an eighth) and sealed with AES-256-GCM.
-//   - A pack is a file of up to 256 segments, written once. Checkpoints refer to
+//   - A pack is a file of up to 512 segments, written once. Checkpoints refer to
 //     chunks by pack and number; a pack that is rewritten without its dead chunks
 //     keeps the numbers of the living, so no checkpoint has to be rewritten.
 //

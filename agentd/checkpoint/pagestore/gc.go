@@ -36,6 +36,11 @@ type cycle struct {
 
 type liveBits [packChunks / 64]uint64 // 2 KiB for each pack
 
+// segment returns the bits of segment n, as segment.live has them.
+func (b *liveBits) segment(n int) uint64 {
+	return b[n*segmentChunks/64] >> (n * segmentChunks % 64) & (1<<segmentChunks - 1)
+}
+
 func (b *liveBits) set(from, count uint32) {
 	for i := from; i < from+count; i++ {
 		b[i/64] |= 1 << (i % 64)
@@ -262,7 +267,7 @@ func worthRewriting(p *pack, live *liveBits) bool {
 	there, alive := 0, 0
 	for i := range p.segs {
 		there += bits.OnesCount64(p.segs[i].live)
-		alive += bits.OnesCount64(p.segs[i].live & live[i])
+		alive += bits.OnesCount64(p.segs[i].live & live.segment(i))
 	}
 	return float64(alive) < rewriteBelow*float64(there)
 }
@@ -282,7 +287,7 @@ func (o *orgStore) deletePack(info *packInfo, stats *CollectStats) error {
 }
 
 // rewritePack writes p again under its name, without dead chunks, with the same
-// numbers. Those who have the old file open keep it.
+// numbers, and packs tighter what stays. Those who have the old file open keep it.
 func (o *orgStore) rewritePack(ctx context.Context, p *pack, info *packInfo, live *liveBits, stats *CollectStats) error {
 	hashes, err := p.readHashes()
 	if errors.Is(err, ErrDamaged) {
@@ -290,10 +295,7 @@ func (o *orgStore) rewritePack(ctx context.Context, p *pack, info *packInfo, liv
 	} else if err != nil {
 		return err
 	}
-	s, err := newScratch()
-	if err != nil {
-		return err
-	}
+	s := newScratch()
 	defer s.close()
 	w, err := o.newPack(info.id)
 	if err != nil {
@@ -328,7 +330,7 @@ func rewriteSegments(ctx context.Context, s *scratch, w *packWriter, p *pack, ha
 		}
 		chunks := int(p.segs[n].chunks)
 		first := n * segmentChunks
-		keep := p.segs[n].live & live[n]
+		keep := p.segs[n].live & live.segment(n)
 		for i := range chunks {
 			if keep&(1<<i) == 0 {
 				hashes[first+i] = deadChunk
@@ -346,7 +348,9 @@ func rewriteSegments(ctx context.Context, s *scratch, w *packWriter, p *pack, ha
 					clear(plain[i*ChunkSize : (i+1)*ChunkSize])
 				}
 			}
-			c, sealed = s.pack(sealed[:0], w.aead, n, plain)
+			if c, sealed, err = s.pack(sealed[:0], codecZstd, w.aead, n, plain); err != nil {
+				return err
+			}
 			body = sealed
 		}
 		if err := w.add(c, body, hashes[first:first+chunks]); err != nil {

@@ -16,9 +16,27 @@ var testKey = Key{1, 2, 3}
 
 func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
+// unsynced is the disk without waiting for it: syncs are what crash_test.go is about,
+// and a shared machine takes tenths of a second for each.
+type unsynced struct{ osFileSystem }
+
+type unsyncedFile struct{ file }
+
+func (unsyncedFile) Sync() error { return nil }
+
+func (unsynced) create(path string) (file, error) {
+	f, err := osFileSystem{}.create(path)
+	return unsyncedFile{f}, err
+}
+
+func (unsynced) syncDir(string) error { return nil }
+
+// synced makes openStore use the disk as it is, with its lock.
+func synced(o *Options) { o.files = nil }
+
 func openStore(t testing.TB, dir string, change ...func(*Options)) *Store {
 	t.Helper()
-	o := Options{Dir: dir, Key: testKey, Logger: quiet()}
+	o := Options{Dir: dir, Key: testKey, Logger: quiet(), files: unsynced{}}
 	for _, c := range change {
 		c(&o)
 	}

@@ -191,23 +191,33 @@ func (o *orgStore) delete(id ID) error {
 	return nil
 }
 
-// removePoint removes the files of a checkpoint, what makes it one first.
+// removePoint removes the files of a checkpoint. An error means that its description
+// may be there after a crash, so nothing else of it was touched.
 func (o *orgStore) removePoint(id ID) (freed int64, err error) {
-	for _, path := range []string{o.metaPath(id), o.filesPath(id)} {
-		size := int64(0)
-		if f, err := o.fs.open(path); err == nil {
-			size, _ = f.size() //nolint:errcheck // an estimate will do
-			f.Close()          //nolint:errcheck // only read
-		}
-		if err := o.fs.remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return freed, err
-		}
-		freed += size
-		if err := o.fs.syncDir(o.pointDir()); err != nil {
-			return freed, err
-		}
+	freed, err = o.removeFile(o.metaPath(id))
+	if err == nil {
+		err = o.fs.syncDir(o.pointDir())
 	}
-	return freed, nil
+	if err != nil {
+		return 0, err
+	}
+	n, err := o.removeFile(o.filesPath(id))
+	if err != nil { // it means nothing any more; the next Open removes it
+		o.store.log.Warn("could not remove a deleted checkpoint's list of files", "checkpoint", id, "err", err)
+	}
+	return freed + n, nil
+}
+
+// removeFile removes a file, if it is there, and returns its size.
+func (o *orgStore) removeFile(path string) (size int64, err error) {
+	if f, err := o.fs.open(path); err == nil {
+		size, _ = f.size() //nolint:errcheck // an estimate will do
+		f.Close()          //nolint:errcheck // only read
+	}
+	if err := o.fs.remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return 0, err
+	}
+	return size, nil
 }
 
 // family returns the children of a checkpoint, and its parent.

@@ -13,15 +13,18 @@ import (
 	"time"
 
 	"github.com/klauspost/compress/zstd"
+	"github.com/pierrec/lz4/v4"
 )
 
 // ChunkSize is the size of a chunk in bytes, before compression.
 const ChunkSize = 4096
 
 const (
-	segmentChunks = 64
+	// segmentChunks is how many chunks are compressed together: 16 store up to 5 % more
+	// than 64, and a restore that needs one chunk unpacks a quarter as much.
+	segmentChunks = 32
 	segmentSize   = segmentChunks * ChunkSize
-	packSegments  = 256
+	packSegments  = 512
 	packChunks    = packSegments * segmentChunks // 64 MiB of memory
 
 	packMagic  = "PSTPACK1"
@@ -42,7 +45,8 @@ type codec uint8
 
 const (
 	codecRaw  codec = iota // as they are
-	codecZstd              // one zstd frame
+	codecLZ4               // one LZ4 block: what Put writes, since restores wait for it
+	codecZstd              // one zstd frame: what Collect writes
 	codecGone              // no chunk of it is alive; nothing is stored
 )
 
@@ -272,9 +276,9 @@ func (p *pack) parseTable(table []byte, end int64) error {
 	for i := 0; i < len(table); i += tableRow {
 		s := segment{codec: codec(table[i]), chunks: table[i+1], stored: binary.BigEndian.Uint32(table[i+2:]), live: binary.BigEndian.Uint64(table[i+6:]), offset: off}
 		last := i+tableRow == len(table)
-		// All but the last segment are full: a chunk's segment is its number / 64.
+		// All but the last segment are full: a chunk's segment is its number / segmentChunks.
 		if s.codec > codecGone || s.chunks == 0 || s.chunks > segmentChunks || (!last && s.chunks != segmentChunks) ||
-			s.stored > segmentSize+sealedMore || (s.codec == codecGone) != (s.stored == 0) || (s.codec == codecGone) != (s.live == 0) || (s.stored != 0 && s.stored < sealedMore) {
+			s.live>>s.chunks != 0 || s.stored > segmentSize+sealedMore || (s.codec == codecGone) != (s.stored == 0) || (s.codec == codecGone) != (s.live == 0) || (s.stored != 0 && s.stored < sealedMore) {
 			return damaged("pack %s: its table is malformed", p.id)
 		}
 		off += int64(s.stored)
@@ -307,43 +311,78 @@ func (p *pack) readHashes() ([]chunkHash, error) {
 // scratch are the buffers of one worker that reads or seals segments.
 type scratch struct {
 	sealed []byte // a segment as it is in the file
-	plain  []byte // its chunks
-	enc    *zstd.Encoder
-	dec    *zstd.Decoder
+	plain  []byte // its chunks, or those packed
+	lz4    lz4.Compressor
+	enc    *zstd.Encoder // nil until it is needed
+	dec    *zstd.Decoder // nil until it is needed
 }
 
-func newScratch() (*scratch, error) {
-	enc, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1),
-		zstd.WithWindowSize(segmentSize), zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true))
-	if err != nil {
-		return nil, err
-	}
-	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(segmentSize), zstd.WithDecoderLowmem(true))
-	if err != nil {
-		return nil, err
-	}
+func newScratch() *scratch {
 	return &scratch{
 		sealed: make([]byte, 0, segmentSize+sealedMore),
-		plain:  make([]byte, 0, segmentSize),
-		enc:    enc, dec: dec,
-	}, nil
+		// With room for more than a block after the last one, zstd decodes without
+		// looking at the buffer's end at each step.
+		plain: make([]byte, 0, segmentSize+160<<10),
+	}
 }
 
 func (s *scratch) close() {
-	s.enc.Close() //nolint:errcheck // nothing is written through it
-	s.dec.Close()
+	if s.enc != nil {
+		s.enc.Close() //nolint:errcheck // nothing is written through it
+	}
+	if s.dec != nil {
+		s.dec.Close()
+	}
 }
 
-// pack compresses plain where that saves an eighth or more, and appends it to dst,
-// sealed as segment number n.
-func (s *scratch) pack(dst []byte, aead cipher.AEAD, n int, plain []byte) (codec, []byte) {
-	c, body := codecRaw, plain
-	packed := s.enc.EncodeAll(plain, s.plain[:0])
-	s.plain = packed[:0]
-	if len(packed) <= len(plain)-len(plain)/8 {
-		c, body = codecZstd, packed
+// pack compresses plain with c where that saves an eighth or more, and appends it to
+// dst, sealed as segment number n.
+func (s *scratch) pack(dst []byte, c codec, aead cipher.AEAD, n int, plain []byte) (codec, []byte, error) {
+	body, most := plain, len(plain)-len(plain)/8
+	switch c {
+	case codecLZ4:
+		packed := s.plain[:most]
+		switch n, err := s.lz4.CompressBlock(plain, packed); {
+		case err != nil && !errors.Is(err, lz4.ErrInvalidSourceShortBuffer):
+			return c, nil, err
+		case err == nil && n > 0:
+			body = packed[:n]
+		}
+	case codecZstd:
+		if s.enc == nil {
+			var err error
+			if s.enc, err = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedDefault), zstd.WithEncoderConcurrency(1),
+				zstd.WithWindowSize(segmentSize), zstd.WithEncoderCRC(false), zstd.WithSingleSegment(true)); err != nil {
+				return c, nil, err
+			}
+		}
+		if packed := s.enc.EncodeAll(plain, s.plain[:0]); len(packed) <= most {
+			body = packed
+		}
 	}
-	return c, aead.Seal(dst, counterNonce(uint64(n)), body, []byte{byte(c)})
+	if len(body) == len(plain) {
+		c = codecRaw
+	}
+	return c, aead.Seal(dst, counterNonce(uint64(n)), body, []byte{byte(c)}), nil
+}
+
+// unpack is the reverse of what pack did before sealing. The result is body itself or
+// valid until the next call.
+func (s *scratch) unpack(c codec, body []byte, chunks int) (out []byte, err error) {
+	switch c {
+	case codecLZ4:
+		out = s.plain[:chunks*ChunkSize]
+		n, err := lz4.UncompressBlock(body, out)
+		return out[:max(n, 0)], err
+	case codecZstd:
+		if s.dec == nil {
+			if s.dec, err = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(segmentSize), zstd.WithDecoderLowmem(true)); err != nil {
+				return nil, err
+			}
+		}
+		return s.dec.DecodeAll(body, s.plain[:0])
+	}
+	return body, nil
 }
 
 // read returns the chunks of segment n, authenticated; valid until the next call.
@@ -363,11 +402,8 @@ func (s *scratch) read(p *pack, n int) ([]byte, error) {
 	if err != nil {
 		return nil, damaged("pack %s: segment %d does not authenticate", p.id, n)
 	}
-	if seg.codec == codecZstd {
-		if body, err = s.dec.DecodeAll(body, s.plain[:0]); err != nil {
-			return nil, damaged("pack %s: segment %d does not decompress", p.id, n)
-		}
-		s.plain = body[:0]
+	if body, err = s.unpack(seg.codec, body, int(seg.chunks)); err != nil {
+		return nil, damaged("pack %s: segment %d does not decompress", p.id, n)
 	}
 	if len(body) != int(seg.chunks)*ChunkSize {
 		return nil, damaged("pack %s: segment %d has the wrong size", p.id, n)

@@ -282,17 +282,17 @@ func (p *putter) endSegment(ctx context.Context, finish bool) error {
 }
 
 func (p *putter) sealSegments(ctx context.Context) error {
-	s, err := newScratch()
-	if err != nil {
-		return err
-	}
+	s := newScratch()
 	defer s.close()
 	for {
 		job, ok, err := receive(ctx, p.pipes.seal)
 		if err != nil || !ok {
 			return err
 		}
-		job.codec, job.sealed = s.pack(job.sealed[:0], job.pack.w.aead, job.num, job.plain)
+		job.codec, job.sealed, err = s.pack(job.sealed[:0], codecLZ4, job.pack.w.aead, job.num, job.plain)
+		if err != nil {
+			return err
+		}
 		job.done <- struct{}{}
 	}
 }

@@ -295,10 +295,7 @@ func (w *writeBatch) flush(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
 	for range min(w.r.o.store.opts.Workers, 1+len(w.pieces)/8) {
 		g.Go(func() error {
-			s, err := newScratch()
-			if err != nil {
-				return err
-			}
+			s := newScratch()
 			defer s.close()
 			for {
 				part := take()

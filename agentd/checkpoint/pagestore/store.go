@@ -233,6 +233,9 @@ func (s *Store) load() error {
 	if err := s.fs.mkdir(s.opts.Dir); err != nil {
 		return err
 	}
+	if err := s.fs.syncDir(filepath.Dir(s.opts.Dir)); err != nil {
+		return err
+	}
 	list, err := s.fs.readDir(s.opts.Dir)
 	if err != nil {
 		return err

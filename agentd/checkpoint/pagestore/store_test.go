@@ -56,12 +56,12 @@ func TestDedupFollowsMovedPages(t *testing.T) {
 func TestSameImagesCostNothingAfterReopen(t *testing.T) {
 	dir := t.TempDir()
 	images := newSimulatedKernel(2, 8).dump(t)
-	s := openStore(t, dir)
+	s := openStore(t, dir, synced)
 	first, _ := mustPut(t, s, meta("k1"), images)
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	s = openStore(t, dir)
+	s = openStore(t, dir, synced)
 	m := meta("k2")
 	m.Label, m.Host.CRIU, m.Attributes = "again", "4.2.1", map[string]string{"a": "b"}
 	second, st := mustPut(t, s, m, images)
@@ -69,7 +69,7 @@ func TestSameImagesCostNothingAfterReopen(t *testing.T) {
 		t.Errorf("stored again: %+v", st)
 	}
 	s.Close() //nolint:errcheck // tested above
-	s = openStore(t, dir)
+	s = openStore(t, dir, synced)
 	for _, id := range []ID{first.ID, second.ID} {
 		mustRestore(t, s, id, images)
 	}
@@ -321,12 +321,12 @@ func TestOtherKeyReadsNothing(t *testing.T) {
 
 func TestOneProcessAtATime(t *testing.T) {
 	dir := t.TempDir()
-	s := openStore(t, dir)
+	s := openStore(t, dir, synced)
 	if _, err := Open(Options{Dir: dir, Logger: quiet()}); !errors.Is(err, ErrInUse) {
 		t.Errorf("second Open: %v", err)
 	}
 	s.Close() //nolint:errcheck // the next line shows
-	openStore(t, dir)
+	openStore(t, dir, synced)
 	if _, _, err := s.Put(t.Context(), meta("k"), []Tree{{"images", t.TempDir()}}); err == nil {
 		t.Error("Put after Close")
 	}
@@ -350,7 +350,7 @@ func TestLimit(t *testing.T) {
 
 func TestCancel(t *testing.T) {
 	dir := t.TempDir()
-	s := openStore(t, dir)
+	s := openStore(t, dir, synced)
 	images := newSimulatedKernel(5, 64).dump(t)
 	c, _ := mustPut(t, s, meta("k1"), images)
 	before := storeFiles(t, dir)

@@ -70,10 +70,7 @@ func (o *orgStore) verify(ctx context.Context) ([]Problem, error) {
 	}
 	o.mu.Unlock()
 	slices.Sort(ids)
-	scratch, err := newScratch()
-	if err != nil {
-		return nil, err
-	}
+	scratch := newScratch()
 	defer scratch.close()
 	packs := map[packID]*verifiedPack{}
 	var out []Problem
