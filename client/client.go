@@ -41,6 +41,7 @@ type Client struct {
 	Sources       posternv1connect.SourceServiceClient
 	Queries       posternv1connect.QueryServiceClient
 	Sessions      posternv1connect.SessionServiceClient
+	Kernels       posternv1connect.KernelServiceClient
 	Audit         posternv1connect.AuditServiceClient
 	Organizations posternv1connect.OrganizationServiceClient
 	CA            posternv1connect.CAServiceClient
@@ -87,6 +88,7 @@ func New(cfg Config) (*Client, error) {
 		Sources:       posternv1connect.NewSourceServiceClient(hc, address, option),
 		Queries:       posternv1connect.NewQueryServiceClient(hc, address, option),
 		Sessions:      posternv1connect.NewSessionServiceClient(hc, address, option),
+		Kernels:       posternv1connect.NewKernelServiceClient(hc, address, option),
 		Audit:         posternv1connect.NewAuditServiceClient(hc, address, option),
 		Organizations: posternv1connect.NewOrganizationServiceClient(hc, address, option),
 		CA:            posternv1connect.NewCAServiceClient(hc, address, option),

@@ -18,7 +18,7 @@ func (a *app) completionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use:   "completion SHELL",
 		Short: "Print the completion script for bash, zsh or fish",
-		Long: "Prints a script that completes commands, flags, and the names of agents, data sources and queries.\n\n" +
+		Long: "Prints a script that completes commands, flags, and the names of agents, data sources, queries and kernels.\n\n" +
 			"bash:  source <(postern completion bash)\n" +
 			"zsh:   postern completion zsh > \"${fpath[1]}/_postern\"\n" +
 			"fish:  postern completion fish | source",
@@ -89,6 +89,37 @@ func (a *app) completeSources(cmd *cobra.Command, args []string, _ string) ([]st
 		}
 		return names, nil
 	})
+}
+
+func (a *app) completeKernels(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	return a.complete(cmd, args, func(ctx context.Context, c *client.Client) ([]string, error) {
+		resp, err := c.Kernels.ListKernels(ctx, connect.NewRequest(&posternv1.ListAgentKernelsRequest{}))
+		if err != nil {
+			return nil, err
+		}
+		var names []string
+		for _, k := range resp.Msg.Kernels {
+			names = append(names, safe(k.Kernel.GetId())+"\t"+safe(k.Agent+" "+k.Kernel.GetSpec()+" "+kernelState(k)))
+		}
+		return names, nil
+	})
+}
+
+// completeSpecs completes --spec for the agent that is named already.
+func (a *app) completeSpecs(agent func(args []string) string) cobra.CompletionFunc {
+	return func(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+		return a.complete(cmd, nil, func(ctx context.Context, c *client.Client) ([]string, error) {
+			resp, err := c.Kernels.ListKernelSpecs(ctx, connect.NewRequest(&posternv1.ListAgentKernelSpecsRequest{Agent: agent(args)}))
+			if err != nil {
+				return nil, err
+			}
+			var names []string
+			for _, s := range resp.Msg.Specs {
+				names = append(names, safe(s.Name)+"\t"+safe(s.DisplayName))
+			}
+			return names, nil
+		})
+	}
 }
 
 func (a *app) completeQueries(running bool) cobra.CompletionFunc {

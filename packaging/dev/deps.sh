@@ -92,6 +92,9 @@ for name in "$@"; do
 	jupyter) # what kernels' tests run, for Debian's Python; an assembler for their init
 		/usr/bin/python3 -c 'import ipykernel, jupyter_client, zmq, numpy, pandas' 2>/dev/null ||
 			install python3 python3-ipykernel python3-jupyter-client python3-zmq python3-numpy python3-pandas
+		# and Jupyter's clients, each as a user has it
+		/usr/bin/python3 -c 'import jupyter_kernel_test, nbclient, notebook, jupyter_server, jupyter_console, websocket, requests' 2>/dev/null ||
+			install python3-jupyter-kernel-test python3-nbclient python3-notebook python3-jupyter-server python3-jupyter-console python3-websocket python3-requests
 		command -v as >/dev/null 2>&1 || install binutils
 		;;
 	bigclients) # what `make clients` runs: JDBC on a JDK, node with npm
