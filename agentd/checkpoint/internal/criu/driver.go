@@ -180,6 +180,17 @@ func (d *Driver) Version(ctx context.Context) (int, error) {
 	return reply.Version, err
 }
 
+// Sizes looks at files in the helper process, since a file on a FUSE mount that does not
+// answer hangs whoever looks: -1 for one that is no regular file or not there. The
+// context's end ends it.
+func (d *Driver) Sizes(ctx context.Context, files []Sized) ([]int64, error) {
+	reply, err := d.call(ctx, request{Op: opStat, Stat: files}, nil)
+	if err == nil && len(reply.Sizes) != len(files) {
+		err = errGone
+	}
+	return reply.Sizes, err
+}
+
 // VersionString writes a version as people do: 4.2.1.
 func VersionString(v int) string {
 	return fmt.Sprintf("%d.%d.%d", v/10000, v/100%100, v%100)

@@ -132,6 +132,16 @@ func (h *helper) run() event {
 		v, err := c.GetCriuVersion()
 		return event{Version: v, Failed: text(err)}
 	}
+	if h.req.Op == opStat {
+		e := event{Sizes: make([]int64, len(h.req.Stat))}
+		for i, f := range h.req.Stat {
+			e.Sizes[i] = -1
+			if info, err := os.Lstat(f.Path); err == nil && info.Mode().IsRegular() {
+				e.Sizes[i] = info.Size()
+			}
+		}
+		return e
+	}
 	dir, err := os.Open(h.req.Images)
 	if err != nil {
 		return event{Failed: err.Error()}

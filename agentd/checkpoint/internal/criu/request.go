@@ -8,6 +8,7 @@ const (
 	opDump    op = "dump"
 	opRestore op = "restore"
 	opVersion op = "version"
+	opStat    op = "stat"
 )
 
 // request is the first line on the helper's stdin.
@@ -28,6 +29,14 @@ type request struct {
 	Copies  []CopyDir `json:"copies,omitempty"`
 	Verbose bool      `json:"verbose,omitempty"`
 	Preload string    `json:"preload,omitempty"`
+	// Stat are the files that opStat looks at.
+	Stat []Sized `json:"stat,omitempty"`
+}
+
+// Sized is a file and the size that it must have; -1: it must be there.
+type Sized struct {
+	Path string `json:"path"`
+	Size int64  `json:"size"`
 }
 
 // CopyDir is a directory of the host that is copied, as it is while the tree stands
@@ -42,8 +51,8 @@ const (
 	eventsFD       = 3
 	firstInherited = 4
 	// maxRequest and maxEvents bound what is read from the other side, in bytes.
-	maxRequest = 1 << 20
-	maxEvents  = 1 << 20
+	maxRequest = 64 << 20
+	maxEvents  = 4 << 20
 )
 
 // event is a line on the helper's fd 3: born, or the answer.
@@ -60,6 +69,8 @@ type event struct {
 	Stats    DumpStats `json:"stats,omitzero"`
 	Restored Restored  `json:"restored,omitzero"`
 	Version  int       `json:"version,omitempty"`
+	// Sizes answer opStat: each file's size, -1 if it is not there.
+	Sizes []int64 `json:"sizes,omitempty"`
 }
 
 // execEnv is what the helper tells the process that becomes CRIU, in its environment,

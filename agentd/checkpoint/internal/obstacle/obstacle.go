@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -188,7 +189,7 @@ func (f *finder) process(p *process) {
 	switch {
 	case p.tracer != 0:
 		f.add(p, "process", "a debugger holds the process", "detach the debugger")
-	case p.state == 'D':
+	case p.state == 'D' && f.waits(p.pid):
 		f.add(p, "process", "the process waits for a disk or a file system", "wait until it answers; look whether the workspace's mount is well")
 	}
 	if p.state == 'Z' || p.state == 'X' {
@@ -199,6 +200,21 @@ func (f *finder) process(p *process) {
 			f.add(p, "process", "the process is in a "+kind+" namespace of its own", "end it")
 		}
 	}
+}
+
+// waits reports whether a process waits for a disk longer than a disk takes.
+func (f *finder) waits(pid int) bool {
+	for range 20 {
+		time.Sleep(50 * time.Millisecond)
+		stat, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+		if err != nil {
+			return false
+		}
+		if _, rest, _ := strings.Cut(string(stat[max(0, strings.LastIndexByte(string(stat), ')')):]), " "); !strings.HasPrefix(rest, "D") {
+			return false
+		}
+	}
+	return true
 }
 
 func namespaces(pid int) map[string]string {
