@@ -146,6 +146,19 @@ func TestSessions(t *testing.T) {
 		t.Errorf("agentd status does not list the session: %v, %s", err, text)
 	}
 
+	// The history says which session a statement ran in.
+	history, err := ana.Queries.ListQueries(t.Context(), connect.NewRequest(&posternv1.ListQueriesRequest{}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	in := map[string]int{}
+	for _, q := range history.Msg.Queries {
+		in[q.SessionId]++
+	}
+	if in[a.id] != 7 || in[b.id] != 2 {
+		t.Errorf("the history has statements by session %v, want 7 of %s and 2 of %s", in, a.id, b.id)
+	}
+
 	// Hanging up ends the statement and not the session.
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(300*time.Millisecond, cancel)

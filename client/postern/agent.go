@@ -126,7 +126,7 @@ func (a *app) sourceCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return printList(a, resp.Msg.Sources, []string{"SOURCE", "STATE", "ENGINE", "MODE", "MAX ROWS", "MAX BYTES", "TIMEOUT", "CONCURRENCY", "MASKED"}, func(s *posternv1.OrganizationSource) []string {
+				return printList(a, resp.Msg.Sources, []string{"SOURCE", "STATE", "ENGINE", "MODE", "PLANS", "MAX ROWS", "MAX BYTES", "TIMEOUT", "CONCURRENCY", "MASKED"}, func(s *posternv1.OrganizationSource) []string {
 					state := "offline"
 					if s.Online {
 						state = "online"
@@ -136,7 +136,7 @@ func (a *app) sourceCommand() *cobra.Command {
 					if i.GetMasked() {
 						masked = "yes"
 					}
-					return []string{s.Agent + "/" + i.GetName(), state, i.GetEngine(), i.GetMode(), fmt.Sprint(i.GetMaxRows()), sizeText(i.GetMaxBytes()), durationText(i.GetStatementTimeout()), fmt.Sprint(i.GetConcurrency()), masked}
+					return []string{s.Agent + "/" + i.GetName(), state, i.GetEngine(), i.GetMode(), firstOf(i.GetPlans(), "off"), fmt.Sprint(i.GetMaxRows()), sizeText(i.GetMaxBytes()), durationText(i.GetStatementTimeout()), fmt.Sprint(i.GetConcurrency()), masked}
 				})
 			})
 		},

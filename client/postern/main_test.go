@@ -78,11 +78,12 @@ func TestScripts(t *testing.T) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"exits":   exits,
-			"mode":    mode,
-			"size":    size,
-			"running": func(ts *testscript.TestScript, _ bool, _ []string) { awaitRunning(ts, all.server(ts)) },
-			"hungup":  func(ts *testscript.TestScript, _ bool, _ []string) { awaitHangup(ts, all.server(ts)) },
+			"exits":       exits,
+			"mode":        mode,
+			"size":        size,
+			"running":     func(ts *testscript.TestScript, _ bool, _ []string) { awaitRunning(ts, all.server(ts)) },
+			"hungup":      func(ts *testscript.TestScript, _ bool, _ []string) { awaitHangup(ts, all.server(ts)) },
+			"holdsession": func(ts *testscript.TestScript, _ bool, _ []string) { all.server(ts).HoldSession() },
 			"nosessions": func(ts *testscript.TestScript, _ bool, _ []string) {
 				if n := all.server(ts).Sessions(); n != 0 {
 					ts.Fatalf("%d sessions are open, want none", n)

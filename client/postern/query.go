@@ -27,8 +27,8 @@ func (a *app) queryCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
-				return printList(a, resp.Msg.Queries, []string{"ID", "STATE", "SOURCE", "BY", "STARTED", "DURATION", "ROWS", "SQL"}, func(q *posternv1.Query) []string {
-					return []string{q.Id, q.State, q.Agent + "/" + q.Source, q.TokenName, timeText(q.Started), durationText(q.Duration), fmt.Sprint(q.Rows), clip(q.Sql, 60)}
+				return printList(a, resp.Msg.Queries, []string{"ID", "STATE", "SOURCE", "BY", "STARTED", "DURATION", "ROWS", "SESSION", "SQL"}, func(q *posternv1.Query) []string {
+					return []string{q.Id, q.State, q.Agent + "/" + q.Source, q.TokenName, timeText(q.Started), durationText(q.Duration), fmt.Sprint(q.Rows), firstOf(q.SessionId, "-"), clip(q.Sql, 60)}
 				})
 			})
 		},
@@ -82,6 +82,7 @@ func (a *app) showQuery(q *posternv1.Query) error {
 		{"duration", durationText(q.GetDuration())},
 		{"rows", fmt.Sprint(q.GetRows())},
 		{"bytes", fmt.Sprint(q.GetBytes())},
+		{"session", q.GetSessionId()},
 		{"error", failure},
 	}
 	name := "sql"

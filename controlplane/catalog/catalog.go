@@ -239,7 +239,7 @@ func (s *Service) Introspect(ctx context.Context, p *posternv1.Principal, remote
 		return nil, proto.Errorf(proto.CodeNotFound, "agent %s has no data source %q: see postern source list", agent.Name, clip(r.Source))
 	}
 	if !r.Refresh || r.PageToken != "" {
-		resp, err := s.cfg.Store.SearchCatalog(ctx, agent.Id, r)
+		resp, err := s.read(ctx, agent, p, remote, r)
 		if proto.CodeOf(err) != proto.CodeNotFound {
 			return resp, err
 		}
@@ -247,7 +247,39 @@ func (s *Service) Introspect(ctx context.Context, p *posternv1.Principal, remote
 	if err := s.refresh(ctx, agent, r.Source, p, remote, s.asked); err != nil {
 		return nil, err
 	}
-	return s.cfg.Store.SearchCatalog(ctx, agent.Id, r)
+	return s.read(ctx, agent, p, remote, r)
+}
+
+// read answers from the cache. What somebody reads there leaves an entry as what
+// somebody asks of the host does: an answer is not given before it is written.
+func (s *Service) read(ctx context.Context, agent *posternv1.Agent, p *posternv1.Principal, remote string, r *posternv1.IntrospectSourceRequest) (*posternv1.IntrospectSourceResponse, error) {
+	resp, err := s.cfg.Store.SearchCatalog(ctx, agent.Id, r)
+	if err != nil {
+		return nil, err
+	}
+	entry := auditchain.Entry{
+		Time: time.Now(), Organization: p.Organization, Actor: "token " + p.TokenName, Role: p.Role, Action: "source.introspect.read", Agent: agent.Name, Source: r.Source,
+		Target: target(r), Verdict: "allowed", Outcome: "done", Remote: remote,
+		Rows: uint64(len(resp.Tables) + len(resp.Functions) + len(resp.Types) + len(resp.Sequences)),
+	}
+	if err := s.cfg.Audit.Append(context.WithoutCancel(ctx), entry); err != nil {
+		return nil, err
+	}
+	return resp, nil
+}
+
+// target is what a reader looked for, for the log.
+func target(r *posternv1.IntrospectSourceRequest) string {
+	if r.Schema == "" && r.Table == "" {
+		return ""
+	}
+	part := func(pattern string) string {
+		if pattern == "" {
+			return "*"
+		}
+		return pattern
+	}
+	return part(r.Schema) + "." + part(r.Table)
 }
 
 // refresh asks the host, or waits for somebody else's asking.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -24,6 +25,7 @@ type memory struct {
 	refreshed time.Time
 	staged    map[string]int
 	entries   []auditchain.Entry
+	refuse    error // of Append
 	kept      []string
 }
 
@@ -87,6 +89,9 @@ func (m *memory) SearchCatalog(_ context.Context, _ string, r *posternv1.Introsp
 func (m *memory) Append(_ context.Context, e auditchain.Entry) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.refuse != nil {
+		return m.refuse
+	}
 	m.entries = append(m.entries, e)
 	return nil
 }
@@ -185,9 +190,25 @@ func TestIntrospect(t *testing.T) {
 	if h.count() != 2 || m.staged["1"] != 30 || m.staged["2"] != 0 {
 		t.Errorf("asked %d times, staged %v", h.count(), m.staged)
 	}
-	if len(m.entries) != 2 || m.entries[0].Actor != "token ann" || m.entries[0].Rows != 32 || m.entries[0].Outcome != "done" {
+	var actions []string
+	for _, e := range m.entries {
+		actions = append(actions, e.Action)
+		if e.Actor != "token ann" || e.Outcome != "done" || e.Source != "db" || e.Agent != "host" || e.Remote != "192.0.2.1" {
+			t.Errorf("entry %+v", e)
+		}
+	}
+	// What is read from the cache leaves an entry, too.
+	if got := strings.Join(actions, " "); got != "source.introspect source.introspect.read source.introspect.read source.introspect source.introspect.read" || m.entries[0].Rows != 32 {
 		t.Errorf("entries %+v", m.entries)
 	}
+	if _, err := s.Introspect(context.Background(), analyst, "", &posternv1.IntrospectSourceRequest{Agent: "host", Source: "db", Table: "t*"}); err != nil || m.entries[5].Target != "*.t*" {
+		t.Errorf("got %v, %+v", err, m.entries[5:])
+	}
+	m.refuse = proto.Errorf(proto.CodeStorageFull, "no room")
+	if resp, err := ask(s, false); proto.CodeOf(err) != proto.CodeStorageFull || resp != nil {
+		t.Errorf("without an entry: got %v, %v", resp, err)
+	}
+	m.refuse = nil
 	for _, r := range []*posternv1.IntrospectSourceRequest{{Agent: "nobody", Source: "db"}, {Agent: "host", Source: "nothing"}} {
 		if _, err := s.Introspect(context.Background(), analyst, "", r); proto.CodeOf(err) != proto.CodeNotFound {
 			t.Errorf("%v: %v", r, err)

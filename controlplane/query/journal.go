@@ -142,7 +142,7 @@ func (j *Journal) Open(ctx context.Context, s WireSession) (*WireEntries, error)
 }
 
 func (e *WireEntries) query(id string) *posternv1.Query {
-	return &posternv1.Query{Id: id, Agent: e.session.Agent, Source: e.session.Source, TokenName: e.session.Principal.TokenName}
+	return &posternv1.Query{Id: id, Agent: e.session.Agent, Source: e.session.Source, TokenName: e.session.Principal.TokenName, SessionId: e.session.ID}
 }
 
 // Event takes what the host tells of a statement. It blocks while too much waits to be

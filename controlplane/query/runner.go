@@ -142,7 +142,7 @@ func (r *Runner) Start(ctx context.Context, req Request) (*Result, error) {
 	res.mask = r.maskers.of(agent, req.Source)
 	res.query = &posternv1.Query{
 		Id: res.QueryID, Agent: agent.Name, Source: req.Source, TokenName: req.Principal.TokenName,
-		Sql: res.mask(req.Statement.Sql), State: "running", Started: timestamppb.Now(),
+		Sql: res.mask(req.Statement.Sql), State: "running", Started: timestamppb.Now(), SessionId: req.Statement.SessionId,
 	}
 	if err := r.cfg.History.InsertQuery(ctx, req.Principal.Organization, req.Principal.TokenId, res.query); err != nil {
 		return nil, err

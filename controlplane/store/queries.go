@@ -33,7 +33,7 @@ const DefaultHistoryAge = 30 * 24 * time.Hour
 // stateRunning is the one state that a query leaves.
 const stateRunning = "running"
 
-const queryColumns = "q.id, q.agent, q.source, q.token_name, q.sql_text, q.state, q.started, q.duration, q.row_count, q.byte_count, q.error"
+const queryColumns = "q.id, q.agent, q.source, q.token_name, q.sql_text, q.state, q.started, q.duration, q.row_count, q.byte_count, q.error, q.session"
 
 type queryRow struct {
 	q                 posternv1.Query
@@ -44,7 +44,7 @@ type queryRow struct {
 
 func (r *queryRow) into() []any {
 	return []any{
-		&r.q.Id, &r.q.Agent, &r.q.Source, &r.q.TokenName, &r.q.Sql, &r.q.State, &r.started, &r.duration, &r.rows, &r.bytes, &r.failure,
+		&r.q.Id, &r.q.Agent, &r.q.Source, &r.q.TokenName, &r.q.Sql, &r.q.State, &r.started, &r.duration, &r.rows, &r.bytes, &r.failure, &r.q.SessionId,
 	}
 }
 
@@ -72,10 +72,10 @@ func (s *Store) InsertQuery(ctx context.Context, org, token string, q *posternv1
 	}
 	started := q.Started.AsTime()
 	err = s.writeRelaxed(ctx, "record a query", func(tx handle) error {
-		_, err := tx.exec(ctx, `INSERT INTO queries (id, organization, token, token_name, agent, source, sql_text, state, started, duration, row_count, byte_count, error, replica)
-			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+		_, err := tx.exec(ctx, `INSERT INTO queries (id, organization, token, token_name, agent, source, sql_text, state, started, duration, row_count, byte_count, error, replica, session)
+			VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
 			q.Id, org, token, q.TokenName, q.Agent, plainText(q.Source), cutText(q.Sql), q.State, millis(started),
-			q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failure, s.replica)
+			q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failure, s.replica, sessionText(q.SessionId))
 		return err
 	})
 	if err != nil || !s.pruneDue() {
@@ -85,6 +85,17 @@ func (s *Store) InsertQuery(ctx context.Context, org, token string, q *posternv1
 		s.log.WarnContext(ctx, "history not pruned", "organization", org, "err", err)
 	}
 	return nil
+}
+
+// maxSessionID bounds a session's id in bytes: a caller may name any.
+const maxSessionID = 100
+
+func sessionText(id string) string {
+	id = plainText(id)
+	if len(id) > maxSessionID {
+		id = strings.ToValidUTF8(id[:maxSessionID], "")
+	}
+	return id
 }
 
 // cutText bounds a statement's text and says so in it.

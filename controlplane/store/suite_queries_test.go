@@ -21,7 +21,7 @@ func TestQueries(t *testing.T) {
 		org, other := tenants(t, s)
 		insert := func(id, token, sql string, at time.Time) {
 			t.Helper()
-			q := &posternv1.Query{Id: id, Agent: "host", Source: "db", TokenName: "me", Sql: sql, State: "running", Started: timestamppb.New(at)}
+			q := &posternv1.Query{Id: id, Agent: "host", Source: "db", TokenName: "me", Sql: sql, State: "running", Started: timestamppb.New(at), SessionId: "ses_" + strings.Repeat(id, 90) + "\x00"}
 			if err := s.InsertQuery(ctx, org, token, q); err != nil {
 				t.Fatal(err)
 			}
@@ -42,7 +42,7 @@ func TestQueries(t *testing.T) {
 			t.Fatal(err)
 		}
 		q := must(s.GetQuery(ctx, org, "t1", "q1"))(t)
-		if q.State != "failed" || q.Duration.AsDuration() != 1500*time.Microsecond || q.Rows != 7 || q.Bytes != 99 || q.Error.Sql.Sqlstate != "42601" || q.Sql != "select \uFFFD 1" {
+		if q.State != "failed" || q.Duration.AsDuration() != 1500*time.Microsecond || q.Rows != 7 || q.Bytes != 99 || q.Error.Sql.Sqlstate != "42601" || q.Sql != "select \uFFFD 1" || !strings.HasPrefix(q.SessionId, "ses_q1q1") || len(q.SessionId) > 100 {
 			t.Errorf("got %v", q)
 		}
 		for _, at := range [][2]string{{other, ""}, {org, "t2"}} {
@@ -158,7 +158,7 @@ func TestWireQueries(t *testing.T) {
 	storetest.Each(t, func(t *testing.T, s *store.Store) {
 		org, other := tenants(t, s)
 		record := func(id, token, state string, at time.Time, known bool) store.QueryRecord {
-			q := &posternv1.Query{Id: id, Agent: "host", Source: "db", TokenName: "me", Sql: "select \x00 " + id, State: state, Started: timestamppb.New(at)}
+			q := &posternv1.Query{Id: id, Agent: "host", Source: "db", TokenName: "me", Sql: "select \x00 " + id, State: state, Started: timestamppb.New(at), SessionId: "wire_" + id}
 			if state != "running" {
 				q.Duration, q.Rows, q.Bytes = durationpb.New(time.Millisecond), 3, 30
 			}
@@ -178,6 +178,9 @@ func TestWireQueries(t *testing.T) {
 		}
 		if err := s.InsertQuery(ctx, org, "t1", record("q1", "t1", "running", now.Add(1500*time.Millisecond), false).Query); err != nil {
 			t.Fatal(err)
+		}
+		if q := must(s.GetQuery(ctx, org, "", "w2"))(t); q.SessionId != "wire_w2" {
+			t.Errorf("got %v, want its session", q)
 		}
 		list := func(token string, limit int, running bool) string {
 			var ids []string

@@ -18,7 +18,7 @@ const (
 	// pruneWireEvery is how many may come before the bound is looked after.
 	pruneWireEvery = 2_000
 	// wireColumns is how many values a statement has.
-	wireColumns = 14
+	wireColumns = 15
 )
 
 // QueryRecord is the beginning or the end of a statement of a PostgreSQL client.
@@ -50,7 +50,7 @@ func (s *Store) RecordQueries(ctx context.Context, records []QueryRecord) error 
 				return nil
 			}
 			err := tx.insert(ctx, `INSERT INTO wire_queries
-				(organization, id, token, token_name, agent, source, sql_text, state, started, duration, row_count, byte_count, error, replica) VALUES `,
+				(organization, id, token, token_name, agent, source, sql_text, state, started, duration, row_count, byte_count, error, replica, session) VALUES `,
 				wireColumns, " ON CONFLICT DO NOTHING", args)
 			args = args[:0]
 			return err
@@ -59,7 +59,7 @@ func (s *Store) RecordQueries(ctx context.Context, records []QueryRecord) error 
 			q := r.Query
 			if !r.Known {
 				args = append(args, r.Organization, plainText(q.Id), r.Token, q.TokenName, q.Agent, plainText(q.Source), cutText(q.Sql), q.State,
-					q.Started.AsTime().UnixMicro(), q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failures[i], s.replica)
+					q.Started.AsTime().UnixMicro(), q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failures[i], s.replica, sessionText(q.SessionId))
 				continue
 			}
 			if err := flush(); err != nil {

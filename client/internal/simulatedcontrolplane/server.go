@@ -318,7 +318,7 @@ func (s *Server) ListQueries(context.Context, *connect.Request[posternv1.ListQue
 
 func cannedQuery() *posternv1.Query {
 	return &posternv1.Query{
-		Id: "qry_1", Agent: "edge-1", Source: "warehouse", TokenName: "admin", Sql: "select *\n  from orders", State: "failed", Started: at(1, 0),
+		Id: "qry_1", Agent: "edge-1", Source: "warehouse", TokenName: "admin", Sql: "select *\n  from orders", State: "failed", Started: at(1, 0), SessionId: "ses_1",
 		Duration: durationpb.New(1234 * time.Millisecond), Rows: 5, Bytes: 640,
 		Error: &posternv1.ErrorDetail{Code: proto.CodeSQL, Message: "division by zero", Sql: &posternv1.SQLErrorDetail{Sqlstate: "22012"}},
 	}

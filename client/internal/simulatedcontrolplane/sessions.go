@@ -4,8 +4,11 @@ import (
 	"context"
 	"fmt"
 	"strings"
+	"time"
 
 	"connectrpc.com/connect"
+	gproto "google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -50,9 +53,21 @@ func (s *Server) ListSessions(context.Context, *connect.Request[posternv1.ListSQ
 	defer s.mu.Unlock()
 	resp := &posternv1.ListSQLSessionsResponse{}
 	for _, session := range s.sessions {
-		resp.Sessions = append(resp.Sessions, &posternv1.SQLSession{Id: session.Id, Agent: session.Agent, Transaction: session.Transaction, QueryId: session.QueryId})
+		resp.Sessions = append(resp.Sessions, gproto.CloneOf(session))
 	}
 	return respond(resp, nil)
+}
+
+// HoldSession opens a session as another client would, with a statement under way.
+func (s *Server) HoldSession() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.opened++
+	id := fmt.Sprintf("ses_%d", s.opened)
+	s.sessions[id] = &posternv1.SQLSession{
+		Id: id, Source: "warehouse", Agent: "edge-1", Principal: &posternv1.Principal{TokenName: "admin"}, Opened: at(1, 0), LastUsed: at(2, 0),
+		IdleTimeout: durationpb.New(10 * time.Minute), Transaction: "open", Statements: 3, QueryId: "qry_1",
+	}
 }
 
 // Sessions is how many sessions are open.

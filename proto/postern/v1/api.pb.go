@@ -2228,12 +2228,14 @@ type Query struct {
 	TokenName string                 `protobuf:"bytes,4,opt,name=token_name,json=tokenName,proto3" json:"token_name,omitempty"`
 	Sql       string                 `protobuf:"bytes,5,opt,name=sql,proto3" json:"sql,omitempty"`
 	// running | done | failed | denied | cancelled
-	State         string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
-	Started       *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=started,proto3" json:"started,omitempty"`
-	Duration      *durationpb.Duration   `protobuf:"bytes,8,opt,name=duration,proto3" json:"duration,omitempty"`
-	Rows          uint64                 `protobuf:"varint,9,opt,name=rows,proto3" json:"rows,omitempty"`
-	Bytes         uint64                 `protobuf:"varint,10,opt,name=bytes,proto3" json:"bytes,omitempty"`
-	Error         *ErrorDetail           `protobuf:"bytes,11,opt,name=error,proto3" json:"error,omitempty"`
+	State    string                 `protobuf:"bytes,6,opt,name=state,proto3" json:"state,omitempty"`
+	Started  *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=started,proto3" json:"started,omitempty"`
+	Duration *durationpb.Duration   `protobuf:"bytes,8,opt,name=duration,proto3" json:"duration,omitempty"`
+	Rows     uint64                 `protobuf:"varint,9,opt,name=rows,proto3" json:"rows,omitempty"`
+	Bytes    uint64                 `protobuf:"varint,10,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Error    *ErrorDetail           `protobuf:"bytes,11,opt,name=error,proto3" json:"error,omitempty"`
+	// The session that stays open, or the PostgreSQL client's, that it ran in; empty: none.
+	SessionId     string `protobuf:"bytes,12,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2343,6 +2345,13 @@ func (x *Query) GetError() *ErrorDetail {
 		return x.Error
 	}
 	return nil
+}
+
+func (x *Query) GetSessionId() string {
+	if x != nil {
+		return x.SessionId
+	}
+	return ""
 }
 
 type ListQueriesRequest struct {
@@ -3578,7 +3587,7 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\"e\n" +
 	"\x17ListSQLSessionsResponse\x122\n" +
 	"\bsessions\x18\x01 \x03(\v2\x16.postern.v1.SQLSessionR\bsessions\x12\x16\n" +
-	"\x06silent\x18\x02 \x03(\tR\x06silent\"\xd2\x02\n" +
+	"\x06silent\x18\x02 \x03(\tR\x06silent\"\xf1\x02\n" +
 	"\x05Query\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x16\n" +
@@ -3592,7 +3601,9 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\x04rows\x18\t \x01(\x04R\x04rows\x12\x14\n" +
 	"\x05bytes\x18\n" +
 	" \x01(\x04R\x05bytes\x12-\n" +
-	"\x05error\x18\v \x01(\v2\x17.postern.v1.ErrorDetailR\x05error\"M\n" +
+	"\x05error\x18\v \x01(\v2\x17.postern.v1.ErrorDetailR\x05error\x12\x1d\n" +
+	"\n" +
+	"session_id\x18\f \x01(\tR\tsessionId\"M\n" +
 	"\x12ListQueriesRequest\x12\x14\n" +
 	"\x05limit\x18\x01 \x01(\rR\x05limit\x12!\n" +
 	"\frunning_only\x18\x02 \x01(\bR\vrunningOnly\"B\n" +
