@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"google.golang.org/protobuf/encoding/protowire"
@@ -36,6 +37,10 @@ type client struct {
 	name   string
 	stream net.Conn // nil: it is being replaced
 	cancel context.CancelCauseFunc
+	// taken is how many of its messages are the shim's to give to the kernel; took has a
+	// value when that has grown.
+	taken atomic.Uint64
+	took  chan struct{}
 }
 
 // hangUpLocked ends its stream; the caller has s.mu.
@@ -57,7 +62,7 @@ func (s *Shim) serveChannels(w http.ResponseWriter, r *http.Request) {
 	}
 	ctx, cancel := context.WithCancelCause(s.ctx)
 	defer cancel(nil)
-	c := &client{name: request.Client, cancel: cancel}
+	c := &client{name: request.Client, cancel: cancel, took: make(chan struct{}, 1)}
 	if c.name == "" {
 		c.name = "anonymous-" + jupyter.NewID()
 	}
@@ -155,6 +160,11 @@ func (s *Shim) fromClient(ctx context.Context, c *client, conn net.Conn) error {
 			if err := s.fromMessage(ctx, c, f.GetSend()); err != nil {
 				return err
 			}
+			c.taken.Add(1)
+			select {
+			case c.took <- struct{}{}:
+			default:
+			}
 		case f.Frame != nil && f.GetConfirm() > 0:
 			s.journal.Confirm(c.name, f.GetConfirm())
 		}
@@ -169,6 +179,9 @@ func (s *Shim) fromMessage(ctx context.Context, c *client, m *posternv1.KernelMe
 	if err != nil {
 		return proto.Errorf(proto.CodeInvalid, "a message for the kernel was refused: %v", err)
 	}
+	if !s.fresh(h.ID) {
+		return nil // the client could not know that it had arrived
+	}
 	s.accept(c.name, h, m)
 	s.mu.Lock()
 	phase, reason, r := s.phase, s.reason, s.requests[h.ID]
@@ -181,9 +194,31 @@ func (s *Shim) fromMessage(ctx context.Context, c *client, m *posternv1.KernelMe
 	}
 	if err := s.queues[m.Channel].put(ctx, m); err != nil {
 		s.answered(h.ID) // it never was in the queue, and who asked has gone
+		s.mu.Lock()
+		delete(s.known, h.ID) // it may come again
+		s.mu.Unlock()
 		return err
 	}
 	return nil
+}
+
+// maxKnown is how many messages that clients sent are told from their repetitions.
+const maxKnown = 4096
+
+// fresh notes a message's id; false if one with it was taken before.
+func (s *Shim) fresh(id string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, known := s.known[id]; known {
+		return false
+	}
+	s.known[id] = struct{}{}
+	s.knownOrder = append(s.knownOrder, id)
+	if len(s.knownOrder) > maxKnown {
+		delete(s.known, s.knownOrder[0])
+		s.knownOrder = s.knownOrder[1:]
+	}
+	return true
 }
 
 // toClient sends a client what the journal has for it, as it comes, and changes of the
@@ -196,7 +231,15 @@ func (s *Shim) toClient(ctx context.Context, c *client, conn net.Conn, from, rep
 	if err != nil {
 		return err
 	}
+	told := uint64(0)
 	for {
+		// Before what the kernel answers: an answer tells that a message was taken, too.
+		if taken := c.taken.Load(); taken > told {
+			told = taken
+			if b, err = kernelstream.Append(b, &posternv1.KernelFrame{Frame: &posternv1.KernelFrame_Taken{Taken: taken}}); err != nil {
+				return err
+			}
+		}
 		record, news, err := reader.Poll()
 		if err != nil {
 			if errors.Is(err, journal.ErrClosed) {
@@ -243,6 +286,7 @@ func (s *Shim) toClient(ctx context.Context, c *client, conn net.Conn, from, rep
 		select {
 		case <-news:
 		case <-changed:
+		case <-c.took:
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}

@@ -124,6 +124,8 @@ type peer struct {
 	// last is the sequence number of the newest delivery.
 	last uint64
 	at   *posternv1.Kernel
+	// taken is what the shim said of our messages.
+	taken uint64
 }
 
 func attach(t *testing.T, a *Agent, name string, change ...func(*posternv1.KernelChannelsRequest)) *peer {
@@ -193,6 +195,13 @@ func (p *peer) next() (got, error) {
 		}
 		if f.GetChanged() != nil {
 			p.at = f.GetChanged()
+			continue
+		}
+		if f.GetTaken() > 0 {
+			if f.GetTaken() <= p.taken {
+				p.t.Errorf("taken %d after %d", f.GetTaken(), p.taken)
+			}
+			p.taken = f.GetTaken()
 			continue
 		}
 		d := f.GetDelivery()

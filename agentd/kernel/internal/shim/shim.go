@@ -56,22 +56,26 @@ type Shim struct {
 	life sync.Mutex
 
 	// mu guards the following; held for memory alone.
-	mu       sync.Mutex
-	spec     Spec
-	state    State
-	box      *sandbox.Sandbox
-	link     *link
-	phase    posternv1.KernelState
-	reason   string
-	quiet    bool // quiesced
-	stopped  bool
-	active   time.Time
-	clients  map[string]*client
-	requests map[string]*request
-	order    uint64 // of the newest request
-	drops    uint64 // messages of the kernel that were no messages, or for nobody
-	changed  chan struct{}
-	finished chan struct{} // closed by Stop
+	mu      sync.Mutex
+	spec    Spec
+	state   State
+	box     *sandbox.Sandbox
+	link    *link
+	phase   posternv1.KernelState
+	reason  string
+	quiet   bool // quiesced
+	stopped bool
+	active  time.Time
+	clients map[string]*client
+	// known are the ids of the messages that clients sent last, and knownOrder the same,
+	// the oldest first.
+	known      map[string]struct{}
+	knownOrder []string
+	requests   map[string]*request
+	order      uint64 // of the newest request
+	drops      uint64 // messages of the kernel that were no messages, or for nobody
+	changed    chan struct{}
+	finished   chan struct{} // closed by Stop
 }
 
 // Open opens a kernel's directory and adopts, or starts, its kernel. A kernel that
@@ -83,7 +87,7 @@ func Open(ctx context.Context, dir string, logger *slog.Logger) (*Shim, error) {
 	}
 	s := &Shim{
 		dir: dir, logger: logger, spec: spec, self: ownPrefix + jupyter.NewID(), queues: map[string]*queue{},
-		clients: map[string]*client{}, requests: map[string]*request{}, changed: make(chan struct{}), finished: make(chan struct{}),
+		clients: map[string]*client{}, known: map[string]struct{}{}, requests: map[string]*request{}, changed: make(chan struct{}), finished: make(chan struct{}),
 		active: time.Now(), phase: posternv1.KernelState_KERNEL_STATE_STARTING,
 	}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
