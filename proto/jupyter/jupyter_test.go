@@ -345,3 +345,18 @@ func FuzzConnection(f *testing.F) {
 		}
 	})
 }
+
+// TestDateAsNumber is what jupyter_server's gateway client sends.
+func TestDateAsNumber(t *testing.T) {
+	for text, want := range map[string]string{
+		`{"msg_id":"a","msg_type":"b","session":"c","date":1763798525.4}`:                      "",
+		`{"msg_id":"a","msg_type":"b","session":"c","date":null}`:                              "",
+		`{"msg_id":"a","msg_type":"b","session":"c","date":"2026-11-22T08:00:00Z"}`:            "2026-11-22T08:00:00Z",
+		`{"msg_id":"a","msg_type":"b","session":"c","username":"u","version":"5.3","date":{}}`: "",
+	} {
+		h, err := ParseHeader([]byte(text))
+		if err != nil || h.ID != "a" || h.Type != "b" || h.Session != "c" || h.Date != want {
+			t.Errorf("%s: got %+v, %v", text, h, err)
+		}
+	}
+}

@@ -46,7 +46,7 @@ type Header struct {
 	ID       string `json:"msg_id"`
 	Session  string `json:"session"`
 	Username string `json:"username"`
-	Date     string `json:"date"`
+	Date     string `json:"date"` // as it is, ISO 8601; empty for a date in another form
 	Type     string `json:"msg_type"`
 	Version  string `json:"version"`
 }
@@ -61,8 +61,17 @@ func ParseHeader(text []byte) (Header, error) {
 	if len(text) > MaxHeader {
 		return h, fmt.Errorf("%w: a header of %d bytes", ErrTooLarge, len(text))
 	}
-	if err := json.Unmarshal(text, &h); err != nil {
+	// jupyter_server's gateway client writes the date as a number.
+	type plain Header
+	read := struct {
+		*plain
+		Date json.RawMessage `json:"date"`
+	}{plain: (*plain)(&h)}
+	if err := json.Unmarshal(text, &read); err != nil {
 		return Header{}, fmt.Errorf("%w: its header is not what the protocol says", ErrMalformed)
+	}
+	if len(read.Date) > 0 && read.Date[0] == '"' {
+		json.Unmarshal(read.Date, &h.Date) //nolint:errcheck // it is a string
 	}
 	return h, nil
 }
