@@ -23,7 +23,6 @@ import (
 
 	gproto "google.golang.org/protobuf/proto"
 
-	"github.com/postern-dev/postern/e2e/simulatedkernels"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/auditchain"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -122,7 +121,7 @@ type simulatedAgent struct {
 	chain  [][]byte
 	head   auditchain.Head
 
-	kernels *simulatedkernels.Host // nil: none
+	kernels interface{ Handle(*http.ServeMux) } // nil: none
 }
 
 func (a *simulatedAgent) dial(ctx context.Context, certs []tls.Certificate) (*tunnel.Tunnel, error) {
