@@ -15,6 +15,14 @@ func SetKillAfter(d time.Duration) func() {
 	return func() { killAfter = before }
 }
 
+// SetResetWait changes how long a statement waits for a session to be reset. It returns
+// the way back.
+func SetResetWait(d time.Duration) func() {
+	before := resetWait
+	resetWait = d
+	return func() { resetWait = before }
+}
+
 // NewParserClient connects to a parser as a SQL session's process does.
 func NewParserClient(p *Parser) (*pgtree.Client, error) {
 	f, err := p.introducer()

@@ -15,9 +15,6 @@ import (
 )
 
 const (
-	// resetWait is how long a statement waits for its owner's last session to
-	// be reset before it takes another: a reset takes a millisecond or two.
-	resetWait = 100 * time.Millisecond
 	// warmDelay lets the statement that took the warm session go first: the
 	// start of a process takes milliseconds of a core.
 	warmDelay = 25 * time.Millisecond

@@ -440,3 +440,33 @@ func TestSessionMemoryStaysFlat(t *testing.T) {
 		t.Errorf("the process had %d KiB at its peak after 4,000 statements and %d after %d more", before, after, n)
 	}
 }
+
+// TestSessionQuestionsInTransactions: what is asked of the catalog in a transaction of
+// the user's leaves it as it was.
+func TestSessionQuestionsInTransactions(t *testing.T) {
+	if err := server.SQL(t.Context(), "CREATE VIEW asked AS SELECT upper(name) AS name FROM things", "GRANT SELECT ON asked TO reader"); err != nil {
+		t.Fatal(err)
+	}
+	cleanUp(t, "DROP VIEW asked")
+	m := newManager(t, sqlsession.Config{})
+	s := openSession(t, m, "tok_a", "db")
+	s.run("BEGIN", "open")
+	s.run("SET LOCAL jit = on", "open")
+	s.run("INSERT INTO things VALUES (100001, 'x')", "open")
+	s.run("SAVEPOINT mine", "open")
+	s.run("INSERT INTO things VALUES (100002, 'y')", "open")
+	if got := s.value("SELECT count(*) FROM asked WHERE name IN ('X', 'Y')", "open"); got != "2" {
+		t.Errorf("got %s rows, want the transaction's own 2", got)
+	}
+	if got := s.value("SHOW jit", "open"); got != "on" {
+		t.Errorf("jit is %s, want the user's on", got)
+	}
+	s.run("ROLLBACK TO SAVEPOINT mine", "open")
+	if got := s.value("SELECT count(*) FROM asked WHERE name IN ('X', 'Y') AND true", "open"); got != "1" {
+		t.Errorf("got %s rows after the rollback to a savepoint, want 1", got)
+	}
+	s.run("ROLLBACK", "none")
+	if got := s.value("SELECT count(*) FROM asked WHERE name IN ('X', 'Y') AND 1 = 1", "none"); got != "0" {
+		t.Errorf("got %s rows, want none", got)
+	}
+}

@@ -9,6 +9,11 @@ import (
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 )
 
+// resetWait is how long a statement waits for its owner's last session to be reset
+// before it takes another: a reset takes a millisecond or two. Tests that count
+// processes lengthen it.
+var resetWait = 100 * time.Millisecond
+
 // acquire returns a session for a statement of owner: the owner's own, a warm
 // one, or a new one. fresh tells that it is new.
 func (m *Manager) acquire(ctx context.Context, src *source, owner string) (s *session, fresh bool, err error) {

@@ -248,6 +248,9 @@ func TestOneOwnersManyStatements(t *testing.T) {
 	if os.Getenv("POSTERN_LONG") != "" {
 		statements = 100_000
 	}
+	// On a busy machine a reset takes longer than a statement waits: then there would be
+	// more processes than one, rightly.
+	defer sqlsession.SetResetWait(time.Minute)()
 	m := newManager(t, sqlsession.Config{Warm: -1})
 	var pid int
 	resident := func() int {

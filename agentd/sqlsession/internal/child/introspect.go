@@ -274,7 +274,7 @@ func (c *catalog) details(batch []*relation) error {
 		sql  string
 		take func(*relation, []string) error
 	}{{columnsQuestion, c.column}, {keysQuestion, c.key}, {indexesQuestion, c.index}, {triggersQuestion, c.trigger}} {
-		err := c.each(strings.Replace(question.sql, "$tables", list, 1), func(row []string) error {
+		err := c.each(strings.ReplaceAll(question.sql, "$tables", list), func(row []string) error {
 			if r := of[row[0]]; r != nil {
 				return question.take(r, row[1:])
 			}

@@ -32,13 +32,16 @@ const (
  AND (pg_catalog.has_table_privilege(c.oid, ` + tableRights + `) OR pg_catalog.has_any_column_privilege(c.oid, ` + columnRights + `))
  ORDER BY n.nspname, c.relname`
 
-	// An array's type is told by its elements'.
+	// An array's type is told by its elements'. col_description would be a query for each
+	// column: joined, comments cost nothing.
 	columnsQuestion = `SELECT a.attrelid, a.attnum, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull, a.atthasdef, a.attidentity, a.attgenerated,
- pg_catalog.left(pg_catalog.col_description(a.attrelid, a.attnum), 1000), tn.nspname, coalesce(e.typname, t.typname)
+ pg_catalog.left(d.description, 1000), tn.nspname, coalesce(e.typname, t.typname)
  FROM pg_catalog.pg_attribute a
  JOIN pg_catalog.pg_type t ON t.oid = a.atttypid
  LEFT JOIN pg_catalog.pg_type e ON e.oid = t.typelem AND t.typlen = -1
  JOIN pg_catalog.pg_namespace tn ON tn.oid = coalesce(e.typnamespace, t.typnamespace)
+ LEFT JOIN pg_catalog.pg_description d ON d.objoid = a.attrelid AND d.classoid = 'pg_catalog.pg_class'::pg_catalog.regclass AND d.objsubid = a.attnum
+  AND d.objoid = $tables
  WHERE a.attrelid = $tables AND a.attnum > 0 AND NOT a.attisdropped
  AND (pg_catalog.has_table_privilege(a.attrelid, ` + columnRights + `) OR pg_catalog.has_column_privilege(a.attrelid, a.attnum, ` + columnRights + `))
  ORDER BY a.attrelid, a.attnum`

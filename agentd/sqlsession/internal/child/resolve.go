@@ -263,6 +263,10 @@ func (s *session) askAll(catalog *pgguard.Catalog, all []question, how int) erro
 			begin += ";SET LOCAL plan_cache_mode = force_generic_plan"
 		}
 		send(&pgproto3.Query{String: begin})
+	} else {
+		// To compile the plan would take seconds. The user's transaction gets back what it
+		// had, also when the question fails.
+		send(&pgproto3.Query{String: "SAVEPOINT postern_question;SET LOCAL jit = off"})
 	}
 	for _, one := range all {
 		name := ""
@@ -276,6 +280,8 @@ func (s *session) askAll(catalog *pgguard.Catalog, all []question, how int) erro
 	}
 	if own {
 		send(&pgproto3.Query{String: "ROLLBACK"})
+	} else {
+		send(&pgproto3.Query{String: "ROLLBACK TO SAVEPOINT postern_question;RELEASE SAVEPOINT postern_question"})
 	}
 	if err == nil {
 		err = c.flush()
@@ -312,15 +318,11 @@ func (s *session) askAll(catalog *pgguard.Catalog, all []question, how int) erro
 			first = &pgproto3.ErrorResponse{Severity: "ERROR", Code: "54000", Message: "the statement names too many things to look them all up"}
 		}
 	}
-	if own {
-		read(nil)
-	}
+	read(nil)
 	for i := range all {
 		read(&all[i])
 	}
-	if own {
-		read(nil)
-	}
+	read(nil)
 	switch {
 	case err != nil:
 		return &lostError{err}

@@ -4,9 +4,12 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"strings"
 	"testing"
 
 	"github.com/jackc/pgx/v5/pgproto3"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgguard"
 )
 
 // idleServer is a server that answers every question with nothing.
@@ -48,5 +51,26 @@ func TestWarmTellsOfADeadConnection(t *testing.T) {
 	var gone *lostError
 	if err := s.warm(func() bool { return false }); !errors.As(err, &gone) {
 		t.Errorf("the error is %v, want a lost connection", err)
+	}
+}
+
+// TestQuestionsInsideATransaction: they are not compiled there either, and what they set
+// is undone.
+func TestQuestionsInsideATransaction(t *testing.T) {
+	inside := bytes.Repeat(encode(&pgproto3.ReadyForQuery{TxStatus: 'T'}), 3)
+	conn := &script{Reader: bytes.NewReader(inside)}
+	s := &session{wire: newWire(conn, map[string]string{}), network: "test"}
+	s.wire.tx = 'T'
+	if _, err := s.ask(pgguard.Question{Functions: []pgguard.Name{{Name: "f"}}}); err != nil {
+		t.Fatal(err)
+	}
+	wrote := conn.wrote.String()
+	begin, question := strings.Index(wrote, "SAVEPOINT postern_question;SET LOCAL jit = off"), strings.Index(wrote, "pg_proc")
+	end := strings.Index(wrote, "ROLLBACK TO SAVEPOINT postern_question;RELEASE SAVEPOINT postern_question")
+	if begin < 0 || question < begin || end < question {
+		t.Errorf("a question inside a transaction is %q", wrote)
+	}
+	if s.wire.tx != 'T' {
+		t.Errorf("the transaction is %q", s.wire.tx)
 	}
 }
