@@ -44,7 +44,14 @@ type CRIUSpec struct {
 
 const netNSKey = "postern-net"
 
+// errFiltered is what stands in the way of CRIU when agentd runs behind a seccomp
+// filter: it is refused other processes' filters (ptrace(2), PTRACE_SECCOMP_GET_FILTER).
+var errFiltered = errors.New("agentd runs behind a seccomp filter of its unit, and CRIU would too: install systemd/agentd-kernels.conf as a drop-in (docs/kernels.md)")
+
 func (h *hostSide) criu() (CRIUSpec, error) {
+	if mode, err := statusField(os.Getpid(), "Seccomp:"); err == nil && len(mode) == 1 && mode[0] != 0 {
+		return CRIUSpec{}, errFiltered
+	}
 	at := h.spec.rootDir()
 	mounts, err := h.spec.treeMounts(at)
 	if err != nil {
@@ -150,7 +157,7 @@ func adopt(ctx context.Context, spec Spec, pid int) (*Sandbox, error) {
 	if spec.MainPID == 0 && err == nil && pid == found {
 		spec.MainPID = main
 	}
-	h := &hostSide{spec: spec}
+	h := &hostSide{spec: spec, missing: coresTaken()}
 	h.cgroups = findCgroups(spec.ID, spec.Limits)
 	if h.netns, err = os.Open(fmt.Sprintf("/proc/%d/ns/net", pid)); err != nil {
 		return nil, ErrGone

@@ -43,6 +43,8 @@ type fence struct {
 	ctx    context.Context
 	wg     sync.WaitGroup
 	slots  chan struct{}
+	// resolver looks up allowed names; nil means the host's. A test may set it.
+	resolver *net.Resolver
 
 	mu      sync.Mutex
 	closers map[io.Closer]struct{}
@@ -51,23 +53,28 @@ type fence struct {
 
 // newFence sets up a kernel's network: in mode none, nothing.
 func newFence(n Network, netns *os.File) (*fence, error) {
-	allow, err := parseAllow(n.Allow)
-	if err != nil {
+	f, err := plannedFence(n)
+	if err != nil || n.Mode == NetworkNone {
 		return nil, err
-	}
-	if n.Mode == NetworkNone {
-		return nil, nil
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	f := &fence{
-		rules: rules{mode: n.Mode, allow: allow, own: hostAddresses}, ctx: ctx, cancel: cancel,
-		slots: make(chan struct{}, maxConnections), closers: map[io.Closer]struct{}{},
 	}
 	if err := f.open(netns); err != nil {
 		f.close()
 		return nil, fmt.Errorf("network %s: %w", n.Mode, err)
 	}
 	return f, nil
+}
+
+// plannedFence is a fence that is not open yet.
+func plannedFence(n Network) (*fence, error) {
+	allow, err := parseAllow(n.Allow)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	return &fence{
+		rules: rules{mode: n.Mode, allow: allow, own: hostAddresses}, ctx: ctx, cancel: cancel,
+		slots: make(chan struct{}, maxConnections), closers: map[io.Closer]struct{}{},
+	}, nil
 }
 
 func (f *fence) open(netns *os.File) error {
@@ -236,7 +243,8 @@ func (f *fence) dial(to netip.AddrPort) (*net.TCPConn, error) {
 		return nil, errFenced
 	}
 	d := net.Dialer{
-		Timeout: dialTimeout,
+		Timeout:  dialTimeout,
+		Resolver: f.resolver,
 		// Asked of every address of a name, right before the connection is made.
 		ControlContext: func(_ context.Context, _, address string, _ syscall.RawConn) error {
 			a, err := netip.ParseAddrPort(address)

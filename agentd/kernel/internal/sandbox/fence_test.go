@@ -303,18 +303,24 @@ func TestNetworks(t *testing.T) {
 
 // through makes a network namespace with a fence for which the host has no address
 // of its own, and dials inside.
-func through(t *testing.T, n Network) func(network, address string) (string, error) {
+func through(t *testing.T, n Network, names ...*net.Resolver) func(network, address string) (string, error) {
 	t.Helper()
 	needRoot(t)
 	ns, err := newNetNS()
 	if err != nil {
 		t.Fatal(err)
 	}
-	f, err := newFence(n, ns)
+	f, err := plannedFence(n)
 	if err != nil {
 		t.Fatal(err)
 	}
 	f.rules.own = func() []netip.Addr { return nil }
+	for _, r := range names {
+		f.resolver = r
+	}
+	if err := f.open(ns); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		f.close()
 		_ = ns.Close()
@@ -377,7 +383,7 @@ func TestIPv6(t *testing.T) {
 }
 
 // A name server of the host's side that answers every question with one address.
-func nameServer(t *testing.T, answer netip.Addr) {
+func nameServer(t *testing.T, answer netip.Addr) *net.Resolver {
 	t.Helper()
 	c, err := net.ListenPacket("udp", "127.0.0.1:0")
 	if err != nil {
@@ -408,15 +414,13 @@ func nameServer(t *testing.T, answer netip.Addr) {
 			}
 		}
 	}()
-	old := net.DefaultResolver
-	net.DefaultResolver = &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return (&net.Dialer{}).DialContext(ctx, "udp", c.LocalAddr().String())
-	}}
 	t.Cleanup(func() {
-		net.DefaultResolver = old
 		_ = c.Close()
 		<-done
 	})
+	return &net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return (&net.Dialer{}).DialContext(ctx, "udp", c.LocalAddr().String())
+	}}
 }
 
 func TestAllowedNames(t *testing.T) {
@@ -424,8 +428,7 @@ func TestAllowedNames(t *testing.T) {
 	host := outside(t)
 	port, loop := echo(t, host.String()), echo(t, "127.0.0.1")
 	n := Network{Mode: NetworkAllowed, Allow: []string{fmt.Sprintf("good.example:%d", port), fmt.Sprintf("bad.example:%d", loop)}}
-	dial := through(t, n)
-	nameServer(t, host)
+	dial := through(t, n, nameServer(t, host))
 	if got, err := dial("tcp4", fmt.Sprintf("198.18.0.1:%d", port)); err != nil || got != "echo 5" {
 		t.Errorf("got %q, %v", got, err)
 	}
@@ -433,7 +436,7 @@ func TestAllowedNames(t *testing.T) {
 		t.Errorf("another port answers %q", got)
 	}
 	// Its name server makes it lead to the host's loopback device.
-	nameServer(t, netip.MustParseAddr("127.0.0.1"))
+	dial = through(t, n, nameServer(t, netip.MustParseAddr("127.0.0.1")))
 	if got, err := dial("tcp4", fmt.Sprintf("198.18.0.2:%d", loop)); err == nil && got != "" {
 		t.Errorf("the host's loopback answers %q", got)
 	}

@@ -177,8 +177,9 @@ func (s *Spec) limit() error {
 		return nil
 	}
 	// One byte: no core file, and no program that takes one (core(5)). A core
-	// holds everything that the kernel knows.
-	if err := set("core files", unix.RLIMIT_CORE, 1); err != nil {
+	// holds everything that the kernel knows. Below a hard limit of 0 that stays,
+	// without CAP_SYS_RESOURCE, and coresTaken says what it means.
+	if err := set("core files", unix.RLIMIT_CORE, 1); err != nil && !errors.Is(err, unix.EPERM) {
 		return err
 	}
 	var have unix.Rlimit

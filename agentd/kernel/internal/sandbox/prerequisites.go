@@ -72,7 +72,7 @@ func Prerequisites(ctx context.Context, n Needs) []Check {
 
 	const users = "kernels: users"
 	if missing := lackedCapabilities(); len(missing) > 0 {
-		fault("kernels: capabilities", "this process lacks "+strings.Join(missing, ", "), "give them to agentd (its unit does), or run kernels on a host where it may have them")
+		fault("kernels: capabilities", "this process lacks "+strings.Join(missing, ", "), "install systemd/agentd-kernels.conf as a drop-in of the unit (docs/kernels.md); in a container give agentd the host's rights")
 		return all
 	}
 	if user := accountIn("/etc/passwd", n.UIDBase, n.UIDs); user != "" {
@@ -87,6 +87,12 @@ func Prerequisites(ctx context.Context, n Needs) []Check {
 		return all
 	}
 	fine(box, "namespaces, root directory and seccomp filter work")
+	for _, line := range coresTaken() {
+		lesser(box, line, "install systemd/agentd-kernels.conf as a drop-in of the unit (docs/kernels.md)")
+	}
+	if mode, err := statusField(os.Getpid(), "Seccomp:"); err == nil && len(mode) == 1 && mode[0] != 0 {
+		lesser("kernels: checkpoints", "this process runs behind a seccomp filter, and behind one CRIU can save no kernel", "install systemd/agentd-kernels.conf as a drop-in of the unit (docs/kernels.md)")
+	}
 
 	checkControllers(fine, lesser)
 	checkFence(fine, lesser)

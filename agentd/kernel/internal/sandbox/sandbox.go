@@ -73,8 +73,8 @@ func (s *Sandbox) Main() int { return s.main }
 // restore the kernel.
 func (s *Sandbox) Spec() Spec { return s.host.spec }
 
-// Missing are the limits that this host can't enforce, one line each.
-func (s *Sandbox) Missing() []string { return s.host.cgroups.lacks() }
+// Missing are what this host can't hold the kernel to, limits mostly, one line each.
+func (s *Sandbox) Missing() []string { return append(s.host.cgroups.lacks(), s.host.missing...) }
 
 // OOMKills says how many of the kernel's processes were killed because all of them
 // together were over the memory limit, since it was started or restored. The

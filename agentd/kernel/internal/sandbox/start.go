@@ -28,6 +28,25 @@ type hostSide struct {
 	netns   *os.File
 	cgroups *cgroups
 	fence   *fence
+	missing []string // what this host can't hold the kernel to, beside cgroups
+}
+
+// coresTaken says whether a program of the host gets cores of kernels: it does
+// unless RLIMIT_CORE is 1, which may be more than this process may set.
+func coresTaken() []string {
+	var have unix.Rlimit
+	pattern, err := os.ReadFile("/proc/sys/kernel/core_pattern")
+	if err != nil || len(pattern) == 0 || pattern[0] != '|' || unix.Getrlimit(unix.RLIMIT_CORE, &have) != nil || have.Max > 0 || mayRaiseLimits() {
+		return nil
+	}
+	return []string{"cores of kernels go to the program in /proc/sys/kernel/core_pattern: give agentd LimitCORE=1 or CAP_SYS_RESOURCE"}
+}
+
+// mayRaiseLimits reports whether this process has CAP_SYS_RESOURCE.
+func mayRaiseLimits() bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	return unix.Capget(&header, &data[0]) == nil && data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
 }
 
 // makeHostSide makes directories, cgroups, network namespace and fence. On an
@@ -41,7 +60,7 @@ func makeHostSide(spec Spec) (h *hostSide, err error) {
 			return nil, err
 		}
 	}
-	h = &hostSide{spec: spec}
+	h = &hostSide{spec: spec, missing: coresTaken()}
 	defer func() {
 		if err != nil {
 			h.release()

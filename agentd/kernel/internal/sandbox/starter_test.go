@@ -31,7 +31,7 @@ func init() {
 }
 
 // startStarter runs the starter as a process of its own.
-func startStarter(t *testing.T, spec Spec) (*exec.Cmd, *os.File) {
+func startStarter(t *testing.T, spec Spec, before ...string) (*exec.Cmd, *os.File) {
 	t.Helper()
 	data, err := json.Marshal(spec)
 	if err != nil {
@@ -41,7 +41,12 @@ func startStarter(t *testing.T, spec Spec) (*exec.Cmd, *os.File) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command("/proc/self/exe")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	argv := append(before, self)
+	cmd := exec.Command(argv[0], argv[1:]...)
 	cmd.Env = append(os.Environ(), "SANDBOX_TEST_PROGRAM=starter")
 	cmd.Stdin = strings.NewReader(string(data))
 	cmd.Stdout, cmd.Stderr = theirs, theirs
@@ -198,4 +203,22 @@ func TestStartEndsWithItsContext(t *testing.T) {
 			t.Errorf("groups are left: %q after %v", left, err)
 		}
 	}
+}
+
+// A unit with LimitCORE=0 is a hard limit, below which nobody without
+// CAP_SYS_RESOURCE comes.
+func TestStarterWithoutCores(t *testing.T) {
+	spec := testSpec(t, `import resource; print(resource.getrlimit(resource.RLIMIT_CORE), flush=True); import time; time.sleep(1000)`)
+	cmd, out := startStarter(t, spec, "/bin/sh", "-c", `ulimit -Hc 0 && exec "$0"`)
+	buf := make([]byte, 200)
+	if n, err := out.Read(buf); err != nil || string(buf[:n]) != "started\n" {
+		t.Fatalf("%s%v", buf[:n], err)
+	}
+	want := "(0, 0)"
+	if mayRaiseLimits() {
+		want = "(1, 1)"
+	}
+	waitFor(t, want, logHas(spec, want))
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
 }
