@@ -1,6 +1,9 @@
 package policy
 
-import "fmt"
+import (
+	"fmt"
+	"slices"
+)
 
 // CheckEngine refuses what the engine of a source does not enforce. The error is one
 // line that names the key and says what to do. Source has checked the rest.
@@ -14,8 +17,8 @@ func (s Spec) CheckEngine(engine string) error {
 	switch {
 	case s.Plans != "" && s.Plans != string(PlansOff):
 		return refuse("plans", "remove it or set it to off")
-	case len(s.Mask) > 0:
-		return refuse("mask", "grant the account a view with the columns that may be seen, and nothing else")
+	case slices.ContainsFunc(s.Mask, func(m MaskSpec) bool { return len(m.Columns) > 0 }):
+		return fmt.Errorf("policy.mask: columns is not supported for engine %s: grant the account a view with the columns that may be seen, and nothing else, or mask by pattern", engine)
 	case s.MaskFilters != "":
 		return refuse("mask_filters", "remove it")
 	case len(s.MaskSafeFunctions) > 0:

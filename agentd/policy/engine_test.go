@@ -20,7 +20,9 @@ func TestCheckEngine(t *testing.T) {
 		{"sqlite", "{mode: metadata}", ""},
 		{"sqlite", "{mode: read-write, write: {statements: [insert], schemas: [main]}}", ""},
 		{"sqlite", "{plans: full}", "policy.plans: "},
-		{"sqlite", "{mask: [{pattern: 'a+', with: redact}]}", "policy.mask: "},
+		{"sqlite", "{mask: [{pattern: 'a+', with: redact}]}", ""},
+		{"mysql", "{mask: [{pattern: 'a+', with: hash}, {pattern: 'b', with: partial}]}", ""},
+		{"sqlite", "{mask: [{pattern: 'a+', with: redact}, {columns: ['*.a'], with: hash}]}", "policy.mask: columns is not supported for engine sqlite"},
 	} {
 		var spec Spec
 		if err := yaml.Unmarshal([]byte(test.policy), &spec); err != nil {

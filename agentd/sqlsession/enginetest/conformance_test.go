@@ -3,9 +3,11 @@ package enginetest
 import (
 	"bytes"
 	"context"
+	"encoding/base64"
 	"fmt"
 	"io"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -382,6 +384,104 @@ func TestKept(t *testing.T) {
 		}
 		if got := strings.Join(values, " "); got != "1 2 3 9999 10000" {
 			t.Errorf("got %s", got)
+		}
+	})
+}
+
+// What matches a pattern leaves in no text: not in rows, kept rows, blobs, errors.
+func TestPatterns(t *testing.T) {
+	each(t, func(t *testing.T, db *database) {
+		key := bytes.Repeat([]byte{7}, 32)
+		patterns := func(s *sqlsession.Source) {
+			s.Guard.MaskKey = key
+			s.Guard.Masks = []sqlsession.Mask{{Pattern: `\b\d{13,19}\b`, With: "redact"}, {Pattern: `[a-z]+@[a-z.]+`, With: "hash"}, {Pattern: `tel \d+`, With: "partial", Keep: 2}}
+		}
+		blob := map[string]string{"postgres": "text", "mysql": "blob", "sqlite": "blob"}[db.engine]
+		for _, s := range []string{
+			"CREATE TABLE cards (id INT PRIMARY KEY, c VARCHAR(80), b " + blob + ", j " + map[string]string{"postgres": "json", "mysql": "json", "sqlite": "text"}[db.engine] + ", n DECIMAL(20, 0))",
+			`INSERT INTO cards VALUES (1, 'pay 4111111111111111 now', 'x 4111111111111111', '{"a": ["ann@example.org", "4111111111111111"]}', 5), (2, 'tel 12345678', NULL, '{"a": "\u0061nn@example.org"}', NULL), (3, 'plain', 'plain', '[1]', 7)`,
+		} {
+			if db.engine == "mysql" {
+				s = strings.ReplaceAll(s, `\u`, `\\u`)
+			}
+			if db.engine == "postgres" {
+				s = strings.Replace(s, "cards", "shop.cards", 1)
+			}
+			if _, err := db.admin.Exec(s); err != nil {
+				t.Fatalf("%s: %v", s, err)
+			}
+		}
+		name := "cards"
+		if db.engine == "postgres" {
+			name = "shop.cards"
+			if _, err := db.admin.Exec("GRANT ALL ON shop.cards TO reader"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		defer func() { _, _ = db.admin.Exec("DROP TABLE " + name) }()
+		m := db.open(t, patterns)
+		concat := "c || ' ' || c"
+		if db.engine == "mysql" {
+			concat = "CONCAT(c, ' ', c)"
+		}
+		var kept *posternv1.KeptRows
+		r := request("SELECT id, c, b, j, " + concat + ", n FROM cards ORDER BY id")
+		r.KeepFirst, r.KeepLast = 2, 1
+		r.Kept = func(k *posternv1.KeptRows) { kept = k }
+		got, _ := query(t, m, r)
+		if len(got.rows) != 3 || kept == nil {
+			t.Fatalf("got %v, kept %v", got.rows, kept)
+		}
+		first, second, third := got.rows[0], got.rows[1], got.rows[2]
+		hidden := first[2]
+		if got.schema.Field(2).Type.String() == "binary" {
+			raw, err := base64.StdEncoding.DecodeString(hidden)
+			if err != nil {
+				t.Fatal(err)
+			}
+			hidden = string(raw)
+		}
+		if first[0] != "1" || first[1] != "pay *** now" || hidden != "x ***" || first[4] != "pay *** now pay *** now" || second[1] != "**********78" || third[1] != "plain" || second[2] != "(null)" || third[5] != "7" {
+			t.Errorf("got %q", got.rows)
+		}
+		all := fmt.Sprint(got.rows, decode(t, kept.Arrow).rows)
+		for _, secret := range []string{"4111111111111111", "example.org", "12345678", "\\u0061"} {
+			if strings.Contains(all, secret) {
+				t.Errorf("%q came out: %s", secret, all)
+			}
+		}
+		// Equal values have equal hashes, however JSON writes them.
+		hash := func(j string) string { return regexp.MustCompile(`[A-Za-z0-9]{26}`).FindString(j) }
+		if hash(first[3]) == "" || hash(first[3]) != hash(second[3]) {
+			t.Errorf("got %q and %q, want one hash in both", first[3], second[3])
+		}
+		// Errors.
+		w := db.open(t, patterns, readWrite)
+		r = request("INSERT INTO nowhere_ann (a) VALUES ('ann@example.org')")
+		if db.engine == "mysql" {
+			r = request("SELECT CAST('ann@example.org' AS nothing) FROM cards")
+		}
+		r.ReadWrite = true
+		if _, _, err := try(t, w, r); err == nil || strings.Contains(err.Error(), "example.org") {
+			t.Errorf("got %v, want an error without the address", err)
+		}
+		// Longer than before: a limit holds what comes out.
+		long := db.open(t, func(s *sqlsession.Source) {
+			s.Guard.MaskKey, s.Guard.Masks = key, []sqlsession.Mask{{Pattern: "x", With: "hash"}}
+		})
+		r = request(strings.Replace(db.text(20_000), "'x'", "'xy'", 1))
+		if db.engine != "sqlite" {
+			r.MaxBytes = 100_000
+			if _, outcome, err := try(t, long, r); proto.CodeOf(err) != proto.CodeByteLimit || outcome.Rows != 0 {
+				t.Errorf("got %v, %v, want BYTE_LIMIT", outcome, err)
+			}
+		}
+		// Rules for columns are refused where nobody can follow them.
+		if db.engine != "postgres" {
+			refuse(t, db.open(t, func(s *sqlsession.Source) {
+				s.Guard.MaskKey, s.Guard.Masks = key, []sqlsession.Mask{{Pattern: "x", With: "redact"}, {Columns: []string{"*.c"}, With: "redact"}}
+			}), request("SELECT 1"), proto.CodePolicyDenied)
+			refuse(t, db.open(t, func(s *sqlsession.Source) { s.Guard.Masks = []sqlsession.Mask{{Pattern: "x", With: "redact"}} }), request("SELECT 1"), proto.CodeSourceConfig)
 		}
 	})
 }

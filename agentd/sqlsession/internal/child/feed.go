@@ -55,6 +55,7 @@ func newFeed(s *sink, r *frame.RunRequest, st *statement, fields []field, c curs
 		sink: s, request: r, st: st, cursor: c, cells: make([]cell, len(fields)),
 		lock: make(chan struct{}, 1), batch: newFieldBatch(fields, s),
 	}
+	f.batch.limit, f.batch.exceeded = r.MaxBytes, func() { st.stop(byteLimit) }
 	f.batch.keep = newKeeper(f.batch.columns, r.KeepFirst, r.KeepLast)
 	return f
 }
@@ -74,6 +75,10 @@ func (f *feed) run() error {
 	if f.drained != nil {
 		err = <-f.drained
 		f.drained <- err
+	}
+	if f.batch.hides && err == nil && f.drained == nil {
+		// Masked rows may turn out too long: that is known before the verdict.
+		err = f.batch.flush()
 	}
 	return err
 }

@@ -71,16 +71,18 @@ func (m *masking) same(g *frame.Guard) bool {
 
 // masksOf makes the masking of a statement's policy, or takes that of the
 // statement before.
-func (s *session) masksOf(g *frame.Guard) (*masking, *proto.Error) {
-	if s.masking.same(g) {
-		return s.masking, nil
+func (s *session) masksOf(g *frame.Guard) (*masking, *proto.Error) { return masksOf(&s.masking, g) }
+
+func masksOf(last **masking, g *frame.Guard) (*masking, *proto.Error) {
+	if (*last).same(g) {
+		return *last, nil
 	}
 	m, err := newMasking(g)
 	if err != nil {
-		s.masking = nil
+		*last = nil
 		return nil, proto.Errorf(proto.CodeSourceConfig, "%w", err)
 	}
-	s.masking = m
+	*last = m
 	return m, nil
 }
 

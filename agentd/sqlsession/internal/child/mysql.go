@@ -169,6 +169,8 @@ type mysqlSession struct {
 	spent bool
 	// objects are the views and functions that were there a moment ago; nil: unknown.
 	objects *mysqlObjects
+	// masking is that of the last statement.
+	masking *masking
 }
 
 // quiet keeps the driver from writing to standard error; what it would say comes

@@ -40,7 +40,11 @@ func (s *mysqlSession) run(r *frame.RunRequest, st *statement) (done frame.DoneR
 	}
 	timer := time.AfterFunc(time.Duration(r.TimeoutMillis)*time.Millisecond, func() { st.stop(frame.TimedOut) })
 	defer timer.Stop()
-	failure, lost := x.execute()
+	masking, failure := masksOf(&s.masking, &r.Guard)
+	if failure == nil {
+		failure, lost = x.execute()
+	}
+	masking.scrubReply(&x.done, failure)
 	x.done.Error = frame.FromError(failure)
 	if lost {
 		return frame.DoneReply{Error: x.done.Error}, true
@@ -64,8 +68,8 @@ func unenforced(product string, r *frame.RunRequest, modes ...string) *proto.Err
 		what = "mode " + g.Mode
 	case g.Plans != "" && g.Plans != "off":
 		what = "plans"
-	case len(g.Masks) > 0:
-		what = "mask"
+	case columnMasks(g):
+		what = "mask for columns"
 	case len(g.WriteSchemas) > 0 || len(g.WriteStatements) > 0:
 		what = "write"
 	default:
@@ -138,6 +142,7 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	} else {
 		c, fields = newMySQLCursor(rows)
 	}
+	x.masking.look(fields)
 	f := newFeed(x.sink, r, x.st, fields, c)
 	err = f.run()
 	if closing := rows.Close(); err == nil {

@@ -72,6 +72,8 @@ type sqliteSession struct {
 	running atomic.Pointer[statement]
 	// interrupting keeps db from being closed under an interrupt.
 	interrupting sync.Mutex
+	// masking is that of the last statement.
+	masking *masking
 }
 
 func connectSQLite(_ context.Context, r *frame.ConnectRequest, out *sink, _ pgtree.Parser) (engine, *proto.Error) {
@@ -219,11 +221,15 @@ func (s *sqliteSession) run(r *frame.RunRequest, st *statement) (done frame.Done
 		return frame.DoneReply{Error: frame.FromError(s.openError(err))}, true
 	}
 	x := &sqliteExecution{sqliteSession: s, request: r, st: st, guard: &sqliteGuard{policy: &r.Guard, readWrite: r.ReadWrite}}
-	failure := x.execute()
+	masking, failure := masksOf(&s.masking, &r.Guard)
+	if failure == nil {
+		failure = x.execute()
+	}
 	// Other programs wait for the lock: it goes before the answer does.
 	if err := s.reset(); err != nil && failure == nil {
 		failure = x.failure(err)
 	}
+	masking.scrubReply(&x.done, failure)
 	x.done.Error = frame.FromError(failure)
 	return x.done, false
 }
@@ -295,6 +301,7 @@ func (x *sqliteExecution) execute() *proto.Error {
 	if err := c.first(); err != nil {
 		return x.failure(err)
 	}
+	x.masking.look(c.fields)
 	f := newFeed(x.sink, r, x.st, c.fields, c)
 	err = f.run()
 	switch reason := x.st.stopReason(); {
@@ -334,8 +341,8 @@ func (x *sqliteExecution) unenforced() *proto.Error {
 		what = "mode read-only"
 	case g.Plans != "" && g.Plans != "off":
 		what = "plans, which are not supported for SQLite"
-	case len(g.Masks) > 0:
-		what = "mask, which is not supported for SQLite"
+	case columnMasks(g):
+		what = "mask for columns, which is not supported for SQLite"
 	default:
 		return nil
 	}

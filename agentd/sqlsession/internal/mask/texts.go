@@ -1,6 +1,8 @@
 package mask
 
 import (
+	"bytes"
+	"encoding/json"
 	"sync"
 
 	"github.com/postern-dev/postern/proto/textmask"
@@ -85,13 +87,23 @@ func (t *Texts) Append(dst, value []byte, oid uint32) (result []byte, found bool
 		return t.set.AppendJSON(dst, value)
 	case oidXML:
 		return t.set.AppendXML(dst, value)
+	case OIDAnyText:
+		if bytes.IndexByte(value, '\\') >= 0 && json.Valid(value) {
+			return t.set.AppendJSON(dst, value)
+		}
 	}
 	return t.set.Append(dst, value)
 }
 
 // Escapes tells whether values of a type can write characters in another way
 // than as themselves, so that May must not be asked.
-func Escapes(oid uint32) bool { return oid == oidJSON || oid == oidJSONB || oid == oidXML }
+func Escapes(oid uint32) bool {
+	return oid == oidJSON || oid == oidJSONB || oid == oidXML || oid == OIDAnyText
+}
+
+// OIDAnyText stands for a text, or bytes, of a database that has no types to tell JSON by:
+// what is JSON and has escapes is looked at as such. It is no type of PostgreSQL's.
+const OIDAnyText = 1<<32 - 2
 
 // String is Append for a message or a statement.
 func (t *Texts) String(s string) string {
