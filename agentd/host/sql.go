@@ -62,42 +62,7 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 	})
 	defer unblock()
 
-	entry := auditchain.Entry{
-		Actor: actor(request.Principal), Role: request.Principal.GetRole(), Source: request.Source, QueryID: id,
-		SessionID: request.SessionId, Verdict: "allowed", Statement: h.maskText(request.Source, request.Sql),
-	}
-	if kind := explain(request.Explain); kind == "analyze" { // what was done, in the log's words
-		entry.Statement = "EXPLAIN ANALYZE " + entry.Statement
-	} else if kind == "plan" {
-		entry.Statement = "EXPLAIN " + entry.Statement
-	}
-	began := time.Now()
-	var kept *posternv1.KeptRows
-	outcome, begun, err := h.run(ctx, request, &entry, out, func(rows *posternv1.KeptRows) { kept = rows })
-	took := time.Since(began)
-	if err == nil && outcome.GetError() != nil {
-		err = proto.FromDetail(outcome.Error)
-	}
-	if cause := context.Cause(ctx); err != nil && errors.Is(cause, ErrAborted) {
-		err = ErrAborted
-	}
-	err = h.maskError(request.Source, err)
-	entry.Action = actionRun
-	entry.Rows, entry.Bytes, entry.DurationMillis = outcome.GetRows(), outcome.GetBytes(), took.Milliseconds()
-	entry.Outcome, entry.Time = ending(err), time.Time{}
-	if err != nil {
-		entry.Error = proto.Detail(err).Message
-	}
-	if entry.Outcome == "denied" { // by the class that the database gave it
-		entry.Verdict = "denied"
-	}
-	h.cfg.Metrics.queryEnded(entry.Outcome, outcome, took)
-	h.finish(entry, begun)
-	if proto.CodeOf(err) == proto.CodeInternal {
-		h.logger.Error("statement failed", "query", id, "source", request.Source, "err", err)
-	} else {
-		h.logger.Debug("statement ended", "query", id, "source", request.Source, "outcome", entry.Outcome, "duration_seconds", took.Seconds(), "bytes", entry.Bytes, "err", err)
-	}
+	outcome, kept, took, err := h.execute(ctx, request, "", out)
 
 	// In a session the client is to know what became of its transaction.
 	if !out.begun && err != nil && outcome.GetTransaction() == "" {
@@ -118,6 +83,48 @@ func (h *Host) serveSQL(w http.ResponseWriter, r *http.Request) {
 	}
 	out.begin()
 	w.Header().Set(proto.OutcomeTrailer, proto.EncodeOutcome(outcome))
+}
+
+// execute runs a statement and writes to the log what was meant and how it ended.
+// remote is where the request came from, for the log. The outcome may be nil; its error
+// is in err.
+func (h *Host) execute(ctx context.Context, request *posternv1.SQLRequest, remote string, w io.Writer) (outcome *posternv1.QueryOutcome, kept *posternv1.KeptRows, took time.Duration, err error) {
+	entry := auditchain.Entry{
+		Actor: actor(request.Principal), Role: request.Principal.GetRole(), Source: request.Source, QueryID: request.QueryId,
+		SessionID: request.SessionId, Verdict: "allowed", Statement: h.maskText(request.Source, request.Sql), Remote: remote,
+	}
+	if kind := explain(request.Explain); kind == "analyze" { // what was done, in the log's words
+		entry.Statement = "EXPLAIN ANALYZE " + entry.Statement
+	} else if kind == "plan" {
+		entry.Statement = "EXPLAIN " + entry.Statement
+	}
+	began := time.Now()
+	outcome, begun, err := h.run(ctx, request, &entry, w, func(rows *posternv1.KeptRows) { kept = rows })
+	took = time.Since(began)
+	if err == nil && outcome.GetError() != nil {
+		err = proto.FromDetail(outcome.Error)
+	}
+	if cause := context.Cause(ctx); err != nil && errors.Is(cause, ErrAborted) {
+		err = ErrAborted
+	}
+	err = h.maskError(request.Source, err)
+	entry.Action = actionRun
+	entry.Rows, entry.Bytes, entry.DurationMillis = outcome.GetRows(), outcome.GetBytes(), took.Milliseconds()
+	entry.Outcome, entry.Time = ending(err), time.Time{}
+	if err != nil {
+		entry.Error = proto.Detail(err).Message
+	}
+	if entry.Outcome == "denied" { // by the class that the database gave it
+		entry.Verdict = "denied"
+	}
+	h.cfg.Metrics.queryEnded(entry.Outcome, outcome, took)
+	h.finish(entry, begun)
+	if proto.CodeOf(err) == proto.CodeInternal {
+		h.logger.Error("statement failed", "query", request.QueryId, "source", request.Source, "err", err)
+	} else {
+		h.logger.Debug("statement ended", "query", request.QueryId, "source", request.Source, "outcome", entry.Outcome, "duration_seconds", took.Seconds(), "bytes", entry.Bytes, "err", err)
+	}
+	return outcome, kept, took, err
 }
 
 func (h *Host) maskText(source, text string) string {
@@ -264,25 +271,33 @@ func readRequest(w http.ResponseWriter, r *http.Request) (*posternv1.SQLRequest,
 	if err := gproto.Unmarshal(body, &request); err != nil {
 		return nil, proto.Errorf(proto.CodeInvalid, "the request is not a SQLRequest")
 	}
-	switch {
-	case !validID(request.QueryId):
-		return nil, proto.Errorf(proto.CodeInvalid, "the request has no good query id")
-	case request.SessionId != "" && !validID(request.SessionId):
-		return nil, proto.Errorf(proto.CodeInvalid, "the request has no good session id")
-	case request.Source == "" || len(request.Source) > maxIDLength:
-		return nil, proto.Errorf(proto.CodeInvalid, "the request names no data source")
-	case strings.TrimSpace(request.Sql) == "":
-		return nil, proto.Errorf(proto.CodeInvalid, "the statement is empty")
-	case len(request.Parameters) > maxParameters:
-		return nil, proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, more than %d", len(request.Parameters), maxParameters)
-	case explain(request.Explain) == "?":
-		return nil, proto.Errorf(proto.CodeInvalid, "the request asks for a plan of a kind that this version of agentd does not know")
-	case len(request.HypotheticalIndexes) > 0 && request.Explain != posternv1.Explain_EXPLAIN_PLAN:
-		return nil, proto.Errorf(proto.CodeInvalid, "hypothetical indexes are for a plan alone: ask for it with --explain, without --analyze")
-	case request.Timeout != nil && !request.Timeout.IsValid():
-		return nil, proto.Errorf(proto.CodeInvalid, "the request's timeout is out of range")
+	if err := checkRequest(&request); err != nil {
+		return nil, err
 	}
 	return &request, nil
+}
+
+// checkRequest refuses what makes no sense.
+func checkRequest(request *posternv1.SQLRequest) error {
+	switch {
+	case !validID(request.QueryId):
+		return proto.Errorf(proto.CodeInvalid, "the request has no good query id")
+	case request.SessionId != "" && !validID(request.SessionId):
+		return proto.Errorf(proto.CodeInvalid, "the request has no good session id")
+	case request.Source == "" || len(request.Source) > maxIDLength:
+		return proto.Errorf(proto.CodeInvalid, "the request names no data source")
+	case strings.TrimSpace(request.Sql) == "":
+		return proto.Errorf(proto.CodeInvalid, "the statement is empty")
+	case len(request.Parameters) > maxParameters:
+		return proto.Errorf(proto.CodeInvalid, "the statement has %d parameters, more than %d", len(request.Parameters), maxParameters)
+	case explain(request.Explain) == "?":
+		return proto.Errorf(proto.CodeInvalid, "the request asks for a plan of a kind that this version of agentd does not know")
+	case len(request.HypotheticalIndexes) > 0 && request.Explain != posternv1.Explain_EXPLAIN_PLAN:
+		return proto.Errorf(proto.CodeInvalid, "hypothetical indexes are for a plan alone: ask for it with --explain, without --analyze")
+	case request.Timeout != nil && !request.Timeout.IsValid():
+		return proto.Errorf(proto.CodeInvalid, "the request's timeout is out of range")
+	}
+	return nil
 }
 
 // explain is what is asked for in place of rows: "", "plan", "analyze", or "?" for

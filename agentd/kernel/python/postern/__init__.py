@@ -1,0 +1,28 @@
+"""Postern in a notebook: SQL on the host's data sources, without credentials.
+
+    import postern
+    postern.sources()                                   # what may be asked
+    postern.sql("select * from t where id = {{n}}", source="warehouse")
+
+and the magics %sql and %%sql, which are there without an import:
+
+    %%sql --source warehouse --to df
+    select * from orders where day >= {{since}}
+
+{{name}} and :name are live variables of the notebook, bound as typed parameters:
+they are never pasted into the text. {{name|list}} is a list, for IN;
+{{name|identifier}} a name of a table or a column. Rows go from the database to this
+kernel and never leave the host.
+"""
+
+from ._client import Cancelled, Error, Unavailable, sources, sql
+from ._result import Result
+
+__all__ = ["sql", "sources", "Result", "Error", "Unavailable", "Cancelled", "load_ipython_extension"]
+
+
+def load_ipython_extension(shell):
+    """Registers %sql and %%sql; done at the kernel's start."""
+    from . import _magic
+
+    _magic.register(shell)
