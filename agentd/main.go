@@ -20,6 +20,8 @@ import (
 	"github.com/postern-dev/postern/proto"
 )
 
+var _ kernel.CRIU = (*checkpoint.Driver)(nil)
+
 func main() {
 	// A SQL session's process, and a parser's, must do nothing else first.
 	if len(os.Args) > 1 && os.Args[1] == sqlsession.ChildArg {
@@ -38,7 +40,7 @@ func main() {
 		os.Exit(checkpoint.ExecMain())
 	}
 	if len(os.Args) > 1 && os.Args[1] == kernel.ShimArg {
-		os.Exit(kernel.ShimMain(os.Args[2:]))
+		os.Exit(kernel.ShimMain(os.Args[2:], checkpoint.NewDriver("")))
 	}
 	os.Exit(run(os.Args[1:]))
 }

@@ -2,6 +2,7 @@ package checkpoint
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"os"
@@ -19,7 +20,7 @@ type Tree struct {
 	// Root is a directory that is a private mount of its own; for a restore.
 	Root string `json:"root,omitempty"`
 	// Mounts are all mounts from outside.
-	Mounts []Mount `json:"mounts,omitempty"`
+	Mounts []Mount `json:"externals,omitempty"`
 	// Cgroups are the cgroup.procs files of the groups that the kernel is in.
 	Cgroups []string `json:"cgroups,omitempty"`
 	// NetNSKey names the network namespace in the images, NetNSInode is its inode (for a
@@ -167,3 +168,38 @@ func public(err error) error {
 // Subreaper makes this process the parent of the trees that it restores, so that it
 // learns how they end.
 func Subreaper() error { return criu.Subreaper() }
+
+// At returns the driver with another path of CRIU's; empty means where it is found.
+func (d *Driver) At(path string) *Driver {
+	other := *d
+	other.configured = path
+	return &other
+}
+
+// DumpTree is Dump for a shim, which knows the tree as JSON (a Tree) and has one
+// directory to copy, at most max bytes. path is CRIU's by the configuration.
+func (d *Driver) DumpTree(ctx context.Context, path string, tree []byte, images string, stay bool, from, to string, max int64) (standstill time.Duration, err error) {
+	var t Tree
+	if err := json.Unmarshal(tree, &t); err != nil {
+		return 0, fmt.Errorf("dump: %w", err)
+	}
+	after := GoOn
+	if stay {
+		after = Stay
+	}
+	f, err := d.At(path).Dump(ctx, t, images, after, CopyDir{From: from, To: to, Max: max})
+	return f.Standstill, err
+}
+
+// RestoreTree is Restore for a shim, which becomes the tree's parent.
+func (d *Driver) RestoreTree(ctx context.Context, path string, tree []byte, images string) (pid int, err error) {
+	var t Tree
+	if err := json.Unmarshal(tree, &t); err != nil {
+		return 0, fmt.Errorf("restore: %w", err)
+	}
+	if err := Subreaper(); err != nil {
+		return 0, fmt.Errorf("restore: become a subreaper: %w", err)
+	}
+	pid, _, err = d.At(path).Restore(ctx, t, images)
+	return pid, err
+}

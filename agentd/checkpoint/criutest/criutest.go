@@ -1,11 +1,15 @@
 package criutest
 
 import (
+	"crypto/sha256"
 	_ "embed"
+	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"sync"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -30,47 +34,54 @@ func Path(t testing.TB) string {
 //go:embed testdata/prlimit.c
 var source []byte
 
-var build struct {
-	sync.Once
-	dir, library string
-	err          error
-}
-
 // Preload returns the path of a library to load into CRIU; "" on a machine that has
-// CAP_SYS_RESOURCE, where none is needed. [Clean] removes it.
+// CAP_SYS_RESOURCE, where none is needed.
 func Preload(t testing.TB) string {
 	t.Helper()
-	if HasSysResource() {
-		return ""
+	lib, err := Library()
+	if err != nil {
+		t.Fatalf("build the library for CRIU (packaging/dev/deps.sh gcc): %v", err)
 	}
-	build.Do(func() {
-		if build.dir, build.err = os.MkdirTemp("", "criutest"); build.err != nil {
-			return
-		}
-		build.err = os.Chmod(build.dir, 0o755)
-		c, lib := filepath.Join(build.dir, "prlimit.c"), filepath.Join(build.dir, "prlimit.so")
-		if build.err == nil {
-			build.err = os.WriteFile(c, source, 0o644)
-		}
-		if build.err == nil {
-			var out []byte
-			if out, build.err = exec.Command("cc", "-O1", "-Wall", "-shared", "-fPIC", "-o", lib, c, "-ldl").CombinedOutput(); build.err != nil {
-				t.Logf("%s", out)
-			}
-		}
-		build.library = lib
-	})
-	if build.err != nil {
-		t.Fatalf("build the library for CRIU (packaging/dev/deps.sh gcc): %v", build.err)
-	}
-	return build.library
+	return lib
 }
 
-// Clean removes what Preload built; TestMain calls it last.
-func Clean() {
-	if build.dir != "" {
-		_ = os.RemoveAll(build.dir)
+// Library is Preload for processes that tests start. It is built once for a machine and
+// stays in the directory for temporary files.
+func Library() (string, error) {
+	if HasSysResource() {
+		return "", nil
 	}
+	dir := filepath.Join(os.TempDir(), fmt.Sprintf("postern-criutest-%d-%x", os.Geteuid(), sha256.Sum256(source))[:40])
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return "", err
+	}
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return "", err
+	}
+	if !info.IsDir() || info.Sys().(*syscall.Stat_t).Uid != uint32(os.Geteuid()) || info.Mode().Perm()&0o022 != 0 {
+		return "", fmt.Errorf("%s is another user's", dir)
+	}
+	lib := filepath.Join(dir, "prlimit.so")
+	if _, err := os.Stat(lib); err == nil {
+		return lib, nil
+	}
+	fresh, err := os.MkdirTemp(dir, "build-")
+	if err != nil {
+		return "", err
+	}
+	defer os.RemoveAll(fresh) //nolint:errcheck // it is empty by then, or of no use
+	c, out := filepath.Join(fresh, "prlimit.c"), filepath.Join(fresh, "prlimit.so")
+	if err := os.WriteFile(c, source, 0o644); err != nil {
+		return "", err
+	}
+	if said, err := exec.Command("cc", "-O1", "-Wall", "-shared", "-fPIC", "-o", out, c, "-ldl").CombinedOutput(); err != nil {
+		return "", fmt.Errorf("%w: %s", err, said)
+	}
+	if err := os.Chmod(out, 0o755); err != nil {
+		return "", err
+	}
+	return lib, os.Rename(out, lib)
 }
 
 // HasSysResource reports whether this process has CAP_SYS_RESOURCE.

@@ -6,7 +6,6 @@ import (
 
 	"go.uber.org/goleak"
 
-	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
 	"github.com/postern-dev/postern/agentd/checkpoint/internal/criu"
 )
 
@@ -17,8 +16,5 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == criu.ExecArg {
 		os.Exit(criu.ExecMain())
 	}
-	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
-		criutest.Clean()
-		os.Exit(code)
-	}))
+	goleak.VerifyTestMain(m)
 }

@@ -7,7 +7,6 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/postern-dev/postern/agentd/checkpoint"
-	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
 	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
 )
 
@@ -22,8 +21,5 @@ func TestMain(m *testing.M) {
 			os.Exit(checkpoint.ExecMain())
 		}
 	}
-	goleak.VerifyTestMain(m, goleak.Cleanup(func(code int) {
-		criutest.Clean()
-		os.Exit(code)
-	}))
+	goleak.VerifyTestMain(m)
 }

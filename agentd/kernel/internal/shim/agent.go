@@ -66,7 +66,11 @@ func gone(err error) error {
 }
 
 func (a *Agent) ask(ctx context.Context, method, path string) ([]byte, error) {
-	r, err := http.NewRequestWithContext(ctx, method, "http://shim"+path, nil)
+	return a.askWith(ctx, method, path, nil)
+}
+
+func (a *Agent) askWith(ctx context.Context, method, path string, body []byte) ([]byte, error) {
+	r, err := http.NewRequestWithContext(ctx, method, "http://shim"+path, bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}

@@ -6,6 +6,8 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/postern-dev/postern/agentd/checkpoint"
+	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
 	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
 )
 
@@ -15,7 +17,15 @@ func TestMain(m *testing.M) {
 		case sandbox.InitArg:
 			os.Exit(sandbox.InitMain())
 		case Arg:
-			os.Exit(Main(os.Args[2:]))
+			lib, err := criutest.Library()
+			if err != nil {
+				panic(err)
+			}
+			os.Exit(Main(os.Args[2:], checkpoint.NewDriver("").TestOnlyPreload(lib)))
+		case checkpoint.HelperArg:
+			os.Exit(checkpoint.HelperMain())
+		case checkpoint.ExecArg:
+			os.Exit(checkpoint.ExecMain())
 		}
 	}
 	goleak.VerifyTestMain(m)

@@ -35,7 +35,7 @@ const maxLog = 1 << 20
 
 // Main is a shim's process: it runs until the kernel is stopped. It returns an exit
 // code.
-func Main(args []string) int {
+func Main(args []string, criu CRIU) int {
 	if len(args) != 1 {
 		fmt.Fprintln(os.Stderr, "agentd kernel-shim is started by agentd")
 		return proto.ExitUsage
@@ -67,7 +67,7 @@ func Main(args []string) int {
 		<-stop
 		cancel()
 	}()
-	s, err := Open(ctx, dir, logger)
+	s, err := OpenWith(ctx, dir, logger, criu)
 	if err != nil {
 		logger.Error("shim not started", "err", err)
 		say(oneLine(err.Error()))
@@ -128,6 +128,7 @@ func (s *Shim) Serve(ctx context.Context, ready func()) error {
 		}
 		writeAnswer(w, q)
 	})
+	s.serveCheckpoints(mux)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug)}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()

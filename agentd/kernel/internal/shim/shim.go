@@ -39,6 +39,7 @@ var errStopped = proto.Errorf(proto.CodeUnavailable, "the kernel is being stoppe
 // Shim is a running shim. Open makes it, Serve serves, Close lets go: of the process,
 // never of the kernel.
 type Shim struct {
+	criu    CRIU
 	dir     string
 	logger  *slog.Logger
 	lock    *os.File
@@ -63,7 +64,8 @@ type Shim struct {
 	link    *link
 	phase   posternv1.KernelState
 	reason  string
-	quiet   bool // quiesced
+	quiet   bool        // quiesced
+	stay    *time.Timer // lets a kernel go on that was left stopped; nil: none is
 	stopped bool
 	active  time.Time
 	clients map[string]*client
@@ -79,14 +81,19 @@ type Shim struct {
 }
 
 // Open opens a kernel's directory and adopts, or starts, its kernel. A kernel that
-// died meanwhile is no error.
+// died meanwhile is no error. It makes no checkpoints: see OpenWith.
 func Open(ctx context.Context, dir string, logger *slog.Logger) (*Shim, error) {
+	return OpenWith(ctx, dir, logger, nil)
+}
+
+// OpenWith is Open with what checkpoints need; nil means none are made.
+func OpenWith(ctx context.Context, dir string, logger *slog.Logger, criu CRIU) (*Shim, error) {
 	spec, err := ReadSpec(dir)
 	if err != nil {
 		return nil, err
 	}
 	s := &Shim{
-		dir: dir, logger: logger, spec: spec, self: ownPrefix + jupyter.NewID(), queues: map[string]*queue{},
+		criu: criu, dir: dir, logger: logger, spec: spec, self: ownPrefix + jupyter.NewID(), queues: map[string]*queue{},
 		clients: map[string]*client{}, known: map[string]struct{}{}, requests: map[string]*request{}, changed: make(chan struct{}), finished: make(chan struct{}),
 		active: time.Now(), phase: posternv1.KernelState_KERNEL_STATE_STARTING,
 	}
@@ -156,6 +163,9 @@ func (s *Shim) adopt(ctx context.Context) error {
 		return fmt.Errorf("adopt the kernel: %w", err)
 	}
 	s.logger.Info("kernel adopted", "pid", box.PID())
+	if s.criu != nil { // a shim that ended in the midst of a suspend left it stopped
+		s.criu.Continue(box.PID())
+	}
 	s.state.Epoch++
 	return s.run(box)
 }
