@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"path"
+	"slices"
 	"strings"
 
 	"github.com/klauspost/compress/zstd"
@@ -80,33 +81,15 @@ func (e *entry) addRun(r run) {
 
 // encode is the reverse of decodeManifest.
 func (m *manifest) encode() ([]byte, error) {
-	var b []byte
-	str := func(s string) {
-		b = binary.AppendUvarint(b, uint64(len(s)))
-		b = append(b, s...)
-	}
-	b = binary.AppendUvarint(b, uint64(len(m.trees)))
-	for _, t := range m.trees {
-		str(t)
-	}
+	b := appendTrees(nil, m.trees)
 	b = binary.AppendUvarint(b, uint64(len(m.packs)))
 	for _, p := range m.packs {
 		b = append(b, p[:]...)
 	}
 	b = binary.AppendUvarint(b, uint64(len(m.entries)))
 	for _, e := range m.entries {
-		b = append(b, byte(e.kind))
-		b = binary.AppendUvarint(b, uint64(e.tree))
-		str(e.path)
-		b = binary.AppendUvarint(b, uint64(e.mode))
-		b = binary.AppendUvarint(b, uint64(e.uid))
-		b = binary.AppendUvarint(b, uint64(e.gid))
-		b = binary.AppendVarint(b, e.mtime)
-		switch e.kind {
-		case kindSymlink:
-			str(e.link)
-		case kindFile:
-			b = binary.AppendUvarint(b, uint64(e.size))
+		b = appendEntry(b, e)
+		if e.kind == kindFile {
 			b = appendRuns(b, e.runs)
 		}
 	}
@@ -119,6 +102,36 @@ func (m *manifest) encode() ([]byte, error) {
 	}
 	defer enc.Close() //nolint:errcheck // nothing is written through it
 	return enc.EncodeAll(b, nil), nil
+}
+
+func appendString(b []byte, s string) []byte {
+	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
+}
+
+func appendTrees(b []byte, trees []string) []byte {
+	b = binary.AppendUvarint(b, uint64(len(trees)))
+	for _, t := range trees {
+		b = appendString(b, t)
+	}
+	return b
+}
+
+// appendEntry writes all of an entry but its runs.
+func appendEntry(b []byte, e *entry) []byte {
+	b = append(b, byte(e.kind))
+	b = binary.AppendUvarint(b, uint64(e.tree))
+	b = appendString(b, e.path)
+	b = binary.AppendUvarint(b, uint64(e.mode))
+	b = binary.AppendUvarint(b, uint64(e.uid))
+	b = binary.AppendUvarint(b, uint64(e.gid))
+	b = binary.AppendVarint(b, e.mtime)
+	switch e.kind {
+	case kindSymlink:
+		b = appendString(b, e.link)
+	case kindFile:
+		b = binary.AppendUvarint(b, uint64(e.size))
+	}
+	return b
 }
 
 // appendRuns writes each run as its length, its pack + 1 (0 for zeros) and how far
@@ -190,6 +203,14 @@ func (d *decoder) str(limit uint64, what string) string {
 // on: paths stay within their tree and come after their parents, runs lie within a
 // pack and add up to the file's size. packed is at most maxFiles bytes.
 func decodeManifest(packed []byte) (*manifest, error) {
+	plain, err := unpackManifest(packed)
+	if err != nil {
+		return nil, err
+	}
+	return parseManifest(plain)
+}
+
+func unpackManifest(packed []byte) ([]byte, error) {
 	dec, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxFiles))
 	if err != nil {
 		return nil, err
@@ -199,19 +220,13 @@ func decodeManifest(packed []byte) (*manifest, error) {
 	if err != nil {
 		return nil, fmt.Errorf("malformed list of files: %w", err)
 	}
-	return parseManifest(plain)
+	return plain, nil
 }
 
 func parseManifest(plain []byte) (*manifest, error) {
 	d := &decoder{b: plain}
 	m := &manifest{}
-	for range d.uvarint(maxTrees, "number of trees") {
-		name := d.str(maxPath, "tree")
-		if !validTree(name) {
-			d.fail("tree")
-		}
-		m.trees = append(m.trees, name)
-	}
+	m.trees = d.trees()
 	for range d.uvarint(uint64(len(d.b)/len(packID{})), "number of packs") {
 		var id packID
 		copy(id[:], d.bytes(uint64(len(id)), "pack"))
@@ -219,7 +234,10 @@ func parseManifest(plain []byte) (*manifest, error) {
 	}
 	dirs := map[string]bool{}
 	for range d.uvarint(maxEntries, "number of entries") {
-		e := d.entry(m, dirs)
+		e := d.entry(m.trees, dirs)
+		if e.kind == kindFile {
+			e.runs = d.runs(chunksOf(e.size), len(m.packs))
+		}
 		if d.err != nil {
 			break
 		}
@@ -231,9 +249,20 @@ func parseManifest(plain []byte) (*manifest, error) {
 	return m, d.err
 }
 
-// entry reads one entry. dirs holds the directories and files so far, true for
+func (d *decoder) trees() (out []string) {
+	for range d.uvarint(maxTrees, "number of trees") {
+		name := d.str(maxPath, "tree")
+		if !validTree(name) || slices.Contains(out, name) {
+			d.fail("tree")
+		}
+		out = append(out, name)
+	}
+	return out
+}
+
+// entry reads one entry, without its runs. dirs holds the entries so far, true for
 // directories.
-func (d *decoder) entry(m *manifest, dirs map[string]bool) *entry {
+func (d *decoder) entry(trees []string, dirs map[string]bool) *entry {
 	e := &entry{}
 	if k := d.bytes(1, "kind"); len(k) == 1 {
 		e.kind = entryKind(k[0])
@@ -244,11 +273,11 @@ func (d *decoder) entry(m *manifest, dirs map[string]bool) *entry {
 	e.uid = uint32(d.uvarint(math.MaxUint32, "owner"))
 	e.gid = uint32(d.uvarint(math.MaxUint32, "group"))
 	e.mtime = d.varint("time")
-	if e.kind >= kindEnd || e.tree >= len(m.trees) {
+	if e.kind >= kindEnd || e.tree >= len(trees) {
 		d.fail("kind or tree")
 		return e
 	}
-	key := m.trees[e.tree] + "/" + e.path
+	key := trees[e.tree] + "/" + e.path
 	if _, twice := dirs[key]; twice || !validPath(e.path) {
 		d.fail("path")
 		return e
@@ -257,7 +286,7 @@ func (d *decoder) entry(m *manifest, dirs map[string]bool) *entry {
 		if e.kind != kindDir {
 			d.fail("root")
 		}
-	} else if !dirs[m.trees[e.tree]+"/"+path.Dir(e.path)] {
+	} else if !dirs[trees[e.tree]+"/"+path.Dir(e.path)] {
 		d.fail("path without its directory")
 	}
 	dirs[key] = e.kind == kindDir
@@ -269,7 +298,6 @@ func (d *decoder) entry(m *manifest, dirs map[string]bool) *entry {
 		}
 	case kindFile:
 		e.size = int64(d.uvarint(maxFileSize, "size"))
-		e.runs = d.runs(chunksOf(e.size), len(m.packs))
 	}
 	return e
 }
