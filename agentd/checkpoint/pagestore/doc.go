@@ -39,7 +39,7 @@
 //
 // Memory: Put takes about 24 MiB plus 40 bytes for each new chunk (10 bytes per KiB),
 // and the index of known chunks 40 bytes each, up to [Options].IndexChunks; chunks
-// beyond that are stored again rather than found. Restore takes 32 bytes for each
+// beyond that are stored again rather than found. Restore takes 16 bytes for each
 // run of neighbouring chunks and less than 2 MiB for each worker.
 //
 // A Store is safe for concurrent use. Package agentd/checkpoint drives CRIU and calls
