@@ -95,10 +95,15 @@ func parseHierarchies(mountinfo string) []hierarchy {
 
 // cgroups are one kernel's.
 type cgroups struct {
-	id     string
-	groups []group
+	id string
+	// restored: CRIU sets what resource limits there were, so none can stand in for
+	// a controller.
+	restored bool
+	groups   []group
 	// missing are limits that are not enforced, a line each.
 	missing []string
+	// failed are the controllers of those.
+	failed []string
 }
 
 type group struct {
@@ -108,16 +113,16 @@ type group struct {
 
 // makeCgroups makes a kernel's groups with its limits. What can't be made is in
 // lacks; an error is a host that can't be read.
-func makeCgroups(id string, limits Limits) (*cgroups, error) {
+func makeCgroups(id string, limits Limits, restored bool) (*cgroups, error) {
 	all, err := hierarchies()
 	if err != nil {
 		return nil, err
 	}
-	return makeCgroupsIn(all, id, limits), nil
+	return makeCgroupsIn(all, id, limits, restored), nil
 }
 
-func makeCgroupsIn(all []hierarchy, id string, limits Limits) *cgroups {
-	c := &cgroups{id: id}
+func makeCgroupsIn(all []hierarchy, id string, limits Limits, restored bool) *cgroups {
+	c := &cgroups{id: id, restored: restored}
 	reasons := map[string]string{}
 	for _, h := range all {
 		g := group{h, filepath.Join(h.dir, cgroupParent, id)}
@@ -157,7 +162,8 @@ func (c *cgroups) note(limits Limits, reasons map[string]string) {
 		if !found {
 			why = "this host has no " + l.name + " cgroup controller"
 		}
-		if l.name == controlPIDs {
+		c.failed = append(c.failed, l.name)
+		if l.name == controlPIDs && !c.restored {
 			c.missing = append(c.missing, l.text+" holds by RLIMIT_NPROC alone: "+why)
 			continue
 		}
@@ -337,26 +343,45 @@ func (c *cgroups) remove() {
 	}
 }
 
-// removeCgroups ends what is left in a kernel's groups, whoever it belongs to,
-// and removes them.
+// groupProcesses are the processes in a kernel's groups.
+func groupProcesses(id string) []int {
+	all, err := hierarchies()
+	if err != nil {
+		return nil
+	}
+	var pids []int
+	for _, h := range all {
+		list, _ := os.ReadFile(filepath.Join(h.dir, cgroupParent, id, "cgroup.procs"))
+		for _, field := range strings.Fields(string(list)) {
+			if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
+				pids = append(pids, pid)
+			}
+		}
+	}
+	return pids
+}
+
+// removeCgroups removes a kernel's groups, whose processes have ended.
 func removeCgroups(id string) {
 	all, err := hierarchies()
 	if err != nil {
 		return
 	}
 	for _, h := range all {
-		path := filepath.Join(h.dir, cgroupParent, id)
-		list, err := os.ReadFile(filepath.Join(path, "cgroup.procs"))
-		if err != nil {
-			continue
+		if path := filepath.Join(h.dir, cgroupParent, id); exists(path) {
+			removeGroup(path)
 		}
-		for _, field := range strings.Fields(string(list)) {
-			if pid, err := strconv.Atoi(field); err == nil && pid > 1 && pid != os.Getpid() {
-				_ = unix.Kill(pid, unix.SIGKILL)
-			}
-		}
-		removeGroup(path)
 	}
+}
+
+func exists(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
+}
+
+// enforces reports whether a controller holds the kernel to its limit.
+func (c *cgroups) enforces(controller string) bool {
+	return slices.ContainsFunc(c.groups, func(g group) bool { return slices.Contains(g.controllers, controller) }) && !slices.Contains(c.failed, controller)
 }
 
 func removeGroup(path string) {

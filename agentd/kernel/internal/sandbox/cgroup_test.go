@@ -82,7 +82,7 @@ func TestLimitsOfBothVersions(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			g := makeCgroupsIn(c.all, "k", limits)
+			g := makeCgroupsIn(c.all, "k", limits, false)
 			if len(g.lacks()) != 0 {
 				t.Errorf("lacks %q", g.lacks())
 			}
@@ -99,7 +99,7 @@ func TestLimitsOfBothVersions(t *testing.T) {
 			}
 		})
 	}
-	g := makeCgroupsIn([]hierarchy{{v2, true, controllers}}, "k", limits)
+	g := makeCgroupsIn([]hierarchy{{v2, true, controllers}}, "k", limits, false)
 	if g.oomKills() != 0 {
 		t.Error("nothing was killed")
 	}
@@ -113,7 +113,7 @@ func TestLimitsOfBothVersions(t *testing.T) {
 
 func TestMissingControllersAreSaid(t *testing.T) {
 	limits := Limits{Memory: 512 << 20, CPU: 2, PIDs: 64}
-	got := makeCgroupsIn(nil, "k", limits).lacks()
+	got := makeCgroupsIn(nil, "k", limits, false).lacks()
 	want := []string{
 		"the memory limit of 512 MiB is not enforced: this host has no memory cgroup controller",
 		"the limit of 2 CPUs is not enforced: this host has no cpu cgroup controller",
@@ -122,12 +122,15 @@ func TestMissingControllersAreSaid(t *testing.T) {
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q", got)
 	}
-	if got := makeCgroupsIn(nil, "k", Limits{}).lacks(); len(got) != 0 {
+	if got := makeCgroupsIn(nil, "k", Limits{PIDs: 64}, true).lacks(); len(got) != 1 || got[0] != "the limit of 64 processes is not enforced: this host has no pids cgroup controller" {
+		t.Errorf("restored: %q", got)
+	}
+	if got := makeCgroupsIn(nil, "k", Limits{}, false).lacks(); len(got) != 0 {
 		t.Errorf("without limits: %q", got)
 	}
 	// A controller that is there but can't be used.
 	bare := fakeCgroupfs(t, "k", "memory.limit_in_bytes")
-	got = makeCgroupsIn([]hierarchy{{bare, false, []string{controlMemory, controlCPU}}, {"/proc/nowhere", false, []string{controlPIDs}}}, "k", limits).lacks()
+	got = makeCgroupsIn([]hierarchy{{bare, false, []string{controlMemory, controlCPU}}, {"/proc/nowhere", false, []string{controlPIDs}}}, "k", limits, false).lacks()
 	if len(got) != 2 || !strings.Contains(got[0], "cpu.cfs_period_us cannot be set (no such file or directory)") || !strings.Contains(got[1], "/proc/nowhere/postern-kernels/k cannot be made") {
 		t.Errorf("got %q", got)
 	}
@@ -227,15 +230,36 @@ time.sleep(1000)`)
 	}
 }
 
-// Without the controller the resource limit of the kernel's own user holds.
+// Without the controller the resource limit of the kernel's own user holds. With
+// it there is none: forks of a kernel share the user, not the limit.
 func TestForkBombWithoutController(t *testing.T) {
+	needController(t, controlPIDs)
 	spec := testSpec(t, `
 import resource
-print(resource.getrlimit(resource.RLIMIT_NPROC))`)
+print(resource.getrlimit(resource.RLIMIT_NPROC)[0] == 50)`)
 	spec.Limits.PIDs = 50
-	if exit, out := run(t, spec); out != "(50, 50)\n" {
+	if exit, out := run(t, spec); out != "False\n" {
 		t.Errorf("%s: %s", exit.Reason, out)
 	}
+	h, err := makeHostSide(testSpec(t, `
+import resource
+print(resource.getrlimit(resource.RLIMIT_NPROC))`), false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	h.spec.Limits.PIDs = 50
+	h.cgroups.failed = append(h.cgroups.failed, controlPIDs)
+	s, err := h.start(context30(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Wait(context30(t)); err != nil {
+		t.Fatal(err)
+	}
+	if log, _ := os.ReadFile(h.spec.LogFile); string(log) != "(50, 50)\n" {
+		t.Errorf("%s", log)
+	}
+	s.Close()
 }
 
 func TestGroupsAreJoinedAndRemoved(t *testing.T) {

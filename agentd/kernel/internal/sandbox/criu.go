@@ -90,7 +90,7 @@ func Prepare(spec Spec) (*Prepared, error) {
 	if spec.MainPID == 0 || spec.Shown == nil {
 		return nil, fmt.Errorf("restore kernel %s: its specification lacks main_pid or shown, which a start fills in", spec.ID)
 	}
-	h, err := makeHostSide(spec)
+	h, err := makeHostSide(spec, true)
 	if err != nil {
 		return nil, fmt.Errorf("restore kernel %s: %w", spec.ID, err)
 	}

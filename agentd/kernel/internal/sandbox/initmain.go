@@ -27,6 +27,8 @@ const initFD = 3
 // executing. Either end's death before go ends the other's work.
 type order struct {
 	Spec Spec `json:"spec"`
+	// NoGroup: no cgroup limits the number of processes.
+	NoGroup bool `json:"no_group,omitempty"`
 }
 
 type answer struct {
@@ -60,7 +62,7 @@ func InitMain() int {
 	if err := talk.Decode(&o); err != nil {
 		return 1 // the starter is gone
 	}
-	path, err := o.Spec.enter()
+	path, err := o.Spec.enter(o.NoGroup)
 	if err != nil {
 		_ = answers.Encode(answer{Error: err.Error()})
 		return 1
@@ -80,7 +82,7 @@ func InitMain() int {
 
 // enter goes from root on the host's file tree to the kernel's user in its own.
 // It returns the path of the program.
-func (s *Spec) enter() (string, error) {
+func (s *Spec) enter(noGroup bool) (string, error) {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return "", fmt.Errorf("make mounts private: %w", err)
 	}
@@ -93,7 +95,7 @@ func (s *Spec) enter() (string, error) {
 	if err := s.openStdio(); err != nil {
 		return "", err
 	}
-	if err := s.limit(); err != nil {
+	if err := s.limit(noGroup); err != nil {
 		return "", err
 	}
 	if err := s.drop(); err != nil {
@@ -169,7 +171,7 @@ func (s *Spec) openStdio() error {
 }
 
 // limit sets resource limits, for init and thus for all processes.
-func (s *Spec) limit() error {
+func (s *Spec) limit(noGroup bool) error {
 	set := func(what string, resource int, value uint64) error {
 		if err := unix.Setrlimit(resource, &unix.Rlimit{Cur: value, Max: value}); err != nil {
 			return fmt.Errorf("limit %s to %d: %w", what, value, err)
@@ -193,8 +195,8 @@ func (s *Spec) limit() error {
 	if err := set("open files", unix.RLIMIT_NOFILE, min(want, have.Max)); err != nil {
 		return err
 	}
-	if s.Limits.PIDs > 0 {
-		// The user is this kernel's alone, so this holds without a cgroup too.
+	if s.Limits.PIDs > 0 && noGroup {
+		// It counts all processes of the user: the kernel's and its forks'.
 		if err := unix.Getrlimit(unix.RLIMIT_NPROC, &have); err != nil {
 			return err
 		}

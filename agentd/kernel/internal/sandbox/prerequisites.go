@@ -167,7 +167,7 @@ func accountIn(passwd string, base, count uint32) string {
 func checkControllers(fine func(name, message string), lesser func(name, message, remedy string)) {
 	const name = "kernels: limits"
 	limits := Limits{Memory: 1 << 30, CPU: 1, PIDs: 512}
-	c, err := makeCgroups("doctor-"+strconv.Itoa(os.Getpid()), limits)
+	c, err := makeCgroups("doctor-"+strconv.Itoa(os.Getpid()), limits, false)
 	if err != nil {
 		lesser(name, err.Error(), "mount /proc and /sys/fs/cgroup for agentd")
 		return

@@ -400,7 +400,7 @@ func Cleanup(ctx context.Context, spec Spec) error {
 		return err
 	}
 	for {
-		left, err := killUser(spec.UID)
+		left, err := spec.killLeft()
 		if err != nil {
 			return err
 		}
@@ -419,30 +419,47 @@ func Cleanup(ctx context.Context, spec Spec) error {
 	return nil
 }
 
-// killUser kills every process of a user and says how many there were that are no zombies.
-func killUser(uid uint32) (int, error) {
+// killLeft kills what is left of a kernel and says how many processes that were,
+// zombies not counted: init, by sandbox.json; what is in its cgroups, whoever it
+// belongs to; and what runs as its user and sees its run directory, since forks of a
+// kernel share the user.
+func (s *Spec) killLeft() (int, error) {
+	left := map[int]bool{}
+	if pid, _, err := Find(s.StateDir); err == nil {
+		left[pid] = true
+	}
+	for _, pid := range groupProcesses(s.ID) {
+		left[pid] = true
+	}
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return 0, err
 	}
-	left := 0
+	run, runErr := os.Stat(s.RunDir)
 	for _, e := range entries {
 		pid, err := strconv.Atoi(e.Name())
-		if err != nil {
+		if err != nil || runErr != nil {
 			continue
 		}
 		uids, err := statusField(pid, "Uid:")
-		if err != nil || !slices.Contains(uids, uint64(uid)) {
+		if err != nil || !slices.Contains(uids, uint64(s.UID)) {
 			continue
 		}
-		if _, err := startTime(pid); err != nil {
-			continue // a zombie, which is its parent's to reap
-		}
-		if err := unix.Kill(pid, unix.SIGKILL); err == nil {
-			left++
+		// A directory of the sandbox's own: nothing on the way can hang.
+		if seen, err := os.Stat(fmt.Sprintf("/proc/%d/root%s", pid, RunInside)); err == nil && os.SameFile(seen, run) {
+			left[pid] = true
 		}
 	}
-	return left, nil
+	n := 0
+	for pid := range left {
+		if _, err := startTime(pid); err != nil || pid == os.Getpid() {
+			continue // a zombie, which is its parent's to reap
+		}
+		if unix.Kill(pid, unix.SIGKILL) == nil {
+			n++
+		}
+	}
+	return n, nil
 }
 
 // unmountRoot takes away the mount that Prepare made, if it is there.

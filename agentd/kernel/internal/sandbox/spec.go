@@ -30,7 +30,8 @@ type Spec struct {
 	// ID is the kernel's id, a UUID. It names the cgroups.
 	ID string `json:"id"`
 	// UID and GID are the kernel's alone: no account and no other kernel on this
-	// host has them, since everything that runs as UID is ended with the kernel.
+	// host has them but forks of it, since CRIU restores processes with the user
+	// that they had.
 	UID uint32 `json:"uid"`
 	GID uint32 `json:"gid"`
 	// Argv is the program, as seen from inside, and its arguments. A name

@@ -51,7 +51,7 @@ func mayRaiseLimits() bool {
 
 // makeHostSide makes directories, cgroups, network namespace and fence. On an
 // error nothing of it is left but directories.
-func makeHostSide(spec Spec) (h *hostSide, err error) {
+func makeHostSide(spec Spec, restored bool) (h *hostSide, err error) {
 	if err := spec.Validate(); err != nil {
 		return nil, err
 	}
@@ -70,7 +70,7 @@ func makeHostSide(spec Spec) (h *hostSide, err error) {
 	if err := h.spec.makeDirs(); err != nil {
 		return h, err
 	}
-	if h.cgroups, err = makeCgroups(h.spec.ID, h.spec.Limits); err != nil {
+	if h.cgroups, err = makeCgroups(h.spec.ID, h.spec.Limits, restored); err != nil {
 		return h, err
 	}
 	if h.netns, err = newNetNS(); err != nil {
@@ -132,7 +132,7 @@ func mkdirFor(path string, mode fs.FileMode, uid, gid uint32) error {
 // left that runs, or sandbox.json in StateDir names it: Find reads it. The error
 // is one line; after an error nothing runs and nothing is left but directories.
 func Start(ctx context.Context, spec Spec) (*Sandbox, error) {
-	h, err := makeHostSide(spec)
+	h, err := makeHostSide(spec, false)
 	if err != nil {
 		return nil, fmt.Errorf("start kernel %s: %w", spec.ID, err)
 	}
@@ -180,7 +180,7 @@ func (h *hostSide) command(ctx context.Context, s *Sandbox, conn net.Conn) error
 		return err
 	}
 	talk, answers := json.NewEncoder(conn), json.NewDecoder(conn)
-	if err := talk.Encode(order{Spec: h.spec}); err != nil {
+	if err := talk.Encode(order{Spec: h.spec, NoGroup: !h.cgroups.enforces(controlPIDs)}); err != nil {
 		return told(err)
 	}
 	var a answer

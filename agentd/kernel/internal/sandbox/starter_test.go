@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -221,4 +222,79 @@ func TestStarterWithoutCores(t *testing.T) {
 	waitFor(t, want, logHas(spec, want))
 	_ = cmd.Process.Kill()
 	_ = cmd.Wait()
+}
+
+// A fork of a kernel has its user. What ends the one leaves the other alone.
+func TestCleanupLeavesForksAlone(t *testing.T) {
+	one := testSpec(t, `import time; print("ready"); time.sleep(1000)`)
+	two := testSpec(t, `import time; print("ready"); time.sleep(1000)`)
+	two.UID, two.GID = one.UID, one.GID
+	s := start(t, two)
+	cmd, out := startStarter(t, one)
+	buf := make([]byte, 64)
+	if n, err := out.Read(buf); err != nil || string(buf[:n]) != "started\n" {
+		t.Fatalf("%s%v", buf[:n], err)
+	}
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	// Not even its note helps to find it.
+	if err := os.Remove(one.stateFile()); err != nil {
+		t.Fatal(err)
+	}
+	for _, g := range groupsOf(t, one.ID) {
+		for _, pid := range processesIn(t, one.ID) {
+			_ = writeControl(filepath.Dir(filepath.Dir(g)), "cgroup.procs", pid)
+		}
+	}
+	if n := alive(t, one.UID); n != 4 {
+		t.Fatalf("%d processes, want two kernels and their inits", n)
+	}
+	if err := Cleanup(context30(t), one); err != nil {
+		t.Fatal(err)
+	}
+	if n := alive(t, one.UID); n != 2 {
+		t.Errorf("%d processes, want a kernel and its init", n)
+	}
+	select {
+	case <-s.Done():
+		t.Error("the fork ended")
+	default:
+	}
+}
+
+// The next starter makes the fence again.
+func TestFenceIsMadeAgain(t *testing.T) {
+	needRoot(t)
+	host := outside(t)
+	port := echo(t, host.String())
+	for _, n := range []Network{{Mode: NetworkAllowed, Allow: []string{fmt.Sprintf("%v:%d", host, port)}}, {Mode: NetworkOpen, Allow: []string{fmt.Sprintf("%v:%d", host, port)}}} {
+		spec := testSpec(t, `
+import socket, sys, time
+while True:
+    try:
+        with socket.create_connection((sys.argv[1], int(sys.argv[2])), 10) as s:
+            s.shutdown(socket.SHUT_WR)
+            said = s.recv(100).decode()
+    except OSError as e: said = e.strerror
+    print(said)
+    time.sleep(0.02)`, host.String(), fmt.Sprint(port))
+		spec.Network = n
+		cmd, _ := startStarter(t, spec)
+		waitFor(t, "a connection", logHas(spec, "echo 0"))
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		waitFor(t, "no connection", logHas(spec, "Connection refused"))
+		if err := os.Truncate(spec.LogFile, 0); err != nil {
+			t.Fatal(err)
+		}
+		s, err := Adopt(context30(t), spec, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "a connection again", logHas(spec, "echo 0"))
+		if err := s.Kill(context30(t)); err != nil {
+			t.Error(err)
+		}
+		s.Close()
+	}
 }
