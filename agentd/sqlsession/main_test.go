@@ -51,7 +51,11 @@ func TestMain(m *testing.M) {
 	} else {
 		parser = sqlsession.NewParser(sqlsession.ParserConfig{})
 		parser.Start()
-		code = m.Run()
+		if err := awaitParser(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+		} else {
+			code = m.Run()
+		}
 		parser.Close()
 		if err := server.Stop(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
@@ -65,6 +69,23 @@ func TestMain(m *testing.M) {
 		}
 	}
 	os.Exit(code)
+}
+
+// awaitParser waits until the shared parser answers: on a busy machine it takes longer
+// to start than a test waits for a statement.
+func awaitParser() error {
+	client, err := sqlsession.NewParserClient(parser)
+	if err != nil {
+		return err
+	}
+	defer client.Close()
+	var failure error
+	for range 3 { // each waits for a minute at most
+		if _, failure = client.Parse(context.Background(), "SELECT 1"); failure == nil {
+			return nil
+		}
+	}
+	return failure
 }
 
 func startServer() error {

@@ -41,10 +41,12 @@ const rehearsal = "SELECT oid, relname FROM pg_catalog.pg_class WHERE oid = 1259
 // all the way to frames that nobody gets. What comes of it does not matter: the
 // statement asks for itself.
 func (s *session) warm(busy func() bool) error {
+	parses := false
 	if s.parser != nil && !busy() {
 		ctx, done := context.WithTimeout(context.Background(), warmTimeout)
-		_, _ = s.parser.Parse(ctx, rehearsal)
+		_, err := s.parser.Parse(ctx, rehearsal)
 		done()
+		parses = err == nil
 	}
 	_ = s.wire.conn.SetDeadline(time.Now().Add(warmTimeout))
 	name := func(n string) []pgguard.Name { return []pgguard.Name{{Name: n}} }
@@ -66,7 +68,7 @@ func (s *session) warm(busy func() bool) error {
 		primed = primed && err == nil
 	}
 	s.primed = primed
-	if primed && s.parser != nil && !busy() {
+	if primed && parses && !busy() {
 		if err := s.rehearse(); err != nil {
 			return err
 		}
@@ -88,6 +90,8 @@ func (s *session) rehearse() error {
 	if err != nil {
 		return err
 	}
+	// The parser may take its time first, and is waited for no longer than warmTimeout.
+	_ = s.wire.conn.SetDeadline(time.Now().Add(3 * warmTimeout))
 	own := s.sink
 	s.sink = newSink(nowhere{})
 	defer func() {

@@ -2,6 +2,7 @@ package child
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"io"
 	"strings"
@@ -10,6 +11,7 @@ import (
 	"github.com/jackc/pgx/v5/pgproto3"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgguard"
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 )
 
 // idleServer is a server that answers every question with nothing.
@@ -72,5 +74,21 @@ func TestQuestionsInsideATransaction(t *testing.T) {
 	}
 	if s.wire.tx != 'T' {
 		t.Errorf("the transaction is %q", s.wire.tx)
+	}
+}
+
+// deaf is a parser that does not answer.
+type deaf struct{}
+
+func (deaf) Parse(context.Context, string) (*pgtree.Tree, error) { return nil, pgtree.ErrUnavailable }
+
+func TestWarmWithoutAParserDoesNotRehearse(t *testing.T) {
+	conn := &script{Reader: bytes.NewReader(idleServer(6))}
+	s := &session{wire: newWire(conn, map[string]string{}), network: "test", parser: deaf{}}
+	if err := s.warm(func() bool { return false }); err != nil {
+		t.Fatal(err)
+	}
+	if strings.Contains(conn.wrote.String(), rehearsal) || !s.primed {
+		t.Errorf("primed %v, wrote %q: want the questions alone", s.primed, conn.wrote.String())
 	}
 }
