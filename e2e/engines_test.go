@@ -19,7 +19,8 @@ import (
 func TestEngines(t *testing.T) {
 	maria := mariadbserver.Start(t)
 	ctx := t.Context()
-	if err := maria.SQL(ctx, "CREATE DATABASE shop", "CREATE TABLE shop.items (id INT PRIMARY KEY, name VARCHAR(50), price DECIMAL(10,2))", "INSERT INTO shop.items VALUES (1, 'größe', 9.50), (2, NULL, 3)"); err != nil {
+	if err := maria.SQL(ctx, "CREATE DATABASE shop", "CREATE TABLE shop.items (id INT PRIMARY KEY, name VARCHAR(50), price DECIMAL(10,2))", "INSERT INTO shop.items VALUES (1, 'größe', 9.50), (2, NULL, 3)",
+		"CREATE TABLE shop.hidden_plans (a INT)", "CREATE TABLE shop.cards (id INT PRIMARY KEY, number VARCHAR(20) NOT NULL)", "INSERT INTO shop.cards VALUES (1, '4111111111111111')"); err != nil {
 		t.Fatal(err)
 	}
 	if err := maria.CreateUser(ctx, "reader", readerPassword, "SELECT, SHOW VIEW ON shop.*"); err != nil {
@@ -36,7 +37,7 @@ func TestEngines(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, text := range []string{"CREATE TABLE items (id INTEGER PRIMARY KEY, name TEXT, price REAL)", "INSERT INTO items VALUES (1, 'größe', 9.5), (2, NULL, 3)"} {
+	for _, text := range []string{"CREATE TABLE items (id INTEGER PRIMARY KEY, name TEXT, price REAL)", "CREATE TABLE cards (id INTEGER PRIMARY KEY, number TEXT)", "INSERT INTO cards VALUES (1, '4111111111111111')", "INSERT INTO items VALUES (1, 'größe', 9.5), (2, NULL, 3)"} {
 		if _, err := db.Exec(text); err != nil {
 			t.Fatal(err)
 		}
@@ -51,7 +52,9 @@ func TestEngines(t *testing.T) {
 	if err := os.WriteFile(password, []byte(readerPassword+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	agent, err := s.Join(ctx, "host", fmt.Sprintf("sources:\n  - name: shop\n    engine: mysql\n    dsn: %s\n    password: {file: %s}\n  - name: app\n    engine: sqlite\n    dsn: path=%s\n",
+	const policy = "    policy:\n      hide: [shop.hidden_*, shop.cards, main.cards]\n      mask: [{pattern: '\\b\\d{13,19}\\b', with: redact}]\n"
+	agent, err := s.Join(ctx, "host", fmt.Sprintf("sources:\n  - name: shop\n    engine: mysql\n    dsn: %s\n    password: {file: %s}\n"+policy+
+		"  - name: app\n    engine: sqlite\n    dsn: path=%s\n"+policy+"  - name: shape\n    engine: mysql\n    dsn: %[1]s\n    password: {file: %[2]s}\n    policy: {mode: metadata}\n",
 		maria.SocketDSN("reader", "shop"), password, path))
 	if err != nil {
 		t.Fatal(err)
@@ -76,6 +79,29 @@ func TestEngines(t *testing.T) {
 		if got := must(t, s, "sql", source, "-f", "json", "SELECT COUNT(*) AS n FROM items"); !strings.Contains(got, `"n":2`) {
 			t.Errorf("%s: got %s", source, got)
 		}
+	}
+	// Patterns, also in what the history keeps.
+	for _, source := range []string{"host/shop", "host/app"} {
+		if got := must(t, s, "sql", source, "-f", "csv", "SELECT number FROM cards WHERE number <> '4222222222222222'"); strings.Join(strings.Fields(got), " ") != "number ***" {
+			t.Errorf("%s: got %s, want the number masked", source, got)
+		}
+	}
+	if got := must(t, s, "query", "list"); strings.Contains(got, "4222222222222222") || !strings.Contains(got, "FROM cards WHERE number <> '***'") {
+		t.Errorf("the history has %s", got)
+	}
+	// SHOW and DESCRIBE, less what is hidden.
+	if got := must(t, s, "sql", "host/shop", "-f", "csv", "SHOW TABLES"); strings.Join(strings.Fields(got), " ") != "Tables_in_shop items" {
+		t.Errorf("got %s, want items alone", got)
+	}
+	if e := postern(t, s, "sql", "host/shop", "DESCRIBE cards"); e.code != 3 || !strings.Contains(e.stderr, "hides shop.cards") {
+		t.Errorf("got %d, %s", e.code, e.stderr)
+	}
+	// Mode metadata: shapes and no values.
+	if got := must(t, s, "sql", "host/shape", "SELECT id, number, id + 1 AS more FROM cards WHERE number = {{n}}"); strings.Contains(got, "4111") || !strings.Contains(got, "varchar(20)") || !strings.Contains(got, "PARAMETER") {
+		t.Errorf("got %s, want columns with types and a parameter", got)
+	}
+	if e := postern(t, s, "sql", "host/shape", "SELECT nothing FROM cards"); e.code != 1 || !strings.Contains(e.stderr, "there is no column nothing") {
+		t.Errorf("got %d, %s", e.code, e.stderr)
 	}
 	out := finish(t, agent.Command(ctx, "doctor", "--config", agent.ConfigFile(), "--state", agent.StateDir(), "--runtime", agent.RuntimeDir()))
 	for _, want := range []string{"MariaDB answers", "can read only", "agentd opens " + path} {

@@ -23,8 +23,11 @@ func Columns(src io.Reader) ([]Column, error) {
 	for i, c := range s.columns {
 		columns[i] = Column{Name: c.name, Type: c.pgType, Nullable: c.nullable}
 		for _, pair := range c.meta {
-			if pair[0] == "pg.sqltype" {
-				columns[i].Type = pair[1]
+			switch pair[0] {
+			case "pg.sqltype", "mysql.sqltype", "sqlite.type": // a stream has one of them
+				if pair[1] != "" {
+					columns[i].Type = pair[1]
+				}
 			}
 		}
 	}
