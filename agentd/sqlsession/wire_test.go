@@ -43,6 +43,7 @@ func (l *wireLog) Event(e *posternv1.WireEvent) error {
 // wireClient is a client of PostgreSQL's protocol with the control plane between.
 type wireClient struct {
 	t     *testing.T
+	m     *sqlsession.Manager
 	log   *wireLog
 	front *pgproto3.Frontend
 	conn  net.Conn
@@ -58,7 +59,7 @@ func openWire(t *testing.T, m *sqlsession.Manager, id string, settings ...[2]str
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := &wireClient{t: t, log: &wireLog{}, ended: make(chan error, 1)}
+	c := &wireClient{t: t, m: m, log: &wireLog{}, ended: make(chan error, 1)}
 	near, far := net.Pipe()         // the tunnel
 	client, forClient := net.Pipe() // the client's connection
 	c.conn, c.front = client, pgproto3.NewFrontend(client, client)

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -99,6 +100,9 @@ func (p *process) serveProxy(r *frame.WireRequest, conn net.Conn) int {
 		SessionID: r.SessionID, Server: s.wire.conn, Parameters: s.wire.params, Version: s.majorVersion(), Cancel: s.cancel,
 		Agentd: conn, Parser: p.parser, Judge: judge, Guard: r.Guard, ReadWrite: r.ReadWrite,
 		MaxRows: r.MaxRows, MaxBytes: r.MaxBytes, Timeout: millis(r.TimeoutMillis), Idle: millis(r.IdleMillis), IdleInTransaction: millis(r.IdleInTransaction),
+	}
+	if slices.Contains([]string{plansStructure, plansFull, plansAnalyze}, r.Guard.Plans) {
+		config.Planner = judge
 	}
 	switch {
 	case r.Guard.Mode == modeMetadata:

@@ -240,6 +240,13 @@ func (p *Proxy) answer() error {
 			return p.skip(5 + size) // an error takes its place
 		}
 	}
+	if x.quiet {
+		if err := p.skip(5 + size); err != nil {
+			return p.eof(err)
+		}
+		p.pop(true)
+		return nil
+	}
 	switch {
 	case t == 'n' && x.portal != nil:
 		x.portal.shape = shape{known: true} // no rows come
@@ -354,7 +361,12 @@ func (p *Proxy) complete(t byte, size int) error {
 		p.finish(st, tag, nil)
 		p.settled(st, tag)
 	}
-	if err := p.through(5 + size); err != nil {
+	if t == 'C' && st != nil && st.explains {
+		err := p.replace(5+size, appendMessage(nil, 'C', "EXPLAIN"))
+		if err != nil {
+			return p.eof(err)
+		}
+	} else if err := p.through(5 + size); err != nil {
 		return p.eof(err)
 	}
 	if x.kind == 'Q' {

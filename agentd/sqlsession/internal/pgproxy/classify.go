@@ -27,6 +27,8 @@ type part struct {
 	hide Hider
 	// path: names may mean something else after it (search_path).
 	path bool
+	// explains: it is EXPLAIN.
+	explains bool
 	// ends: it ends a failed transaction, or goes back to before the failure.
 	ends bool
 	// data: it was held against the policy, in the light of what names mean.
@@ -45,6 +47,8 @@ type view struct {
 	narrowed bool
 	masked   bool
 	metadata bool
+	// plans: EXPLAIN is answered.
+	plans bool
 	// pathNamesCatalog: an unqualified name may mean something else than pg_catalog's.
 	pathNamesCatalog bool
 	// ownPath: search_path was changed in the transaction under way.
@@ -122,7 +126,10 @@ func classify(node *pgquery.Node, v view) (p part, inside []inner, refusal *Refu
 	case *pgquery.Node_CopyStmt:
 		return classifyCopy(n.CopyStmt, v)
 	case *pgquery.Node_ExplainStmt:
-		refusal = refuse(stateDenied, "EXPLAIN is refused: plans are off on this data source")
+		p.explains = true // by ourselves: what is sent tells its plan
+		if p.quiet = true; !v.plans {
+			refusal = plansOff()
+		}
 	case *pgquery.Node_LoadStmt, *pgquery.Node_AlterSystemStmt:
 		refusal = refuse(stateDenied, "this statement changes the server itself and is refused")
 	default:

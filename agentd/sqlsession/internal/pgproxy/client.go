@@ -289,7 +289,7 @@ func (p *Proxy) parse() error {
 	if refusal != nil {
 		return p.refuseMessage(text, refusal)
 	}
-	made := &preparedStatement{text: text, j: j}
+	made := &preparedStatement{text: text, j: j, types: types}
 	if len(j.parts) == 1 {
 		made.part = j.parts[0]
 	}
@@ -404,7 +404,9 @@ func (p *Proxy) mayBind(name, statement string) (*Refusal, error) {
 		}
 		return &Refusal{SQLState: stateNoStatement, Message: message, Code: proto.CodeSQL}, nil
 	}
-	if made.j != nil && made.j.fresh(p.epoch) || p.tx == 'E' {
+	again := made.part.explains && made.bound
+	made.bound = true
+	if made.j != nil && made.j.fresh(p.epoch) && !again || p.tx == 'E' {
 		return nil, nil // in a failed transaction the server binds only what ends it
 	}
 	j := p.judge(made.text)
@@ -418,6 +420,14 @@ func (p *Proxy) mayBind(name, statement string) (*Refusal, error) {
 	made.j = j
 	if len(j.parts) == 1 && made.part.prepares == "" {
 		made.part = j.parts[0]
+	}
+	if made.part.explains { // with a plan of now
+		b := append(p.parseMessage(statement, j.rewrite), made.types...)
+		binary.BigEndian.PutUint32(b[1:], uint32(len(b)-1))
+		if err := p.queue(&expect{kind: 'C', quiet: true}, appendMessage(nil, 'C', "S"+statement)); err != nil || p.skipping {
+			return nil, err
+		}
+		return nil, p.queue(&expect{kind: 'P', quiet: true}, b)
 	}
 	return nil, nil
 }

@@ -56,6 +56,9 @@ func (p *Proxy) finish(st *running, tag string, failure *posternv1.ErrorDetail) 
 
 // denied tells of a text that was not sent.
 func (p *Proxy) denied(text string, refusal *Refusal) {
+	if refusal.logged {
+		return
+	}
 	st := p.running(part{sql: strings.TrimSpace(text)}, nil)
 	e := p.event(st, posternv1.WireEvent_STATE_ENDED)
 	e.Verdict, e.Error = "denied", refusal.detail()

@@ -72,7 +72,7 @@ type judgement struct {
 // view is what there is to know about the session for a verdict.
 func (p *Proxy) view() view {
 	return view{
-		readWrite: p.config.ReadWrite, narrowed: len(p.config.Guard.WriteSchemas)+len(p.config.Guard.WriteStatements) > 0, masked: len(p.config.Guard.Masks) > 0, metadata: p.config.Guard.Mode == "metadata",
+		readWrite: p.config.ReadWrite, narrowed: len(p.config.Guard.WriteSchemas)+len(p.config.Guard.WriteStatements) > 0, masked: len(p.config.Guard.Masks) > 0, metadata: p.config.Guard.Mode == "metadata", plans: p.config.Planner != nil,
 		pathNamesCatalog: p.pathNamesCatalog, ownPath: p.ownPath,
 	}
 }
@@ -157,6 +157,13 @@ func (p *Proxy) look(text string) *judgement {
 		}
 		if refusal != nil {
 			return &judgement{parts: []part{one}, refusal: refusal}
+		}
+		if one.explains {
+			if len(tree.Stmts) > 1 {
+				return &judgement{parts: []part{one}, refusal: refuse(stateUnsupported, "EXPLAIN beside other statements in one message is not supported: send them one by one")}
+			}
+			rewrite, refusal := p.explain(ctx, text, raw.GetStmt().GetExplainStmt())
+			return &judgement{parts: []part{one}, refusal: refusal, rewrite: rewrite}
 		}
 		if moved && one.data {
 			r := refuse(stateUnsupported, "a query behind a change of search_path in one message is refused: send them one after the other")
@@ -352,7 +359,7 @@ func (c *cache) put(key string, j *judgement) {
 		return
 	}
 	for _, one := range j.parts {
-		if one.executes != "" || one.prepares != "" || one.path || one.forgets != "" {
+		if one.explains || one.executes != "" || one.prepares != "" || one.path || one.forgets != "" {
 			return // what it means changes with the session
 		}
 	}

@@ -40,6 +40,8 @@ type Refusal struct {
 	Hint     string
 	// Position is in the client's text, in characters from 1; 0: nowhere.
 	Position int
+	// logged: the log has it already.
+	logged bool
 	// Code is for the log and the history; 0 means POLICY_DENIED.
 	Code proto.Code
 }

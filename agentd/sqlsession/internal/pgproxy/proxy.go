@@ -46,6 +46,8 @@ type Config struct {
 	// Spare, which may be nil, makes of a statement one that tells less, or "": judged is
 	// parsed and held against the policy, and sent goes to the server.
 	Spare func(text string, tree *pgtree.Tree) (judged, sent string)
+	// Planner answers EXPLAIN; nil: plans are off.
+	Planner Planner
 	// Discreet, which may be nil, is what is told in place of the server's ErrorResponse.
 	Discreet func(body []byte) *Refusal
 	// MaxRows, MaxBytes (of protocol) and Timeout bound each statement.
@@ -186,13 +188,20 @@ type expect struct {
 	portal *portal
 	// done is called when it succeeded.
 	done func()
+	// quiet: the answer is not for the client.
+	quiet bool
 }
 
 // preparedStatement is a text that was prepared, by a Parse or by PREPARE.
 type preparedStatement struct {
-	text string
-	part part
-	j    *judgement
+	// types are the types of parameters that its Parse gave, with their count; nil:
+	// PREPARE made it.
+	types []byte
+	// bound: a plan that it shows was shown.
+	bound bool
+	text  string
+	part  part
+	j     *judgement
 }
 
 // portal is what an Execute names; its tally goes over all of its Executes.
