@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -93,7 +94,7 @@ func (l *lab) dial(t *testing.T, session string, v1 bool) *client {
 	}
 	path := "/jupyter/edge/api/kernels/" + l.kernel + "/channels"
 	if session != "" {
-		path += "?session_id=" + session
+		path += "?session_id=" + url.QueryEscape(session)
 	}
 	ws, _, err := websocket.Dial(t.Context(), l.url+path, options)
 	if err != nil {
@@ -393,7 +394,7 @@ func TestJupyterChannels(t *testing.T) {
 	l := newLab(t)
 	for _, v1 := range []bool{false, true} {
 		t.Run(fmt.Sprintf("v1=%v", v1), func(t *testing.T) {
-			c := l.dial(t, "", v1)
+			c := l.dial(t, fmt.Sprint("client ", v1), v1)
 			info := c.ask(jupyter.Control, "kernel_info_request", nil)
 			all := c.until(idle(info))
 			var order []string
@@ -547,6 +548,45 @@ func TestJupyterClientComesBack(t *testing.T) {
 		t.Error("the older connection goes on")
 	}
 	newer.until(idle(newer.execute("print on")))
+}
+
+// TestJupyterNamelessClientComesBack is a gateway client, which gives no session_id,
+// whose connection broke.
+func TestJupyterNamelessClientComesBack(t *testing.T) {
+	l := newLab(t)
+	other := l.dial(t, "other", false)
+	c := l.dial(t, "", false)
+	const n = 3000
+	id := c.execute(fmt.Sprintf("flood %d 100", n))
+	text := printed(c.until(func(m *posternv1.KernelMessage, _, _ jupyter.Header) bool {
+		return strings.Contains(string(m.Content), "00000900")
+	}))
+	c.ws.CloseNow()
+	other.until(idle(id))
+	c = l.dial(t, "", false)
+	replied := false
+	all := c.until(func(m *posternv1.KernelMessage, h, p jupyter.Header) bool {
+		replied = replied || m.Channel == jupyter.Shell && p.ID == id
+		return idle(id)(m, h, p)
+	})
+	for _, line := range strings.Split(strings.TrimSuffix(printed(all), "\n"), "\n") {
+		if !strings.Contains(text, line[:8]) { // see TestJupyterClientComesBack
+			text += line + "\n"
+		}
+	}
+	lines(t, text, n)
+	if !replied {
+		t.Error("the reply did not come")
+	}
+	// One that has said goodbye is another client the next time.
+	if err := c.ws.Close(websocket.StatusNormalClosure, ""); err != nil {
+		t.Fatal(err)
+	}
+	other.until(idle(other.execute("print meanwhile")))
+	c = l.dial(t, "", false)
+	if got := printed(c.until(idle(c.execute("print fresh")))); got != "fresh\n" {
+		t.Errorf("printed %q", got)
+	}
 }
 
 func TestJupyterConnectionsEnd(t *testing.T) {

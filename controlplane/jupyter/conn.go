@@ -33,6 +33,9 @@ const (
 	pingsAtOnce, pingAfter = 8, 64
 	// A ping that follows messages has pingMark and the number of the last one.
 	pingMark, pingSize = 'm', 9
+	// silentTime is after how long without a pong a nameless client that connects anew
+	// is taken for the one that is silent.
+	silentTime = 5 * time.Second
 	// maxSession bounds a client's session id, in bytes.
 	maxSession = 120
 )
@@ -45,6 +48,7 @@ var errReplaced = proto.Errorf(proto.CodeCancelled, "a newer connection with thi
 type pinged struct {
 	sequence uint64
 	messages int
+	at       time.Time
 }
 
 // hijacker keeps the connection that is taken over.
@@ -67,10 +71,12 @@ type conn struct {
 	log    *slog.Logger
 	kernel string
 	client string
-	// resumes says that the client may come back under its name.
-	resumes bool
-	v1      bool
-	ws      *websocket.Conn
+	// from tells a client without a name of its own from others; nil: it has one.
+	from *origin
+	// broke says that the client went without a word; set before done is closed.
+	broke atomic.Bool
+	v1    bool
+	ws    *websocket.Conn
 	// ctx is the connection's; its cause says why it ends. io is that of reads and
 	// writes, which must not break off before the end has been said.
 	ctx    context.Context
@@ -110,11 +116,13 @@ func (s *Server) serveChannels(q *request) error {
 		return proto.Errorf(proto.CodeInvalid, "a session_id has at most %d bytes", maxSession)
 	}
 	resume := client != ""
+	var from *origin
 	if client == "" {
-		client = "ws-" + jupyter.NewID()
+		from = &origin{q.c.TokenId, id, q.c.Remote, q.r.UserAgent()}
+		client, resume = s.nameless(*from)
 	}
 	c := &conn{
-		server: s, caller: q.c, kernel: id, client: client, resumes: resume, log: s.cfg.Logger.With("kernel", id),
+		server: s, caller: q.c, kernel: id, client: client, from: from, log: s.cfg.Logger.With("kernel", id),
 		done: make(chan struct{}), changed: make(chan struct{}), heard: time.Now(),
 	}
 	c.ctx, c.cancel = context.WithCancelCause(s.ctx)
@@ -166,7 +174,8 @@ func (c *conn) serve(stream Channels) {
 // close ends the WebSocket with a status that clients understand.
 func (c *conn) close(why error) {
 	var closed websocket.CloseError
-	if errors.As(why, &closed) || errors.Is(why, errReplaced) || why == nil {
+	var write *writeError
+	if errors.As(why, &closed) || errors.As(why, &write) || errors.Is(why, errReplaced) || why == nil || c.broke.Load() {
 		return // the client has closed it, or has given it up
 	}
 	status, reason := websocket.StatusInternalError, proto.Detail(why).Message
@@ -202,12 +211,17 @@ func (c *conn) read(first Channels) error {
 	for {
 		kind, data, err := c.ws.Read(c.io)
 		if err != nil {
-			if c.ctx.Err() != nil {
-				return context.Cause(c.ctx)
-			}
+			cause := context.Cause(c.ctx)
 			var closed websocket.CloseError
-			if errors.As(err, &closed) {
+			var write *writeError
+			switch {
+			case errors.As(err, &closed):
 				c.left()
+			case cause == nil || errors.As(cause, &write): // not by us
+				c.broke.Store(true)
+			}
+			if cause != nil {
+				return cause
 			}
 			return err
 		}
@@ -313,7 +327,7 @@ func (c *conn) ping() error {
 	sequence := c.written.Load()
 	frame = binary.BigEndian.AppendUint64(frame, sequence)
 	c.mu.Lock()
-	c.pings = append(c.pings, pinged{sequence, c.unpinged})
+	c.pings = append(c.pings, pinged{sequence, c.unpinged, time.Now()})
 	c.mu.Unlock()
 	c.unpinged = 0
 	_, err := c.raw.Write(frame)
@@ -335,6 +349,14 @@ func (c *conn) ponged(payload []byte) {
 		c.pings = c.pings[1:]
 	}
 	c.changedLocked()
+}
+
+// silent reports whether a ping has been under way for longer than a client that is
+// there takes for it.
+func (c *conn) silent() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.pings) > 0 && time.Since(c.pings[0].at) > silentTime
 }
 
 // left is told that the client has closed the WebSocket in order. It has answered each ping
@@ -363,6 +385,7 @@ func (c *conn) keepAlive() {
 		silent := time.Since(c.heard)
 		c.mu.Unlock()
 		if silent > pongTime {
+			c.broke.Store(true)
 			c.cancel(proto.Errorf(proto.CodeTimeout, "the client answers no ping"))
 			return
 		}

@@ -8,11 +8,13 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/jupyter"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
@@ -48,6 +50,43 @@ type Server struct {
 	// order the same keys, the oldest first.
 	read  map[clientKey]uint64
 	order []clientKey
+	// lost are clients without names that went without a word, the oldest first.
+	lost []lostClient
+}
+
+// origin is what tells clients that give no session_id from each other: gateway clients,
+// whose servers come back by themselves when a connection broke.
+type origin struct{ token, kernel, remote, agent string }
+
+type lostClient struct {
+	from origin
+	name string
+	at   time.Time
+}
+
+const (
+	// lostTime is how long a client without a name may take to come back, and maxLost
+	// bounds how many are waited for.
+	lostTime, maxLost = 2 * time.Minute, 1000
+)
+
+// nameless names a client that gives no session_id: as the one from the same place
+// that was lost last, whose messages it then gets, or anew.
+func (s *Server) nameless(from origin) (name string, resume bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := len(s.lost) - 1; i >= 0; i-- {
+		if l := s.lost[i]; l.from == from && time.Since(l.at) < lostTime {
+			s.lost = slices.Delete(s.lost, i, i+1)
+			return l.name, true
+		}
+	}
+	for c := range s.conns { // a break that is not noticed yet
+		if c.from != nil && *c.from == from && c.silent() {
+			return c.client, true
+		}
+	}
+	return "ws-" + jupyter.NewID(), false
 }
 
 // clientKey names a client of a kernel.
@@ -370,7 +409,7 @@ func (s *Server) add(c *conn) error {
 func (s *Server) remove(c *conn) {
 	s.mu.Lock()
 	delete(s.conns, c)
-	if key := c.key(); c.confirmed > 0 && c.resumes {
+	if key := c.key(); c.confirmed > 0 {
 		if _, known := s.read[key]; !known {
 			s.order = append(s.order, key)
 		}
@@ -378,6 +417,12 @@ func (s *Server) remove(c *conn) {
 		if len(s.order) > maxRead {
 			delete(s.read, s.order[0])
 			s.order = s.order[1:]
+		}
+	}
+	if c.from != nil && c.broke.Load() {
+		s.lost = append(s.lost, lostClient{*c.from, c.client, time.Now()})
+		if len(s.lost) > maxLost {
+			s.lost = s.lost[1:]
 		}
 	}
 	s.mu.Unlock()
