@@ -19,6 +19,7 @@ import (
 	"github.com/postern-dev/postern/agentd/control"
 	"github.com/postern-dev/postern/agentd/host"
 	"github.com/postern-dev/postern/agentd/identity"
+	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/link"
 	"github.com/postern-dev/postern/agentd/secret"
 	"github.com/postern-dev/postern/agentd/sqlsession"
@@ -64,11 +65,14 @@ type Daemon struct {
 
 	log      *audit.Log
 	sessions *sqlsession.Manager
-	host     *host.Host
-	link     *link.Keeper
-	control  *control.Server
-	metrics  *http.Server
-	unlock   func()
+	kernels  *kernel.Manager
+	// kernelUIDs is the first of kernels' user ids; it stays until the next start.
+	kernelUIDs uint32
+	host       *host.Host
+	link       *link.Keeper
+	control    *control.Server
+	metrics    *http.Server
+	unlock     func()
 
 	serving   sync.WaitGroup // the metrics server
 	countUp   atomic.Pointer[prometheus.Counter]
@@ -179,11 +183,18 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if err := d.setSources(c); err != nil {
 		return err
 	}
+	d.kernelUIDs = c.Kernels.UIDBase
+	d.kernels = d.newKernels()
+	d.setKernels(c)
 	d.host = d.newHost()
+	d.kernels.OnIdleStop(d.host.NoteKernelStopped)
 	if err := d.host.Recover(found.Begun); err != nil {
 		return err
 	}
 	if err := d.record(audit.ActionStart); err != nil {
+		return err
+	}
+	if err := d.kernels.Open(linkCtx); err != nil {
 		return err
 	}
 	wake, err := tunnel.WatchNetwork(linkCtx)
@@ -277,6 +288,9 @@ func (d *Daemon) close() (errs []error) {
 	if d.control != nil {
 		errs = append(errs, d.control.Close())
 	}
+	if d.kernels != nil {
+		d.kernels.Close() // they go on without us
+	}
 	if d.sessions != nil {
 		ctx, cancel := context.WithTimeout(context.Background(), abortTime)
 		if err := d.sessions.Close(ctx); err != nil {
@@ -325,6 +339,7 @@ func (d *Daemon) Reload() error {
 		return err
 	}
 	d.useConfig(c)
+	d.setKernels(c)
 	if err := d.record("config.reload"); err != nil {
 		d.logger.Error("reload not recorded", "err", err)
 	}

@@ -118,24 +118,21 @@ func examine(ctx context.Context, r *doctor.Report, p *places) {
 	examineLink(ctx, r, p, c, status, running)
 	examineAudit(r, p, status, running)
 	r.Sandbox(c.SQL.UIDBase, uidCount)
-	examineKernels(ctx, r)
+	examineKernels(ctx, r, c.Kernels)
 	examineCheckpoints(ctx, r)
 	examineSources(ctx, r, p, c, running)
 }
 
-// Kernels' users, by default; the last one is this command's own.
-const (
-	kernelUIDBase  = 1_901_000_000
-	kernelUIDCount = 65_536
-)
-
 // examineKernels says whether kernels can run here. A host for SQL alone needs none
-// of it, so nothing of it fails the whole.
-func examineKernels(ctx context.Context, r *doctor.Report) {
-	for _, f := range kernel.Examine(ctx, kernel.Needs{UIDBase: kernelUIDBase, UIDs: kernelUIDCount}) {
+// of it, so only where the configuration asks for kernels a fault fails the whole.
+func examineKernels(ctx context.Context, r *doctor.Report, k config.Kernels) {
+	for _, f := range kernel.Examine(ctx, kernel.Needs{UIDBase: k.UIDBase, UIDs: config.KernelUIDs, SpecDirs: k.SpecDirs, Visible: k.Visible}) {
 		result := doctor.Warning
-		if f.OK {
+		switch {
+		case f.OK:
 			result = doctor.OK
+		case k.Enabled && !f.Lesser:
+			result = doctor.Failed
 		}
 		r.Add(f.Name, result, f.Message, f.Remedy)
 	}

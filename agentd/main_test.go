@@ -8,6 +8,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"go.uber.org/goleak"
 
+	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 )
 
@@ -18,6 +19,12 @@ func TestMain(m *testing.M) {
 	}
 	if len(os.Args) > 1 && os.Args[1] == sqlsession.ParserArg {
 		os.Exit(sqlsession.ParserMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == kernel.InitArg {
+		os.Exit(kernel.InitMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == kernel.ShimArg {
+		os.Exit(kernel.ShimMain(os.Args[2:], nil))
 	}
 	if os.Getenv("POSTERN_TEST_AGENTD") == "1" { // a whole process of ours: see startProcess
 		os.Exit(run(os.Args[1:]))

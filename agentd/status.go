@@ -149,6 +149,17 @@ func printStatus(w io.Writer, s control.Status) error {
 		}
 		row(key, "%s on %s of token %s since %s, transaction %s, %d statements", o.ID, o.Source, o.Token, o.Opened.Format(time.RFC3339), o.Transaction, o.Statements)
 	}
+	for i, k := range s.Kernels {
+		key := ""
+		if i == 0 {
+			key = "kernels"
+		}
+		state := k.State
+		if k.Reason != "" {
+			state += " (" + k.Reason + ")"
+		}
+		row(key, "%s of %s for token %s since %s, %s, %d clients", k.ID, k.Spec, k.Token, k.Started.Format(time.RFC3339), state, k.Connections)
+	}
 	return t.Flush()
 }
 

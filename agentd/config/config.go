@@ -57,6 +57,7 @@ type Config struct {
 	// MaskKey is the key of masks that hosts share; zero means the host's own.
 	MaskKey secret.Ref
 	Sources []Source
+	Kernels Kernels
 
 	proxy, noProxy string // as written; proxy may hold a password
 }
@@ -74,6 +75,7 @@ func (c *Config) NeedRestart(old *Config) []string {
 		{"metrics", c.Metrics != old.Metrics},
 		{"sql", c.SQL != old.SQL},
 		{"vault", c.Vault.text != old.Vault.text},
+		{"kernels.uid_base", c.Kernels.UIDBase != old.Kernels.UIDBase},
 		{"log.format", c.Log.Format != old.Log.Format},
 	} {
 		if k.changed {
@@ -143,9 +145,10 @@ type file struct {
 		IdleTimeout string  `yaml:"idle_timeout"`
 		UIDBase     *uint32 `yaml:"uid_base"`
 	} `yaml:"sql"`
-	Vault   vaultFile  `yaml:"vault"`
-	MaskKey secret.Ref `yaml:"mask_key"`
-	Sources []source   `yaml:"sources"`
+	Vault   vaultFile   `yaml:"vault"`
+	MaskKey secret.Ref  `yaml:"mask_key"`
+	Sources []source    `yaml:"sources"`
+	Kernels kernelsFile `yaml:"kernels"`
 }
 
 type source struct {
@@ -159,8 +162,9 @@ type source struct {
 // Default is the configuration of a host without a file.
 func Default() *Config {
 	return &Config{
-		Log: Log{Level: slog.LevelInfo, Format: "text"},
-		SQL: SQL{Warm: DefaultWarm, IdleTimeout: DefaultIdleTimeout, UIDBase: DefaultUIDBase},
+		Log:     Log{Level: slog.LevelInfo, Format: "text"},
+		SQL:     SQL{Warm: DefaultWarm, IdleTimeout: DefaultIdleTimeout, UIDBase: DefaultUIDBase},
+		Kernels: defaultKernels(),
 	}
 }
 
@@ -239,6 +243,7 @@ func Parse(path string, raw []byte, checkDSN func(engine, dsn string) error) (*C
 		}
 	}
 	p.sources(in, c, at, checkDSN)
+	p.kernels(in, c, at, hasKey(root, "kernels"))
 	if err := p.err(); err != nil {
 		return nil, err
 	}

@@ -81,7 +81,7 @@ func TestProblems(t *testing.T) {
 	source := "sources:\n  - name: w\n    engine: postgres\n    dsn: host=h dbname=d user=u\n"
 	for _, tt := range []struct{ name, text, want string }{
 		{"unknown key", "url: https://a\nsorces: []\n", "f.yaml:2: unknown key sorces: did you mean sources?"},
-		{"unknown, no idea", "colour: blue\n", "f.yaml:1: unknown key colour: known are ca_file, log"},
+		{"unknown, no idea", "colour: blue\n", "f.yaml:1: unknown key colour: known are ca_file, kernels, log"},
 		{"nested unknown", "log:\n  levle: debug\n", "f.yaml:2: unknown key log.levle: did you mean level?"},
 		{"unknown in a source", source + "    passwort: {file: /x}\n", "f.yaml:5: unknown key sources.passwort: did you mean password?"},
 		{"unknown in a policy", source + "    policy:\n      max_row: 3\n", "f.yaml:6: unknown key sources.policy.max_row: did you mean max_rows?"},
@@ -113,7 +113,6 @@ func TestProblems(t *testing.T) {
 		{"engine missing", "sources:\n  - name: w\n    dsn: host=h\n", "it has no engine"},
 		{"engine mysql without a dsn", "sources:\n  - {name: w, engine: mysql}\n", "f.yaml:2: source w: dsn: it is empty"},
 		{"engine mysql with a password", "sources:\n  - {name: w, engine: mysql, dsn: host=h user=u password=x}\n", "f.yaml:2: source w: dsn: it holds a password"},
-		{"engine mysql in mode metadata", "sources:\n  - {name: w, engine: mysql, dsn: host=h user=u, policy: {mode: metadata}}\n", "f.yaml:2: source w: policy.mode: metadata is not supported for engine mysql"},
 		{"engine oracle", "sources:\n  - {name: w, engine: oracle, dsn: x}\n", "f.yaml:2: source w: engine \"oracle\" is unknown: use postgres, mysql"},
 		{"engine sqlite without a path", "sources:\n  - {name: w, engine: sqlite}\n", "f.yaml:2: source w: dsn: it is empty: write path="},
 		{"engine sqlite with a password", "sources:\n  - {name: w, engine: sqlite, dsn: path=/x.db, password: {file: /x}}\n", "f.yaml:2: source w: password: SQLite has none"},

@@ -15,6 +15,7 @@ type Status struct {
 	Sources  []Source  `json:"sources"`
 	Queries  []Query   `json:"queries"`
 	Sessions []Session `json:"sessions"`
+	Kernels  []Kernel  `json:"kernels"`
 	Audit    Audit     `json:"audit"`
 }
 
@@ -89,6 +90,23 @@ type Session struct {
 	// Protocol is postgresql for a session of PostgreSQL's own protocol, of which
 	// LastUsed and Transaction are not known.
 	Protocol string `json:"protocol,omitempty"`
+}
+
+// Kernel is a Jupyter kernel.
+type Kernel struct {
+	ID   string `json:"id"`
+	Spec string `json:"spec"`
+	// State is starting, idle, busy, changing, suspended or dead; Reason says why.
+	State  string `json:"state"`
+	Reason string `json:"reason,omitempty"`
+	// Token is the name of the API token that started it.
+	Token        string    `json:"token"`
+	Started      time.Time `json:"started"`
+	LastActivity time.Time `json:"last_activity"`
+	// Connections are clients attached.
+	Connections int `json:"connections"`
+	// Generation counts the starts of its processes.
+	Generation uint64 `json:"generation"`
 }
 
 // Audit is the end of the host's log.

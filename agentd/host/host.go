@@ -15,6 +15,7 @@ import (
 
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/auditchain"
+	"github.com/postern-dev/postern/proto/kernelstream"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
 	"github.com/postern-dev/postern/proto/wirestream"
@@ -108,6 +109,10 @@ type Config struct {
 	Audit   Audit
 	// Wire serves PostgreSQL's own protocol; nil: that is not served.
 	Wire WireOpener
+	// Kernels runs Jupyter kernels; nil: that is not served. DecideKernel asks the policy
+	// whether one may be started.
+	Kernels      Kernels
+	DecideKernel func(*posternv1.StartKernelRequest) KernelVerdict
 	// Decide asks the policy of the source that the request names.
 	Decide func(*posternv1.SQLRequest) Verdict
 	// CheckOffered checks a source that somebody on the host offered with a
@@ -155,7 +160,8 @@ type Host struct {
 	draining bool
 	running  map[string]struct{} // query ids
 	wires    map[string]WireSession
-	idle     chan struct{} // closed when draining and nothing runs
+	streams  map[io.Closer]struct{} // of kernels
+	idle     chan struct{}          // closed when draining and nothing runs
 	// unwritten are ends of statements that the log refused. Nothing new begins
 	// before they are written, so they are at most as many as may run at once.
 	unwritten []auditchain.Entry
@@ -183,12 +189,17 @@ func New(cfg Config) *Host {
 	}
 	h := &Host{
 		cfg: cfg, logger: cfg.Logger, mux: http.NewServeMux(), checks: make(chan struct{}, cfg.MaxChecks), reports: make(chan struct{}, cfg.MaxReports),
-		running: map[string]struct{}{}, wires: map[string]WireSession{}, idle: make(chan struct{}),
+		running: map[string]struct{}{}, wires: map[string]WireSession{}, streams: map[io.Closer]struct{}{}, idle: make(chan struct{}),
 	}
 	h.abort, h.abortNow = context.WithCancelCause(context.Background())
 	h.mux.HandleFunc("POST "+proto.SQLPath, h.serveSQL)
 	if cfg.Wire != nil {
 		h.mux.HandleFunc("POST "+wirestream.Path, h.serveWire)
+	}
+	if cfg.Kernels != nil {
+		path, kernels := posternv1connect.NewKernelHostServiceHandler(kernelRPC{h}, connect.WithReadMaxBytes(4<<20))
+		h.mux.Handle(path, kernels)
+		h.mux.HandleFunc("POST "+kernelstream.Path, h.serveChannels)
 	}
 	if cfg.Exposition != nil {
 		h.mux.Handle("GET "+proto.MetricsPath, cfg.Exposition)
@@ -229,7 +240,11 @@ func (h *Host) Drain(ctx context.Context) error {
 		}
 	}
 	wires := slices.Collect(maps.Values(h.wires))
+	streams := slices.Collect(maps.Keys(h.streams))
 	h.mu.Unlock()
+	for _, s := range streams {
+		_ = s.Close() // its client comes back and misses nothing
+	}
 	for _, w := range wires {
 		w.Drain()
 	}

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"context"
+	"path/filepath"
+	"strings"
+
+	"github.com/postern-dev/postern/agentd/config"
+	"github.com/postern-dev/postern/agentd/control"
+	"github.com/postern-dev/postern/agentd/host"
+	"github.com/postern-dev/postern/agentd/kernel"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// kernelRunner makes the kernels what the host asks for.
+type kernelRunner struct{ *kernel.Manager }
+
+var _ host.Kernels = kernelRunner{}
+
+// StartKernel implements host.Kernels.
+func (r kernelRunner) StartKernel(ctx context.Context, m *posternv1.StartKernelRequest, environment map[string]string) (*posternv1.Kernel, error) {
+	return r.Manager.Start(ctx, kernel.Start{ID: m.Id, Spec: m.Spec, Owner: m.Principal, Environment: environment})
+}
+
+// kernelsDir is where kernels are in the state directory.
+const kernelsDir = "kernels"
+
+// newKernels makes the manager of kernels; openKernels adopts what runs.
+func (d *Daemon) newKernels() *kernel.Manager {
+	metrics := kernel.NewMetrics(d.registry)
+	dir := filepath.Join(d.state, kernelsDir)
+	if abs, err := filepath.Abs(dir); err == nil {
+		dir = abs
+	}
+	m := kernel.New(kernel.Config{Dir: dir, Executable: d.Executable, Logger: d.logger, Metrics: metrics})
+	metrics.Register(m)
+	return m
+}
+
+// setKernels makes the configuration count for kernels.
+func (d *Daemon) setKernels(c *config.Config) {
+	k := c.Kernels
+	d.kernels.Set(kernel.Settings{
+		Enabled: k.Enabled, SpecDirs: k.SpecDirs, Offered: func(spec string) bool { return k.Allowed(spec) == "" },
+		Max: k.Max, Memory: int64(k.Memory), Disk: int64(k.Disk), CPUs: k.CPUs, PIDs: k.PIDs, Network: k.Network, NetworkAllow: k.NetworkAllow,
+		Visible: k.Visible, IdleAfter: k.IdleAfter, Warm: k.Warm, JournalBytes: int64(k.Journal),
+		UIDBase: d.kernelUIDs, UIDs: config.KernelUIDs - 1, // the last one is doctor's
+	})
+}
+
+// decideKernel holds the start of a kernel against the policy.
+func (d *Daemon) decideKernel(r *posternv1.StartKernelRequest) host.KernelVerdict {
+	spec := strings.ToLower(r.Spec)
+	if spec == "" {
+		spec = "python3"
+	}
+	env, reason := d.config.Load().Kernels.StartKernel(spec, r.Environment)
+	return host.KernelVerdict{Allowed: reason == "", Reason: reason, Environment: env}
+}
+
+// kernelStatus is for commands on this host.
+func (d *Daemon) kernelStatus() []control.Kernel {
+	out := []control.Kernel{}
+	for _, k := range d.kernels.List() {
+		out = append(out, control.Kernel{
+			ID: k.Id, Spec: k.Spec, State: strings.ToLower(strings.TrimPrefix(k.State.String(), "KERNEL_STATE_")), Reason: k.Reason,
+			Token: k.Owner.GetTokenName(), Started: k.Started.AsTime(), LastActivity: k.LastActivity.AsTime(), Connections: int(k.Connections), Generation: k.Generation,
+		})
+	}
+	return out
+}
