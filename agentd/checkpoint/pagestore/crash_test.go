@@ -205,7 +205,7 @@ func TestPowerCutAtEveryStep(t *testing.T) {
 		disk.failAt, disk.crash = k, true
 		h := newHistory(t, disk, contents)
 		h.run()
-		for seed := range uint64(4) {
+		for seed := range uint64(3) {
 			var r *rand.Rand
 			if seed > 0 {
 				r = rand.New(rand.NewPCG(uint64(k), seed))

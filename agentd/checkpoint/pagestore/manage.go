@@ -127,9 +127,11 @@ func (o *orgStore) changeRecord(id ID, edit func(*record) bool) error {
 	if err != nil {
 		return err
 	}
+	before := o.fileSize(o.metaPath(id))
 	if err := writeWhole(o.fs, o.pointDir(), string(id)+metaSuffix, meta); err != nil {
 		return err
 	}
+	o.store.used.Add(int64(len(meta)) - before)
 	if err := o.fs.syncDir(o.pointDir()); err != nil {
 		return err
 	}
@@ -210,14 +212,22 @@ func (o *orgStore) removePoint(id ID) (freed int64, err error) {
 
 // removeFile removes a file, if it is there, and returns its size.
 func (o *orgStore) removeFile(path string) (size int64, err error) {
-	if f, err := o.fs.open(path); err == nil {
-		size, _ = f.size() //nolint:errcheck // an estimate will do
-		f.Close()          //nolint:errcheck // only read
-	}
+	size = o.fileSize(path)
 	if err := o.fs.remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return 0, err
 	}
 	return size, nil
+}
+
+// fileSize is the size of a file of the store, for Used; 0 if it is not there.
+func (o *orgStore) fileSize(path string) int64 {
+	f, err := o.fs.open(path)
+	if err != nil {
+		return 0
+	}
+	defer f.Close()     //nolint:errcheck // only read
+	size, _ := f.size() //nolint:errcheck // an estimate will do
+	return size
 }
 
 // family returns the children of a checkpoint, and its parent.

@@ -67,8 +67,12 @@ func TestTreeListDeleteProtect(t *testing.T) {
 		}
 	}
 	check("c d(e) z")
+	used := s.Used()
 	s.Close() //nolint:errcheck // only to reopen
 	s = openStore(t, dir)
+	if s.Used() != used {
+		t.Errorf("Used was %d, and is %d after reopening", used, s.Used())
+	}
 	check("c d(e) z")
 	if c, err := s.Get(ids["d"]); err != nil || !c.Protected {
 		t.Errorf("protection is lost: %+v, %v", c, err)
