@@ -66,6 +66,8 @@ type Daemon struct {
 	log      *audit.Log
 	sessions *sqlsession.Manager
 	kernels  *kernel.Manager
+	// checkpoints is empty until the kernels are adopted.
+	checkpoints engineBox
 	// kernelUIDs is the first of kernels' user ids; it stays until the next start.
 	kernelUIDs uint32
 	host       *host.Host
@@ -197,6 +199,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if err := d.kernels.Open(linkCtx); err != nil {
 		return err
 	}
+	d.openCheckpoints()
 	wake, err := tunnel.WatchNetwork(linkCtx)
 	if err != nil {
 		d.logger.Info("changes of the network are not watched", "err", err)
@@ -288,6 +291,7 @@ func (d *Daemon) close() (errs []error) {
 	if d.control != nil {
 		errs = append(errs, d.control.Close())
 	}
+	errs = append(errs, d.checkpoints.close())
 	if d.kernels != nil {
 		d.kernels.Close() // they go on without us
 	}

@@ -13,13 +13,31 @@ import (
 )
 
 // kernelRunner makes the kernels what the host asks for.
-type kernelRunner struct{ *kernel.Manager }
+type kernelRunner struct {
+	*kernel.Manager
+	checkpoints *engineBox
+}
 
 var _ host.Kernels = kernelRunner{}
 
 // StartKernel implements host.Kernels.
 func (r kernelRunner) StartKernel(ctx context.Context, m *posternv1.StartKernelRequest, environment map[string]string) (*posternv1.Kernel, error) {
 	return r.Manager.Start(ctx, kernel.Start{ID: m.Id, Spec: m.Spec, Owner: m.Principal, Environment: environment})
+}
+
+// Stop implements host.Kernels: a kernel's checkpoints go with it.
+func (r kernelRunner) Stop(ctx context.Context, id string) error {
+	k, err := r.Manager.Get(ctx, id)
+	if err == nil {
+		err = r.Manager.Stop(ctx, id)
+	}
+	if err != nil {
+		return err
+	}
+	if e, eerr := r.checkpoints.engine(); eerr == nil {
+		return e.Forget(k.Owner.GetOrganization(), id)
+	}
+	return nil
 }
 
 // kernelsDir is where kernels are in the state directory.

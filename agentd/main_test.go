@@ -8,6 +8,8 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"go.uber.org/goleak"
 
+	"github.com/postern-dev/postern/agentd/checkpoint"
+	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 )
@@ -24,7 +26,17 @@ func TestMain(m *testing.M) {
 		os.Exit(kernel.InitMain())
 	}
 	if len(os.Args) > 1 && os.Args[1] == kernel.ShimArg {
-		os.Exit(kernel.ShimMain(os.Args[2:], nil))
+		library, err := criutest.Library()
+		if err != nil {
+			panic(err)
+		}
+		os.Exit(kernel.ShimMain(os.Args[2:], checkpoint.NewDriver("").TestOnlyPreload(library)))
+	}
+	if len(os.Args) > 1 && os.Args[1] == checkpoint.HelperArg {
+		os.Exit(checkpoint.HelperMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == checkpoint.ExecArg {
+		os.Exit(checkpoint.ExecMain())
 	}
 	if os.Getenv("POSTERN_TEST_AGENTD") == "1" { // a whole process of ours: see startProcess
 		os.Exit(run(os.Args[1:]))

@@ -42,6 +42,7 @@ type Client struct {
 	Queries       posternv1connect.QueryServiceClient
 	Sessions      posternv1connect.SessionServiceClient
 	Kernels       posternv1connect.KernelServiceClient
+	Checkpoints   posternv1connect.KernelCheckpointServiceClient
 	Audit         posternv1connect.AuditServiceClient
 	Organizations posternv1connect.OrganizationServiceClient
 	CA            posternv1connect.CAServiceClient
@@ -89,6 +90,7 @@ func New(cfg Config) (*Client, error) {
 		Queries:       posternv1connect.NewQueryServiceClient(hc, address, option),
 		Sessions:      posternv1connect.NewSessionServiceClient(hc, address, option),
 		Kernels:       posternv1connect.NewKernelServiceClient(hc, address, option),
+		Checkpoints:   posternv1connect.NewKernelCheckpointServiceClient(hc, address, option),
 		Audit:         posternv1connect.NewAuditServiceClient(hc, address, option),
 		Organizations: posternv1connect.NewOrganizationServiceClient(hc, address, option),
 		CA:            posternv1connect.NewCAServiceClient(hc, address, option),

@@ -68,6 +68,8 @@ var readOnly = []string{
 	posternv1connect.KernelServiceListKernelSpecsProcedure,
 	posternv1connect.KernelServiceListKernelsProcedure,
 	posternv1connect.KernelServiceGetKernelProcedure,
+	posternv1connect.KernelCheckpointServiceCheckKernelProcedure,
+	posternv1connect.KernelCheckpointServiceListCheckpointsProcedure,
 	posternv1connect.AuditServiceListAuditProcedure,
 	posternv1connect.AuditServiceVerifyAuditProcedure,
 	posternv1connect.OrganizationServiceListOrganizationsProcedure,

@@ -44,14 +44,11 @@ func (e *Engine) Delete(ctx context.Context, organization, checkpoint string) er
 	return nil
 }
 
-// Forget removes all checkpoints of a kernel that was stopped for good, but protected
-// ones.
+// Forget removes all checkpoints of a kernel that was stopped for good. Its forks need
+// none of them: each checkpoint is whole by itself.
 func (e *Engine) Forget(organization, kernel string) error {
 	list, _ := e.store.List(organization, kernel)
 	for _, c := range list {
-		if c.Protected && c.Kind != KindSuspend {
-			continue
-		}
 		if err := e.store.Delete(c.ID); err != nil {
 			return err
 		}

@@ -15,17 +15,18 @@ import (
 
 // Config is what the API needs. All fields are required unless said otherwise.
 type Config struct {
-	Logger   *slog.Logger
-	Tokens   Tokens
-	Keys     Keys
-	Store    Store
-	Agents   Agents
-	Queries  Queries
-	Catalogs Catalogs
-	Kernels  Kernels
-	Audit    Audit
-	CA       CA
-	Gatherer prometheus.Gatherer
+	Logger      *slog.Logger
+	Tokens      Tokens
+	Keys        Keys
+	Store       Store
+	Agents      Agents
+	Queries     Queries
+	Catalogs    Catalogs
+	Kernels     Kernels
+	Checkpoints Checkpoints
+	Audit       Audit
+	CA          CA
+	Gatherer    prometheus.Gatherer
 	// Tunnel serves the WebSocket endpoint, /tunnel.
 	Tunnel http.Handler
 	// Jupyter serves Jupyter's clients, below /jupyter/; it knows callers by itself.

@@ -49,6 +49,9 @@ func New(cfg Config) *API {
 		func() (string, http.Handler) { return posternv1connect.NewQueryServiceHandler(a, option) },
 		func() (string, http.Handler) { return posternv1connect.NewSessionServiceHandler(sessions{a}, option) },
 		func() (string, http.Handler) { return posternv1connect.NewKernelServiceHandler(kernels{a}, option) },
+		func() (string, http.Handler) {
+			return posternv1connect.NewKernelCheckpointServiceHandler(checkpoints{a}, option)
+		},
 		func() (string, http.Handler) { return posternv1connect.NewAuditServiceHandler(a, option) },
 		func() (string, http.Handler) { return posternv1connect.NewOrganizationServiceHandler(a, option) },
 		func() (string, http.Handler) { return posternv1connect.NewCAServiceHandler(a, option) },

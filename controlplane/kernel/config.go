@@ -12,6 +12,7 @@ import (
 
 // Agent is a live tunnel to an agent. Its errors carry codes of package proto.
 type Agent interface {
+	CheckpointAgent
 	ListKernelSpecs(context.Context, *posternv1.ListKernelSpecsRequest) (*posternv1.ListKernelSpecsResponse, error)
 	StartKernel(context.Context, *posternv1.StartKernelRequest) (*posternv1.Kernel, error)
 	ListKernels(context.Context, *posternv1.ListKernelsRequest) (*posternv1.ListKernelsResponse, error)
