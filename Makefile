@@ -9,7 +9,7 @@
 #   make mysql-test the suite of engines and the attacks on a real MySQL, which is fetched from Debian's
 #                   newer suites into /opt/postern-mysql, or bin/mysql if not root (180 MB)
 #   make clients    PostgreSQL clients that are large to install, through the whole system:
-#                   JDBC and node-postgres (from npm)
+#                   JDBC, node-postgres (from npm) and pgx's own tests
 #   make race       the Go tests alone, with the race detector
 #   make lint       gofumpt, vet, staticcheck
 #   make fuzz       every fuzz target, FUZZTIME each (default 5m)
@@ -61,7 +61,7 @@ mysql-test:
 
 clients:
 	@packaging/dev/deps.sh go postgresql bigclients
-	$(GO) test -tags clients -timeout 30m -v -run TestBigClients ./e2e
+	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestPgxSuite' ./e2e
 
 race:
 	$(GO) test -race ./...

@@ -1,5 +1,10 @@
 package pgproxy
 
+import (
+	"errors"
+	"os"
+)
+
 // copyIn passes on what the client sends for a COPY FROM STDIN, until it is done or
 // the server has had enough. n bytes are the server's CopyInResponse.
 func (p *Proxy) copyIn(n int) error {
@@ -18,6 +23,15 @@ func (p *Proxy) copyIn(n int) error {
 	// heard takes what the server said; over tells that it was an error.
 	heard := func(err error) (over bool, _ error) {
 		watching = false
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			// It is time to tell that the statement runs.
+			if err := p.quiet(); err != nil {
+				return false, err
+			}
+			p.out.flush()
+			watch, watching = p.watch(), true
+			return false, nil
+		}
 		if err != nil {
 			return false, p.eof(err)
 		}

@@ -294,6 +294,35 @@ func TestReadWrite(t *testing.T) {
 	b.want("notify", b.query("LISTEN a"), "C(LISTEN) Z(I)")
 }
 
+// TestSlowCopyIn: a COPY FROM STDIN that takes longer than a moment is told of, and goes
+// on; so does the session when the server refuses what comes later.
+func TestSlowCopyIn(t *testing.T) {
+	b := start(t, true, wish{})
+	b.want("a table", b.query("CREATE TEMP TABLE slow (i int) /* rw */"), "C(CREATE TABLE) Z(I)")
+	b.send(&pgproto3.Query{String: "COPY slow FROM STDIN /* rw */"}, &pgproto3.CopyData{Data: []byte("1\n")})
+	time.Sleep(3 * moment)
+	b.send(&pgproto3.CopyData{Data: []byte("2\n")})
+	time.Sleep(3 * moment)
+	b.send(&pgproto3.CopyDone{})
+	b.want("slow", b.answer(), "G C(COPY 2) Z(I)")
+	b.send(&pgproto3.Query{String: "COPY slow FROM STDIN /* rw */"}, &pgproto3.CopyData{Data: []byte("3\n")})
+	time.Sleep(3 * moment)
+	b.send(&pgproto3.CopyData{Data: []byte("nonsense\n")}, &pgproto3.CopyDone{})
+	b.want("refused", b.answer(), "G E(22P02) Z(I)")
+	b.want("after it", b.query("SELECT count(*) FROM slow"), "T D C(SELECT 1) Z(I)")
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	running := 0
+	for _, e := range b.events {
+		if strings.HasPrefix(e.Sql, "COPY") && e.State == posternv1.WireEvent_STATE_RUNNING {
+			running++
+		}
+	}
+	if running != 2 {
+		t.Errorf("%d were told of while they ran", running)
+	}
+}
+
 // FuzzClient sends whatever bytes as a client would: the proxy ends the session or
 // answers, and never panics or hangs.
 func FuzzClient(f *testing.F) {

@@ -111,24 +111,38 @@ func (p *Proxy) read() error {
 			return nil
 		case errors.Is(err, errQuiet):
 		case errors.Is(err, os.ErrDeadlineExceeded):
-			p.mu.Lock()
-			ended := p.ended
-			if !ended {
-				_ = p.conn.SetReadDeadline(time.Time{})
-			}
-			p.mu.Unlock()
-			if ended {
-				return fail{refuse(stateCanceled, "the database did not end a cancelled statement in time")}
+			if err := p.quiet(); err != nil {
+				return err
 			}
 		case err != nil:
 			return err
 		default:
 			return io.ErrNoProgress
 		}
-		if st := p.current; st != nil && !st.told && time.Since(st.started) >= moment {
-			p.announce(st)
-			p.out.flush()
-		}
+		p.tellRunning()
+	}
+}
+
+// quiet goes on after a read that ended to tell of a statement that takes long.
+func (p *Proxy) quiet() error {
+	p.mu.Lock()
+	ended := p.ended
+	if !ended {
+		_ = p.conn.SetReadDeadline(time.Time{})
+	}
+	p.mu.Unlock()
+	if ended {
+		return fail{refuse(stateCanceled, "the database did not end a cancelled statement in time")}
+	}
+	p.tellRunning()
+	return nil
+}
+
+// tellRunning tells of the statement under way if it takes long.
+func (p *Proxy) tellRunning() {
+	if st := p.current; st != nil && !st.told && time.Since(st.started) >= moment {
+		p.announce(st)
+		p.out.flush()
 	}
 }
 
