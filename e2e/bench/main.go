@@ -59,6 +59,7 @@ var measurements = append(tunnelMeasurements,
 	measurement{"introspect", measureIntrospection},
 	measurement{"pgwire", measurePGWire},
 	measurement{"fleet", measureFleet},
+	measurement{"kernels", measureKernels},
 )
 
 // roles are what this binary does when it is started as a child of itself, by the
