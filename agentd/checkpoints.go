@@ -5,7 +5,6 @@ import (
 	"errors"
 	"path/filepath"
 	"sync"
-	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -13,6 +12,7 @@ import (
 	"github.com/postern-dev/postern/agentd/checkpoint"
 	"github.com/postern-dev/postern/agentd/host"
 	"github.com/postern-dev/postern/agentd/kernel"
+	"github.com/postern-dev/postern/agentd/policy"
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
@@ -24,14 +24,14 @@ var (
 
 // openCheckpoints opens the store. Where it can't be opened kernels run without
 // checkpoints, and every call that needs one says why.
-func (d *Daemon) openCheckpoints() {
+func (d *Daemon) openCheckpoints(c policy.Checkpoints) {
 	state := d.state
 	if abs, err := filepath.Abs(state); err == nil {
 		state = abs
 	}
 	engine, err := checkpoint.Open(checkpoint.Config{
-		State: state, Kernels: savedKernels{d.kernels}, Driver: checkpoint.NewDriver(""), Logger: d.logger,
-		MaxBytes: checkpointBytes, Keep: checkpointKeep, MaxAge: checkpointAge,
+		State: state, Kernels: savedKernels{d.kernels, c.CRIU}, Driver: checkpoint.NewDriver(c.CRIU), Logger: d.logger,
+		MaxBytes: int64(c.MaxBytes), Keep: c.Keep, MaxAge: c.MaxAge,
 	})
 	if err != nil {
 		d.logger.Error("no checkpoints: their store can't be opened", "err", err)
@@ -39,8 +39,21 @@ func (d *Daemon) openCheckpoints() {
 	d.checkpoints.set(engine, err)
 }
 
+// suspendIdle suspends a kernel that nobody uses, by the host's policy.
+func (d *Daemon) suspendIdle(ctx context.Context, k *posternv1.Kernel) error {
+	e, err := d.checkpoints.engine()
+	if err != nil {
+		return err
+	}
+	_, err = e.Suspend(ctx, k.Owner.GetOrganization(), k.Id)
+	return err
+}
+
 // savedKernels are the kernels as package checkpoint wants them.
-type savedKernels struct{ m *kernel.Manager }
+type savedKernels struct {
+	m    *kernel.Manager
+	criu string // its path by the configuration
+}
 
 func (s savedKernels) Look(ctx context.Context, id string) (checkpoint.Kernel, error) {
 	l, err := s.m.Look(ctx, id)
@@ -55,7 +68,7 @@ func (s savedKernels) Look(ctx context.Context, id string) (checkpoint.Kernel, e
 }
 
 func (s savedKernels) Dump(ctx context.Context, id string, o checkpoint.DumpOrder) (checkpoint.Dumped, error) {
-	d, err := s.m.Dump(ctx, id, kernel.DumpOrder{Images: o.Images, Private: o.Private, MaxPrivate: o.MaxPrivate, Stay: o.Stay, Wait: o.Wait})
+	d, err := s.m.Dump(ctx, id, kernel.DumpOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, MaxPrivate: o.MaxPrivate, Stay: o.Stay, Wait: o.Wait})
 	return checkpoint.Dumped{Kernel: d.Kernel, Busy: d.Busy, Standstill: d.Standstill}, err
 }
 
@@ -65,24 +78,17 @@ func (s savedKernels) Suspend(ctx context.Context, id, checkpoint string) error 
 	return s.m.Suspend(ctx, id, checkpoint)
 }
 
-func order(o checkpoint.RestoreOrder) kernel.RestoreOrder {
-	return kernel.RestoreOrder{Images: o.Images, Private: o.Private, Kernel: o.Kernel, Checkpoint: o.Checkpoint}
+func (s savedKernels) order(o checkpoint.RestoreOrder) kernel.RestoreOrder {
+	return kernel.RestoreOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, Kernel: o.Kernel, Checkpoint: o.Checkpoint}
 }
 
 func (s savedKernels) Restore(ctx context.Context, id string, o checkpoint.RestoreOrder) error {
-	return s.m.Restore(ctx, id, order(o))
+	return s.m.Restore(ctx, id, s.order(o))
 }
 
 func (s savedKernels) Fork(ctx context.Context, id, from string, o checkpoint.RestoreOrder, place func(uid, gid uint32, private string) error) error {
-	return s.m.Fork(ctx, id, from, order(o), place)
+	return s.m.Fork(ctx, id, from, s.order(o), place)
 }
-
-// What is kept of checkpoints until the configuration says otherwise.
-const (
-	checkpointBytes = 50 << 30
-	checkpointKeep  = 50 // of each kernel
-	checkpointAge   = 30 * 24 * time.Hour
-)
 
 // engineBox holds the engine once it is open.
 type engineBox struct {

@@ -190,6 +190,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	d.setKernels(c)
 	d.host = d.newHost()
 	d.kernels.OnIdleStop(d.host.NoteKernelStopped)
+	d.kernels.OnIdleSuspend(d.suspendIdle, d.host.NoteKernelSuspended)
 	if err := d.host.Recover(found.Begun); err != nil {
 		return err
 	}
@@ -199,7 +200,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if err := d.kernels.Open(linkCtx); err != nil {
 		return err
 	}
-	d.openCheckpoints()
+	d.openCheckpoints(c.Kernels.Checkpoints)
 	wake, err := tunnel.WatchNetwork(linkCtx)
 	if err != nil {
 		d.logger.Info("changes of the network are not watched", "err", err)

@@ -61,7 +61,7 @@ func (d *Daemon) setKernels(c *config.Config) {
 	d.kernels.Set(kernel.Settings{
 		Enabled: k.Enabled, SpecDirs: k.SpecDirs, Offered: func(spec string) bool { return k.Allowed(spec) == "" },
 		Max: k.Max, Memory: int64(k.Memory), Disk: int64(k.Disk), CPUs: k.CPUs, PIDs: k.PIDs, Network: k.Network, NetworkAllow: k.NetworkAllow,
-		Visible: k.Visible, IdleAfter: k.IdleAfter, Warm: k.Warm, JournalBytes: int64(k.Journal),
+		Visible: k.Visible, IdleAfter: k.IdleAfter, IdleSuspend: k.IdleSuspend, Warm: k.Warm, JournalBytes: int64(k.Journal),
 		UIDBase: d.kernelUIDs, UIDs: config.KernelUIDs - 1, // the last one is doctor's
 	})
 }

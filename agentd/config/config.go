@@ -76,6 +76,7 @@ func (c *Config) NeedRestart(old *Config) []string {
 		{"sql", c.SQL != old.SQL},
 		{"vault", c.Vault.text != old.Vault.text},
 		{"kernels.uid_base", c.Kernels.UIDBase != old.Kernels.UIDBase},
+		{"kernels.checkpoints", c.Kernels.Checkpoints != old.Kernels.Checkpoints},
 		{"log.format", c.Log.Format != old.Log.Format},
 	} {
 		if k.changed {

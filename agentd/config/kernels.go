@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strconv"
+	"strings"
 	"time"
 
 	"gopkg.in/yaml.v3"
@@ -48,6 +49,12 @@ type kernelsFile struct {
 		After string `yaml:"after"`
 		Then  string `yaml:"then"`
 	} `yaml:"idle"`
+	Checkpoints struct {
+		CRIU     string `yaml:"criu"`
+		MaxBytes string `yaml:"max_bytes"`
+		Keep     *int   `yaml:"keep"`
+		MaxAge   string `yaml:"max_age"`
+	} `yaml:"checkpoints"`
 	Warm    *int    `yaml:"warm"`
 	Journal string  `yaml:"journal"`
 	UIDBase *uint32 `yaml:"uid_base"`
@@ -142,13 +149,13 @@ func (p *problems) kernels(in file, c *Config, at func(...any) int, there bool) 
 		}
 	}
 	switch k.Idle.Then {
-	case "", "stop":
+	case "", "stop", "suspend":
 		if k.Idle.After != "" && k.Idle.Then == "" {
-			p.add(line("idle"), "kernels.idle: it does not say what then: set then: stop")
+			p.add(line("idle"), "kernels.idle: it does not say what then: set then: stop or then: suspend")
 		}
 	case "keep":
 	default:
-		p.add(line("idle", "then"), "kernels.idle.then: %q is none of stop, keep", k.Idle.Then)
+		p.add(line("idle", "then"), "kernels.idle.then: %q is none of stop, suspend, keep", k.Idle.Then)
 	}
 	if text := k.Idle.After; text != "" {
 		d, err := time.ParseDuration(text)
@@ -158,11 +165,30 @@ func (p *problems) kernels(in file, c *Config, at func(...any) int, there bool) 
 		case d < time.Minute:
 			p.add(line("idle", "after"), "kernels.idle.after: %s is less than 1m", d)
 		}
-		if k.Idle.Then == "stop" {
-			out.IdleAfter = d
+		if k.Idle.Then == "stop" || k.Idle.Then == "suspend" {
+			out.IdleAfter, out.IdleSuspend = d, k.Idle.Then == "suspend"
 		}
-	} else if k.Idle.Then == "stop" {
+	} else if k.Idle.Then == "stop" || k.Idle.Then == "suspend" {
 		p.add(line("idle"), "kernels.idle: it does not say after what time: set after: 8h")
+	}
+	ck := k.Checkpoints
+	if ck.CRIU != "" && (!filepath.IsAbs(ck.CRIU) || filepath.Clean(ck.CRIU) != ck.CRIU) {
+		p.add(line("checkpoints", "criu"), "kernels.checkpoints.criu: %q is no clean absolute path", ck.CRIU)
+	}
+	out.Checkpoints.CRIU = ck.CRIU
+	size(ck.MaxBytes, 64<<20, 1<<60, &out.Checkpoints.MaxBytes, "checkpoints", "max_bytes")
+	if ck.Keep != nil {
+		if *ck.Keep < 1 || *ck.Keep > 100_000 {
+			p.add(line("checkpoints", "keep"), "kernels.checkpoints.keep: %d is not between 1 and 100000", *ck.Keep)
+		}
+		out.Checkpoints.Keep = *ck.Keep
+	}
+	if text := ck.MaxAge; text != "" {
+		d, err := days(text)
+		if err != nil || d < time.Hour {
+			p.add(line("checkpoints", "max_age"), "kernels.checkpoints.max_age: %q is not a time of 1h or more, such as 12h or 30d", text)
+		}
+		out.Checkpoints.MaxAge = d
 	}
 	if base := k.UIDBase; base != nil {
 		if *base < 1000 || *base > 4_294_900_000 {
@@ -204,10 +230,20 @@ func destination(text string) bool {
 	return hostForm.MatchString(host)
 }
 
+// days reads a duration that may be in days: 30d.
+func days(text string) (time.Duration, error) {
+	if n, ok := strings.CutSuffix(text, "d"); ok {
+		v, err := strconv.ParseUint(n, 10, 16)
+		return time.Duration(v) * 24 * time.Hour, err
+	}
+	return time.ParseDuration(text)
+}
+
 // defaultKernels holds where the file says nothing but kernels:.
 func defaultKernels() Kernels {
 	return Kernels{UIDBase: DefaultKernelUIDBase, Kernels: policy.Kernels{
 		Max: policy.DefaultKernels, Memory: policy.DefaultKernelMemory, CPUs: policy.DefaultKernelCPUs, PIDs: policy.DefaultKernelPIDs,
 		Disk: policy.DefaultKernelDisk, Network: "none", Warm: policy.DefaultKernelWarm, Journal: policy.DefaultKernelJournal,
+		Checkpoints: policy.Checkpoints{MaxBytes: policy.DefaultCheckpointBytes, Keep: policy.DefaultCheckpointKeep, MaxAge: policy.DefaultCheckpointAge},
 	}}
 }

@@ -32,7 +32,8 @@ kernels:
   network_allow: ["10.1.2.3:443", "10.0.0.0/8:8080", "[2001:db8::1]:443"]
   environment: [REGION]
   visible: [/srv/venv]
-  idle: {after: 8h, then: stop}
+  idle: {after: 8h, then: suspend}
+  checkpoints: {criu: /opt/x/criu, max_bytes: 1GiB, keep: 7, max_age: 2d}
   warm: 2
   journal: 32MiB
   uid_base: 70000
@@ -40,7 +41,8 @@ kernels:
 	want := Kernels{UIDBase: 70000, Kernels: policy.Kernels{
 		Enabled: true, Specs: []string{"python3"}, SpecDirs: []string{"/srv/kernels"}, Max: 3, Memory: 1 << 30, CPUs: 1.5, PIDs: 100, Disk: 1 << 30,
 		Network: "allowed", NetworkAllow: []string{"10.1.2.3:443", "10.0.0.0/8:8080", "[2001:db8::1]:443"}, Environment: []string{"REGION"},
-		Visible: []string{"/srv/venv"}, IdleAfter: 8 * time.Hour, Warm: 2, Journal: 32 << 20,
+		Visible: []string{"/srv/venv"}, IdleAfter: 8 * time.Hour, IdleSuspend: true, Warm: 2, Journal: 32 << 20,
+		Checkpoints: policy.Checkpoints{CRIU: "/opt/x/criu", MaxBytes: 1 << 30, Keep: 7, MaxAge: 48 * time.Hour},
 	}}
 	if err != nil || !reflect.DeepEqual(c.Kernels, want) {
 		t.Errorf("got %+v, %v, want %+v", c, err, want)
@@ -65,7 +67,12 @@ kernels:
 		"{idle: {after: 1h}}":                    "kernels.idle: it does not say what then",
 		"{idle: {then: stop}}":                   "kernels.idle: it does not say after what time",
 		"{idle: {after: 1s, then: stop}}":        "less than 1m",
-		"{idle: {after: 1h, then: suspend}}":     `kernels.idle.then: "suspend" is none of stop, keep`,
+		"{idle: {after: 1h, then: sleep}}":       `kernels.idle.then: "sleep" is none of stop, suspend, keep`,
+		"{idle: {then: suspend}}":                "kernels.idle: it does not say after what time",
+		"{checkpoints: {criu: criu}}":            "kernels.checkpoints.criu",
+		"{checkpoints: {keep: 0}}":               "kernels.checkpoints.keep: 0",
+		"{checkpoints: {max_age: 3w}}":           "kernels.checkpoints.max_age",
+		"{checkpoints: {max_bytes: 1KiB}}":       "kernels.max_bytes: 1KiB",
 		"{uid_base: 0}":                          "kernels.uid_base: 0",
 		"{uid_base: 1900000000}":                 "must not share users",
 	} {

@@ -7,6 +7,7 @@ import (
 	"connectrpc.com/connect"
 
 	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/auditchain"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
 )
@@ -153,4 +154,9 @@ func (s checkpointRPC) DeleteCheckpoint(ctx context.Context, r *connect.Request[
 	return checkpointDo(ctx, s.h, r.Msg.KernelId, r.Msg.CheckpointId, actionCheckpointDelete, r.Msg.Principal, func(ctx context.Context, organization string) (*posternv1.DeleteCheckpointResponse, error) {
 		return &posternv1.DeleteCheckpointResponse{}, s.h.cfg.Checkpoints.DeleteCheckpoint(ctx, organization, r.Msg.KernelId, r.Msg.CheckpointId)
 	})
+}
+
+// NoteKernelSuspended records that the host's policy suspended a kernel.
+func (h *Host) NoteKernelSuspended(k *posternv1.Kernel, reason string) {
+	h.finish(auditchain.Entry{Action: actionKernelSuspend, Actor: "host", Target: k.Id, Verdict: "allowed", Outcome: "done", Statement: reason}, true)
 }

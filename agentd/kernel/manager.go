@@ -70,6 +70,8 @@ type Settings struct {
 	Visible      []string
 	// IdleAfter ends kernels with nobody attached and nothing to do for so long; 0: none.
 	IdleAfter time.Duration
+	// IdleSuspend suspends them instead. One that can't be goes on; it is tried again later.
+	IdleSuspend bool
 	// Warm kernels of each spec wait, started.
 	Warm int
 	// JournalBytes bounds each journal.
@@ -103,6 +105,10 @@ type Manager struct {
 	pool     []*kernel
 	uids     map[uint32]bool
 	stopped  func(k *posternv1.Kernel, reason string)
+	suspend  func(ctx context.Context, k *posternv1.Kernel) error
+	gone     func(k *posternv1.Kernel, reason string)
+	// refused is when an idle kernel could not be suspended; only keep uses it.
+	refused map[string]time.Time
 }
 
 // kernel is one of a host.
@@ -141,6 +147,35 @@ func New(cfg Config) *Manager {
 
 // OnIdleStop is called when an idle kernel was stopped by the policy, before Open.
 func (m *Manager) OnIdleStop(f func(k *posternv1.Kernel, reason string)) { m.stopped = f }
+
+// OnIdleSuspend gives what suspends an idle kernel, and what is called when it was, before
+// Open.
+func (m *Manager) OnIdleSuspend(suspend func(context.Context, *posternv1.Kernel) error, told func(k *posternv1.Kernel, reason string)) {
+	m.suspend, m.gone = suspend, told
+}
+
+// suspendAgain is how long an idle kernel that could not be suspended is let be.
+const suspendAgain = 10 * time.Minute
+
+// suspendIdle suspends a kernel that nobody used.
+func (m *Manager) suspendIdle(k *posternv1.Kernel, after time.Duration) {
+	if m.suspend == nil || time.Since(m.refused[k.Id]) < suspendAgain {
+		return
+	}
+	if err := m.suspend(m.ctx, k); err != nil {
+		if m.refused == nil {
+			m.refused = map[string]time.Time{}
+		}
+		m.refused[k.Id] = time.Now()
+		m.logger.Warn("idle kernel not suspended: it goes on", "kernel", k.Id, "err", err)
+		return
+	}
+	delete(m.refused, k.Id)
+	m.logger.Info("idle kernel suspended", "kernel", k.Id, "after", after)
+	if m.gone != nil {
+		m.gone(k, fmt.Sprintf("nobody used it for %s", after))
+	}
+}
 
 // Set makes settings count from now on.
 func (m *Manager) Set(s Settings) {
@@ -205,6 +240,22 @@ func (m *Manager) Open(ctx context.Context) error {
 		close(k.ready)
 		m.tend(k)
 	}
+	m.mu.Lock()
+	var adopted []*kernel
+	for _, k := range m.kernels {
+		adopted = append(adopted, k)
+	}
+	m.mu.Unlock()
+	// An agentd that died in the midst of a suspend left its kernel stopped.
+	m.wg.Go(func() {
+		for _, k := range adopted {
+			ctx, cancel := context.WithTimeout(m.ctx, 10*time.Second)
+			if err := k.agent.GoOn(ctx); err != nil && m.ctx.Err() == nil && !errors.Is(err, shim.ErrNoShim) {
+				m.logger.Warn("kernel that was being suspended: not told to go on", "dir", k.dir, "err", err)
+			}
+			cancel()
+		}
+	})
 	m.wg.Go(m.keep)
 	return nil
 }
@@ -818,7 +869,7 @@ func (m *Manager) fill(failures map[string]time.Time) {
 // endIdle stops kernels that nobody used for longer than the policy keeps them.
 func (m *Manager) endIdle(now time.Time) {
 	m.mu.Lock()
-	after := m.settings.IdleAfter
+	after, suspend := m.settings.IdleAfter, m.settings.IdleSuspend
 	m.mu.Unlock()
 	if after == 0 {
 		return
@@ -831,6 +882,12 @@ func (m *Manager) endIdle(now time.Time) {
 		// It may have been used since its shim told last.
 		current, err := m.Get(m.ctx, k.Id)
 		if err != nil || current.State != k.State || current.Connections > 0 || now.Sub(current.LastActivity.AsTime()) < after {
+			continue
+		}
+		if suspend {
+			if current.State == posternv1.KernelState_KERNEL_STATE_IDLE {
+				m.suspendIdle(current, after)
+			}
 			continue
 		}
 		m.logger.Info("idle kernel stopped", "kernel", k.Id, "after", after)

@@ -536,6 +536,51 @@ func TestIdle(t *testing.T) {
 	}
 }
 
+func TestIdleKernelsAreSuspended(t *testing.T) {
+	dir, s := stateDir(t), settings()
+	s.IdleAfter, s.IdleSuspend = time.Hour, true
+	m := New(Config{Dir: dir})
+	m.Set(s)
+	var asked, told []string
+	refuse := true
+	m.OnIdleSuspend(func(_ context.Context, k *posternv1.Kernel) error {
+		asked = append(asked, k.Id)
+		if refuse {
+			return errors.New("a GPU is open")
+		}
+		return nil
+	}, func(k *posternv1.Kernel, reason string) { told = append(told, k.Id+" "+reason) })
+	if err := m.Open(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Close)
+	id := jupyter.NewID()
+	start(t, m, id)
+	c := attach(t, m, id, false)
+	c.run("1")
+	_ = c.stream.Close()
+	late := time.Now().Add(2 * time.Hour)
+	for len(asked) == 0 { // the manager hears of what the kernel did
+		m.endIdle(late)
+		time.Sleep(20 * time.Millisecond)
+	}
+	m.endIdle(late)
+	if len(asked) != 1 || len(told) != 0 {
+		t.Errorf("asked %v, told %v: one that can't be suspended is asked again at once", asked, told)
+	}
+	if len(m.List()) != 1 {
+		t.Fatal("a kernel that can't be suspended is gone")
+	}
+	refuse, m.refused = false, nil
+	m.endIdle(late)
+	if len(asked) != 2 || len(told) != 1 || !strings.HasPrefix(told[0], id+" nobody used it for 1h") {
+		t.Errorf("asked %v, told %v", asked, told)
+	}
+	if err := m.Stop(soon(t), id); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestSpecs(t *testing.T) {
 	one, two := t.TempDir(), t.TempDir()
 	write := func(dir, name, file, text string) {

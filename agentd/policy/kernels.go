@@ -16,6 +16,10 @@ const (
 	DefaultKernelDisk    uint64 = 10 << 30
 	DefaultKernelJournal uint64 = 64 << 20
 	DefaultKernelWarm           = 1
+	// Of checkpoints.
+	DefaultCheckpointBytes uint64 = 50 << 30
+	DefaultCheckpointKeep         = 50
+	DefaultCheckpointAge          = 30 * 24 * time.Hour
 )
 
 // The largest values that a configuration may ask for.
@@ -53,10 +57,25 @@ type Kernels struct {
 	Visible []string
 	// IdleAfter ends kernels that nobody used for so long; 0: they are kept.
 	IdleAfter time.Duration
+	// IdleSuspend: they are suspended then, not stopped.
+	IdleSuspend bool
 	// Warm is how many kernels of each spec wait, started.
 	Warm int
 	// Journal bounds a kernel's journal in bytes.
 	Journal uint64
+	// Checkpoints is what is kept of them, and CRIU's path.
+	Checkpoints Checkpoints
+}
+
+// Checkpoints is what a host keeps of its kernels' checkpoints.
+type Checkpoints struct {
+	// CRIU is its program's absolute path; empty: where it is found.
+	CRIU string
+	// MaxBytes bounds all checkpoints of the host on disk.
+	MaxBytes uint64
+	// Keep is how many of each kernel are kept beside the protected, MaxAge for how long.
+	Keep   int
+	MaxAge time.Duration
 }
 
 // jupyterPrefix begins variables that Jupyter's own servers set for a kernel's manager.
