@@ -239,7 +239,7 @@ func (p *peer) next() (got, error) {
 func (p *peer) until(what string, fits func(got) bool) []got {
 	p.t.Helper()
 	var all []got
-	stop := time.AfterFunc(60*time.Second, func() { _ = p.stream.Close() })
+	stop := time.AfterFunc(150*time.Second, func() { _ = p.stream.Close() })
 	defer stop.Stop()
 	for {
 		g, err := p.next()

@@ -1,11 +1,13 @@
 package shim
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -315,6 +317,23 @@ func TestInterruptWhilePrinting(t *testing.T) {
 		t.Fatal(err)
 	}
 	delivered := time.Since(began)
+	// ipykernel may be interrupted where it swallows that: users press it again.
+	again := time.NewTicker(3 * time.Second)
+	defer again.Stop()
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(stop)
+	wg.Go(func() {
+		for {
+			select {
+			case <-again.C:
+				_, _ = a.Interrupt(context.Background())
+			case <-stop:
+				return
+			}
+		}
+	})
 	var reply got
 	p.until("its reply", func(g got) bool {
 		reply = g

@@ -8,11 +8,15 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // libzmq runs a program with pyzmq; "S(kind, name)" in it binds a socket in the
@@ -179,17 +183,31 @@ while True: r.send(r.recv())
 	}
 }
 
-// script is a peer that says what it is told to.
+// script is a peer that says what it is told to, and nothing more.
 func script(t *testing.T, said []byte) net.Conn {
 	t.Helper()
-	ours, theirs := net.Pipe()
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		go func() { _, _ = theirs.Write(said); _ = theirs.Close() }()
-		_, _ = io.Copy(io.Discard, theirs)
-	}()
-	t.Cleanup(func() { _ = ours.Close(); _ = theirs.Close(); <-done })
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var ends [2]*net.UnixConn
+	for i, fd := range pair {
+		f := os.NewFile(uintptr(fd), "pair")
+		c, err := net.FileConn(f)
+		_ = f.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ends[i], _ = c.(*net.UnixConn)
+	}
+	ours, theirs := ends[0], ends[1]
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		_, _ = theirs.Write(said)
+		_ = theirs.CloseWrite()
+	})
+	wg.Go(func() { _, _ = io.Copy(io.Discard, theirs) })
+	t.Cleanup(func() { _ = ours.Close(); _ = theirs.Close(); wg.Wait() })
 	return ours
 }
 
