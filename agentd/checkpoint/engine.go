@@ -174,6 +174,9 @@ func hostKey(path string) (key pagestore.Key, err error) {
 func (e *Engine) Close() error {
 	e.cancel()
 	e.wg.Wait()
+	if e.spool.memory != "" {
+		_ = os.Remove(e.spool.memory) // it is empty, unless something could not be removed
+	}
 	return e.store.Close()
 }
 
