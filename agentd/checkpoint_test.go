@@ -29,7 +29,7 @@ func TestCheckpointsThroughTheTunnel(t *testing.T) {
 	criutest.Path(t)
 	c := newTestControl(t)
 	l := newLab(t, c, "sources: []\nkernels: {specs: [python3], warm: 0, uid_base: 1981000000}\n")
-	p := startProcess(t, l)
+	p := startProcess(t, l, unwatched)
 	up := c.awaitHello(1)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
@@ -110,7 +110,7 @@ func TestCheckpointsThroughTheTunnel(t *testing.T) {
 	}
 	p.signal(syscall.SIGKILL)
 	p.cmd.Wait() //nolint:errcheck // it was killed
-	p = startProcess(t, l)
+	p = startProcess(t, l, unwatched)
 	up = c.awaitHello(2)
 	api, ck = kernels(up), saved(up)
 	poll(t, "the kernel to be suspended", func() bool {

@@ -91,7 +91,7 @@ func TestKernelsOutliveAgentd(t *testing.T) {
 	}
 	c := newTestControl(t)
 	l := newLab(t, c, "sources: []\nkernels: {specs: [python3], warm: 0, uid_base: 1980000000, environment: [REGION]}\n")
-	p := startProcess(t, l)
+	p := startProcess(t, l, unwatched)
 	up := c.awaitHello(1)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
@@ -166,7 +166,7 @@ func TestKernelsOutliveAgentd(t *testing.T) {
 	p.signal(syscall.SIGKILL)
 	p.cmd.Wait() //nolint:errcheck // it was killed
 	_ = stream.Close()
-	p = startProcess(t, l)
+	p = startProcess(t, l, unwatched)
 	up = c.awaitHello(2)
 	api = kernels(up)
 	if stream, err = kernelstream.Dial(ctx, tunnelDoer{up}, request); err != nil {
@@ -181,7 +181,7 @@ func TestKernelsOutliveAgentd(t *testing.T) {
 		t.Errorf("it ended with %v", err)
 	}
 	_ = stream.Close()
-	p = startProcess(t, l)
+	p = startProcess(t, l, unwatched)
 	up = c.awaitHello(3)
 	api = kernels(up)
 	if stream, err = kernelstream.Dial(ctx, tunnelDoer{up}, request); err != nil {

@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"io"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/postern-dev/postern/agentd/config"
@@ -40,8 +42,33 @@ func (r kernelRunner) Stop(ctx context.Context, id string) error {
 	return nil
 }
 
-// kernelsDir is where kernels are in the state directory.
-const kernelsDir = "kernels"
+// kernelsDir and modulesDir are where kernels, and what they import, are in the state
+// directory.
+const (
+	kernelsDir = "kernels"
+	modulesDir = "python"
+)
+
+// kernelSQL answers kernels' statements: through the host, like the control plane's.
+type kernelSQL struct{ daemon *Daemon }
+
+// RunLocal implements kernel.SQL.
+func (s kernelSQL) RunLocal(ctx context.Context, r *posternv1.SQLRequest, from string, w io.Writer) *posternv1.QueryOutcome {
+	return s.daemon.host.RunLocal(ctx, r, from, w)
+}
+
+// LocalSources implements kernel.SQL.
+func (s kernelSQL) LocalSources() []kernel.LocalSource {
+	c := s.daemon.config.Load()
+	out := []kernel.LocalSource{}
+	for _, source := range c.Sources {
+		if slices.Contains(c.Kernels.Sources, source.Name) {
+			p := source.Policy
+			out = append(out, kernel.LocalSource{Name: source.Name, Engine: source.Engine, Mode: string(p.Mode), Masked: len(p.Masks) > 0})
+		}
+	}
+	return out
+}
 
 // newKernels makes the manager of kernels; openKernels adopts what runs.
 func (d *Daemon) newKernels() *kernel.Manager {
@@ -50,7 +77,10 @@ func (d *Daemon) newKernels() *kernel.Manager {
 	if abs, err := filepath.Abs(dir); err == nil {
 		dir = abs
 	}
-	m := kernel.New(kernel.Config{Dir: dir, Executable: d.Executable, Logger: d.logger, Metrics: metrics})
+	m := kernel.New(kernel.Config{
+		Dir: dir, Executable: d.Executable, Logger: d.logger, Metrics: metrics,
+		SQL: kernelSQL{d}, ModuleDir: filepath.Join(filepath.Dir(dir), modulesDir),
+	})
 	metrics.Register(m)
 	return m
 }

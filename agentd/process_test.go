@@ -24,6 +24,10 @@ type process struct {
 	told   []string
 }
 
+// unwatched turns systemd's watchdog off, for tests that run long and don't read what
+// systemd is told: agentd would wait until somebody takes it.
+const unwatched = "WATCHDOG_USEC="
+
 func startProcess(t *testing.T, l *lab, env ...string) *process {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "notify")

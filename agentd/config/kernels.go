@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -55,9 +56,10 @@ type kernelsFile struct {
 		Keep     *int   `yaml:"keep"`
 		MaxAge   string `yaml:"max_age"`
 	} `yaml:"checkpoints"`
-	Warm    *int    `yaml:"warm"`
-	Journal string  `yaml:"journal"`
-	UIDBase *uint32 `yaml:"uid_base"`
+	Warm    *int     `yaml:"warm"`
+	Journal string   `yaml:"journal"`
+	UIDBase *uint32  `yaml:"uid_base"`
+	Sources []string `yaml:"sources"`
 }
 
 var (
@@ -87,6 +89,15 @@ func (p *problems) kernels(in file, c *Config, at func(...any) int, there bool) 
 			}
 		}
 	}
+	for i, name := range k.Sources {
+		switch {
+		case slices.Contains(k.Sources[:i], name):
+			p.add(line("sources", i), "kernels.sources: %q is there twice", name)
+		case !slices.ContainsFunc(in.Sources, func(s source) bool { return s.Name == name }):
+			p.add(line("sources", i), "kernels.sources: there is no data source %q in sources", name)
+		}
+	}
+	out.Sources = k.Sources
 	for i, name := range k.Environment {
 		if !variableForm.MatchString(name) {
 			p.add(line("environment", i), "kernels.environment: %q is no name of a variable", name)

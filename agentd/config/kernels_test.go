@@ -50,6 +50,7 @@ kernels:
 	for in, want := range map[string]string{
 		"{spec: [x]}":                            "f.yaml:1: unknown key kernels.spec: did you mean specs?",
 		"{specs: [a/b]}":                         `kernels.specs: "a/b"`,
+		"{sources: [x]}":                         `kernels.sources: there is no data source "x" in sources`,
 		"{max: 0}":                               "kernels.max: 0 is not between 1 and",
 		"{warm: 99}":                             "kernels.warm: 99",
 		"{journal: 1KiB}":                        "kernels.journal: 1KiB is not between",

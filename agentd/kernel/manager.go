@@ -47,6 +47,10 @@ type Config struct {
 	Executable string
 	Logger     *slog.Logger // nil discards
 	Metrics    *Metrics     // nil keeps none
+	// SQL answers kernels that ask for rows of data sources; nil: they can't ask.
+	SQL SQL
+	// ModuleDir is where the Python module for that is put, for all to read.
+	ModuleDir string
 }
 
 // Settings are what of the host's configuration new kernels follow; those that run keep
@@ -433,6 +437,7 @@ func (m *Manager) build(s Settings, sp spec, uid uint32, slot string, env map[st
 	for name, value := range env {
 		all[name] = value
 	}
+	m.bringModule(sp, &out.Sandbox, all)
 	for name, value := range all {
 		out.Sandbox.Env = append(out.Sandbox.Env, name+"="+value)
 	}
@@ -514,6 +519,9 @@ func (m *Manager) claim(ctx context.Context, k *kernel, s shim.Spec) error {
 func (m *Manager) tend(k *kernel) {
 	ctx, cancel := context.WithCancel(m.ctx)
 	k.cancel = cancel
+	if m.cfg.SQL != nil {
+		m.wg.Go(func() { m.serveSQL(ctx, k) })
+	}
 	m.wg.Go(func() {
 		defer close(k.tended)
 		defer cancel()

@@ -125,12 +125,17 @@ func (s spec) argv() []string {
 	for _, a := range s.file.Argv {
 		out = append(out, replace.Replace(a))
 	}
-	if slices.ContainsFunc(out, func(a string) bool { return a == "ipykernel_launcher" || a == "ipykernel" }) {
+	if s.ipython() {
 		// IPython's history is a file that is open all the time and grows: a checkpoint
 		// could not be gone back to.
 		out = append(out, "--HistoryManager.hist_file=:memory:")
 	}
 	return out
+}
+
+// ipython reports whether the spec starts ipykernel.
+func (s spec) ipython() bool {
+	return slices.ContainsFunc(s.file.Argv, func(a string) bool { return a == "ipykernel_launcher" || a == "ipykernel" })
 }
 
 // visible are the paths outside of the system's that the kernel needs: the spec's own

@@ -63,6 +63,8 @@ type Kernels struct {
 	Warm int
 	// Journal bounds a kernel's journal in bytes.
 	Journal uint64
+	// Sources are the data sources that kernels may query; nil: none.
+	Sources []string
 	// Checkpoints is what is kept of them, and CRIU's path.
 	Checkpoints Checkpoints
 }

@@ -284,6 +284,11 @@ print(len(many), many.a.sum(), many.b.iloc[-1], many.a.dtype)
 // Live variables are bound, typed, never pasted.
 func TestVariables(t *testing.T) {
 	h := newHost(t, warehouse)
+	asked := func(i int) *posternv1.SQLRequest {
+		h.backend.mu.Lock()
+		defer h.backend.mu.Unlock()
+		return h.backend.asked[i]
+	}
 	h.python(false, `
 import datetime, decimal, uuid, numpy, pandas, postern
 from IPython.core.interactiveshell import InteractiveShell
@@ -307,7 +312,7 @@ shell.run_cell_magic("sql", "-p n=6", "insert :n")
 		}
 		return m
 	}
-	got, _ := json.Marshal(text(h.backend.asked[0]))
+	got, _ := json.Marshal(text(asked(0)))
 	want, _ := json.Marshal(map[string]string{
 		"n": "int8 5", "evil": " '; drop table t; --", "nothing": " NULL", "some": `numeric ["1", "2.5", null]`, "flag": "bool true", "blob": `bytea \x00ff`,
 		"day": "date 2020-01-02", "at": "timestamptz 2020-01-02 03:00:00+00:00", "d": "numeric 1.10", "np": "int8 7", "arr": `int8 ["1", "2"]`, "col": ` ["a", "b"]`,
@@ -316,7 +321,7 @@ shell.run_cell_magic("sql", "-p n=6", "insert :n")
 	if !bytes.Equal(got, want) {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
-	if r := h.backend.asked[1]; text(r)["n"] != " 6" || r.Sql != "insert :n" || r.Source != "warehouse" {
+	if r := asked(1); text(r)["n"] != " 6" || r.Sql != "insert :n" || r.Source != "warehouse" {
 		t.Errorf("got %v", r)
 	}
 	for program, want := range map[string]string{
@@ -396,6 +401,8 @@ func TestHostileKernel(t *testing.T) {
 			t.Errorf("%s: %q, %v", name, answer, err)
 		}
 	}
+	h.backend.mu.Lock()
+	defer h.backend.mu.Unlock()
 	if len(h.backend.asked) > 0 {
 		t.Errorf("it ran %v", h.backend.asked)
 	}

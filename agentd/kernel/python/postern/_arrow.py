@@ -9,10 +9,16 @@ import array
 import struct
 import sys
 
-try:
-    import numpy
-except ImportError:  # it need not be there
-    numpy = None
+numpy = None  # looked for when rows come: importing it takes a while
+
+
+def _find_numpy():
+    global numpy
+    if numpy is None:
+        try:
+            import numpy
+        except ImportError:  # it need not be there
+            numpy = False
 
 
 class Malformed(ValueError):
@@ -127,7 +133,7 @@ class Column:
 
     def numbers(self):
         """The values of a column of fixed width, NULLs included as they come."""
-        if numpy is not None:
+        if numpy:
             return numpy.frombuffer(self.data, dtype="<" + {"b": "i1", "B": "u1", "h": "i2", "H": "u2", "i": "i4", "I": "u4", "q": "i8", "Q": "u8", "f": "f4", "d": "f8"}[self.code()], count=self.length)
         a = array.array(self.code())
         a.frombytes(self.data[: self.length * self.field.width])
@@ -180,6 +186,7 @@ class Reader:
     """
 
     def __init__(self, source):
+        _find_numpy()
         self.source = source
         self.fields = None
         kind, header, _ = self._message()

@@ -1,0 +1,212 @@
+package kernel
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"github.com/postern-dev/postern/agentd/kernel/internal/localsql"
+	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
+	"github.com/postern-dev/postern/agentd/kernel/python"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// LocalSource is a data source that kernels may use.
+type LocalSource = localsql.Source
+
+// SQL answers what kernels ask of data sources. Its methods may be called by several
+// kernels at once.
+type SQL interface {
+	// RunLocal runs a statement on behalf of the request's principal; from names the
+	// kernel in the log. It writes rows to w as an Arrow IPC stream; the outcome is never
+	// nil and has the error.
+	RunLocal(ctx context.Context, request *posternv1.SQLRequest, from string, w io.Writer) *posternv1.QueryOutcome
+	// LocalSources are the data sources that kernels may use.
+	LocalSources() []LocalSource
+}
+
+const (
+	// sqlSocket is in a kernel's run directory.
+	sqlSocket = "sql.sock"
+	// moduleInside is where a kernel finds the Python module.
+	moduleInside = "/srv/postern/python"
+	// maxLocal is how many statements of one kernel run at once; the next one waits.
+	maxLocal = 8
+)
+
+// bringModule lets a Python kernel import the module postern, and IPython load it.
+func (m *Manager) bringModule(sp spec, s *sandbox.Spec, env map[string]string) {
+	if m.cfg.SQL == nil || m.cfg.ModuleDir == "" || !sp.ipython() {
+		return
+	}
+	dir, err := python.Install(m.cfg.ModuleDir)
+	if err != nil {
+		// A kernel without it is worth more than none.
+		m.logger.Error("the module postern is not there for a kernel", "dir", m.cfg.ModuleDir, "err", err)
+		return
+	}
+	if s.Dir == "" && len(s.Binds) == 0 {
+		s.Dir = sandbox.HomeInside // not the first of Binds
+	}
+	s.Binds = append(s.Binds, sandbox.Bind{Source: dir, Target: moduleInside, ReadOnly: true, Key: "python"})
+	s.Argv = append(s.Argv, "--IPKernelApp.extra_extensions="+python.Extension)
+	env["POSTERN_SOCKET"] = sandbox.RunInside + "/" + sqlSocket
+	env["PYTHONPATH"] = strings.TrimPrefix(env["PYTHONPATH"]+":"+moduleInside, ":")
+}
+
+// serveSQL answers a kernel's statements until ctx ends. The socket is in a directory
+// that the kernel may write; what it does to it harms the kernel alone.
+func (m *Manager) serveSQL(ctx context.Context, k *kernel) {
+	uid := k.spec.Sandbox.UID
+	l, err := listenFor(k.spec.Sandbox.RunDir, uid)
+	if err != nil {
+		m.logger.Error("a kernel cannot ask for SQL", "dir", k.dir, "err", err)
+		return
+	}
+	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
+	defer stop()
+	var open sync.WaitGroup
+	defer open.Wait()
+	places := make(chan struct{}, maxLocal)
+	for {
+		select {
+		case places <- struct{}{}:
+		case <-ctx.Done():
+			_ = l.Close()
+			return
+		}
+		conn, err := l.AcceptUnix()
+		if err != nil {
+			if ctx.Err() != nil || errors.Is(err, net.ErrClosed) {
+				return
+			}
+			m.logger.Warn("a kernel's connection for SQL was not taken", "dir", k.dir, "err", err)
+			<-places
+			select { // no descriptors, most likely
+			case <-time.After(time.Second):
+			case <-ctx.Done():
+			}
+			continue
+		}
+		open.Go(func() {
+			defer func() { <-places }()
+			if peer, err := peerUID(conn); err != nil || peer != uid {
+				_ = conn.Close()
+				return
+			}
+			if err := localsql.Serve(ctx, conn, m.backend(k)); err != nil && ctx.Err() == nil {
+				m.logger.Debug("a kernel hung up on its statement", "dir", k.dir, "err", err)
+			}
+		})
+	}
+}
+
+// backend is SQL on behalf of a kernel's owner.
+func (m *Manager) backend(k *kernel) localsql.Backend {
+	m.mu.Lock()
+	id, owner := k.spec.ID, json.RawMessage(k.spec.Owner)
+	m.mu.Unlock()
+	p := &posternv1.Principal{}
+	if id == "" || protojson.Unmarshal(owner, p) != nil {
+		return localBackend{sql: nobody{}} // it waits for an owner
+	}
+	return localBackend{m.cfg.SQL, id, p}
+}
+
+type localBackend struct {
+	sql   SQL
+	id    string
+	owner *posternv1.Principal
+}
+
+// Run implements localsql.Backend.
+func (b localBackend) Run(ctx context.Context, r *posternv1.SQLRequest, w io.Writer) *posternv1.QueryOutcome {
+	r.Principal = b.owner
+	return b.sql.RunLocal(ctx, r, "kernel "+b.id, w)
+}
+
+// Sources implements localsql.Backend.
+func (b localBackend) Sources() []localsql.Source { return b.sql.LocalSources() }
+
+// nobody has no data sources.
+type nobody struct{}
+
+func (nobody) RunLocal(context.Context, *posternv1.SQLRequest, string, io.Writer) *posternv1.QueryOutcome {
+	return &posternv1.QueryOutcome{} // unreachable: there is no source
+}
+
+func (nobody) LocalSources() []LocalSource { return nil }
+
+// listenFor listens on a socket in a directory that belongs to a user, for that user
+// alone. Nothing that the user puts in the socket's place is followed or changed.
+func listenFor(dir string, uid uint32) (*net.UnixListener, error) {
+	// Through the directory's descriptor: the path may be longer than a socket's may be.
+	at, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", dir, err)
+	}
+	defer unix.Close(at)
+	if err := unix.Unlinkat(at, sqlSocket, 0); err != nil && !errors.Is(err, unix.ENOENT) {
+		return nil, fmt.Errorf("%s: remove the old %s: %w", dir, sqlSocket, err)
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: fmt.Sprintf("/proc/self/fd/%d/%s", at, sqlSocket), Net: "unix"})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", dir, err)
+	}
+	// The directory's descriptor is not kept; the next life of agentd removes the file.
+	l.SetUnlinkOnClose(false)
+	if err := giveSocket(at, uid); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", dir, err), l.Close())
+	}
+	return l, nil
+}
+
+// giveSocket makes the socket a user's, if it is a socket still.
+func giveSocket(at int, uid uint32) error {
+	fd, err := unix.Openat(at, sqlSocket, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFSOCK || st.Uid != uint32(os.Geteuid()) || st.Nlink != 1 {
+		return fmt.Errorf("%s was put in another's place", sqlSocket)
+	}
+	if os.Geteuid() != 0 {
+		return nil
+	}
+	if err := unix.Fchownat(fd, "", int(uid), int(uid), unix.AT_EMPTY_PATH); err != nil {
+		return err
+	}
+	return os.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), 0o600)
+}
+
+// peerUID is whose process is at the other end.
+func peerUID(conn *net.UnixConn) (uint32, error) {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	var failed error
+	if err := raw.Control(func(fd uintptr) { cred, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
+		return 0, err
+	}
+	if failed != nil {
+		return 0, failed
+	}
+	return cred.Uid, nil
+}
