@@ -156,16 +156,20 @@ func (k *KernelChannels) fresh(m *posternv1.KernelMessage) bool {
 	if err != nil || h.ID == "" {
 		return true
 	}
-	if _, known := k.seen[h.ID]; known {
+	parent, err := jupyter.ParseHeader(m.ParentHeader)
+	// The id alone is not enough: a kernel that was taken back to a checkpoint counts its
+	// messages from there, and so gives the same ids again.
+	key := h.ID + "\x00" + h.Date + "\x00" + parent.ID
+	if _, known := k.seen[key]; known {
 		return false
 	}
-	k.seen[h.ID] = struct{}{}
-	k.order = append(k.order, h.ID)
+	k.seen[key] = struct{}{}
+	k.order = append(k.order, key)
 	if len(k.order) > maxSeen {
 		delete(k.seen, k.order[0])
 		k.order = k.order[1:]
 	}
-	if parent, err := jupyter.ParseHeader(m.ParentHeader); err == nil && parent.ID != "" {
+	if err == nil && parent.ID != "" {
 		k.mu.Lock()
 		if i := slices.Index(k.ids, parent.ID); i >= 0 {
 			// Messages arrive in order: those before it are there, too, but for

@@ -22,8 +22,13 @@ import (
 // test.
 func withKernels(t *testing.T) (*stack.Stack, *stack.Agent) {
 	t.Helper()
+	return withKernelsOf(t, stack.Options{})
+}
+
+func withKernelsOf(t *testing.T, o stack.Options) (*stack.Stack, *stack.Agent) {
+	t.Helper()
 	needRoot(t)
-	s := newStack(t, stack.Options{})
+	s := newStack(t, o)
 	a, err := s.Join(t.Context(), "host", "kernels:\n  specs: [python3]\n  warm: 0\n")
 	if err != nil {
 		t.Fatal(err)

@@ -24,7 +24,9 @@ import (
 // processes said is shown when the test fails.
 func newStack(t *testing.T, o stack.Options) *stack.Stack {
 	t.Helper()
-	o.Bin, o.Dir = binaries(t), shortDir(t)
+	if o.Dir = shortDir(t); o.Bin == "" {
+		o.Bin = binaries(t)
+	}
 	s, err := stack.New(o)
 	if err != nil {
 		t.Fatal(err)

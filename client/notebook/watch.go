@@ -42,6 +42,8 @@ type Session struct {
 	Dirty bool
 
 	Options Options
+	// Changed is called when Steps, Base or Dirty have changed; nil: not.
+	Changed func()
 
 	// failed is the cell that failed last in the state after Steps, to run again only
 	// when something changed.
@@ -130,10 +132,11 @@ func (s *Session) Step(ctx context.Context, d *Document) (map[int]Result, error)
 	if step.Checkpoint, err = s.Checkpoints.Checkpoint(ctx, state.String()); err != nil {
 		// The cell has run; without its checkpoint a later edit goes back further.
 		s.Options.Progress.note("no checkpoint after code cell %d: %v", keep+1, err)
-	} else if s.Options.Progress.Checkpoint != nil {
+	} else if s.Options.Progress.Checkpoint != nil && step.Checkpoint != "" {
 		s.Options.Progress.Checkpoint(keep+1, step.Checkpoint, time.Since(began))
 	}
 	s.Steps, s.Dirty = append(s.Steps, step), false
+	s.changed()
 	return s.results(d), ctx.Err()
 }
 
@@ -164,7 +167,14 @@ func (s *Session) back(ctx context.Context, n int) error {
 		s.Options.Progress.Rollback(n, id, time.Since(began))
 	}
 	s.Steps, s.Dirty = s.Steps[:n], false
+	s.changed()
 	return nil
+}
+
+func (s *Session) changed() {
+	if s.Changed != nil {
+		s.Changed()
+	}
 }
 
 // results are what the file should show of the code cells.
