@@ -199,8 +199,13 @@ func TestShellOnATerminal(t *testing.T) {
 	term.await(prompt + "'> ")
 	term.line("\x03")
 	time.Sleep(twice + 100*time.Millisecond)
-	term.line(" select 1;\r")
-	term.await("Time: ")
+	term.line(" rows 9;\r")
+	term.await("(9 rows)")
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+		if _, after, _ := strings.Cut(term.text(), "(9 rows)"); strings.Contains(after, prompt+"=> ") {
+			break // it is at the prompt again, and so Ctrl-C is for that
+		}
+	}
 	term.line("\x03")
 	term.await("Ctrl-C again")
 	term.line("\x03")
