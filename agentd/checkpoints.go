@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"os"
 	"path/filepath"
 	"sync"
 
@@ -23,11 +25,16 @@ var (
 )
 
 // openCheckpoints opens the store. Where it can't be opened kernels run without
-// checkpoints, and every call that needs one says why.
-func (d *Daemon) openCheckpoints(c policy.Checkpoints) {
-	state := d.state
+// checkpoints, and every call that needs one says why. A host that never had kernels gets
+// none.
+func (d *Daemon) openCheckpoints(k policy.Kernels) {
+	c, state := k.Checkpoints, d.state
 	if abs, err := filepath.Abs(state); err == nil {
 		state = abs
+	}
+	if _, err := os.Stat(filepath.Join(state, "checkpoints")); !k.Enabled && errors.Is(err, fs.ErrNotExist) {
+		d.checkpoints.set(nil, errors.New("kernels were off when agentd started: restart it"))
+		return
 	}
 	engine, err := checkpoint.Open(checkpoint.Config{
 		State: state, Kernels: savedKernels{d.kernels, c.CRIU}, Driver: checkpoint.NewDriver(c.CRIU), Logger: d.logger,

@@ -200,7 +200,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if err := d.kernels.Open(linkCtx); err != nil {
 		return err
 	}
-	d.openCheckpoints(c.Kernels.Checkpoints)
+	d.openCheckpoints(c.Kernels.Kernels)
 	wake, err := tunnel.WatchNetwork(linkCtx)
 	if err != nil {
 		d.logger.Info("changes of the network are not watched", "err", err)

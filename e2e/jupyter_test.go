@@ -29,7 +29,7 @@ func withKernelsOf(t *testing.T, o stack.Options) (*stack.Stack, *stack.Agent) {
 	t.Helper()
 	needRoot(t)
 	s := newStack(t, o)
-	a, err := s.Join(t.Context(), "host", "kernels:\n  specs: [python3]\n  warm: 0\n")
+	a, err := s.Join(t.Context(), "host", "kernels:\n  specs: [python3]\n  warm: 0\n  journal: 2GiB\n") // nothing is cut, however slow the reader
 	if err != nil {
 		t.Fatal(err)
 	}

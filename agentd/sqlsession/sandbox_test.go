@@ -61,7 +61,7 @@ func TestSandbox(t *testing.T) {
 	uids := make(map[string]bool)
 	for _, pid := range sessionProcesses(os.Getpid()) {
 		// Connected, and so past its own hardening.
-		eventually(t, "the process to harden", func() bool { return strings.Contains(limitsOf(t, pid), "Max processes 64 64") })
+		eventually(t, "the process to harden", func() bool { return strings.Contains(limitsOf(t, pid), "Max file size 0 0") })
 		status := statusOf(t, pid)
 		uid := strings.Fields(status["Uid"])
 		if n, _ := strconv.Atoi(uid[0]); n < 1_900_000_000 || uid[1] != uid[0] || uid[2] != uid[0] || uid[3] != uid[0] || status["Gid"] != status["Uid"] {
