@@ -260,7 +260,10 @@ func TestSessionFollowsEdits(t *testing.T) {
 			}
 			d := parse(t, file(cells...))
 			k.ran = nil
-			for !s.Done(d) {
+			for steps := 0; !s.Done(d); steps++ {
+				if steps > len(cells)+1 {
+					t.Fatalf("round %d: %q is not done after %d steps", round, cells, steps)
+				}
 				_, err := s.Step(context.Background(), d)
 				var failed *CellError
 				if err != nil && !errors.As(err, &failed) {
