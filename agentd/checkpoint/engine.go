@@ -33,7 +33,8 @@ type Kernels interface {
 	// It is durable when it returns.
 	Suspend(ctx context.Context, id, checkpoint string) error
 	// Restore puts the processes of images in the place of the kernel's own, if it has
-	// any. On an error before its own have ended it goes on; after, it is dead.
+	// any. On an error before its own have ended it goes on; after, it is suspended with
+	// the checkpoint.
 	Restore(ctx context.Context, id string, o RestoreOrder) error
 	// Fork makes a new kernel of images, for the same owner as from's. Its user is made
 	// by place, which is called with it before the restore.
@@ -50,7 +51,9 @@ type Kernel struct {
 	// Checkpoint is what its processes were restored from, at Started; empty: none.
 	Checkpoint string
 	Started    time.Time
-	// PrivateDir is its private directory on the host.
+	// PrivateDir is its private directory on the host. What is to take its place is put at
+	// PrivateDir.new, what a fork begins with into a directory fork-ID beside it; after a
+	// crash whoever has the kernels removes them.
 	PrivateDir string
 	UID, GID   uint32
 	// Attachments are host directories by their mounts' keys: workspaces, which are

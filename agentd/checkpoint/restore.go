@@ -48,7 +48,25 @@ func (e *Engine) Rollback(ctx context.Context, organization, id, checkpoint stri
 	if c.Kernel != id && !e.descends(organization, string(e.parent(k)), c.ID) {
 		return proto.Errorf(proto.CodeInvalid, "checkpoint %s is not one of kernel %s: fork it to get a kernel of it", checkpoint, id)
 	}
-	return e.bring(ctx, k, c, false)
+	if c.Kernel == id || c.Protected {
+		return e.bring(ctx, k, c)
+	}
+	// Until it is back the kernel is that checkpoint, and its own limits don't keep it.
+	if err := e.store.Protect(c.ID, true); err != nil {
+		return err
+	}
+	if err := e.bring(ctx, k, c); err != nil {
+		return err
+	}
+	e.unprotect(c)
+	return nil
+}
+
+// unprotect lets go of a checkpoint that there was no other copy of its kernel beside.
+func (e *Engine) unprotect(c Checkpoint) {
+	if err := e.store.Protect(c.ID, false); err != nil {
+		e.cfg.Logger.Warn("checkpoint stays protected", "kernel", c.Kernel, "checkpoint", c.ID, "err", err)
+	}
 }
 
 // Resume brings a suspended kernel back.
@@ -71,11 +89,11 @@ func (e *Engine) Resume(ctx context.Context, organization, id string) error {
 	if err != nil {
 		return err
 	}
-	if err := e.bring(ctx, k, c, true); err != nil {
+	if err := e.bring(ctx, k, c); err != nil || c.Kind != KindSuspend {
 		return err
 	}
-	// It was protected because there was no other copy of the kernel.
-	return e.store.Protect(c.ID, false)
+	e.unprotect(c)
+	return nil
 }
 
 // maxAncestors bounds how far a fork's origin is followed.
@@ -145,9 +163,9 @@ func (e *Engine) unpack(ctx context.Context, c Checkpoint, private string) (u un
 	return u, nil
 }
 
-// bring puts a kernel back. keep leaves the private directory as it is: nobody has
-// changed it since.
-func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint, keep bool) error {
+// bring puts a kernel back, its private files too: a suspended one may have others, of
+// before a rollback that failed.
+func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint) error {
 	u, err := e.unpack(ctx, c, k.PrivateDir+".new")
 	if err != nil {
 		return err
@@ -161,9 +179,6 @@ func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint, keep bool) e
 		return fmt.Errorf("restore %s: %w", c.ID, err)
 	}
 	o := RestoreOrder{Images: u.images, Private: u.private, Kernel: u.kernel, Checkpoint: string(c.ID)}
-	if keep {
-		o.Private = ""
-	}
 	ctx, cancel := context.WithTimeout(ctx, dumpTimeout(c.Size))
 	defer cancel()
 	return e.cfg.Kernels.Restore(ctx, k.ID, o)

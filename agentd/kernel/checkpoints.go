@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
@@ -108,6 +109,40 @@ func (m *Manager) order(ctx context.Context, id string, do func(*shim.Agent) err
 		return proto.Errorf(proto.CodeUnavailable, "kernel %s: its shim ended in between: look how it is, and try again", id)
 	}
 	return err
+}
+
+// Where package checkpoint puts private files before they take the place of a kernel's, or
+// become a fork's: in the kernel's directory, for a rename.
+const (
+	placeSuffix = ".new"
+	placePrefix = "fork-"
+	gonePrefix  = "gone-"
+)
+
+// tidy removes what an agentd that died in the midst of a restore left in a kernel's
+// directory. Its shim may be about to rename it: whoever is first has it whole.
+func (m *Manager) tidy(dir string) {
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return // it is told where the kernel is adopted
+	}
+	for _, e := range entries {
+		name := e.Name()
+		gone := filepath.Join(dir, gonePrefix+name)
+		switch {
+		case strings.HasPrefix(name, gonePrefix):
+			gone = filepath.Join(dir, name)
+		case !strings.HasSuffix(name, placeSuffix) && !strings.HasPrefix(name, placePrefix) || !e.IsDir():
+			continue
+		default:
+			if err := os.Rename(filepath.Join(dir, name), gone); err != nil {
+				continue // its shim has it
+			}
+		}
+		if err := os.RemoveAll(gone); err != nil {
+			m.logger.Error("left-over private files not removed", "path", gone, "err", err)
+		}
+	}
 }
 
 // Fork makes a new kernel of saved processes, for the owner of from. place is called

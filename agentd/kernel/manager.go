@@ -177,6 +177,7 @@ func (m *Manager) Open(ctx context.Context) error {
 			m.logger.Error("kernel not adopted", "dir", dir, "err", err)
 			continue
 		}
+		m.tidy(dir)
 		k := m.newKernel(dir, s)
 		_, err = os.Stat(filepath.Join(dir, stopMark))
 		m.mu.Lock()

@@ -76,6 +76,8 @@ const (
 	stayTime = 10 * time.Minute
 )
 
+var errRestoring = proto.Errorf(proto.CodeUnavailable, "the kernel is being restored: try again when it is done")
+
 var errNoCRIU = proto.Errorf(proto.CodeUnavailable, "this shim makes no checkpoints")
 
 // Dump saves the kernel. On an error it goes on, its channels open.
@@ -160,8 +162,10 @@ func (s *Shim) GoOn() error {
 }
 
 // Restore puts the processes of images in the place of the kernel's, and saved private
-// files in the place of its own. When it fails a suspended kernel is suspended still;
-// another one is dead, if its processes had ended already.
+// files in the place of its own. Before the old processes end the kernel is noted as
+// suspended with the checkpoint, durably. So when the restore fails, or this process, or
+// the host, it is suspended, its private files are what they were, and the next Restore
+// of the checkpoint begins anew.
 func (s *Shim) Restore(ctx context.Context, o RestoreOrder) error {
 	if s.criu == nil {
 		return errNoCRIU
@@ -170,34 +174,33 @@ func (s *Shim) Restore(ctx context.Context, o RestoreOrder) error {
 	if err := json.Unmarshal(o.Kernel, &saved); err != nil || saved.Sandbox == nil {
 		return errors.Join(errors.New("restore: what was saved of the kernel can't be read"), err)
 	}
+	if !s.restoring.TryLock() { // an agentd that has died may have begun another
+		return errRestoring
+	}
+	defer s.restoring.Unlock()
 	if s.Sandbox() != nil {
 		if _, err := s.Quiesce(ctx, 0); err != nil {
 			return err
 		}
 	}
-	s.mu.Lock()
-	suspended := s.state.Suspended
-	s.mu.Unlock()
-	if err := s.Forget(ctx); err != nil {
+	if err := s.Forget(ctx, o.Checkpoint); err != nil {
+		s.settle()
 		return err
 	}
 	box, undo, err := s.restore(ctx, o, saved)
+	if err == nil {
+		s.mu.Lock()
+		s.state.Key = saved.Key
+		s.mu.Unlock()
+		if err = s.TakeOver(box, o.Checkpoint); err != nil {
+			s.abandon(ctx, box)
+		}
+	}
 	if err != nil {
 		undo()
 		s.life.Lock()
 		defer s.life.Unlock()
-		reason := "it could not be restored: " + oneLine(err.Error())
-		if suspended {
-			s.setPhase(posternv1.KernelState_KERNEL_STATE_SUSPENDED, reason)
-		} else if derr := s.died(nil, reason); derr != nil {
-			s.logger.Error("a kernel's end not noted", "err", derr)
-		}
-		return err
-	}
-	s.mu.Lock()
-	s.state.Key = saved.Key
-	s.mu.Unlock()
-	if err := s.TakeOver(box, o.Checkpoint); err != nil {
+		s.suspended("it could not be restored: " + oneLine(err.Error()))
 		return err
 	}
 	if o.Private != "" {
@@ -208,7 +211,68 @@ func (s *Shim) Restore(ctx context.Context, o RestoreOrder) error {
 	return nil
 }
 
+// settle is for a kernel that could not be noted as suspended: it goes on, if it runs.
+func (s *Shim) settle() {
+	s.mu.Lock()
+	box, suspended, dead := s.box, s.state.Suspended, s.state.Dead
+	s.mu.Unlock()
+	switch {
+	case suspended: // it is about to end; see watch
+	case box != nil:
+		s.criu.Continue(box.PID())
+		if err := s.Resume(); err != nil {
+			s.logger.Error("kernel does not go on", "err", err)
+		}
+	default:
+		s.setPhase(posternv1.KernelState_KERNEL_STATE_DEAD, dead)
+	}
+}
+
+// abandon ends a restored kernel that could not be noted as such: on the disk it is
+// suspended.
+func (s *Shim) abandon(ctx context.Context, box *sandbox.Sandbox) {
+	s.life.Lock()
+	defer s.life.Unlock()
+	s.disconnect()
+	s.mu.Lock()
+	s.state.Suspended, s.box = true, nil
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), killTime)
+	defer cancel()
+	if err := box.Kill(ctx); err != nil {
+		s.logger.Error("restored kernel not ended", "err", err)
+	}
+	box.Close()
+}
+
+// recover finishes what a shim that ended in the midst of a restore or of a suspend
+// left: of a suspended kernel no process may be there, and of the private directory one
+// alone. The caller has life.
+func (s *Shim) recover(ctx context.Context) error {
+	if !s.state.Suspended {
+		return os.RemoveAll(s.oldPrivate())
+	}
+	spec := s.spec.Sandbox
+	if s.state.Sandbox != nil {
+		spec = s.placed(*s.state.Sandbox)
+	}
+	ctx, cancel := context.WithTimeout(ctx, killTime)
+	defer cancel()
+	if err := sandbox.Cleanup(ctx, spec); err != nil {
+		return err
+	}
+	if _, err := os.Lstat(s.oldPrivate()); errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	return s.putBack(spec.PrivateDir)
+}
+
 func (s *Shim) oldPrivate() string { return filepath.Join(s.dir, privateDir+".old") }
+
+// putBack makes the private directory again what it was before a restore.
+func (s *Shim) putBack(private string) error {
+	return errors.Join(os.RemoveAll(private), os.Rename(s.oldPrivate(), private))
+}
 
 // restore does it; undo puts the private directory back.
 func (s *Shim) restore(ctx context.Context, o RestoreOrder, saved Saved) (box *sandbox.Sandbox, undo func(), err error) {
@@ -228,7 +292,7 @@ func (s *Shim) restore(ctx context.Context, o RestoreOrder, saved Saved) (box *s
 			return nil, undo, err
 		}
 		undo = func() {
-			if err := errors.Join(os.RemoveAll(spec.PrivateDir), os.Rename(old, spec.PrivateDir)); err != nil {
+			if err := s.putBack(spec.PrivateDir); err != nil {
 				s.logger.Error("private files not put back after a failed restore", "err", err)
 			}
 		}
@@ -304,7 +368,11 @@ func (s *Shim) serveCheckpoints(mux *http.ServeMux) {
 		if !s.unstay() {
 			return nil, proto.Errorf(proto.CodeUnavailable, "the kernel went on before its checkpoint was stored: try again")
 		}
-		return struct{}{}, s.Suspend(ctx, o.Checkpoint)
+		err := s.Suspend(ctx, o.Checkpoint)
+		if err != nil {
+			s.settle()
+		}
+		return struct{}{}, err
 	})
 }
 

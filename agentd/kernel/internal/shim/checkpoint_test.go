@@ -3,13 +3,16 @@ package shim
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
+	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
 	"github.com/postern-dev/postern/proto/jupyter"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
@@ -193,4 +196,166 @@ func TestAShimKilledInTheMidstOfADumpLosesNoKernel(t *testing.T) {
 			t.Fatalf("n is %d, want %d: %v", n, i+1, err)
 		}
 	}
+}
+
+// A rollback whose images CRIU refuses: the kernel is suspended with the checkpoint, its
+// files are what they were, a new shim says so too, and it comes back when the images do.
+func TestAFailedRollbackLeavesASuspendedKernel(t *testing.T) {
+	criutest.Path(t)
+	dir, _ := newSpec(t)
+	a, p := spawn(t, dir)
+	c := attach(t, a, "one")
+	c.run("n = 1; open('f', 'w').write('before')")
+	d, o := dump(t, a, false)
+	c.run("n = 2; open('f', 'w').write('after')")
+	copied := filepath.Join(t.TempDir(), "private")
+	if out, err := exec.Command("cp", "-a", o.Private, copied).CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	pid, _, err := sandbox.Find(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Restore(soon(t), RestoreOrder{Images: t.TempDir(), Private: copied, Kernel: d.Kernel, Checkpoint: "ckp_a"}); err == nil {
+		t.Fatal("restored from nothing")
+	}
+	check := func() {
+		t.Helper()
+		if k := waitState(t, a, posternv1.KernelState_KERNEL_STATE_SUSPENDED); k.Checkpoint != "ckp_a" {
+			t.Errorf("%v", k)
+		}
+		if text, err := os.ReadFile(filepath.Join(dir, "private", "home", "f")); err != nil || string(text) != "after" {
+			t.Errorf("its file says %q, %v", text, err)
+		}
+		if _, err := os.Stat(filepath.Join(dir, "private.old")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("private.old: %v", err)
+		}
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); err == nil {
+			t.Errorf("process %d of before is there still", pid)
+		}
+	}
+	check()
+	_ = p.Kill()
+	_, _ = p.Wait()
+	a, _ = spawn(t, dir)
+	check()
+	if err := a.Restore(soon(t), RestoreOrder{Images: o.Images, Private: o.Private, Kernel: d.Kernel, Checkpoint: "ckp_a"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := attach(t, a, "one").run("print(n, open('f').read())"); got != "1 before\n" {
+		t.Fatal(got)
+	}
+}
+
+// kill -9 of a shim in the midst of rollbacks: the next one has a kernel that is
+// suspended, or is back; no process of another is there, and it can be resumed.
+func TestAShimKilledInTheMidstOfARestoreLosesNoKernel(t *testing.T) {
+	criutest.Path(t)
+	dir, spec := newSpec(t)
+	a, p := spawn(t, dir)
+	c := attach(t, a, "one")
+	c.run("n = 1; open('f', 'w').write('before'); big = bytes(range(256)) * (1 << 18)")
+	d, o := dump(t, a, false)
+	suspended := 0
+	for _, after := range []time.Duration{0, 20, 40, 60, 80, 110, 150, 200} {
+		c = attach(t, a, jupyter.NewID())
+		c.run("n = 2; open('f', 'w').write('after')")
+		private := filepath.Join(t.TempDir(), "private")
+		order := func() RestoreOrder {
+			if out, err := exec.Command("cp", "-a", o.Private, private).CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			return RestoreOrder{Images: o.Images, Private: private, Kernel: d.Kernel, Checkpoint: "ckp_a"}
+		}
+		first := order()
+		done := make(chan error, 1)
+		go func() { done <- a.Restore(soon(t), first) }()
+		time.Sleep(after * time.Millisecond)
+		_ = p.Kill()
+		_, _ = p.Wait()
+		err := <-done
+		a, p = spawn(t, dir)
+		k, kerr := a.Kernel(soon(t))
+		if kerr != nil {
+			t.Fatal(kerr)
+		}
+		t.Logf("killed after %d ms: %v; it is %v", after, err, k.State)
+		if k.State == posternv1.KernelState_KERNEL_STATE_SUSPENDED {
+			suspended++
+			nothingLeft(t, dir, spec)
+			_ = os.RemoveAll(private)
+			if err := a.Restore(soon(t), order()); err != nil {
+				t.Fatal(err)
+			}
+			if got := attach(t, a, "resumed").run("print(n, open('f').read())"); got != "1 before\n" {
+				t.Fatal(got)
+			}
+		}
+		if _, err := os.Stat(filepath.Join(dir, "private.old")); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("private.old: %v", err)
+		}
+	}
+	if suspended == 0 {
+		t.Error("no kill met a restore")
+	}
+}
+
+// A shim killed between the note that its kernel is suspended and the end of the
+// processes: the next one ends them.
+func TestNoProcessOfASuspendedKernelIsLeft(t *testing.T) {
+	criutest.Path(t)
+	dir, spec := newSpec(t)
+	a, p := spawn(t, dir)
+	attach(t, a, "one").run("n = 1")
+	d, o := dump(t, a, true)
+	_ = p.Kill()
+	_, _ = p.Wait()
+	var st State
+	if err := readJSON(filepath.Join(dir, stateFile), &st); err != nil {
+		t.Fatal(err)
+	}
+	st.Suspended, st.Checkpoint = true, "ckp_b"
+	if err := WriteState(dir, st); err != nil {
+		t.Fatal(err)
+	}
+	a, _ = spawn(t, dir)
+	waitState(t, a, posternv1.KernelState_KERNEL_STATE_SUSPENDED)
+	nothingLeft(t, dir, spec)
+	if err := a.Restore(soon(t), RestoreOrder{Images: o.Images, Kernel: d.Kernel, Checkpoint: "ckp_b"}); err != nil {
+		t.Fatal(err)
+	}
+	if got := attach(t, a, "one").run("print(n)"); got != "1\n" {
+		t.Fatal(got)
+	}
+}
+
+// nothingLeft fails if the host holds a process, a mount or a cgroup for a kernel.
+func nothingLeft(t *testing.T, dir string, spec Spec) {
+	t.Helper()
+	if left := processesOf(t, spec.Sandbox.UID); len(left) > 0 {
+		t.Errorf("processes of a suspended kernel: %v", left)
+	}
+	if mounts, err := os.ReadFile("/proc/self/mountinfo"); err != nil || strings.Contains(string(mounts), dir) {
+		t.Errorf("mounts of a suspended kernel, %v:\n%s", err, mounts)
+	}
+	groups, err := filepath.Glob("/sys/fs/cgroup/*/*/*" + spec.Sandbox.ID + "*")
+	if more, merr := filepath.Glob("/sys/fs/cgroup/*/*" + spec.Sandbox.ID + "*"); err != nil || merr != nil || len(groups)+len(more) > 0 {
+		t.Errorf("cgroups of a suspended kernel: %v %v", groups, more)
+	}
+}
+
+// processesOf lists the processes of a user, zombies left out.
+func processesOf(t *testing.T, uid uint32) (found []string) {
+	t.Helper()
+	entries, err := os.ReadDir("/proc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		text, err := os.ReadFile(filepath.Join("/proc", e.Name(), "status"))
+		if err == nil && strings.Contains(string(text), fmt.Sprintf("\nUid:\t%d\t", uid)) && !strings.Contains(string(text), "\nState:\tZ") {
+			found = append(found, e.Name())
+		}
+	}
+	return found
 }

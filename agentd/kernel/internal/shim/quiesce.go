@@ -103,8 +103,8 @@ func (s *Shim) Sandbox() *sandbox.Sandbox {
 	return s.box
 }
 
-// Suspend forgets the processes of a quiesced kernel: they are on disk, and the caller
-// ends them. State says so before it returns.
+// Suspend forgets the processes of a quiesced kernel: they are on disk, and it ends
+// them. State says so before, durably.
 func (s *Shim) Suspend(ctx context.Context, checkpoint string) error {
 	s.life.Lock()
 	defer s.life.Unlock()
@@ -114,20 +114,35 @@ func (s *Shim) Suspend(ctx context.Context, checkpoint string) error {
 	if !quiet {
 		return proto.Errorf(proto.CodeInvalid, "the kernel is not quiesced")
 	}
+	if err := s.forget(ctx, checkpoint); err != nil {
+		return err
+	}
+	s.suspended("")
+	return nil
+}
+
+// forget notes that the kernel is what checkpoint is, and ends its processes. They may
+// end later when it fails: see watch. The caller has life.
+func (s *Shim) forget(ctx context.Context, checkpoint string) error {
 	s.mu.Lock()
-	s.state.Suspended, s.state.Checkpoint = true, checkpoint
+	before := s.state
+	s.state.Suspended, s.state.Dead, s.state.Checkpoint = true, "", checkpoint
 	s.mu.Unlock()
 	if err := s.saveState(); err != nil {
+		s.mu.Lock()
+		s.state = before
+		s.mu.Unlock()
 		return err
 	}
-	if err := s.end(ctx); err != nil {
-		return err
-	}
+	return s.end(ctx)
+}
+
+// suspended tells everybody. The caller has life.
+func (s *Shim) suspended(reason string) {
 	s.mu.Lock()
 	s.quiet = false
 	s.mu.Unlock()
-	s.setPhase(posternv1.KernelState_KERNEL_STATE_SUSPENDED, "")
-	return nil
+	s.setPhase(posternv1.KernelState_KERNEL_STATE_SUSPENDED, reason)
 }
 
 // TakeOver makes restored processes the kernel's. Those that it had must have been ended
@@ -136,6 +151,9 @@ func (s *Shim) Suspend(ctx context.Context, checkpoint string) error {
 func (s *Shim) TakeOver(box *sandbox.Sandbox, checkpoint string) error {
 	s.life.Lock()
 	defer s.life.Unlock()
+	if err := s.usable(); err != nil {
+		return err
+	}
 	s.mu.Lock()
 	busy := s.box != nil
 	s.mu.Unlock()
@@ -153,10 +171,11 @@ func (s *Shim) TakeOver(box *sandbox.Sandbox, checkpoint string) error {
 	return s.run(box)
 }
 
-// Forget ends the processes of a quiesced kernel, to be replaced by TakeOver.
-func (s *Shim) Forget(ctx context.Context) error {
+// Forget ends the processes of a kernel that is quiesced or has none, to be replaced by
+// TakeOver. From then on the kernel is suspended with the checkpoint, until TakeOver.
+func (s *Shim) Forget(ctx context.Context, checkpoint string) error {
 	s.life.Lock()
 	defer s.life.Unlock()
 	s.setPhase(posternv1.KernelState_KERNEL_STATE_CHANGING, "restoring")
-	return s.end(ctx)
+	return s.forget(ctx, checkpoint)
 }

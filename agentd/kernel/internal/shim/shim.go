@@ -53,6 +53,8 @@ type Shim struct {
 
 	queues map[string]*queue // shell, control, stdin
 
+	// restoring is held while processes are restored; taken before life.
+	restoring sync.Mutex
 	// life serialises start, restart, stop, quiesce, resume; taken before mu.
 	life sync.Mutex
 
@@ -133,6 +135,9 @@ func (s *Shim) open(ctx context.Context) error {
 	s.wg.Go(s.watchRequests)
 	s.life.Lock()
 	defer s.life.Unlock()
+	if err := s.recover(ctx); err != nil {
+		return fmt.Errorf("clear away what an earlier shim left: %w", err)
+	}
 	switch {
 	case s.state.Suspended:
 		s.setPhase(posternv1.KernelState_KERNEL_STATE_SUSPENDED, "")
@@ -227,6 +232,14 @@ func (s *Shim) watch(box *sandbox.Sandbox) {
 	if !current {
 		return // restarted, stopped or suspended
 	}
+	if s.state.Suspended { // it was ended, and did not end in time
+		s.mu.Lock()
+		s.box = nil
+		s.mu.Unlock()
+		box.Close()
+		s.suspended("")
+		return
+	}
 	reason := exit.Reason
 	if reason == "" {
 		reason = fmt.Sprintf("ended with exit code %d", exit.Code)
@@ -279,6 +292,10 @@ func (s *Shim) end(ctx context.Context) error {
 
 // Restart ends the kernel's processes and starts them anew.
 func (s *Shim) Restart(ctx context.Context) error {
+	if !s.restoring.TryLock() {
+		return errRestoring
+	}
+	defer s.restoring.Unlock()
 	s.life.Lock()
 	defer s.life.Unlock()
 	if err := s.usable(); err != nil {
