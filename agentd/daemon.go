@@ -21,6 +21,7 @@ import (
 	"github.com/postern-dev/postern/agentd/identity"
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/link"
+	"github.com/postern-dev/postern/agentd/report"
 	"github.com/postern-dev/postern/agentd/secret"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/agentd/vault"
@@ -71,6 +72,7 @@ type Daemon struct {
 	// kernelUIDs is the first of kernels' user ids; it stays until the next start.
 	kernelUIDs uint32
 	host       *host.Host
+	reports    *report.Reporter
 	link       *link.Keeper
 	control    *control.Server
 	metrics    *http.Server
@@ -152,6 +154,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	defer wg.Wait()
 	defer cutLink()
 	wg.Go(func() { d.link.Run(linkCtx) })
+	wg.Go(func() { d.reports.Run(linkCtx) })
 
 	if ready != nil {
 		ready()
@@ -188,6 +191,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	d.kernelUIDs = c.Kernels.UIDBase
 	d.kernels = d.newKernels()
 	d.setKernels(c)
+	d.reports = d.newReporter()
 	d.host = d.newHost()
 	d.kernels.OnIdleStop(d.host.NoteKernelStopped)
 	d.kernels.OnIdleSuspend(d.suspendIdle, d.host.NoteKernelSuspended)

@@ -235,7 +235,7 @@ func (d *Daemon) newHost() *host.Host {
 	return host.New(host.Config{
 		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions, d.hidden}, Wire: sqlRunner{d.sessions, d.hidden}, Audit: d.log,
 		Kernels: kernelRunner{d.kernels, &d.checkpoints}, DecideKernel: d.decideKernel, Checkpoints: checkpoints{&d.checkpoints},
-		Decide: d.decide, DecideIntrospection: d.decideIntrospection, CheckOffered: d.checkOffered, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows, MaskText: d.maskText,
+		Decide: d.decide, DecideIntrospection: d.decideIntrospection, CheckOffered: d.checkOffered, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows, Local: d.reports, MaskText: d.maskText,
 		Exposition: promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}),
 		Agent: func() (string, string) {
 			a := d.identity.Agent()
@@ -297,7 +297,7 @@ func (d *Daemon) hostStatus() *posternv1.HostStatusResponse {
 }
 
 func (d *Daemon) hello() *posternv1.HelloRequest {
-	return &posternv1.HelloRequest{Host: hostFacts(), Sources: d.inventory(), AuditHead: d.log.Head().Proto(), FirstSinceStart: !d.welcomed.Load(), OpenSessions: uint32(len(d.sessions.Sessions()))}
+	return &posternv1.HelloRequest{Host: hostFacts(), Sources: d.inventory(), AuditHead: d.log.Head().Proto(), FirstSinceStart: !d.welcomed.Load(), OpenSessions: uint32(len(d.sessions.Sessions())), Kernels: uint32(len(d.kernels.List()))}
 }
 
 // welcome takes the control plane's answer: the agent's name may have changed,
@@ -353,6 +353,7 @@ func (d *Daemon) linkChanged(s link.State) {
 		return
 	}
 	if s.Up {
+		d.reports.Wake()
 		d.Notify("STATUS=link up to " + s.URL)
 	} else {
 		d.Notify("STATUS=link down: " + oneLine(s.Cause))

@@ -70,6 +70,7 @@ type Server struct {
 	audit    *audit.Log
 	hub      *hub.Hub
 	queries  *query.Runner
+	reports  *query.Reports
 	sessions *sessionCloser
 	journal  *query.Journal
 	pg       *pgwire.Server
@@ -165,7 +166,7 @@ func (s *Server) wire() error {
 		},
 	})
 	s.hub = hub.New(hub.Config{
-		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions}, Rows: &rows{s}, Events: events{s.events, s.catalogs, s.sessions}, Metrics: hub.NewMetrics(registry),
+		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions}, Metrics: hub.NewMetrics(registry),
 	})
 	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
@@ -179,6 +180,7 @@ func (s *Server) wire() error {
 		return err
 	}
 	queryMetrics := query.NewMetrics(registry)
+	s.reports = s.newReports(box, queryMetrics)
 	s.queries = query.NewRunner(query.Config{
 		Box:    box,
 		Logger: s.log, History: s.store, Audit: queryAudit{s.audit}, Metrics: queryMetrics,

@@ -19,7 +19,8 @@ const (
 	closersAtOnce = 32
 )
 
-// sessionCloser ends the SQL sessions of tokens that were revoked, on the agents
+// sessionCloser ends the SQL sessions of tokens that were revoked, and cuts their kernels
+// off from data sources, on the agents
 // whose tunnels end here: on all of them when a token is revoked, and on one that
 // comes back, which may have missed it.
 type sessionCloser struct {
@@ -86,7 +87,7 @@ func (c *sessionCloser) revoked(ctx context.Context, since time.Time, tokens []s
 func (c *sessionCloser) closeOn(l liveAgent, agent, organization, token string) {
 	c.background(func(ctx context.Context) {
 		_, err := l.CloseSession(ctx, &posternv1.CloseSessionRequest{
-			Principal: &posternv1.Principal{Organization: organization, TokenId: token}, Reason: "its token was revoked",
+			Principal: &posternv1.Principal{Organization: organization, TokenId: token}, Reason: "its token was revoked", Revoked: true,
 		})
 		if err != nil && c.ctx.Err() == nil {
 			c.log.Warn("sessions of a revoked token not closed: they end by their idle timeout", "agent", agent, "token", token, "err", err)
@@ -140,9 +141,13 @@ func (c *sessionCloser) came(id hub.Identity) {
 			return // an older agent has none
 		}
 		seen := map[string]bool{}
+		owners := open.KernelOwners
 		for _, s := range open.Sessions {
-			token := s.Principal.GetTokenId()
-			if seen[token] || s.Principal.GetOrganization() != id.Organization {
+			owners = append(owners, s.Principal)
+		}
+		for _, p := range owners {
+			token := p.GetTokenId()
+			if seen[token] || p.GetOrganization() != id.Organization {
 				continue
 			}
 			seen[token] = true

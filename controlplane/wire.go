@@ -83,7 +83,7 @@ func (j joiner) Renew(ctx context.Context, id hub.Identity, req *posternv1.Renew
 
 func (j joiner) Hello(ctx context.Context, id hub.Identity, req *posternv1.HelloRequest) (*posternv1.HelloResponse, error) {
 	resp, err := j.Service.Hello(ctx, registration.Identity(id), req)
-	if err == nil && req.OpenSessions > 0 {
+	if err == nil && req.OpenSessions+req.Kernels > 0 {
 		j.sessions.expect(id.Agent)
 	}
 	if err == nil && req.FirstSinceStart {

@@ -130,6 +130,8 @@ type Config struct {
 	// Report tells the control plane of the rows that it may keep. ctx has the
 	// values of the request that the statement came with. nil: nothing is kept.
 	Report func(ctx context.Context, r *posternv1.ReportRowsRequest) error
+	// Local is told of statements of RunLocal; may be nil.
+	Local Local
 	// MaskText takes out of a text about a source (a statement, an error) what
 	// the source's policy masks. nil: nothing.
 	MaskText func(source, text string) string

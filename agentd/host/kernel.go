@@ -25,6 +25,7 @@ const (
 	actionKernelInterrupt = "kernel.interrupt"
 	actionKernelAttach    = "kernel.attach"
 	actionKernelExecute   = "kernel.execute"
+	actionKernelRevoke    = "kernel.revoke"
 )
 
 // Kernels runs Jupyter kernels. Its errors carry codes of package proto; a kernel that
@@ -39,6 +40,9 @@ type Kernels interface {
 	Interrupt(ctx context.Context, id string) (*posternv1.Kernel, error)
 	Restart(ctx context.Context, id string) (*posternv1.Kernel, error)
 	Stop(ctx context.Context, id string) error
+	// Revoke makes the kernels of a token ask data sources for nothing any more, and
+	// returns for how many that is new.
+	Revoke(organization, token string) (int, error)
 	// Channels opens a stream of package kernelstream, which the caller closes.
 	Channels(ctx context.Context, r *posternv1.KernelChannelsRequest) (io.ReadWriteCloser, error)
 }

@@ -11,6 +11,15 @@ import (
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
+// Local is told of statements that come from this host itself. Its methods must not
+// block.
+type Local interface {
+	// Began is called before a statement's end can be in the log, Ended when it is, with
+	// the error and what may be kept of the rows; both may be nil.
+	Began(query string)
+	Ended(query string, err *posternv1.ErrorDetail, kept *posternv1.KeptRows)
+}
+
 // RunLocal runs a statement that comes from this host itself, from a kernel, as
 // one that the control plane sends: the same policy, log, limits and masks. The
 // request's principal is on whose behalf; from names the asker in the log. Rows go to
@@ -33,11 +42,19 @@ func (h *Host) RunLocal(ctx context.Context, request *posternv1.SQLRequest, from
 	defer cancel(nil)
 	stop := context.AfterFunc(h.abort, func() { cancel(context.Cause(h.abort)) })
 	defer stop()
-	outcome, _, took, err := h.execute(ctx, request, from, w)
+	request.TakesRows = h.cfg.Local != nil
+	var kept *posternv1.KeptRows
+	var detail *posternv1.ErrorDetail
+	if h.cfg.Local != nil {
+		h.cfg.Local.Began(request.QueryId)
+		defer func() { h.cfg.Local.Ended(request.QueryId, detail, kept) }()
+	}
+	outcome, kept, took, err := h.execute(ctx, request, from, w)
+	detail = proto.Detail(err)
 	if outcome == nil {
 		outcome = &posternv1.QueryOutcome{}
 	}
-	outcome.QueryId, outcome.Error = request.QueryId, proto.Detail(err)
+	outcome.QueryId, outcome.Error = request.QueryId, detail
 	if outcome.Duration == nil {
 		outcome.Duration = durationpb.New(took)
 	}

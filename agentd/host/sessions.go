@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"connectrpc.com/connect"
@@ -114,6 +115,11 @@ func (s rpc) CloseSession(_ context.Context, r *connect.Request[posternv1.CloseS
 	}
 	who := owner(r.Msg.Principal)
 	if r.Msg.SessionId == "" {
+		if r.Msg.Revoked && s.h.cfg.Kernels != nil {
+			if err := s.h.revokeKernels(r.Msg.Principal, reason); err != nil {
+				return nil, proto.ConnectError(err)
+			}
+		}
 		return connect.NewResponse(&posternv1.CloseSessionResponse{Closed: uint32(s.h.cfg.SQL.CloseSessions(who, reason))}), nil
 	}
 	if err := s.h.cfg.SQL.CloseSession(r.Msg.SessionId, who, reason); err != nil {
@@ -122,7 +128,29 @@ func (s rpc) CloseSession(_ context.Context, r *connect.Request[posternv1.CloseS
 	return connect.NewResponse(&posternv1.CloseSessionResponse{Closed: 1}), nil
 }
 
-// ListSessions lists the sessions that are open.
+// revokeKernels cuts the kernels of a token off from data sources.
+func (h *Host) revokeKernels(p *posternv1.Principal, reason string) error {
+	n, err := h.cfg.Kernels.Revoke(p.GetOrganization(), p.GetTokenId())
+	if n > 0 {
+		h.finish(auditchain.Entry{
+			Action: actionKernelRevoke, Actor: "control plane", Target: clip(p.GetTokenId()), Verdict: "allowed", Outcome: "done",
+			Statement: fmt.Sprintf("%d kernels may use no data source any more: %s", n, reason),
+		}, true)
+	}
+	return err
+}
+
+// ListSessions lists the sessions that are open, and whose kernels there are.
 func (s rpc) ListSessions(context.Context, *connect.Request[posternv1.ListSessionsRequest]) (*connect.Response[posternv1.ListSessionsResponse], error) {
-	return connect.NewResponse(&posternv1.ListSessionsResponse{Sessions: s.h.cfg.SQL.Sessions()}), nil
+	response := &posternv1.ListSessionsResponse{Sessions: s.h.cfg.SQL.Sessions()}
+	if s.h.cfg.Kernels != nil {
+		seen := map[string]bool{}
+		for _, k := range s.h.cfg.Kernels.List() {
+			if who := owner(k.Owner); !seen[who] {
+				seen[who] = true
+				response.KernelOwners = append(response.KernelOwners, k.Owner)
+			}
+		}
+	}
+	return connect.NewResponse(response), nil
 }

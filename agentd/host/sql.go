@@ -93,6 +93,9 @@ func (h *Host) execute(ctx context.Context, request *posternv1.SQLRequest, remot
 		Actor: actor(request.Principal), Role: request.Principal.GetRole(), Source: request.Source, QueryID: request.QueryId,
 		SessionID: request.SessionId, Verdict: "allowed", Statement: h.maskText(request.Source, request.Sql), Remote: remote,
 	}
+	if remote != "" { // whose kernel; the name in Actor may be another token's one day
+		entry.Target = clip(request.Principal.GetTokenId())
+	}
 	if kind := explain(request.Explain); kind == "analyze" { // what was done, in the log's words
 		entry.Statement = "EXPLAIN ANALYZE " + entry.Statement
 	} else if kind == "plan" {
@@ -190,7 +193,7 @@ func (h *Host) run(ctx context.Context, request *posternv1.SQLRequest, entry *au
 		MaxRows: verdict.MaxRows, MaxBytes: verdict.MaxBytes, Timeout: verdict.Timeout, ReadWrite: verdict.ReadWrite,
 		Explain: explain(request.Explain), HypotheticalIndexes: request.HypotheticalIndexes,
 	}
-	if request.TakesRows && h.cfg.Report != nil && verdict.KeepFirst+verdict.KeepLast > 0 {
+	if request.TakesRows && (h.cfg.Report != nil || entry.Remote != "") && verdict.KeepFirst+verdict.KeepLast > 0 {
 		statement.KeepFirst, statement.KeepLast, statement.Kept = verdict.KeepFirst, verdict.KeepLast, kept
 	}
 	outcome, err = h.cfg.SQL.Run(ctx, statement, w)

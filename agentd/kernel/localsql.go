@@ -118,20 +118,29 @@ func (m *Manager) backend(k *kernel) localsql.Backend {
 	m.mu.Unlock()
 	p := &posternv1.Principal{}
 	if id == "" || protojson.Unmarshal(owner, p) != nil {
-		return localBackend{sql: nobody{}} // it waits for an owner
+		return localBackend{sql: nobody{}, revoked: context.Background()} // it waits for an owner
 	}
-	return localBackend{m.cfg.SQL, id, p}
+	return localBackend{m.cfg.SQL, id, p, k.revoked}
 }
 
 type localBackend struct {
 	sql   SQL
 	id    string
 	owner *posternv1.Principal
+	// revoked ends when the owner may ask for nothing any more.
+	revoked context.Context
 }
 
 // Run implements localsql.Backend.
 func (b localBackend) Run(ctx context.Context, r *posternv1.SQLRequest, w io.Writer) *posternv1.QueryOutcome {
 	r.Principal = b.owner
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	stop := context.AfterFunc(b.revoked, func() { cancel(context.Cause(b.revoked)) })
+	defer stop()
+	if b.revoked.Err() != nil {
+		cancel(context.Cause(b.revoked)) // before anything is asked: RunLocal refuses, and the log has it
+	}
 	return b.sql.RunLocal(ctx, r, "kernel "+b.id, w)
 }
 

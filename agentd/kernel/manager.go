@@ -100,6 +100,9 @@ type kernel struct {
 	failed error
 	cancel context.CancelFunc
 	tended chan struct{} // closed when nobody looks after its shim any more
+	// revoked ends when its owner may ask for nothing any more; revoke ends it, with why.
+	revoked context.Context
+	revoke  context.CancelCauseFunc
 
 	// Guarded by Manager.mu.
 	spec     shim.Spec
@@ -219,7 +222,12 @@ func (m *Manager) Open(ctx context.Context) error {
 }
 
 func (m *Manager) newKernel(dir string, s shim.Spec) *kernel {
-	return &kernel{dir: dir, spec: s, agent: shim.NewAgent(dir), ready: make(chan struct{}), tended: make(chan struct{}), cancel: func() {}}
+	k := &kernel{dir: dir, spec: s, agent: shim.NewAgent(dir), ready: make(chan struct{}), tended: make(chan struct{}), cancel: func() {}}
+	k.revoked, k.revoke = context.WithCancelCause(context.Background())
+	if _, err := os.Lstat(filepath.Join(dir, revokedMark)); err == nil {
+		k.revoke(errRevoked)
+	}
+	return k
 }
 
 // Close leaves all kernels running, those of the pool too.

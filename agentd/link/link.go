@@ -341,10 +341,18 @@ func (k *Keeper) Renew() {
 // Client is the control plane's end of the tunnel that is up; AGENT_OFFLINE if
 // there is none.
 func (k *Keeper) Client() (posternv1connect.LinkServiceClient, error) {
+	return k.ClientFor(0)
+}
+
+// ClientFor is Client for a request of so many bytes: small ones take the lane of control.
+func (k *Keeper) ClientFor(size int) (posternv1connect.LinkServiceClient, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.current == nil || k.current.t.Err() != nil {
 		return nil, proto.Errorf(proto.CodeAgentOffline, "the link to the control plane is down")
+	}
+	if size > smallReport {
+		return clientOn(k.current.t, tunnel.Bulk), nil
 	}
 	return client(k.current.t), nil
 }

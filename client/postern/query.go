@@ -28,7 +28,7 @@ func (a *app) queryCommand() *cobra.Command {
 					return err
 				}
 				return printList(a, resp.Msg.Queries, []string{"ID", "STATE", "SOURCE", "BY", "STARTED", "DURATION", "ROWS", "SESSION", "SQL"}, func(q *posternv1.Query) []string {
-					return []string{q.Id, q.State, q.Agent + "/" + q.Source, q.TokenName, timeText(q.Started), durationText(q.Duration), fmt.Sprint(q.Rows), firstOf(q.SessionId, "-"), clip(q.Sql, 60)}
+					return []string{q.Id, q.State, q.Agent + "/" + q.Source, q.TokenName, timeText(q.Started), durationText(q.Duration), fmt.Sprint(q.Rows), firstOf(q.SessionId, kernelText(q.KernelId), "-"), clip(q.Sql, 60)}
 				})
 			})
 		},
@@ -62,6 +62,14 @@ func cancelText(state string) string {
 	return "not running any more: " + state
 }
 
+// kernelText names the kernel that asked for a statement; "" for none.
+func kernelText(id string) string {
+	if id == "" {
+		return ""
+	}
+	return "kernel " + id
+}
+
 func (a *app) showQuery(q *posternv1.Query) error {
 	if a.output == "json" {
 		return a.printJSON(q)
@@ -83,6 +91,7 @@ func (a *app) showQuery(q *posternv1.Query) error {
 		{"rows", fmt.Sprint(q.GetRows())},
 		{"bytes", fmt.Sprint(q.GetBytes())},
 		{"session", q.GetSessionId()},
+		{"kernel", q.GetKernelId()},
 		{"error", failure},
 	}
 	name := "sql"

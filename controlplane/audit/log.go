@@ -110,20 +110,9 @@ func (l *Log) AppendAll(ctx context.Context, entries []auditchain.Entry) error {
 	if len(entries) == 0 {
 		return nil
 	}
-	items := make([]*item, len(entries))
-	for i := range entries {
-		e := entries[i]
-		if e.Organization == "" {
-			e.Organization = l.cfg.DefaultOrganization
-		}
-		if i > 0 && e.Organization != items[0].entry.Organization {
-			return fmt.Errorf("append %d audit entries at once: they are of several organizations", len(entries))
-		}
-		if e.Time.IsZero() {
-			e.Time = l.cfg.Now()
-		}
-		bound(&e)
-		items[i] = &item{entry: e}
+	items, err := l.items(entries)
+	if err != nil {
+		return err
 	}
 	c := l.chain(items[0].entry.Organization)
 	c.mu.Lock()
@@ -140,7 +129,7 @@ func (l *Log) AppendAll(ctx context.Context, entries []auditchain.Entry) error {
 		group := c.waiting[:n:n]
 		c.waiting = c.waiting[n:]
 		c.mu.Unlock()
-		err := l.write(ctx, c, group)
+		err := l.write(ctx, c, group, l.cfg.Store.AppendAudit)
 		for _, one := range group {
 			one.done, one.err = true, err
 		}
@@ -151,6 +140,46 @@ func (l *Log) AppendAll(ctx context.Context, entries []auditchain.Entry) error {
 		}
 	}
 	return nil
+}
+
+// Appender writes all or nothing, as Store.AppendAudit does, and something else with it.
+// It may be called with no lines.
+type Appender func(ctx context.Context, organization string, prev auditchain.Head, lines [][]byte, head auditchain.Head) error
+
+// AppendWith is AppendAll whose entries, at most some hundred, are written together, by
+// write: with what write adds, or not at all.
+func (l *Log) AppendWith(ctx context.Context, organization string, entries []auditchain.Entry, write Appender) error {
+	items, err := l.items(entries)
+	if err != nil {
+		return err
+	}
+	c := l.chain(organization)
+	if len(items) > 0 && items[0].entry.Organization != organization {
+		return fmt.Errorf("append audit entries of %s to the log of %s", items[0].entry.Organization, organization)
+	}
+	c.writing.Lock()
+	defer c.writing.Unlock()
+	return l.write(ctx, c, items, write)
+}
+
+// items makes entries of one organization ready to be sealed.
+func (l *Log) items(entries []auditchain.Entry) ([]*item, error) {
+	items := make([]*item, len(entries))
+	for i := range entries {
+		e := entries[i]
+		if e.Organization == "" {
+			e.Organization = l.cfg.DefaultOrganization
+		}
+		if i > 0 && e.Organization != items[0].entry.Organization {
+			return nil, fmt.Errorf("append %d audit entries at once: they are of several organizations", len(entries))
+		}
+		if e.Time.IsZero() {
+			e.Time = l.cfg.Now()
+		}
+		bound(&e)
+		items[i] = &item{entry: e}
+	}
+	return items, nil
 }
 
 func bound(e *auditchain.Entry) {
@@ -175,7 +204,7 @@ func (l *Log) chain(organization string) *chain {
 }
 
 // write seals a group after the head and stores it. c.writing is held.
-func (l *Log) write(ctx context.Context, c *chain, group []*item) error {
+func (l *Log) write(ctx context.Context, c *chain, group []*item, write Appender) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
 	defer cancel()
 	var err error
@@ -192,7 +221,7 @@ func (l *Log) write(ctx context.Context, c *chain, group []*item) error {
 			head = entry.Seal(head)
 			lines[i] = entry.Encode()
 		}
-		err = l.cfg.Store.AppendAudit(ctx, c.organization, c.head, lines, head)
+		err = write(ctx, c.organization, c.head, lines, head)
 		if err == nil {
 			c.head, c.known = head, true
 			return nil

@@ -14,6 +14,7 @@ type Config struct {
 	Gate    Gate
 	Joiner  Joiner
 	Rows    Rows
+	Reports Reports
 	Events  Events
 	Metrics *Metrics
 }
@@ -47,6 +48,13 @@ type Rows interface {
 	// ReportRows returns NOT_FOUND for a statement that this agent was not asked to
 	// run, or whose rows are there already.
 	ReportRows(ctx context.Context, id Identity, queryID string, rows *posternv1.KeptRows) error
+}
+
+// Reports takes what agents tell of the statements that their kernels asked for.
+type Reports interface {
+	// ReportStatements returns up to where all is recorded. It may be called again with
+	// what it has taken already.
+	ReportStatements(ctx context.Context, id Identity, r *posternv1.ReportStatementsRequest) (*posternv1.ReportStatementsResponse, error)
 }
 
 // Events is told of links that come and go. Calls must not block.

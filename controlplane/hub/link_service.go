@@ -38,12 +38,13 @@ const (
 
 // needs is the standing for each procedure; what is not listed is refused.
 var needs = map[string]standing{
-	posternv1connect.LinkServiceRegisterProcedure:        stranger,
-	posternv1connect.LinkServiceRejoinProcedure:          lapsed,
-	posternv1connect.LinkServiceRenewProcedure:           member,
-	posternv1connect.LinkServiceHelloProcedure:           member,
-	posternv1connect.LinkServiceUpdateInventoryProcedure: member,
-	posternv1connect.LinkServiceReportRowsProcedure:      member,
+	posternv1connect.LinkServiceRegisterProcedure:         stranger,
+	posternv1connect.LinkServiceRejoinProcedure:           lapsed,
+	posternv1connect.LinkServiceRenewProcedure:            member,
+	posternv1connect.LinkServiceHelloProcedure:            member,
+	posternv1connect.LinkServiceUpdateInventoryProcedure:  member,
+	posternv1connect.LinkServiceReportRowsProcedure:       member,
+	posternv1connect.LinkServiceReportStatementsProcedure: member,
 }
 
 func (p *peer) standing() standing {
@@ -145,6 +146,13 @@ func (s linkService) UpdateInventory(ctx context.Context, req *connect.Request[p
 func (s linkService) ReportRows(ctx context.Context, req *connect.Request[posternv1.ReportRowsRequest]) (*connect.Response[posternv1.ReportRowsResponse], error) {
 	return reply(s.hub, "report rows", func() (*posternv1.ReportRowsResponse, error) {
 		return &posternv1.ReportRowsResponse{}, s.hub.cfg.Rows.ReportRows(ctx, peerOf(ctx).id, req.Msg.QueryId, req.Msg.Rows)
+	})
+}
+
+// ReportStatements implements LinkService.
+func (s linkService) ReportStatements(ctx context.Context, req *connect.Request[posternv1.ReportStatementsRequest]) (*connect.Response[posternv1.ReportStatementsResponse], error) {
+	return reply(s.hub, "report statements", func() (*posternv1.ReportStatementsResponse, error) {
+		return s.hub.cfg.Reports.ReportStatements(ctx, peerOf(ctx).id, req.Msg)
 	})
 }
 

@@ -38,11 +38,21 @@ func (s *Store) head(ctx context.Context, query, key string) (auditchain.Head, e
 // all or nothing. If prev is no longer the head, somebody else was first:
 // ALREADY_EXISTS, and nothing is written.
 func (s *Store) AppendAudit(ctx context.Context, org string, prev auditchain.Head, lines [][]byte, head auditchain.Head) error {
+	return s.appendAudit(ctx, org, prev, lines, head, nil)
+}
+
+// appendAudit is AppendAudit; also writes something else in the same transaction.
+func (s *Store) appendAudit(ctx context.Context, org string, prev auditchain.Head, lines [][]byte, head auditchain.Head, also func(tx handle) error) error {
 	if head.Sequence != prev.Sequence+uint64(len(lines)) {
 		return fmt.Errorf("append %d audit entries: head %d does not follow %d", len(lines), head.Sequence, prev.Sequence)
 	}
 	moved := proto.Errorf(proto.CodeAlreadyExists, "the audit chain has moved on from entry %d", prev.Sequence)
 	return s.write(ctx, "append to the audit log", func(tx handle) error {
+		if also != nil {
+			if err := also(tx); err != nil || len(lines) == 0 {
+				return err
+			}
+		}
 		var n int64
 		var err error
 		if prev.Sequence == 0 {

@@ -33,7 +33,7 @@ const DefaultHistoryAge = 30 * 24 * time.Hour
 // stateRunning is the one state that a query leaves.
 const stateRunning = "running"
 
-const queryColumns = "q.id, q.agent, q.source, q.token_name, q.sql_text, q.state, q.started, q.duration, q.row_count, q.byte_count, q.error, q.session"
+const queryColumns = "q.id, q.agent, q.source, q.token_name, q.sql_text, q.state, q.started, q.duration, q.row_count, q.byte_count, q.error, q.session, q.kernel"
 
 type queryRow struct {
 	q                 posternv1.Query
@@ -44,7 +44,7 @@ type queryRow struct {
 
 func (r *queryRow) into() []any {
 	return []any{
-		&r.q.Id, &r.q.Agent, &r.q.Source, &r.q.TokenName, &r.q.Sql, &r.q.State, &r.started, &r.duration, &r.rows, &r.bytes, &r.failure, &r.q.SessionId,
+		&r.q.Id, &r.q.Agent, &r.q.Source, &r.q.TokenName, &r.q.Sql, &r.q.State, &r.started, &r.duration, &r.rows, &r.bytes, &r.failure, &r.q.SessionId, &r.q.KernelId,
 	}
 }
 
@@ -78,7 +78,7 @@ func (s *Store) InsertQuery(ctx context.Context, org, token string, q *posternv1
 			q.Duration.AsDuration().Microseconds(), int64(q.Rows), int64(q.Bytes), failure, s.replica, sessionText(q.SessionId))
 		return err
 	})
-	if err != nil || !s.pruneDue() {
+	if err != nil || !s.pruneDue(1) {
 		return err
 	}
 	if _, err := s.PruneQueries(ctx, org, started); err != nil {
@@ -238,10 +238,11 @@ func (s *Store) ListQueries(ctx context.Context, org, token string, limit int, r
 	return all[:min(len(all), limit)], nil
 }
 
-func (s *Store) pruneDue() bool {
+// pruneDue counts inserts, and tells when it is time to look at the bounds.
+func (s *Store) pruneDue(inserts int) bool {
 	s.pruneMu.Lock()
 	defer s.pruneMu.Unlock()
-	s.inserts++
+	s.inserts += inserts
 	if s.inserts < pruneEvery {
 		return false
 	}

@@ -20,16 +20,20 @@ const (
 func (s *Store) KeepRows(ctx context.Context, org, id string, sealed []byte, now time.Time) error {
 	due := s.keptDue(org, len(sealed))
 	return s.writeRelaxed(ctx, "keep a query's rows", func(tx handle) error {
-		if _, err := tx.exec(ctx, `INSERT INTO kept_rows (query, organization, created, size, sealed)
-			SELECT q.id, q.organization, ?, ?, ? FROM queries q WHERE q.organization = ? AND q.id = ? ON CONFLICT (query) DO NOTHING`,
-			millis(now), len(sealed), sealed, org, plainText(id)); err != nil || !due {
-			return err
-		}
-		_, err := tx.exec(ctx, `DELETE FROM kept_rows WHERE query IN (SELECT k.query FROM
-			(SELECT query, SUM(size) OVER (ORDER BY created DESC, query DESC) AS upto FROM kept_rows WHERE organization = ?) k WHERE k.upto > ?)`,
-			org, s.keepBytes)
-		return err
+		return s.keepRows(ctx, tx, org, id, sealed, now, due)
 	})
+}
+
+func (s *Store) keepRows(ctx context.Context, tx handle, org, id string, sealed []byte, now time.Time, due bool) error {
+	if _, err := tx.exec(ctx, `INSERT INTO kept_rows (query, organization, created, size, sealed)
+		SELECT q.id, q.organization, ?, ?, ? FROM queries q WHERE q.organization = ? AND q.id = ? ON CONFLICT (query) DO NOTHING`,
+		millis(now), len(sealed), sealed, org, plainText(id)); err != nil || !due {
+		return err
+	}
+	_, err := tx.exec(ctx, `DELETE FROM kept_rows WHERE query IN (SELECT k.query FROM
+		(SELECT query, SUM(size) OVER (ORDER BY created DESC, query DESC) AS upto FROM kept_rows WHERE organization = ?) k WHERE k.upto > ?)`,
+		org, s.keepBytes)
+	return err
 }
 
 // keptDue counts what comes, and tells when it is time to look at the bound.

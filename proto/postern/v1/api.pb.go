@@ -2235,7 +2235,9 @@ type Query struct {
 	Bytes    uint64                 `protobuf:"varint,10,opt,name=bytes,proto3" json:"bytes,omitempty"`
 	Error    *ErrorDetail           `protobuf:"bytes,11,opt,name=error,proto3" json:"error,omitempty"`
 	// The session that stays open, or the PostgreSQL client's, that it ran in; empty: none.
-	SessionId     string `protobuf:"bytes,12,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	SessionId string `protobuf:"bytes,12,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
+	// The kernel that asked for it; empty: none. It is told when it has ended.
+	KernelId      string `protobuf:"bytes,13,opt,name=kernel_id,json=kernelId,proto3" json:"kernel_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2350,6 +2352,13 @@ func (x *Query) GetError() *ErrorDetail {
 func (x *Query) GetSessionId() string {
 	if x != nil {
 		return x.SessionId
+	}
+	return ""
+}
+
+func (x *Query) GetKernelId() string {
+	if x != nil {
+		return x.KernelId
 	}
 	return ""
 }
@@ -3587,7 +3596,7 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\"e\n" +
 	"\x17ListSQLSessionsResponse\x122\n" +
 	"\bsessions\x18\x01 \x03(\v2\x16.postern.v1.SQLSessionR\bsessions\x12\x16\n" +
-	"\x06silent\x18\x02 \x03(\tR\x06silent\"\xf1\x02\n" +
+	"\x06silent\x18\x02 \x03(\tR\x06silent\"\x8e\x03\n" +
 	"\x05Query\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x16\n" +
@@ -3603,7 +3612,8 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	" \x01(\x04R\x05bytes\x12-\n" +
 	"\x05error\x18\v \x01(\v2\x17.postern.v1.ErrorDetailR\x05error\x12\x1d\n" +
 	"\n" +
-	"session_id\x18\f \x01(\tR\tsessionId\"M\n" +
+	"session_id\x18\f \x01(\tR\tsessionId\x12\x1b\n" +
+	"\tkernel_id\x18\r \x01(\tR\bkernelId\"M\n" +
 	"\x12ListQueriesRequest\x12\x14\n" +
 	"\x05limit\x18\x01 \x01(\rR\x05limit\x12!\n" +
 	"\frunning_only\x18\x02 \x01(\bR\vrunningOnly\"B\n" +

@@ -536,7 +536,10 @@ type CloseSessionRequest struct {
 	// Whose session it is.
 	Principal *Principal `protobuf:"bytes,2,opt,name=principal,proto3" json:"principal,omitempty"`
 	// One line for the audit log; empty: the owner closed it.
-	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	Reason string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
+	// The token was revoked: its kernels, which go on, may ask data sources for nothing
+	// from now on, and what they are asking ends. Without a session_id alone.
+	Revoked       bool `protobuf:"varint,4,opt,name=revoked,proto3" json:"revoked,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -590,6 +593,13 @@ func (x *CloseSessionRequest) GetReason() string {
 		return x.Reason
 	}
 	return ""
+}
+
+func (x *CloseSessionRequest) GetRevoked() bool {
+	if x != nil {
+		return x.Revoked
+	}
+	return false
 }
 
 type CloseSessionResponse struct {
@@ -673,8 +683,10 @@ func (*ListSessionsRequest) Descriptor() ([]byte, []int) {
 }
 
 type ListSessionsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Sessions      []*SQLSession          `protobuf:"bytes,1,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Sessions []*SQLSession          `protobuf:"bytes,1,rep,name=sessions,proto3" json:"sessions,omitempty"`
+	// Whose kernels are on the host, each once.
+	KernelOwners  []*Principal `protobuf:"bytes,2,rep,name=kernel_owners,json=kernelOwners,proto3" json:"kernel_owners,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -712,6 +724,13 @@ func (*ListSessionsResponse) Descriptor() ([]byte, []int) {
 func (x *ListSessionsResponse) GetSessions() []*SQLSession {
 	if x != nil {
 		return x.Sessions
+	}
+	return nil
+}
+
+func (x *ListSessionsResponse) GetKernelOwners() []*Principal {
+	if x != nil {
+		return x.KernelOwners
 	}
 	return nil
 }
@@ -1993,17 +2012,19 @@ const file_postern_v1_host_proto_rawDesc = "" +
 	"\tprincipal\x18\x03 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\x12<\n" +
 	"\fidle_timeout\x18\x04 \x01(\v2\x19.google.protobuf.DurationR\vidleTimeout\"G\n" +
 	"\x13OpenSessionResponse\x120\n" +
-	"\asession\x18\x01 \x01(\v2\x16.postern.v1.SQLSessionR\asession\"\x81\x01\n" +
+	"\asession\x18\x01 \x01(\v2\x16.postern.v1.SQLSessionR\asession\"\x9b\x01\n" +
 	"\x13CloseSessionRequest\x12\x1d\n" +
 	"\n" +
 	"session_id\x18\x01 \x01(\tR\tsessionId\x123\n" +
 	"\tprincipal\x18\x02 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\x12\x16\n" +
-	"\x06reason\x18\x03 \x01(\tR\x06reason\".\n" +
+	"\x06reason\x18\x03 \x01(\tR\x06reason\x12\x18\n" +
+	"\arevoked\x18\x04 \x01(\bR\arevoked\".\n" +
 	"\x14CloseSessionResponse\x12\x16\n" +
 	"\x06closed\x18\x01 \x01(\rR\x06closed\"\x15\n" +
-	"\x13ListSessionsRequest\"J\n" +
+	"\x13ListSessionsRequest\"\x86\x01\n" +
 	"\x14ListSessionsResponse\x122\n" +
-	"\bsessions\x18\x01 \x03(\v2\x16.postern.v1.SQLSessionR\bsessions\"X\n" +
+	"\bsessions\x18\x01 \x03(\v2\x16.postern.v1.SQLSessionR\bsessions\x12:\n" +
+	"\rkernel_owners\x18\x02 \x03(\v2\x15.postern.v1.PrincipalR\fkernelOwners\"X\n" +
 	"\tParameter\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x19\n" +
 	"\x05value\x18\x02 \x01(\tH\x00R\x05value\x88\x01\x01\x12\x12\n" +
@@ -2173,45 +2194,46 @@ var file_postern_v1_host_proto_depIdxs = []int32{
 	3,  // 10: postern.v1.OpenSessionResponse.session:type_name -> postern.v1.SQLSession
 	1,  // 11: postern.v1.CloseSessionRequest.principal:type_name -> postern.v1.Principal
 	3,  // 12: postern.v1.ListSessionsResponse.sessions:type_name -> postern.v1.SQLSession
-	29, // 13: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
-	31, // 14: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
-	14, // 15: postern.v1.QueryOutcome.notices:type_name -> postern.v1.Notice
-	12, // 16: postern.v1.QueryOutcome.parameters:type_name -> postern.v1.ParameterInfo
-	29, // 17: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
-	15, // 18: postern.v1.ListSourcesResponse.sources:type_name -> postern.v1.SourceInfo
-	1,  // 19: postern.v1.CheckSourceRequest.principal:type_name -> postern.v1.Principal
-	21, // 20: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
-	1,  // 21: postern.v1.IntrospectRequest.principal:type_name -> postern.v1.Principal
-	32, // 22: postern.v1.IntrospectRequest.known:type_name -> postern.v1.CatalogSchema
-	1,  // 23: postern.v1.CancelQueryRequest.principal:type_name -> postern.v1.Principal
-	30, // 24: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
-	15, // 25: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
-	26, // 26: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
-	30, // 27: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
-	30, // 28: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
-	16, // 29: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
-	18, // 30: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
-	20, // 31: postern.v1.HostService.Introspect:input_type -> postern.v1.IntrospectRequest
-	4,  // 32: postern.v1.HostService.OpenSession:input_type -> postern.v1.OpenSessionRequest
-	6,  // 33: postern.v1.HostService.CloseSession:input_type -> postern.v1.CloseSessionRequest
-	8,  // 34: postern.v1.HostService.ListSessions:input_type -> postern.v1.ListSessionsRequest
-	22, // 35: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
-	24, // 36: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
-	27, // 37: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
-	17, // 38: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
-	19, // 39: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	33, // 40: postern.v1.HostService.Introspect:output_type -> postern.v1.CatalogPage
-	5,  // 41: postern.v1.HostService.OpenSession:output_type -> postern.v1.OpenSessionResponse
-	7,  // 42: postern.v1.HostService.CloseSession:output_type -> postern.v1.CloseSessionResponse
-	9,  // 43: postern.v1.HostService.ListSessions:output_type -> postern.v1.ListSessionsResponse
-	23, // 44: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
-	25, // 45: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
-	28, // 46: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
-	38, // [38:47] is the sub-list for method output_type
-	29, // [29:38] is the sub-list for method input_type
-	29, // [29:29] is the sub-list for extension type_name
-	29, // [29:29] is the sub-list for extension extendee
-	0,  // [0:29] is the sub-list for field type_name
+	1,  // 13: postern.v1.ListSessionsResponse.kernel_owners:type_name -> postern.v1.Principal
+	29, // 14: postern.v1.QueryOutcome.duration:type_name -> google.protobuf.Duration
+	31, // 15: postern.v1.QueryOutcome.error:type_name -> postern.v1.ErrorDetail
+	14, // 16: postern.v1.QueryOutcome.notices:type_name -> postern.v1.Notice
+	12, // 17: postern.v1.QueryOutcome.parameters:type_name -> postern.v1.ParameterInfo
+	29, // 18: postern.v1.SourceInfo.statement_timeout:type_name -> google.protobuf.Duration
+	15, // 19: postern.v1.ListSourcesResponse.sources:type_name -> postern.v1.SourceInfo
+	1,  // 20: postern.v1.CheckSourceRequest.principal:type_name -> postern.v1.Principal
+	21, // 21: postern.v1.CheckSourceResponse.checks:type_name -> postern.v1.Check
+	1,  // 22: postern.v1.IntrospectRequest.principal:type_name -> postern.v1.Principal
+	32, // 23: postern.v1.IntrospectRequest.known:type_name -> postern.v1.CatalogSchema
+	1,  // 24: postern.v1.CancelQueryRequest.principal:type_name -> postern.v1.Principal
+	30, // 25: postern.v1.HostStatusResponse.started:type_name -> google.protobuf.Timestamp
+	15, // 26: postern.v1.HostStatusResponse.sources:type_name -> postern.v1.SourceInfo
+	26, // 27: postern.v1.HostStatusResponse.queries:type_name -> postern.v1.RunningQuery
+	30, // 28: postern.v1.HostStatusResponse.certificate_expires:type_name -> google.protobuf.Timestamp
+	30, // 29: postern.v1.RunningQuery.started:type_name -> google.protobuf.Timestamp
+	16, // 30: postern.v1.HostService.ListSources:input_type -> postern.v1.ListSourcesRequest
+	18, // 31: postern.v1.HostService.CheckSource:input_type -> postern.v1.CheckSourceRequest
+	20, // 32: postern.v1.HostService.Introspect:input_type -> postern.v1.IntrospectRequest
+	4,  // 33: postern.v1.HostService.OpenSession:input_type -> postern.v1.OpenSessionRequest
+	6,  // 34: postern.v1.HostService.CloseSession:input_type -> postern.v1.CloseSessionRequest
+	8,  // 35: postern.v1.HostService.ListSessions:input_type -> postern.v1.ListSessionsRequest
+	22, // 36: postern.v1.HostService.CancelQuery:input_type -> postern.v1.CancelQueryRequest
+	24, // 37: postern.v1.HostService.HostStatus:input_type -> postern.v1.HostStatusRequest
+	27, // 38: postern.v1.HostService.ReadAudit:input_type -> postern.v1.ReadAuditRequest
+	17, // 39: postern.v1.HostService.ListSources:output_type -> postern.v1.ListSourcesResponse
+	19, // 40: postern.v1.HostService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	33, // 41: postern.v1.HostService.Introspect:output_type -> postern.v1.CatalogPage
+	5,  // 42: postern.v1.HostService.OpenSession:output_type -> postern.v1.OpenSessionResponse
+	7,  // 43: postern.v1.HostService.CloseSession:output_type -> postern.v1.CloseSessionResponse
+	9,  // 44: postern.v1.HostService.ListSessions:output_type -> postern.v1.ListSessionsResponse
+	23, // 45: postern.v1.HostService.CancelQuery:output_type -> postern.v1.CancelQueryResponse
+	25, // 46: postern.v1.HostService.HostStatus:output_type -> postern.v1.HostStatusResponse
+	28, // 47: postern.v1.HostService.ReadAudit:output_type -> postern.v1.ReadAuditResponse
+	39, // [39:48] is the sub-list for method output_type
+	30, // [30:39] is the sub-list for method input_type
+	30, // [30:30] is the sub-list for extension type_name
+	30, // [30:30] is the sub-list for extension extendee
+	0,  // [0:30] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_host_proto_init() }

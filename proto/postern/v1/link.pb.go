@@ -9,6 +9,7 @@ package posternv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	durationpb "google.golang.org/protobuf/types/known/durationpb"
 	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
@@ -321,7 +322,9 @@ type HelloRequest struct {
 	FirstSinceStart bool `protobuf:"varint,7,opt,name=first_since_start,json=firstSinceStart,proto3" json:"first_since_start,omitempty"`
 	// How many SQL sessions stay open on the host: the tokens of some may have been
 	// revoked while the tunnel was away.
-	OpenSessions  uint32 `protobuf:"varint,8,opt,name=open_sessions,json=openSessions,proto3" json:"open_sessions,omitempty"`
+	OpenSessions uint32 `protobuf:"varint,8,opt,name=open_sessions,json=openSessions,proto3" json:"open_sessions,omitempty"`
+	// The same of kernels.
+	Kernels       uint32 `protobuf:"varint,9,opt,name=kernels,proto3" json:"kernels,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -408,6 +411,13 @@ func (x *HelloRequest) GetFirstSinceStart() bool {
 func (x *HelloRequest) GetOpenSessions() uint32 {
 	if x != nil {
 		return x.OpenSessions
+	}
+	return 0
+}
+
+func (x *HelloRequest) GetKernels() uint32 {
+	if x != nil {
+		return x.Kernels
 	}
 	return 0
 }
@@ -682,6 +692,262 @@ func (*ReportRowsResponse) Descriptor() ([]byte, []int) {
 	return file_postern_v1_link_proto_rawDescGZIP(), []int{9}
 }
 
+// ReportStatementsRequest covers the entries of the host's log above after, up to
+// through: all statements of kernels among them. Without through nothing is reported,
+// and the answer says where to go on.
+type ReportStatementsRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// What the control plane said last. If that is no longer true nothing is taken.
+	After   *AuditHead `protobuf:"bytes,1,opt,name=after,proto3" json:"after,omitempty"`
+	Through *AuditHead `protobuf:"bytes,2,opt,name=through,proto3" json:"through,omitempty"`
+	// At most 100, of less than 1 MiB together.
+	Statements    []*KernelStatement `protobuf:"bytes,3,rep,name=statements,proto3" json:"statements,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportStatementsRequest) Reset() {
+	*x = ReportStatementsRequest{}
+	mi := &file_postern_v1_link_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportStatementsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportStatementsRequest) ProtoMessage() {}
+
+func (x *ReportStatementsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_link_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportStatementsRequest.ProtoReflect.Descriptor instead.
+func (*ReportStatementsRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *ReportStatementsRequest) GetAfter() *AuditHead {
+	if x != nil {
+		return x.After
+	}
+	return nil
+}
+
+func (x *ReportStatementsRequest) GetThrough() *AuditHead {
+	if x != nil {
+		return x.Through
+	}
+	return nil
+}
+
+func (x *ReportStatementsRequest) GetStatements() []*KernelStatement {
+	if x != nil {
+		return x.Statements
+	}
+	return nil
+}
+
+type ReportStatementsResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// All up to here is recorded, durably. Of an agent that has reported nothing: 0.
+	Through       *AuditHead `protobuf:"bytes,1,opt,name=through,proto3" json:"through,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportStatementsResponse) Reset() {
+	*x = ReportStatementsResponse{}
+	mi := &file_postern_v1_link_proto_msgTypes[11]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportStatementsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportStatementsResponse) ProtoMessage() {}
+
+func (x *ReportStatementsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_link_proto_msgTypes[11]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportStatementsResponse.ProtoReflect.Descriptor instead.
+func (*ReportStatementsResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{11}
+}
+
+func (x *ReportStatementsResponse) GetThrough() *AuditHead {
+	if x != nil {
+		return x.Through
+	}
+	return nil
+}
+
+// KernelStatement is how a statement ended that a kernel asked for.
+type KernelStatement struct {
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	QueryId  string                 `protobuf:"bytes,1,opt,name=query_id,json=queryId,proto3" json:"query_id,omitempty"`
+	KernelId string                 `protobuf:"bytes,2,opt,name=kernel_id,json=kernelId,proto3" json:"kernel_id,omitempty"`
+	Source   string                 `protobuf:"bytes,3,opt,name=source,proto3" json:"source,omitempty"`
+	// The kernel's owner.
+	Principal *Principal `protobuf:"bytes,4,opt,name=principal,proto3" json:"principal,omitempty"`
+	Sql       string     `protobuf:"bytes,5,opt,name=sql,proto3" json:"sql,omitempty"`
+	// allowed | denied
+	Verdict string `protobuf:"bytes,6,opt,name=verdict,proto3" json:"verdict,omitempty"`
+	// done | failed | denied | cancelled
+	State string `protobuf:"bytes,7,opt,name=state,proto3" json:"state,omitempty"`
+	// By the host's clock.
+	Ended    *timestamppb.Timestamp `protobuf:"bytes,8,opt,name=ended,proto3" json:"ended,omitempty"`
+	Duration *durationpb.Duration   `protobuf:"bytes,9,opt,name=duration,proto3" json:"duration,omitempty"`
+	Rows     uint64                 `protobuf:"varint,10,opt,name=rows,proto3" json:"rows,omitempty"`
+	Bytes    uint64                 `protobuf:"varint,11,opt,name=bytes,proto3" json:"bytes,omitempty"`
+	Error    *ErrorDetail           `protobuf:"bytes,12,opt,name=error,proto3" json:"error,omitempty"`
+	// What the source's policy lets the control plane keep.
+	Kept          *KeptRows `protobuf:"bytes,13,opt,name=kept,proto3" json:"kept,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KernelStatement) Reset() {
+	*x = KernelStatement{}
+	mi := &file_postern_v1_link_proto_msgTypes[12]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KernelStatement) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KernelStatement) ProtoMessage() {}
+
+func (x *KernelStatement) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_link_proto_msgTypes[12]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KernelStatement.ProtoReflect.Descriptor instead.
+func (*KernelStatement) Descriptor() ([]byte, []int) {
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{12}
+}
+
+func (x *KernelStatement) GetQueryId() string {
+	if x != nil {
+		return x.QueryId
+	}
+	return ""
+}
+
+func (x *KernelStatement) GetKernelId() string {
+	if x != nil {
+		return x.KernelId
+	}
+	return ""
+}
+
+func (x *KernelStatement) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *KernelStatement) GetPrincipal() *Principal {
+	if x != nil {
+		return x.Principal
+	}
+	return nil
+}
+
+func (x *KernelStatement) GetSql() string {
+	if x != nil {
+		return x.Sql
+	}
+	return ""
+}
+
+func (x *KernelStatement) GetVerdict() string {
+	if x != nil {
+		return x.Verdict
+	}
+	return ""
+}
+
+func (x *KernelStatement) GetState() string {
+	if x != nil {
+		return x.State
+	}
+	return ""
+}
+
+func (x *KernelStatement) GetEnded() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *KernelStatement) GetDuration() *durationpb.Duration {
+	if x != nil {
+		return x.Duration
+	}
+	return nil
+}
+
+func (x *KernelStatement) GetRows() uint64 {
+	if x != nil {
+		return x.Rows
+	}
+	return 0
+}
+
+func (x *KernelStatement) GetBytes() uint64 {
+	if x != nil {
+		return x.Bytes
+	}
+	return 0
+}
+
+func (x *KernelStatement) GetError() *ErrorDetail {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
+func (x *KernelStatement) GetKept() *KeptRows {
+	if x != nil {
+		return x.Kept
+	}
+	return nil
+}
+
 // ProtocolVersion: a side speaks its own minor version and the one before it.
 type ProtocolVersion struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -695,7 +961,7 @@ type ProtocolVersion struct {
 
 func (x *ProtocolVersion) Reset() {
 	*x = ProtocolVersion{}
-	mi := &file_postern_v1_link_proto_msgTypes[10]
+	mi := &file_postern_v1_link_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -707,7 +973,7 @@ func (x *ProtocolVersion) String() string {
 func (*ProtocolVersion) ProtoMessage() {}
 
 func (x *ProtocolVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_link_proto_msgTypes[10]
+	mi := &file_postern_v1_link_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -720,7 +986,7 @@ func (x *ProtocolVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ProtocolVersion.ProtoReflect.Descriptor instead.
 func (*ProtocolVersion) Descriptor() ([]byte, []int) {
-	return file_postern_v1_link_proto_rawDescGZIP(), []int{10}
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *ProtocolVersion) GetMajor() uint32 {
@@ -756,7 +1022,7 @@ type HostFacts struct {
 
 func (x *HostFacts) Reset() {
 	*x = HostFacts{}
-	mi := &file_postern_v1_link_proto_msgTypes[11]
+	mi := &file_postern_v1_link_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -768,7 +1034,7 @@ func (x *HostFacts) String() string {
 func (*HostFacts) ProtoMessage() {}
 
 func (x *HostFacts) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_link_proto_msgTypes[11]
+	mi := &file_postern_v1_link_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -781,7 +1047,7 @@ func (x *HostFacts) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HostFacts.ProtoReflect.Descriptor instead.
 func (*HostFacts) Descriptor() ([]byte, []int) {
-	return file_postern_v1_link_proto_rawDescGZIP(), []int{11}
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *HostFacts) GetHostname() string {
@@ -825,7 +1091,7 @@ type AuditHead struct {
 
 func (x *AuditHead) Reset() {
 	*x = AuditHead{}
-	mi := &file_postern_v1_link_proto_msgTypes[12]
+	mi := &file_postern_v1_link_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -837,7 +1103,7 @@ func (x *AuditHead) String() string {
 func (*AuditHead) ProtoMessage() {}
 
 func (x *AuditHead) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_link_proto_msgTypes[12]
+	mi := &file_postern_v1_link_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -850,7 +1116,7 @@ func (x *AuditHead) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditHead.ProtoReflect.Descriptor instead.
 func (*AuditHead) Descriptor() ([]byte, []int) {
-	return file_postern_v1_link_proto_rawDescGZIP(), []int{12}
+	return file_postern_v1_link_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *AuditHead) GetSequence() uint64 {
@@ -872,7 +1138,7 @@ var File_postern_v1_link_proto protoreflect.FileDescriptor
 const file_postern_v1_link_proto_rawDesc = "" +
 	"\n" +
 	"\x15postern/v1/link.proto\x12\n" +
-	"postern.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15postern/v1/host.proto\"\x88\x02\n" +
+	"postern.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x16postern/v1/error.proto\x1a\x15postern/v1/host.proto\"\x88\x02\n" +
 	"\x0fRegisterRequest\x12\x15\n" +
 	"\x06key_id\x18\x01 \x01(\tR\x05keyId\x12\x1d\n" +
 	"\n" +
@@ -897,7 +1163,7 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\thost_time\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\bhostTime\"S\n" +
 	"\rRenewResponse\x12 \n" +
 	"\vcertificate\x18\x01 \x01(\fR\vcertificate\x12 \n" +
-	"\vauthorities\x18\x02 \x03(\fR\vauthorities\"\xfe\x02\n" +
+	"\vauthorities\x18\x02 \x03(\fR\vauthorities\"\x98\x03\n" +
 	"\fHelloRequest\x125\n" +
 	"\aversion\x18\x01 \x01(\v2\x1b.postern.v1.ProtocolVersionR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12)\n" +
@@ -907,7 +1173,8 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\n" +
 	"audit_head\x18\x06 \x01(\v2\x15.postern.v1.AuditHeadR\tauditHead\x12*\n" +
 	"\x11first_since_start\x18\a \x01(\bR\x0ffirstSinceStart\x12#\n" +
-	"\ropen_sessions\x18\b \x01(\rR\fopenSessions\"\xd5\x02\n" +
+	"\ropen_sessions\x18\b \x01(\rR\fopenSessions\x12\x18\n" +
+	"\akernels\x18\t \x01(\rR\akernels\"\xd5\x02\n" +
 	"\rHelloResponse\x125\n" +
 	"\aversion\x18\x01 \x01(\v2\x1b.postern.v1.ProtocolVersionR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12\x19\n" +
@@ -924,7 +1191,30 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\x11ReportRowsRequest\x12\x19\n" +
 	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12(\n" +
 	"\x04rows\x18\x02 \x01(\v2\x14.postern.v1.KeptRowsR\x04rows\"\x14\n" +
-	"\x12ReportRowsResponse\"Y\n" +
+	"\x12ReportRowsResponse\"\xb4\x01\n" +
+	"\x17ReportStatementsRequest\x12+\n" +
+	"\x05after\x18\x01 \x01(\v2\x15.postern.v1.AuditHeadR\x05after\x12/\n" +
+	"\athrough\x18\x02 \x01(\v2\x15.postern.v1.AuditHeadR\athrough\x12;\n" +
+	"\n" +
+	"statements\x18\x03 \x03(\v2\x1b.postern.v1.KernelStatementR\n" +
+	"statements\"K\n" +
+	"\x18ReportStatementsResponse\x12/\n" +
+	"\athrough\x18\x01 \x01(\v2\x15.postern.v1.AuditHeadR\athrough\"\xc4\x03\n" +
+	"\x0fKernelStatement\x12\x19\n" +
+	"\bquery_id\x18\x01 \x01(\tR\aqueryId\x12\x1b\n" +
+	"\tkernel_id\x18\x02 \x01(\tR\bkernelId\x12\x16\n" +
+	"\x06source\x18\x03 \x01(\tR\x06source\x123\n" +
+	"\tprincipal\x18\x04 \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\x12\x10\n" +
+	"\x03sql\x18\x05 \x01(\tR\x03sql\x12\x18\n" +
+	"\averdict\x18\x06 \x01(\tR\averdict\x12\x14\n" +
+	"\x05state\x18\a \x01(\tR\x05state\x120\n" +
+	"\x05ended\x18\b \x01(\v2\x1a.google.protobuf.TimestampR\x05ended\x125\n" +
+	"\bduration\x18\t \x01(\v2\x19.google.protobuf.DurationR\bduration\x12\x12\n" +
+	"\x04rows\x18\n" +
+	" \x01(\x04R\x04rows\x12\x14\n" +
+	"\x05bytes\x18\v \x01(\x04R\x05bytes\x12-\n" +
+	"\x05error\x18\f \x01(\v2\x17.postern.v1.ErrorDetailR\x05error\x12(\n" +
+	"\x04kept\x18\r \x01(\v2\x14.postern.v1.KeptRowsR\x04kept\"Y\n" +
 	"\x0fProtocolVersion\x12\x14\n" +
 	"\x05major\x18\x01 \x01(\rR\x05major\x12\x14\n" +
 	"\x05minor\x18\x02 \x01(\rR\x05minor\x12\x1a\n" +
@@ -936,7 +1226,7 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\x06kernel\x18\x04 \x01(\tR\x06kernel\";\n" +
 	"\tAuditHead\x12\x1a\n" +
 	"\bsequence\x18\x01 \x01(\x04R\bsequence\x12\x12\n" +
-	"\x04hash\x18\x02 \x01(\fR\x04hash2\xc4\x03\n" +
+	"\x04hash\x18\x02 \x01(\fR\x04hash2\xa5\x04\n" +
 	"\vLinkService\x12G\n" +
 	"\bRegister\x12\x1b.postern.v1.RegisterRequest\x1a\x1c.postern.v1.RegisterResponse\"\x00\x12?\n" +
 	"\x06Rejoin\x12\x18.postern.v1.RenewRequest\x1a\x19.postern.v1.RenewResponse\"\x00\x12>\n" +
@@ -944,7 +1234,8 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\x05Hello\x12\x18.postern.v1.HelloRequest\x1a\x19.postern.v1.HelloResponse\"\x00\x12\\\n" +
 	"\x0fUpdateInventory\x12\".postern.v1.UpdateInventoryRequest\x1a#.postern.v1.UpdateInventoryResponse\"\x00\x12M\n" +
 	"\n" +
-	"ReportRows\x12\x1d.postern.v1.ReportRowsRequest\x1a\x1e.postern.v1.ReportRowsResponse\"\x00B;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
+	"ReportRows\x12\x1d.postern.v1.ReportRowsRequest\x1a\x1e.postern.v1.ReportRowsResponse\"\x00\x12_\n" +
+	"\x10ReportStatements\x12#.postern.v1.ReportStatementsRequest\x1a$.postern.v1.ReportStatementsResponse\"\x00B;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
 
 var (
 	file_postern_v1_link_proto_rawDescOnce sync.Once
@@ -958,59 +1249,76 @@ func file_postern_v1_link_proto_rawDescGZIP() []byte {
 	return file_postern_v1_link_proto_rawDescData
 }
 
-var file_postern_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 14)
+var file_postern_v1_link_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_postern_v1_link_proto_goTypes = []any{
-	(*RegisterRequest)(nil),         // 0: postern.v1.RegisterRequest
-	(*RegisterResponse)(nil),        // 1: postern.v1.RegisterResponse
-	(*RenewRequest)(nil),            // 2: postern.v1.RenewRequest
-	(*RenewResponse)(nil),           // 3: postern.v1.RenewResponse
-	(*HelloRequest)(nil),            // 4: postern.v1.HelloRequest
-	(*HelloResponse)(nil),           // 5: postern.v1.HelloResponse
-	(*UpdateInventoryRequest)(nil),  // 6: postern.v1.UpdateInventoryRequest
-	(*UpdateInventoryResponse)(nil), // 7: postern.v1.UpdateInventoryResponse
-	(*ReportRowsRequest)(nil),       // 8: postern.v1.ReportRowsRequest
-	(*ReportRowsResponse)(nil),      // 9: postern.v1.ReportRowsResponse
-	(*ProtocolVersion)(nil),         // 10: postern.v1.ProtocolVersion
-	(*HostFacts)(nil),               // 11: postern.v1.HostFacts
-	(*AuditHead)(nil),               // 12: postern.v1.AuditHead
-	nil,                             // 13: postern.v1.RegisterResponse.LabelsEntry
-	(*timestamppb.Timestamp)(nil),   // 14: google.protobuf.Timestamp
-	(*SourceInfo)(nil),              // 15: postern.v1.SourceInfo
-	(*KeptRows)(nil),                // 16: postern.v1.KeptRows
+	(*RegisterRequest)(nil),          // 0: postern.v1.RegisterRequest
+	(*RegisterResponse)(nil),         // 1: postern.v1.RegisterResponse
+	(*RenewRequest)(nil),             // 2: postern.v1.RenewRequest
+	(*RenewResponse)(nil),            // 3: postern.v1.RenewResponse
+	(*HelloRequest)(nil),             // 4: postern.v1.HelloRequest
+	(*HelloResponse)(nil),            // 5: postern.v1.HelloResponse
+	(*UpdateInventoryRequest)(nil),   // 6: postern.v1.UpdateInventoryRequest
+	(*UpdateInventoryResponse)(nil),  // 7: postern.v1.UpdateInventoryResponse
+	(*ReportRowsRequest)(nil),        // 8: postern.v1.ReportRowsRequest
+	(*ReportRowsResponse)(nil),       // 9: postern.v1.ReportRowsResponse
+	(*ReportStatementsRequest)(nil),  // 10: postern.v1.ReportStatementsRequest
+	(*ReportStatementsResponse)(nil), // 11: postern.v1.ReportStatementsResponse
+	(*KernelStatement)(nil),          // 12: postern.v1.KernelStatement
+	(*ProtocolVersion)(nil),          // 13: postern.v1.ProtocolVersion
+	(*HostFacts)(nil),                // 14: postern.v1.HostFacts
+	(*AuditHead)(nil),                // 15: postern.v1.AuditHead
+	nil,                              // 16: postern.v1.RegisterResponse.LabelsEntry
+	(*timestamppb.Timestamp)(nil),    // 17: google.protobuf.Timestamp
+	(*SourceInfo)(nil),               // 18: postern.v1.SourceInfo
+	(*KeptRows)(nil),                 // 19: postern.v1.KeptRows
+	(*Principal)(nil),                // 20: postern.v1.Principal
+	(*durationpb.Duration)(nil),      // 21: google.protobuf.Duration
+	(*ErrorDetail)(nil),              // 22: postern.v1.ErrorDetail
 }
 var file_postern_v1_link_proto_depIdxs = []int32{
-	11, // 0: postern.v1.RegisterRequest.host:type_name -> postern.v1.HostFacts
-	14, // 1: postern.v1.RegisterRequest.host_time:type_name -> google.protobuf.Timestamp
-	10, // 2: postern.v1.RegisterRequest.version:type_name -> postern.v1.ProtocolVersion
-	13, // 3: postern.v1.RegisterResponse.labels:type_name -> postern.v1.RegisterResponse.LabelsEntry
-	14, // 4: postern.v1.RenewRequest.host_time:type_name -> google.protobuf.Timestamp
-	10, // 5: postern.v1.HelloRequest.version:type_name -> postern.v1.ProtocolVersion
-	11, // 6: postern.v1.HelloRequest.host:type_name -> postern.v1.HostFacts
-	14, // 7: postern.v1.HelloRequest.host_time:type_name -> google.protobuf.Timestamp
-	15, // 8: postern.v1.HelloRequest.sources:type_name -> postern.v1.SourceInfo
-	12, // 9: postern.v1.HelloRequest.audit_head:type_name -> postern.v1.AuditHead
-	10, // 10: postern.v1.HelloResponse.version:type_name -> postern.v1.ProtocolVersion
-	14, // 11: postern.v1.HelloResponse.server_time:type_name -> google.protobuf.Timestamp
-	12, // 12: postern.v1.HelloResponse.known_audit_head:type_name -> postern.v1.AuditHead
-	15, // 13: postern.v1.UpdateInventoryRequest.sources:type_name -> postern.v1.SourceInfo
-	16, // 14: postern.v1.ReportRowsRequest.rows:type_name -> postern.v1.KeptRows
-	0,  // 15: postern.v1.LinkService.Register:input_type -> postern.v1.RegisterRequest
-	2,  // 16: postern.v1.LinkService.Rejoin:input_type -> postern.v1.RenewRequest
-	2,  // 17: postern.v1.LinkService.Renew:input_type -> postern.v1.RenewRequest
-	4,  // 18: postern.v1.LinkService.Hello:input_type -> postern.v1.HelloRequest
-	6,  // 19: postern.v1.LinkService.UpdateInventory:input_type -> postern.v1.UpdateInventoryRequest
-	8,  // 20: postern.v1.LinkService.ReportRows:input_type -> postern.v1.ReportRowsRequest
-	1,  // 21: postern.v1.LinkService.Register:output_type -> postern.v1.RegisterResponse
-	3,  // 22: postern.v1.LinkService.Rejoin:output_type -> postern.v1.RenewResponse
-	3,  // 23: postern.v1.LinkService.Renew:output_type -> postern.v1.RenewResponse
-	5,  // 24: postern.v1.LinkService.Hello:output_type -> postern.v1.HelloResponse
-	7,  // 25: postern.v1.LinkService.UpdateInventory:output_type -> postern.v1.UpdateInventoryResponse
-	9,  // 26: postern.v1.LinkService.ReportRows:output_type -> postern.v1.ReportRowsResponse
-	21, // [21:27] is the sub-list for method output_type
-	15, // [15:21] is the sub-list for method input_type
-	15, // [15:15] is the sub-list for extension type_name
-	15, // [15:15] is the sub-list for extension extendee
-	0,  // [0:15] is the sub-list for field type_name
+	14, // 0: postern.v1.RegisterRequest.host:type_name -> postern.v1.HostFacts
+	17, // 1: postern.v1.RegisterRequest.host_time:type_name -> google.protobuf.Timestamp
+	13, // 2: postern.v1.RegisterRequest.version:type_name -> postern.v1.ProtocolVersion
+	16, // 3: postern.v1.RegisterResponse.labels:type_name -> postern.v1.RegisterResponse.LabelsEntry
+	17, // 4: postern.v1.RenewRequest.host_time:type_name -> google.protobuf.Timestamp
+	13, // 5: postern.v1.HelloRequest.version:type_name -> postern.v1.ProtocolVersion
+	14, // 6: postern.v1.HelloRequest.host:type_name -> postern.v1.HostFacts
+	17, // 7: postern.v1.HelloRequest.host_time:type_name -> google.protobuf.Timestamp
+	18, // 8: postern.v1.HelloRequest.sources:type_name -> postern.v1.SourceInfo
+	15, // 9: postern.v1.HelloRequest.audit_head:type_name -> postern.v1.AuditHead
+	13, // 10: postern.v1.HelloResponse.version:type_name -> postern.v1.ProtocolVersion
+	17, // 11: postern.v1.HelloResponse.server_time:type_name -> google.protobuf.Timestamp
+	15, // 12: postern.v1.HelloResponse.known_audit_head:type_name -> postern.v1.AuditHead
+	18, // 13: postern.v1.UpdateInventoryRequest.sources:type_name -> postern.v1.SourceInfo
+	19, // 14: postern.v1.ReportRowsRequest.rows:type_name -> postern.v1.KeptRows
+	15, // 15: postern.v1.ReportStatementsRequest.after:type_name -> postern.v1.AuditHead
+	15, // 16: postern.v1.ReportStatementsRequest.through:type_name -> postern.v1.AuditHead
+	12, // 17: postern.v1.ReportStatementsRequest.statements:type_name -> postern.v1.KernelStatement
+	15, // 18: postern.v1.ReportStatementsResponse.through:type_name -> postern.v1.AuditHead
+	20, // 19: postern.v1.KernelStatement.principal:type_name -> postern.v1.Principal
+	17, // 20: postern.v1.KernelStatement.ended:type_name -> google.protobuf.Timestamp
+	21, // 21: postern.v1.KernelStatement.duration:type_name -> google.protobuf.Duration
+	22, // 22: postern.v1.KernelStatement.error:type_name -> postern.v1.ErrorDetail
+	19, // 23: postern.v1.KernelStatement.kept:type_name -> postern.v1.KeptRows
+	0,  // 24: postern.v1.LinkService.Register:input_type -> postern.v1.RegisterRequest
+	2,  // 25: postern.v1.LinkService.Rejoin:input_type -> postern.v1.RenewRequest
+	2,  // 26: postern.v1.LinkService.Renew:input_type -> postern.v1.RenewRequest
+	4,  // 27: postern.v1.LinkService.Hello:input_type -> postern.v1.HelloRequest
+	6,  // 28: postern.v1.LinkService.UpdateInventory:input_type -> postern.v1.UpdateInventoryRequest
+	8,  // 29: postern.v1.LinkService.ReportRows:input_type -> postern.v1.ReportRowsRequest
+	10, // 30: postern.v1.LinkService.ReportStatements:input_type -> postern.v1.ReportStatementsRequest
+	1,  // 31: postern.v1.LinkService.Register:output_type -> postern.v1.RegisterResponse
+	3,  // 32: postern.v1.LinkService.Rejoin:output_type -> postern.v1.RenewResponse
+	3,  // 33: postern.v1.LinkService.Renew:output_type -> postern.v1.RenewResponse
+	5,  // 34: postern.v1.LinkService.Hello:output_type -> postern.v1.HelloResponse
+	7,  // 35: postern.v1.LinkService.UpdateInventory:output_type -> postern.v1.UpdateInventoryResponse
+	9,  // 36: postern.v1.LinkService.ReportRows:output_type -> postern.v1.ReportRowsResponse
+	11, // 37: postern.v1.LinkService.ReportStatements:output_type -> postern.v1.ReportStatementsResponse
+	31, // [31:38] is the sub-list for method output_type
+	24, // [24:31] is the sub-list for method input_type
+	24, // [24:24] is the sub-list for extension type_name
+	24, // [24:24] is the sub-list for extension extendee
+	0,  // [0:24] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_link_proto_init() }
@@ -1018,6 +1326,7 @@ func file_postern_v1_link_proto_init() {
 	if File_postern_v1_link_proto != nil {
 		return
 	}
+	file_postern_v1_error_proto_init()
 	file_postern_v1_host_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
@@ -1025,7 +1334,7 @@ func file_postern_v1_link_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_link_proto_rawDesc), len(file_postern_v1_link_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   14,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -46,6 +46,9 @@ const (
 	LinkServiceUpdateInventoryProcedure = "/postern.v1.LinkService/UpdateInventory"
 	// LinkServiceReportRowsProcedure is the fully-qualified name of the LinkService's ReportRows RPC.
 	LinkServiceReportRowsProcedure = "/postern.v1.LinkService/ReportRows"
+	// LinkServiceReportStatementsProcedure is the fully-qualified name of the LinkService's
+	// ReportStatements RPC.
+	LinkServiceReportStatementsProcedure = "/postern.v1.LinkService/ReportStatements"
 )
 
 // LinkServiceClient is a client for the postern.v1.LinkService service.
@@ -66,6 +69,9 @@ type LinkServiceClient interface {
 	// ReportRows brings the first and last rows of a statement that this agent
 	// was asked to run; once for each.
 	ReportRows(context.Context, *connect.Request[v1.ReportRowsRequest]) (*connect.Response[v1.ReportRowsResponse], error)
+	// ReportStatements brings the statements that kernels of this host asked for, from
+	// the host's log, in its order; each counts once, however often it comes.
+	ReportStatements(context.Context, *connect.Request[v1.ReportStatementsRequest]) (*connect.Response[v1.ReportStatementsResponse], error)
 }
 
 // NewLinkServiceClient constructs a client for the postern.v1.LinkService service. By default, it
@@ -115,17 +121,24 @@ func NewLinkServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(linkServiceMethods.ByName("ReportRows")),
 			connect.WithClientOptions(opts...),
 		),
+		reportStatements: connect.NewClient[v1.ReportStatementsRequest, v1.ReportStatementsResponse](
+			httpClient,
+			baseURL+LinkServiceReportStatementsProcedure,
+			connect.WithSchema(linkServiceMethods.ByName("ReportStatements")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // linkServiceClient implements LinkServiceClient.
 type linkServiceClient struct {
-	register        *connect.Client[v1.RegisterRequest, v1.RegisterResponse]
-	rejoin          *connect.Client[v1.RenewRequest, v1.RenewResponse]
-	renew           *connect.Client[v1.RenewRequest, v1.RenewResponse]
-	hello           *connect.Client[v1.HelloRequest, v1.HelloResponse]
-	updateInventory *connect.Client[v1.UpdateInventoryRequest, v1.UpdateInventoryResponse]
-	reportRows      *connect.Client[v1.ReportRowsRequest, v1.ReportRowsResponse]
+	register         *connect.Client[v1.RegisterRequest, v1.RegisterResponse]
+	rejoin           *connect.Client[v1.RenewRequest, v1.RenewResponse]
+	renew            *connect.Client[v1.RenewRequest, v1.RenewResponse]
+	hello            *connect.Client[v1.HelloRequest, v1.HelloResponse]
+	updateInventory  *connect.Client[v1.UpdateInventoryRequest, v1.UpdateInventoryResponse]
+	reportRows       *connect.Client[v1.ReportRowsRequest, v1.ReportRowsResponse]
+	reportStatements *connect.Client[v1.ReportStatementsRequest, v1.ReportStatementsResponse]
 }
 
 // Register calls postern.v1.LinkService.Register.
@@ -158,6 +171,11 @@ func (c *linkServiceClient) ReportRows(ctx context.Context, req *connect.Request
 	return c.reportRows.CallUnary(ctx, req)
 }
 
+// ReportStatements calls postern.v1.LinkService.ReportStatements.
+func (c *linkServiceClient) ReportStatements(ctx context.Context, req *connect.Request[v1.ReportStatementsRequest]) (*connect.Response[v1.ReportStatementsResponse], error) {
+	return c.reportStatements.CallUnary(ctx, req)
+}
+
 // LinkServiceHandler is an implementation of the postern.v1.LinkService service.
 type LinkServiceHandler interface {
 	// Register trades a registration key for an identity. One use of the key is
@@ -176,6 +194,9 @@ type LinkServiceHandler interface {
 	// ReportRows brings the first and last rows of a statement that this agent
 	// was asked to run; once for each.
 	ReportRows(context.Context, *connect.Request[v1.ReportRowsRequest]) (*connect.Response[v1.ReportRowsResponse], error)
+	// ReportStatements brings the statements that kernels of this host asked for, from
+	// the host's log, in its order; each counts once, however often it comes.
+	ReportStatements(context.Context, *connect.Request[v1.ReportStatementsRequest]) (*connect.Response[v1.ReportStatementsResponse], error)
 }
 
 // NewLinkServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -221,6 +242,12 @@ func NewLinkServiceHandler(svc LinkServiceHandler, opts ...connect.HandlerOption
 		connect.WithSchema(linkServiceMethods.ByName("ReportRows")),
 		connect.WithHandlerOptions(opts...),
 	)
+	linkServiceReportStatementsHandler := connect.NewUnaryHandler(
+		LinkServiceReportStatementsProcedure,
+		svc.ReportStatements,
+		connect.WithSchema(linkServiceMethods.ByName("ReportStatements")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/postern.v1.LinkService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case LinkServiceRegisterProcedure:
@@ -235,6 +262,8 @@ func NewLinkServiceHandler(svc LinkServiceHandler, opts ...connect.HandlerOption
 			linkServiceUpdateInventoryHandler.ServeHTTP(w, r)
 		case LinkServiceReportRowsProcedure:
 			linkServiceReportRowsHandler.ServeHTTP(w, r)
+		case LinkServiceReportStatementsProcedure:
+			linkServiceReportStatementsHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -266,4 +295,8 @@ func (UnimplementedLinkServiceHandler) UpdateInventory(context.Context, *connect
 
 func (UnimplementedLinkServiceHandler) ReportRows(context.Context, *connect.Request[v1.ReportRowsRequest]) (*connect.Response[v1.ReportRowsResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.LinkService.ReportRows is not implemented"))
+}
+
+func (UnimplementedLinkServiceHandler) ReportStatements(context.Context, *connect.Request[v1.ReportStatementsRequest]) (*connect.Response[v1.ReportStatementsResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.LinkService.ReportStatements is not implemented"))
 }

@@ -1,0 +1,295 @@
+package report
+
+import (
+	"bytes"
+	"context"
+	"encoding/hex"
+	"log/slog"
+	"strings"
+	"time"
+
+	gproto "google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/auditchain"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+const (
+	// maxBatch and maxBytes bound a report: its statements, and the size of the message, of
+	// which the control plane takes 1 MiB.
+	maxBatch = 100
+	maxBytes = 900 << 10
+	// pageEntries is how many entries of the log are read at once.
+	pageEntries = 500
+	// tellAnyway is after how many entries without a statement the control plane is told
+	// that there was none, so that nobody reads them again.
+	tellAnyway = 2000
+	// sendTime bounds a report.
+	sendTime = time.Minute
+	// firstPause and longestPause are between tries that fail.
+	firstPause, longestPause = time.Second, time.Minute
+)
+
+// KernelRemote begins the remote of log entries of statements that a kernel asked for;
+// its id follows.
+const KernelRemote = "kernel "
+
+// Actions of the log, as package audit knows them.
+const (
+	actionRun      = "sql.run"
+	actionLost     = "sql.lost"
+	actionRegister = "agent.register"
+)
+
+// Log is the host's log.
+type Log interface {
+	// Read returns entries in their order, at most limit, from a sequence number on, all
+	// of them on stable storage.
+	Read(from uint64, limit int) ([][]byte, error)
+	// Head is the last entry on stable storage.
+	Head() auditchain.Head
+}
+
+// Config is what a Reporter needs; all fields but Logger are required.
+type Config struct {
+	Logger *slog.Logger // nil discards
+	Log    Log
+	// Send brings a report to the control plane. It fails at once while there is no link.
+	Send func(context.Context, *posternv1.ReportStatementsRequest) (*posternv1.ReportStatementsResponse, error)
+}
+
+// Reporter tells the control plane of kernels' statements.
+type Reporter struct {
+	cfg     Config
+	details *details
+	kick    chan struct{}
+}
+
+// New makes a Reporter; Run makes it work.
+func New(cfg Config) *Reporter {
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	return &Reporter{cfg: cfg, details: newDetails(), kick: make(chan struct{}, 1)}
+}
+
+// Began notes that a statement of a kernel begins; Ended must follow.
+func (r *Reporter) Began(id string) { r.details.begin(id) }
+
+// Ended notes how a statement ended, when the log has it: what of it the log has not.
+func (r *Reporter) Ended(id string, err *posternv1.ErrorDetail, kept *posternv1.KeptRows) {
+	r.details.end(id, err, kept)
+	r.Wake()
+}
+
+// Wake has the log looked at: the link came up.
+func (r *Reporter) Wake() {
+	select {
+	case r.kick <- struct{}{}:
+	default:
+	}
+}
+
+// Run reports until ctx ends.
+func (r *Reporter) Run(ctx context.Context) {
+	told := "" // the failure that was logged last
+	pause := firstPause
+	for {
+		err := r.catchUp(ctx)
+		var again <-chan time.Time
+		switch code := proto.CodeOf(err); {
+		case ctx.Err() != nil:
+			return
+		case err == nil:
+			told, pause = "", firstPause
+		case code == proto.CodeAgentOffline: // no link: it wakes us when there is one
+		default:
+			if text := err.Error(); text != told {
+				told = text
+				r.cfg.Logger.Warn("statements of kernels not told to the control plane yet", "err", err)
+			}
+			again = time.After(pause)
+			pause = min(2*pause, longestPause)
+		}
+		select {
+		case <-r.kick:
+		case <-again:
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// catchUp tells all that has not been told.
+func (r *Reporter) catchUp(ctx context.Context) error {
+	if r.cfg.Log.Head().Sequence == 0 {
+		return nil
+	}
+	at, err := r.send(ctx, &posternv1.ReportStatementsRequest{})
+	if err != nil {
+		return err
+	}
+	from, err := r.begin(at)
+	if err != nil {
+		return err
+	}
+	for ctx.Err() == nil {
+		batch, more, err := r.gather(from)
+		if err != nil || batch == nil {
+			return err
+		}
+		batch.After = at.Proto()
+		now, err := r.send(ctx, batch)
+		if err != nil {
+			return err
+		}
+		if through, _ := auditchain.HeadFromProto(batch.Through); now != through {
+			if now == at {
+				return proto.Errorf(proto.CodeUnavailable, "the control plane did not take them")
+			}
+			// It was restored, or another tunnel of ours was faster: go on from there.
+			if at, from = now, 0; now.Sequence > 0 {
+				if from, err = r.begin(now); err != nil {
+					return err
+				}
+			}
+			continue
+		}
+		for _, s := range batch.Statements {
+			r.details.forget(s.QueryId)
+		}
+		at, from = now, now.Sequence+1
+		if !more {
+			return nil
+		}
+	}
+	return context.Cause(ctx)
+}
+
+func (r *Reporter) send(ctx context.Context, m *posternv1.ReportStatementsRequest) (auditchain.Head, error) {
+	ctx, cancel := context.WithTimeout(ctx, sendTime)
+	defer cancel()
+	response, err := r.cfg.Send(ctx, m)
+	if err != nil {
+		return auditchain.Head{}, err
+	}
+	return auditchain.HeadFromProto(response.Through)
+}
+
+// begin is the entry to go on from when all up to at was told. What was told of a log
+// that was moved aside since, or before this host registered anew, does not count.
+func (r *Reporter) begin(at auditchain.Head) (uint64, error) {
+	if at.Sequence > 0 && at.Sequence <= r.cfg.Log.Head().Sequence {
+		page, err := r.cfg.Log.Read(at.Sequence, 1)
+		if err != nil {
+			return 0, err
+		}
+		if len(page) == 1 {
+			if e, err := auditchain.Decode(page[0]); err == nil && e.Hash == hex.EncodeToString(at.Hash[:]) {
+				return at.Sequence + 1, nil
+			}
+		}
+	}
+	if at.Sequence > 0 {
+		r.cfg.Logger.Warn("the control plane knows another log of this host: the statements of this one are told from its beginning")
+	}
+	registered := uint64(0)
+	for from := uint64(1); ; {
+		page, err := r.cfg.Log.Read(from, pageEntries)
+		if err != nil || len(page) == 0 {
+			return registered + 1, err
+		}
+		for i, line := range page {
+			if bytes.Contains(line, []byte(`"action":"`+actionRegister+`"`)) {
+				if e, err := auditchain.Decode(line); err == nil && e.Action == actionRegister {
+					registered = from + uint64(i)
+				}
+			}
+		}
+		from += uint64(len(page))
+	}
+}
+
+// gather makes the next report of what the log has from an entry on; nil if there is
+// nothing to tell. more: there may be another one.
+func (r *Reporter) gather(from uint64) (batch *posternv1.ReportStatementsRequest, more bool, err error) {
+	batch = &posternv1.ReportStatementsRequest{}
+	var last auditchain.Entry // the last entry that the report covers
+	size, first := 0, from
+	done := func(more bool) (*posternv1.ReportStatementsRequest, bool, error) {
+		if len(batch.Statements) == 0 && (last.Sequence == 0 || last.Sequence-first < tellAnyway) {
+			return nil, false, nil
+		}
+		head, err := headOf(last)
+		batch.Through = head.Proto()
+		return batch, more, err
+	}
+	for {
+		page, err := r.cfg.Log.Read(from, pageEntries)
+		if err != nil {
+			return nil, false, err
+		}
+		if len(page) == 0 {
+			return done(false)
+		}
+		for _, line := range page {
+			e, err := auditchain.Decode(line)
+			if err != nil {
+				return nil, false, err
+			}
+			if kernel, ok := strings.CutPrefix(e.Remote, KernelRemote); ok && (e.Action == actionRun || e.Action == actionLost) {
+				detail, kept, wait := r.details.of(e.QueryID)
+				if wait {
+					return done(false) // its end wakes us
+				}
+				s := statement(e, kernel, detail, kept)
+				n := gproto.Size(s) + 16
+				if n > maxBytes {
+					s.Kept = nil
+					n = gproto.Size(s) + 16
+				}
+				if len(batch.Statements) == maxBatch || len(batch.Statements) > 0 && size+n > maxBytes {
+					return done(true)
+				}
+				batch.Statements, size = append(batch.Statements, s), size+n
+			}
+			last = e
+		}
+		from += uint64(len(page))
+	}
+}
+
+func headOf(e auditchain.Entry) (auditchain.Head, error) {
+	hash, err := hex.DecodeString(e.Hash)
+	if err != nil {
+		return auditchain.Head{}, err
+	}
+	return auditchain.HeadFromProto(&posternv1.AuditHead{Sequence: e.Sequence, Hash: hash})
+}
+
+// statement is an entry for the control plane.
+func statement(e auditchain.Entry, kernel string, detail *posternv1.ErrorDetail, kept *posternv1.KeptRows) *posternv1.KernelStatement {
+	s := &posternv1.KernelStatement{
+		QueryId: e.QueryID, KernelId: kernel, Source: e.Source, Sql: e.Statement, Verdict: e.Verdict, State: e.Outcome,
+		Principal: &posternv1.Principal{TokenId: e.Target, TokenName: strings.TrimPrefix(e.Actor, "token "), Role: e.Role},
+		Ended:     timestamppb.New(e.Time), Duration: durationpb.New(time.Duration(e.DurationMillis) * time.Millisecond),
+		Rows: e.Rows, Bytes: e.Bytes, Error: detail, Kept: kept,
+	}
+	if s.Error == nil && e.Outcome != "done" {
+		// The log has no codes.
+		code := proto.CodeInternal
+		switch {
+		case e.Verdict == "denied" || e.Outcome == "denied":
+			code = proto.CodePolicyDenied
+		case e.Outcome == "cancelled":
+			code = proto.CodeCancelled
+		case e.Action == actionLost:
+			code = proto.CodeSQLSessionDied
+		}
+		s.Error = &posternv1.ErrorDetail{Code: code, Message: e.Error}
+	}
+	return s
+}

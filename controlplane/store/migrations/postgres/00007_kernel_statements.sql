@@ -1,0 +1,12 @@
+-- +goose Up
+-- The kernel that asked for a statement; '' is none. And up to where each agent has
+-- reported its kernels' statements: an entry of its own log.
+
+ALTER TABLE queries ADD COLUMN kernel TEXT NOT NULL DEFAULT '';
+ALTER TABLE wire_queries ADD COLUMN kernel TEXT NOT NULL DEFAULT '';
+
+CREATE TABLE agent_reports (
+  agent    TEXT PRIMARY KEY REFERENCES agents (id),
+  sequence BIGINT NOT NULL,
+  hash     BYTEA NOT NULL
+);
