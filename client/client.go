@@ -43,6 +43,7 @@ type Client struct {
 	Sessions      posternv1connect.SessionServiceClient
 	Kernels       posternv1connect.KernelServiceClient
 	Checkpoints   posternv1connect.KernelCheckpointServiceClient
+	Secrets       posternv1connect.SecretServiceClient
 	Audit         posternv1connect.AuditServiceClient
 	Organizations posternv1connect.OrganizationServiceClient
 	CA            posternv1connect.CAServiceClient
@@ -91,6 +92,7 @@ func New(cfg Config) (*Client, error) {
 		Sessions:      posternv1connect.NewSessionServiceClient(hc, address, option),
 		Kernels:       posternv1connect.NewKernelServiceClient(hc, address, option),
 		Checkpoints:   posternv1connect.NewKernelCheckpointServiceClient(hc, address, option),
+		Secrets:       posternv1connect.NewSecretServiceClient(hc, address, option),
 		Audit:         posternv1connect.NewAuditServiceClient(hc, address, option),
 		Organizations: posternv1connect.NewOrganizationServiceClient(hc, address, option),
 		CA:            posternv1connect.NewCAServiceClient(hc, address, option),

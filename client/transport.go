@@ -70,6 +70,7 @@ var readOnly = []string{
 	posternv1connect.KernelServiceGetKernelProcedure,
 	posternv1connect.KernelCheckpointServiceCheckKernelProcedure,
 	posternv1connect.KernelCheckpointServiceListCheckpointsProcedure,
+	posternv1connect.SecretServiceListSecretsProcedure,
 	posternv1connect.AuditServiceListAuditProcedure,
 	posternv1connect.AuditServiceVerifyAuditProcedure,
 	posternv1connect.OrganizationServiceListOrganizationsProcedure,

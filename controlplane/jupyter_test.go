@@ -19,6 +19,7 @@ import (
 	"github.com/postern-dev/postern/proto/jupyter"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
+	"github.com/postern-dev/postern/tunnel"
 )
 
 // rest asks the Jupyter API and returns status, headers and body.
@@ -54,6 +55,7 @@ func wantStatus(t *testing.T, resp *http.Response, text string, want int) {
 type lab struct {
 	*testServer
 	agent         *simulatedAgent
+	tunnel        *tunnel.Tunnel
 	host          *simulatedkernels.Host
 	token, token2 string
 	kernel        string
@@ -63,8 +65,8 @@ func newLab(t *testing.T) *lab {
 	t.Helper()
 	s := startServer(t)
 	a, host := kernelHost(t, s, "edge")
-	a.attach(t)
-	l := &lab{testServer: s, agent: a, host: host, token: s.newToken(t, s.token, "ana", "analyst"), token2: s.newToken(t, s.token, "bob", "analyst")}
+	tn := a.attach(t)
+	l := &lab{testServer: s, agent: a, tunnel: tn, host: host, token: s.newToken(t, s.token, "ana", "analyst"), token2: s.newToken(t, s.token, "bob", "analyst")}
 	resp, text := rest(t, s, l.token, "POST", "/jupyter/edge/api/kernels", `{"name":"python3","env":{"KERNEL_USERNAME":"ana"}}`)
 	wantStatus(t, resp, text, http.StatusCreated)
 	var model struct{ ID string }

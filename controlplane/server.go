@@ -29,6 +29,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/query"
 	"github.com/postern-dev/postern/controlplane/ratelimit"
 	"github.com/postern-dev/postern/controlplane/registration"
+	"github.com/postern-dev/postern/controlplane/secret"
 	"github.com/postern-dev/postern/controlplane/store"
 	"github.com/postern-dev/postern/controlplane/token"
 	"github.com/postern-dev/postern/proto"
@@ -76,6 +77,7 @@ type Server struct {
 	pg       *pgwire.Server
 	catalogs *catalog.Service
 	kernels  *kernel.Service
+	secrets  *secret.Service
 	jupyter  *jupyter.Server
 	tunnels  *tunnel.Server
 	events   *linkEvents
@@ -166,7 +168,7 @@ func (s *Server) wire() error {
 		},
 	})
 	s.hub = hub.New(hub.Config{
-		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions}, Metrics: hub.NewMetrics(registry),
+		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
 	})
 	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
@@ -215,7 +217,7 @@ func (s *Server) wire() error {
 	s.wireKernels(registry, requests)
 	s.http.Handler = api.New(api.Config{
 		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
-		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Checkpoints: kernels{s.kernels}, Jupyter: s.jupyter,
+		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Checkpoints: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter,
 		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
 	})
 	return nil
@@ -447,6 +449,9 @@ func (s *Server) Close() error {
 	}
 	if s.catalogs != nil {
 		s.catalogs.Close()
+	}
+	if s.secrets != nil {
+		s.secrets.Close()
 	}
 	if s.hub != nil {
 		s.hub.Close()

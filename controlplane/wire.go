@@ -100,17 +100,19 @@ func (j joiner) UpdateInventory(ctx context.Context, id hub.Identity, sources []
 	return err
 }
 
-// events are links that come and go, for the store and for the catalogs.
+// events are links that come and go, for the store, the catalogs and secrets.
 type events struct {
 	*linkEvents
 	catalogs *catalog.Service
 	sessions *sessionCloser
+	server   *Server
 }
 
 func (e events) LinkUp(id hub.Identity, remote string) {
 	e.linkEvents.LinkUp(id, remote)
 	e.catalogs.Came(id.Organization, id.Agent)
 	e.sessions.came(id)
+	e.server.secrets.AgentUp(id.Organization, id.Agent)
 }
 
 // catalogAgent asks an agent for a catalog, on a lane for bulk.

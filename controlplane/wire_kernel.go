@@ -28,8 +28,9 @@ var (
 
 // wireKernels makes what serves kernels and Jupyter's clients.
 func (s *Server) wireKernels(registry prometheus.Registerer, requests *ratelimit.Limiter) {
+	s.secrets = s.newSecrets()
 	s.kernels = kernel.New(kernel.Config{
-		Logger: s.log, Store: kernelStore{s.store}, Append: s.audit.Append,
+		Secrets: kernelSecrets{s.secrets}, Logger: s.log, Store: kernelStore{s.store}, Append: s.audit.Append,
 		Operator: func(role string) bool { return token.Role(role).Includes(token.Operator) },
 		Connect: func(id string) (kernel.Agent, error) {
 			if s.draining.Load() {
@@ -139,7 +140,7 @@ func (k kernels) Specs(ctx context.Context, c api.Caller, agent string) (*poster
 }
 
 func (k kernels) Start(ctx context.Context, c api.Caller, r *posternv1.StartAgentKernelRequest) (*posternv1.AgentKernel, error) {
-	return k.Service.Start(ctx, kernelCaller(c), kernel.Start{Agent: r.Agent, Spec: r.Spec, Environment: r.Environment, Mounts: r.Mounts})
+	return k.Service.Start(ctx, kernelCaller(c), kernel.Start{Agent: r.Agent, Spec: r.Spec, Environment: r.Environment, Mounts: r.Mounts, Secrets: r.Secrets})
 }
 
 func (k kernels) List(ctx context.Context, c api.Caller, agent string) (*posternv1.ListAgentKernelsResponse, error) {

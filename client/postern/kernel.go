@@ -81,13 +81,13 @@ func (a *app) kernelChange(name, short, done string, do func(context.Context, *c
 
 func (a *app) kernelStartCommand() *cobra.Command {
 	var spec string
-	var mounts []string
+	var mounts, secrets []string
 	cmd := &cobra.Command{
 		Use: "start AGENT", Short: "Start a kernel on an agent and print its id",
 		Example: "  postern kernel start edge-1\n  postern kernel start edge-1 --spec python3 --mount reports --mount models:ro",
 		Args:    cobra.ExactArgs(1), ValidArgsFunction: a.completeAgents,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			request := &posternv1.StartAgentKernelRequest{Agent: args[0], Spec: spec}
+			request := &posternv1.StartAgentKernelRequest{Agent: args[0], Spec: spec, Secrets: secrets}
 			for _, text := range mounts {
 				m, err := parseMount(text)
 				if err != nil {
@@ -100,12 +100,16 @@ func (a *app) kernelStartCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				for _, warning := range resp.Msg.Warnings {
+					a.info("postern: warning: %s", safe(warning))
+				}
 				return a.done(resp.Msg, "%s", resp.Msg.Kernel.GetId())
 			})
 		},
 	}
 	cmd.Flags().StringVar(&spec, "spec", "", "kernelspec, as `postern kernel specs AGENT` lists them (default: the agent's own)")
 	cmd.Flags().StringArrayVar(&mounts, "mount", nil, "a workspace to mount, WORKSPACE or WORKSPACE:ro; may be repeated, the first is the working directory")
+	cmd.Flags().StringArrayVar(&secrets, "secret", nil, "a secret to grant the kernel, by name; may be repeated (see postern secret)")
 	cmd.RegisterFlagCompletionFunc("spec", a.completeSpecs(func(args []string) string { return firstOf(args...) })) //nolint:errcheck // fails on unknown flags alone
 	return cmd
 }

@@ -24,6 +24,7 @@ type Config struct {
 	Catalogs    Catalogs
 	Kernels     Kernels
 	Checkpoints Checkpoints
+	Secrets     Secrets
 	Audit       Audit
 	CA          CA
 	Gatherer    prometheus.Gatherer

@@ -111,7 +111,11 @@ func (s *Service) ForkKernel(ctx context.Context, c Caller, r *posternv1.ForkKer
 	r.Principal, r.NewKernelId = c.Principal, fork.ID
 	resp, err := passOn(ctx, s, c, r.KernelId, r.CheckpointId, "kernel.fork", checkpointTime, r, Agent.ForkKernel)
 	if err != nil {
-		s.undo(ctx, c, l, fork, err)
+		s.undo(ctx, c, l, fork, err, false)
+		return nil, err
+	}
+	if err := s.cfg.Secrets.Forked(ctx, c, r.KernelId, fork); err != nil {
+		s.undo(ctx, c, l, fork, err, true)
 		return nil, err
 	}
 	return resp, nil

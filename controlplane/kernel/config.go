@@ -60,10 +60,20 @@ type Caller struct {
 	Remote string
 }
 
+// Secrets gives kernels the secrets that they are granted.
+type Secrets interface {
+	// Started gives them to a kernel that was started just now: an error if it can't have
+	// those wanted, warnings about others.
+	Started(ctx context.Context, c Caller, r Row, wanted, workspaces []string) (warnings []string, err error)
+	// Forked gives a fork what its original has.
+	Forked(ctx context.Context, c Caller, from string, fork Row) error
+}
+
 // Config is what a Service needs; all fields are required.
 type Config struct {
-	Logger *slog.Logger
-	Store  Store
+	Secrets Secrets
+	Logger  *slog.Logger
+	Store   Store
 	// Connect returns an agent's live tunnel, by its id; AGENT_OFFLINE if it has none.
 	Connect func(agentID string) (Agent, error)
 	// Append writes an audit entry durably, or fails.

@@ -39,6 +39,8 @@ type Start struct {
 	Agent, Spec string
 	Environment map[string]string
 	Mounts      []*posternv1.KernelMount
+	// Secrets are names of those to grant the kernel from its start.
+	Secrets []string
 }
 
 // newID is a UUID of version 7.
@@ -189,6 +191,10 @@ func (s *Service) Start(ctx context.Context, c Caller, r Start) (*posternv1.Agen
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
 	k, err := l.StartKernel(ctx, &posternv1.StartKernelRequest{Id: row.ID, Spec: r.Spec, Principal: c.Principal, Environment: r.Environment, Mounts: r.Mounts})
+	var warnings []string
+	if err == nil {
+		warnings, err = s.cfg.Secrets.Started(ctx, c, row, r.Secrets, workspaces(r.Mounts))
+	}
 	aerr := s.audit(ctx, c, "kernel.start", agent, row.ID, err, func(e *auditchain.Entry) { e.Statement = "spec " + specOf(r.Spec, k) })
 	if err == nil && aerr == nil {
 		if k.Spec != row.Spec || k.Language != row.Language {
@@ -196,13 +202,22 @@ func (s *Service) Start(ctx context.Context, c Caller, r Start) (*posternv1.Agen
 				s.cfg.Logger.Warn("kernel not described", "kernel", row.ID, "err", err)
 			}
 		}
-		return &posternv1.AgentKernel{Agent: agent.Name, Kernel: k, Online: true}, nil
+		return &posternv1.AgentKernel{Agent: agent.Name, Kernel: k, Online: true, Warnings: warnings}, nil
 	}
-	s.undo(ctx, c, l, row, err)
+	s.undo(ctx, c, l, row, err, k != nil)
 	if err != nil {
 		return nil, err
 	}
 	return nil, aerr
+}
+
+// workspaces are the names of those that are mounted.
+func workspaces(mounts []*posternv1.KernelMount) []string {
+	var names []string
+	for _, m := range mounts {
+		names = append(names, m.Workspace)
+	}
+	return names
 }
 
 func specOf(asked string, k *posternv1.Kernel) string {
@@ -215,13 +230,16 @@ func specOf(asked string, k *posternv1.Kernel) string {
 	return asked
 }
 
-// undo takes back a start that failed, or that could not be recorded.
-func (s *Service) undo(ctx context.Context, c Caller, l Agent, row Row, failed error) {
+// undo takes back a start that failed, or that could not be recorded. runs: it runs for
+// certain.
+func (s *Service) undo(ctx context.Context, c Caller, l Agent, row Row, failed error, runs bool) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), agentTime)
 	defer cancel()
 	switch proto.CodeOf(failed) {
 	case 0, proto.CodeAgentLost, proto.CodeAgentOffline, proto.CodeTimeout, proto.CodeCancelled, proto.CodeUnavailable, proto.CodeInternal:
-		// It runs, or may.
+		runs = true // or it may
+	}
+	if runs {
 		_, err := l.StopKernel(ctx, &posternv1.KernelRequest{Id: row.ID, Principal: c.Principal})
 		if err != nil && proto.CodeOf(err) != proto.CodeNotFound {
 			s.cfg.Logger.Warn("kernel that failed to start not stopped: it is in the list", "kernel", row.ID, "err", err, "cause", failed)

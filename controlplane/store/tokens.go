@@ -85,6 +85,14 @@ func (s *Store) RevokeToken(ctx context.Context, org, idOrName string, now time.
 		if errors.Is(err, sql.ErrNoRows) {
 			return notFound("token", idOrName)
 		}
+		if err != nil {
+			return err
+		}
+		// Nobody can use its secrets any more.
+		if _, err := tx.exec(ctx, "DELETE FROM secrets WHERE organization = ? AND scope = 'own' AND owner = ?", org, r.t.Id); err != nil {
+			return err
+		}
+		_, err = tx.exec(ctx, "DELETE FROM secret_grants WHERE organization = ? AND token = ?", org, r.t.Id)
 		return err
 	})
 	if err != nil {

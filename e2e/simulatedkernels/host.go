@@ -24,18 +24,22 @@ type Host struct {
 	mu      sync.Mutex
 	kernels map[string]*kernel
 	refuse  error
-	streams map[io.Closer]struct{}
-	wg      sync.WaitGroup
+	// secrets are what kernels were given, by id.
+	secrets       map[string]map[string]string
+	refuseSecrets error
+	streams       map[io.Closer]struct{}
+	wg            sync.WaitGroup
 }
 
 // New returns a host without kernels. Close it.
 func New() *Host {
-	return &Host{kernels: map[string]*kernel{}, streams: map[io.Closer]struct{}{}}
+	return &Host{kernels: map[string]*kernel{}, secrets: map[string]map[string]string{}, streams: map[io.Closer]struct{}{}}
 }
 
 // Handle adds the host's paths to a mux.
 func (h *Host) Handle(mux *http.ServeMux) {
 	mux.Handle(posternv1connect.NewKernelHostServiceHandler(h))
+	mux.Handle(posternv1connect.NewSecretHostServiceHandler(secretHost{h}))
 	mux.HandleFunc(kernelstream.Path, h.serveChannels)
 }
 

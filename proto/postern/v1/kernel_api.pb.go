@@ -29,7 +29,9 @@ type AgentKernel struct {
 	Kernel *Kernel `protobuf:"bytes,2,opt,name=kernel,proto3" json:"kernel,omitempty"`
 	// Whether the agent answers. If not, kernel has id, spec, language, owner and started
 	// alone.
-	Online        bool `protobuf:"varint,3,opt,name=online,proto3" json:"online,omitempty"`
+	Online bool `protobuf:"varint,3,opt,name=online,proto3" json:"online,omitempty"`
+	// After a start: what of the kernel's standing grants the host refused, a line each.
+	Warnings      []string `protobuf:"bytes,4,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -83,6 +85,13 @@ func (x *AgentKernel) GetOnline() bool {
 		return x.Online
 	}
 	return false
+}
+
+func (x *AgentKernel) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
 }
 
 type ListAgentKernelSpecsRequest struct {
@@ -139,7 +148,10 @@ type StartAgentKernelRequest struct {
 	// At most 64, of names that the host's policy allows.
 	Environment map[string]string `protobuf:"bytes,3,rep,name=environment,proto3" json:"environment,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// At most 16.
-	Mounts        []*KernelMount `protobuf:"bytes,4,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	Mounts []*KernelMount `protobuf:"bytes,4,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	// Secrets that the kernel is granted from its start, by name, at most 64: the
+	// caller's own, else, for operators, the organization's, else the host's.
+	Secrets       []string `protobuf:"bytes,5,rep,name=secrets,proto3" json:"secrets,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -198,6 +210,13 @@ func (x *StartAgentKernelRequest) GetEnvironment() map[string]string {
 func (x *StartAgentKernelRequest) GetMounts() []*KernelMount {
 	if x != nil {
 		return x.Mounts
+	}
+	return nil
+}
+
+func (x *StartAgentKernelRequest) GetSecrets() []string {
+	if x != nil {
+		return x.Secrets
 	}
 	return nil
 }
@@ -349,18 +368,20 @@ var File_postern_v1_kernel_api_proto protoreflect.FileDescriptor
 const file_postern_v1_kernel_api_proto_rawDesc = "" +
 	"\n" +
 	"\x1bpostern/v1/kernel_api.proto\x12\n" +
-	"postern.v1\x1a\x17postern/v1/kernel.proto\"g\n" +
+	"postern.v1\x1a\x17postern/v1/kernel.proto\"\x83\x01\n" +
 	"\vAgentKernel\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12*\n" +
 	"\x06kernel\x18\x02 \x01(\v2\x12.postern.v1.KernelR\x06kernel\x12\x16\n" +
-	"\x06online\x18\x03 \x01(\bR\x06online\"3\n" +
+	"\x06online\x18\x03 \x01(\bR\x06online\x12\x1a\n" +
+	"\bwarnings\x18\x04 \x03(\tR\bwarnings\"3\n" +
 	"\x1bListAgentKernelSpecsRequest\x12\x14\n" +
-	"\x05agent\x18\x01 \x01(\tR\x05agent\"\x8c\x02\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\"\xa6\x02\n" +
 	"\x17StartAgentKernelRequest\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\tR\x04spec\x12V\n" +
 	"\venvironment\x18\x03 \x03(\v24.postern.v1.StartAgentKernelRequest.EnvironmentEntryR\venvironment\x12/\n" +
-	"\x06mounts\x18\x04 \x03(\v2\x17.postern.v1.KernelMountR\x06mounts\x1a>\n" +
+	"\x06mounts\x18\x04 \x03(\v2\x17.postern.v1.KernelMountR\x06mounts\x12\x18\n" +
+	"\asecrets\x18\x05 \x03(\tR\asecrets\x1a>\n" +
 	"\x10EnvironmentEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"/\n" +
