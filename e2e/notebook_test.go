@@ -12,7 +12,7 @@ import (
 	"time"
 
 	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
-	"github.com/postern-dev/postern/client/notebook"
+	"github.com/postern-dev/postern/client/notebookfile"
 	"github.com/postern-dev/postern/e2e/stack"
 )
 
@@ -80,7 +80,7 @@ func notebookOf(t *testing.T, path string, cells ...string) {
 // outputsOf are the outputs of a notebook's code cells, as JSON.
 func outputsOf(t *testing.T, path string) []string {
 	t.Helper()
-	d, err := notebook.Read(path)
+	d, err := notebookfile.Read(path)
 	if err != nil {
 		return nil // it is being replaced by something else
 	}

@@ -12,7 +12,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/postern-dev/postern/client"
-	"github.com/postern-dev/postern/client/notebook"
+	"github.com/postern-dev/postern/client/notebookfile"
+	"github.com/postern-dev/postern/proto/notebook"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
@@ -124,7 +125,7 @@ outputs so far are written, and the exit code is 1. Ctrl-C interrupts the cell a
 		Example: "  postern notebook run report.ipynb --agent edge-1\n  postern notebook run report.ipynb --agent edge-1 --output done.ipynb --timeout 10m",
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			d, err := notebook.Read(args[0])
+			d, err := notebookfile.Read(args[0])
 			if err != nil {
 				return err
 			}
@@ -165,8 +166,8 @@ func writeNotebook(file, output string, d *notebook.Document, results map[int]no
 		return err
 	}
 	if output == "" || output == file {
-		err := notebook.Replace(file, d.Bytes(), text)
-		if errors.Is(err, notebook.ErrChanged) {
+		err := notebookfile.Replace(file, d.Bytes(), text)
+		if errors.Is(err, notebookfile.ErrChanged) {
 			// Nothing is lost: neither what the editor saved nor what was computed.
 			other := file + ".outputs"
 			if err := os.WriteFile(other, text, 0o600); err != nil {

@@ -12,9 +12,9 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/postern-dev/postern/client"
-	"github.com/postern-dev/postern/client/notebook"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/jupyter"
+	"github.com/postern-dev/postern/proto/notebook"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 

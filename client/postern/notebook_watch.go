@@ -18,8 +18,9 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/postern-dev/postern/client"
-	"github.com/postern-dev/postern/client/notebook"
+	"github.com/postern-dev/postern/client/notebookfile"
 	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/notebook"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
@@ -158,7 +159,7 @@ days or a restart of the host. A cell that fails is run again when something at 
 }
 
 func (a *app) watchNotebook(ctx context.Context, c *client.Client, file string, w *where, plain, stop bool) error {
-	d, err := notebook.Read(file)
+	d, err := notebookfile.Read(file)
 	if err != nil {
 		return err
 	}
@@ -206,7 +207,7 @@ func (a *app) watchNotebook(ctx context.Context, c *client.Client, file string, 
 	}
 	s.Changed()
 	a.info("watching %s on kernel %s: Ctrl-C ends it", file, k.id)
-	err = s.Watch(ctx, file)
+	err = notebookfile.Watch(ctx, s, file)
 	if errors.Is(err, context.Canceled) && ctx.Err() != nil {
 		err = nil
 	}
@@ -318,7 +319,7 @@ func (a *app) notebookHistoryCommand() *cobra.Command {
 // labels says what the checkpoints of the file as it is now are the state after.
 func (w *watched) labels(file string) map[string]string {
 	out := map[string]string{w.Base: "start"}
-	d, err := notebook.Read(file)
+	d, err := notebookfile.Read(file)
 	if err != nil {
 		return out // the tree alone
 	}

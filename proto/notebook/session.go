@@ -114,7 +114,7 @@ func (s *Session) Step(ctx context.Context, d *Document) (map[int]Result, error)
 		keep = len(s.Steps)
 	}
 	if keep == len(texts) {
-		return s.results(d), nil
+		return s.Results(d), nil
 	}
 	state := want[keep+1]
 	s.Dirty, s.failed = true, nil
@@ -122,22 +122,22 @@ func (s *Session) Step(ctx context.Context, d *Document) (map[int]Result, error)
 	var failed *CellError
 	if errors.As(err, &failed) {
 		s.failed = &failedCell{state, r, failed}
-		return s.results(d), err
+		return s.Results(d), err
 	}
 	if err != nil {
-		return s.results(d), err
+		return s.Results(d), err
 	}
 	step := Step{State: state, Result: r, Known: true}
 	began := time.Now()
 	if step.Checkpoint, err = s.Checkpoints.Checkpoint(ctx, state.String()); err != nil {
 		// The cell has run; without its checkpoint a later edit goes back further.
-		s.Options.Progress.note("no checkpoint after code cell %d: %v", keep+1, err)
+		s.Options.Progress.Notef("no checkpoint after code cell %d: %v", keep+1, err)
 	} else if s.Options.Progress.Checkpoint != nil && step.Checkpoint != "" {
 		s.Options.Progress.Checkpoint(keep+1, step.Checkpoint, time.Since(began))
 	}
 	s.Steps, s.Dirty = append(s.Steps, step), false
 	s.changed()
-	return s.results(d), ctx.Err()
+	return s.Results(d), ctx.Err()
 }
 
 // back takes the kernel to the state after the newest of the first n steps that has a
@@ -177,8 +177,9 @@ func (s *Session) changed() {
 	}
 }
 
-// results are what the file should show of the code cells.
-func (s *Session) results(d *Document) map[int]Result {
+// Results are what a file should show of the code cells, by index: nothing for cells
+// whose results only the file has, and empty ones for cells that have not run yet.
+func (s *Session) Results(d *Document) map[int]Result {
 	texts, indexes := sources(d)
 	want := Chain(s.Spec, texts)
 	keep := Common(s.chain(), want)
@@ -211,8 +212,8 @@ func (s *Session) Running(d *Document) (State, bool) {
 	return want[keep+1], true
 }
 
-// wanted reports whether a state is on a document's way.
-func wanted(spec string, d *Document, state State) bool {
+// Wanted reports whether a state is on a document's way.
+func Wanted(spec string, d *Document, state State) bool {
 	texts, _ := sources(d)
 	return slices.Contains(Chain(spec, texts), state)
 }

@@ -1,4 +1,4 @@
-package notebook
+package notebookfile
 
 import (
 	"bytes"
@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/fsnotify/fsnotify"
+
+	"github.com/postern-dev/postern/proto/notebook"
 )
 
 // quiet is how long a file must be left alone before it is read: editors write in
@@ -20,7 +22,7 @@ const quiet = 50 * time.Millisecond
 // file's cells until ctx ends. It returns when ctx ends (nil) or when the kernel can't
 // go on; a cell that fails, and a file that is no notebook for a while, are told by
 // Progress.Note and waited out.
-func (s *Session) Watch(ctx context.Context, path string) error {
+func Watch(ctx context.Context, s *notebook.Session, path string) error {
 	changes, stop, err := follow(path)
 	if err != nil {
 		return err
@@ -32,23 +34,23 @@ func (s *Session) Watch(ctx context.Context, path string) error {
 		if err != nil {
 			if text := err.Error(); text != bad {
 				bad = text
-				s.Options.Progress.note("%s: waiting for it to be saved again", text)
+				s.Options.Progress.Notef("%s: waiting for it to be saved again", text)
 			}
 			wait(ctx, changes, time.Second)
 			continue
 		}
 		bad = ""
 		if s.Done(d) {
-			if err := s.save(path, d, s.results(d)); errors.Is(err, ErrChanged) {
+			if err := save(s, path, d, s.Results(d)); errors.Is(err, ErrChanged) {
 				continue
 			} else if err != nil {
-				s.Options.Progress.note("the outputs are not written: %v", err)
+				s.Options.Progress.Notef("the outputs are not written: %v", err)
 			}
 			wait(ctx, changes, 0)
 			continue
 		}
-		results, err := s.stepWatched(ctx, path, d, changes)
-		var failed *CellError
+		results, err := stepWatched(ctx, s, path, d, changes)
+		var failed *notebook.CellError
 		if err != nil && !errors.As(err, &failed) && !errors.Is(err, errStale) {
 			if ctx.Err() != nil {
 				break
@@ -56,8 +58,8 @@ func (s *Session) Watch(ctx context.Context, path string) error {
 			return err
 		}
 		if results != nil {
-			if err := s.save(path, d, results); err != nil && !errors.Is(err, ErrChanged) {
-				s.Options.Progress.note("the outputs are not written: %v", err)
+			if err := save(s, path, d, results); err != nil && !errors.Is(err, ErrChanged) {
+				s.Options.Progress.Notef("the outputs are not written: %v", err)
 			}
 		}
 	}
@@ -68,7 +70,7 @@ func (s *Session) Watch(ctx context.Context, path string) error {
 var errStale = errors.New("the cell was changed while it ran")
 
 // stepWatched is Step, ended early when the file does not want the cell any more.
-func (s *Session) stepWatched(ctx context.Context, path string, d *Document, changes <-chan struct{}) (map[int]Result, error) {
+func stepWatched(ctx context.Context, s *notebook.Session, path string, d *notebook.Document, changes <-chan struct{}) (map[int]notebook.Result, error) {
 	state, runs := s.Running(d)
 	if !runs {
 		return s.Step(ctx, d)
@@ -76,7 +78,7 @@ func (s *Session) stepWatched(ctx context.Context, path string, d *Document, cha
 	cell, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	type outcome struct {
-		results map[int]Result
+		results map[int]notebook.Result
 		err     error
 	}
 	done := make(chan outcome, 1)
@@ -90,7 +92,7 @@ func (s *Session) stepWatched(ctx context.Context, path string, d *Document, cha
 			return o.results, o.err
 		case <-changes:
 			// A file that can't be read now says nothing of what is wanted.
-			if now, err := Read(path); err == nil && !wanted(s.Spec, now, state) {
+			if now, err := Read(path); err == nil && !notebook.Wanted(s.Spec, now, state) {
 				cancel(errStale)
 			}
 		}
@@ -98,7 +100,7 @@ func (s *Session) stepWatched(ctx context.Context, path string, d *Document, cha
 }
 
 // save writes results into the file if that changes anything.
-func (s *Session) save(path string, d *Document, results map[int]Result) error {
+func save(s *notebook.Session, path string, d *notebook.Document, results map[int]notebook.Result) error {
 	text, err := d.With(results)
 	if err != nil {
 		return err

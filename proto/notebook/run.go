@@ -83,7 +83,8 @@ func (p Progress) cell(cell, of int, took time.Duration, failed error) {
 	}
 }
 
-func (p Progress) note(format string, args ...any) {
+// Notef calls Note, if there is one.
+func (p Progress) Notef(format string, args ...any) {
 	if p.Note != nil {
 		p.Note(fmt.Sprintf(format, args...))
 	}

@@ -1,14 +1,11 @@
 package notebook
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -270,7 +267,7 @@ func TestSessionFollowsEdits(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			results := s.results(d)
+			results := s.Results(d)
 			model := newKernel()
 			want, err := Run(context.Background(), model, d, Options{})
 			for _, i := range d.Code() {
@@ -285,108 +282,6 @@ func TestSessionFollowsEdits(t *testing.T) {
 				t.Fatalf("round %d: %q ran for %q after %q", round, k.ran, cells, before)
 			}
 		}
-	}
-}
-
-func TestWatch(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "n.ipynb")
-	save := func(text []byte) {
-		t.Helper()
-		// As editors do it: another file over the old one.
-		if err := os.WriteFile(path+"~", text, 0o640); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(path+"~", path); err != nil {
-			t.Fatal(err)
-		}
-	}
-	save(file("add a", "add b", "add c"))
-	k := newKernel()
-	s := &Session{Kernel: k, Checkpoints: k, Spec: "python3"}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error, 1)
-	go func() { done <- s.Watch(ctx, path) }()
-	defer func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-		if rest, _ := filepath.Glob(filepath.Join(filepath.Dir(path), ".*")); len(rest) > 0 {
-			t.Errorf("left behind: %v", rest)
-		}
-	}()
-	last := func(want string) {
-		t.Helper()
-		var text string
-		for range 1000 {
-			d, err := Read(path)
-			if err == nil {
-				code := d.Code()
-				text = string(d.Cells[code[len(code)-1]].Outputs)
-				if strings.Contains(text, want) {
-					return
-				}
-			}
-			time.Sleep(10 * time.Millisecond)
-		}
-		t.Fatalf("the last cell has %s, not %q", text, want)
-	}
-	last(`"abc\n"`)
-	save(file("add a", "add x", "add c"))
-	last(`"axc\n"`)
-	// An edit takes a cell away that runs.
-	save(file("add a", "add x", "wait"))
-	<-k.waiting
-	save(file("add a", "add x", "add y"))
-	last(`"axy\n"`)
-	// Not a notebook for a while, then one again.
-	save([]byte("{"))
-	save(file("add z"))
-	last(`"z\n"`)
-	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o640 {
-		t.Errorf("the file's mode: %v, %v", info.Mode(), err)
-	}
-}
-
-// What an editor saves while outputs are being written is not lost.
-func TestReplaceLosesNothing(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "n.ipynb")
-	old, mine, theirs := []byte("old"), []byte("mine"), []byte("theirs")
-	if err := os.WriteFile(path, old, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := Replace(path, theirs, mine); !errors.Is(err, ErrChanged) {
-		t.Errorf("a file that has changed: %v", err)
-	}
-	// An editor that has the file open and writes in place, at the worst moment.
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	wrote := make(chan struct{})
-	go func() {
-		defer close(wrote)
-		for range 500 {
-			now, _ := os.ReadFile(path)
-			if bytes.Equal(now, mine) {
-				_, _ = f.WriteAt(theirs, 0)
-				return
-			}
-			time.Sleep(time.Millisecond)
-		}
-	}()
-	err = Replace(path, old, mine)
-	<-wrote
-	now, _ := os.ReadFile(path)
-	if !errors.Is(err, ErrChanged) || !bytes.Equal(now, theirs) {
-		t.Errorf("got %v, and the file has %q", err, now)
-	}
-	if err := Replace(path, theirs, mine); err != nil {
-		t.Error(err)
-	}
-	if now, _ = os.ReadFile(path); !bytes.Equal(now, mine) {
-		t.Errorf("the file has %q", now)
 	}
 }
 

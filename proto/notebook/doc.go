@@ -1,5 +1,6 @@
-// Package notebook runs notebook files (nbformat 4) on a kernel: once, or again and
-// again while the file is edited.
+// Package notebook runs notebooks (nbformat 4) on a kernel: once, or again and
+// again while they are edited. It does no I/O: a [Kernel] is who runs cells, and files are the
+// business of client/notebookfile.
 //
 // A [Document] is a file as it was read. Writing outputs into it changes the bytes of
 // the cells' outputs and execution counts and no other: the order of keys, the

@@ -1,4 +1,4 @@
-package notebook
+package notebookfile
 
 import (
 	"bytes"
@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"github.com/postern-dev/postern/proto/notebook"
 )
 
 // settle is how long the file that was replaced is kept for a program that had it
@@ -18,13 +20,13 @@ const settle = 200 * time.Millisecond
 // ErrChanged says that a file is not any more what the caller has read.
 var ErrChanged = errors.New("the file was changed meanwhile")
 
-// Read reads a notebook file of at most MaxFile bytes.
-func Read(path string) (*Document, error) {
+// Read reads a notebook file of at most notebook.MaxFile bytes.
+func Read(path string) (*notebook.Document, error) {
 	data, err := readBounded(path)
 	if err != nil {
 		return nil, err
 	}
-	d, err := Parse(data)
+	d, err := notebook.Parse(data)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
@@ -37,12 +39,12 @@ func readBounded(path string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, MaxFile+1))
+	data, err := io.ReadAll(io.LimitReader(f, notebook.MaxFile+1))
 	if err != nil {
 		return nil, err
 	}
-	if len(data) > MaxFile {
-		return nil, fmt.Errorf("%s: the notebook has more than %d bytes", path, MaxFile)
+	if len(data) > notebook.MaxFile {
+		return nil, fmt.Errorf("%s: the notebook has more than %d bytes", path, notebook.MaxFile)
 	}
 	return data, nil
 }
