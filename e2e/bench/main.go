@@ -60,6 +60,7 @@ var measurements = append(tunnelMeasurements,
 	measurement{"pgwire", measurePGWire},
 	measurement{"fleet", measureFleet},
 	measurement{"kernels", measureKernels},
+	measurement{"checkpoints", measureCheckpoints},
 )
 
 // roles are what this binary does when it is started as a child of itself, by the
