@@ -23,8 +23,8 @@ type Tree struct {
 	Mounts []Mount `json:"externals,omitempty"`
 	// Cgroups are the cgroup.procs files of the groups that the kernel is in.
 	Cgroups []string `json:"cgroups,omitempty"`
-	// NetNSKey names the network namespace in the images, NetNSInode is its inode (for a
-	// dump), NetNSPath can be opened (for a restore). An empty key: it is the caller's.
+	// NetNSPath is the network namespace, which CRIU joins; empty: it is the caller's.
+	// NetNSKey names it in images of before CRIU joined it, NetNSInode is its inode.
 	NetNSKey   string `json:"netns_key,omitempty"`
 	NetNSInode uint64 `json:"netns_inode,omitempty"`
 	NetNSPath  string `json:"netns_path,omitempty"`
@@ -103,9 +103,7 @@ func (d *Driver) Dump(ctx context.Context, t Tree, images string, after After, c
 	for _, m := range t.Mounts {
 		o.External = append(o.External, fmt.Sprintf("mnt[%s]:%s", m.Inside, m.Key))
 	}
-	if t.NetNSKey != "" {
-		o.External = append(o.External, fmt.Sprintf("net[%d]:%s", t.NetNSInode, t.NetNSKey))
-	}
+	o.NetNS = t.NetNSPath
 	s, err := c.Dump(ctx, o)
 	if err != nil {
 		return Figures{}, public(err)
@@ -134,7 +132,8 @@ func (d *Driver) Restore(ctx context.Context, t Tree, images string) (int, Figur
 			return 0, Figures{}, fmt.Errorf("restore: the kernel's network namespace: %w", err)
 		}
 		defer ns.Close() //nolint:errcheck // a namespace
-		o.Inherit = map[string]*os.File{t.NetNSKey: ns}
+		// Images that were made with the namespace as something external ask for it by key.
+		o.Inherit, o.NetNS = map[string]*os.File{t.NetNSKey: ns}, t.NetNSPath
 	}
 	r, err := c.Restore(ctx, o)
 	if err != nil {

@@ -90,8 +90,11 @@ type Dump struct {
 	Stop bool
 	// Copies are made while the tree stands still: its files as its memory knows them.
 	Copies []CopyDir
-	// External are CRIU's --external options: mnt[/path/inside]:key, net[inode]:key.
+	// External are CRIU's --external options: mnt[/path/inside]:key.
 	External []string
+	// NetNS is the path of the tree's network namespace, which CRIU joins: then it is its
+	// own, and not in the images. Empty: it is the caller's.
+	NetNS string
 	// Verbose writes CRIU's log in full (its level 4), which costs some time while the
 	// tree is frozen; otherwise warnings and errors alone.
 	Verbose bool
@@ -112,6 +115,9 @@ type Restore struct {
 	// Cgroups are cgroup.procs files that CRIU's process is written into before it
 	// starts, so that the tree is born in these groups.
 	Cgroups []string
+	// NetNS is the path of the network namespace that CRIU joins and the tree is born in;
+	// empty: the caller's.
+	NetNS string
 	// Verbose as in Dump.
 	Verbose bool
 }
@@ -141,7 +147,7 @@ func Subreaper() error { return unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0,
 // reported, a context's error that the time was over.
 func (d *Driver) Dump(ctx context.Context, o Dump) (DumpStats, error) {
 	began, before := time.Now(), stopped(o.PID)
-	reply, err := d.call(ctx, request{Op: opDump, PID: o.PID, Images: o.Images, LeaveRunning: o.LeaveRunning, Stop: o.Stop, Copies: o.Copies, External: o.External, Verbose: o.Verbose}, nil)
+	reply, err := d.call(ctx, request{Op: opDump, PID: o.PID, Images: o.Images, LeaveRunning: o.LeaveRunning, Stop: o.Stop, Copies: o.Copies, External: o.External, NetNS: o.NetNS, Verbose: o.Verbose}, nil)
 	if err != nil {
 		thaw(o.PID, before)
 		return DumpStats{}, err
@@ -158,7 +164,7 @@ func (d *Driver) Dump(ctx context.Context, o Dump) (DumpStats, error) {
 // Restore restores a tree. On an error nothing of it is left.
 func (d *Driver) Restore(ctx context.Context, o Restore) (Restored, error) {
 	began := time.Now()
-	reply, err := d.call(ctx, request{Op: opRestore, Images: o.Images, Root: o.Root, External: o.External, Cgroups: o.Cgroups, Verbose: o.Verbose}, o.Inherit)
+	reply, err := d.call(ctx, request{Op: opRestore, Images: o.Images, Root: o.Root, External: o.External, Cgroups: o.Cgroups, NetNS: o.NetNS, Verbose: o.Verbose}, o.Inherit)
 	if err != nil {
 		return Restored{}, err
 	}

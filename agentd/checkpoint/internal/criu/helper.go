@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"sync"
 	"time"
@@ -120,7 +121,7 @@ func (h *helper) PostDump() error {
 func (h *helper) run() event {
 	c := gocriu.MakeCriu()
 	c.SetCriuPath(h.req.Self)
-	if err := os.Setenv(execEnv, execRequest{h.req.Criu, h.req.Cgroups, h.req.Preload}.String()); err != nil {
+	if err := os.Setenv(execEnv, execRequest{h.req.Criu, h.req.Cgroups, h.req.NetNS, h.req.Preload}.String()); err != nil {
 		return event{Failed: err.Error()}
 	}
 	for i := range h.req.Inherit { // CRIU must inherit them; they came without close-on-exec
@@ -251,6 +252,9 @@ func ExecMain() int {
 		}
 		err = os.WriteFile(procs, []byte(strconv.Itoa(os.Getpid())), 0)
 	}
+	if err == nil && r.NetNS != "" {
+		err = joinNetNS(r.NetNS)
+	}
 	if err == nil {
 		env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
 		if r.Preload != "" {
@@ -260,6 +264,20 @@ func ExecMain() int {
 	}
 	fmt.Fprintln(os.Stderr, "criu-helper: start CRIU:", err)
 	return 127
+}
+
+// joinNetNS puts the calling thread, which executes CRIU next, into a network namespace.
+func joinNetNS(path string) error {
+	runtime.LockOSThread()
+	ns, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("the kernel's network namespace: %w", err)
+	}
+	defer ns.Close() //nolint:errcheck // a namespace
+	if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNET); err != nil {
+		return fmt.Errorf("join the kernel's network namespace: %w", err)
+	}
+	return nil
 }
 
 // limited keeps the last bytes of what is written, for a helper's stderr.

@@ -24,7 +24,9 @@ type request struct {
 	// Inherit are keys whose file is the helper's descriptor firstInherited plus the index.
 	Inherit []string `json:"inherit,omitempty"`
 	Cgroups []string `json:"cgroups,omitempty"`
-	Stop    bool     `json:"stop,omitempty"`
+	// NetNS is the path of the network namespace that CRIU joins first.
+	NetNS string `json:"netns,omitempty"`
+	Stop  bool   `json:"stop,omitempty"`
 	// Copies are directories to copy while the tree stands still.
 	Copies  []CopyDir `json:"copies,omitempty"`
 	Verbose bool      `json:"verbose,omitempty"`
@@ -80,6 +82,7 @@ const execEnv = "POSTERN_CRIU_EXEC"
 type execRequest struct {
 	Criu    string   `json:"criu"`
 	Cgroups []string `json:"cgroups,omitempty"`
+	NetNS   string   `json:"netns,omitempty"`
 	Preload string   `json:"preload,omitempty"`
 }
 

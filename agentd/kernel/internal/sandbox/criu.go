@@ -32,13 +32,12 @@ type CRIUSpec struct {
 	// Cgroups are the cgroup.procs files to write a process's id to, so that it
 	// and what it restores are in the kernel's cgroups.
 	Cgroups []string `json:"cgroups,omitempty"`
-	// NetNSKey names the network namespace, which is external to the images:
-	//
-	//	dump:    --external net[NetNSInode]:NetNSKey
-	//	restore: --inherit-fd fd[N]:NetNSKey, N an open descriptor of NetNSPath
+	// NetNSKey names the network namespace in images of before CRIU joined it; NetNSInode is
+	// its inode.
 	NetNSKey   string `json:"netns_key"`
 	NetNSInode uint64 `json:"netns_inode"`
-	// NetNSPath can be opened by root as long as the Sandbox or Prepared is there.
+	// NetNSPath is the namespace, for CRIU to join before it dumps or restores. It can be
+	// opened by root as long as the Sandbox or Prepared is there.
 	NetNSPath string `json:"netns_path"`
 }
 
