@@ -8,10 +8,13 @@ import (
 	"strings"
 	"testing"
 
+	"connectrpc.com/connect"
 	_ "modernc.org/sqlite"
 
 	"github.com/postern-dev/postern/e2e/mariadbserver"
 	"github.com/postern-dev/postern/e2e/stack"
+	"github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
 // TestEngines runs statements, checks, introspection and doctor on MariaDB and SQLite
@@ -116,5 +119,66 @@ func TestEngines(t *testing.T) {
 	}
 	if files, _ := filepath.Glob(filepath.Join(dir, "*")); len(files) != 1 {
 		t.Errorf("got %v, want the database alone", files)
+	}
+}
+
+// TestEngineSessions holds sessions on MariaDB and SQLite with the real binaries: the
+// shell, and the list of what is open.
+func TestEngineSessions(t *testing.T) {
+	maria := mariadbserver.Start(t)
+	ctx := t.Context()
+	if err := maria.SQL(ctx, "CREATE DATABASE shop", "CREATE TABLE shop.items (id INT PRIMARY KEY, name VARCHAR(50))", "INSERT INTO shop.items VALUES (1, 'one'), (2, 'two')"); err != nil {
+		t.Fatal(err)
+	}
+	if err := maria.CreateUser(ctx, "writer", readerPassword, "ALL ON shop.*"); err != nil {
+		t.Fatal(err)
+	}
+	s := newStack(t, stack.Options{})
+	path := filepath.Join(s.Dir, "app.db")
+	db, err := sql.Open("sqlite", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, text := range []string{"CREATE TABLE items (id INTEGER PRIMARY KEY, name TEXT)", "INSERT INTO items VALUES (1, 'one'), (2, 'two')"} {
+		if _, err := db.Exec(text); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	password := filepath.Join(s.Dir, "writer.pw")
+	if err := os.WriteFile(password, []byte(readerPassword+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Join(ctx, "host", fmt.Sprintf("sources:\n  - name: shop\n    engine: mysql\n    dsn: %s\n    password: {file: %s}\n    policy: {mode: read-write}\n  - name: shop-ro\n    engine: mysql\n    dsn: %[1]s\n    password: {file: %[2]s}\n"+
+		"  - name: app\n    engine: sqlite\n    dsn: path=%[3]s\n    policy: {mode: read-write}\n  - name: app-ro\n    engine: sqlite\n    dsn: path=%[3]s\n", maria.SocketDSN("writer", "shop"), password, path)); err != nil {
+		t.Fatal(err)
+	}
+	script := func(target, text string) ended {
+		cmd := s.Command(ctx, "sql", "-i", target, "-f", "csv")
+		cmd.Stdin = strings.NewReader(text)
+		return finish(t, cmd)
+	}
+	for source, temp := range map[string]string{"host/shop": "CREATE TEMPORARY TABLE", "host/app": "CREATE TEMP TABLE"} {
+		e := script(source, temp+" scratch (i INT);\nINSERT INTO scratch VALUES (7);\nBEGIN;\nUPDATE items SET name = 'changed';\nSAVEPOINT a;\nDELETE FROM items;\nROLLBACK TO a;\nSELECT i, (SELECT COUNT(*) FROM items WHERE name = 'changed') AS n FROM scratch;\nROLLBACK;\nSELECT name FROM items WHERE id = 1;\nBEGIN;\nUPDATE items SET name = 'kept' WHERE id = 2;\nCOMMIT;\nSELECT name FROM items WHERE id = 2;\nBEGIN; DELETE FROM items;\n")
+		if e.code != 0 || e.stdout != "i,n\n7,2\nname\none\nname\nkept\n" || !strings.Contains(e.stderr, "was not committed: it is rolled back") {
+			t.Errorf("%s: exit %d: %s%s", source, e.code, e.stdout, e.stderr)
+		}
+		e = script(source+"-ro", "BEGIN;\nSELECT COUNT(*) AS n FROM items;\nDELETE FROM items;\n")
+		if e.code != 3 || e.stdout != "n\n2\n" || !strings.Contains(e.stderr, "read-only") {
+			t.Errorf("%s-ro: exit %d: %s%s", source, e.code, e.stdout, e.stderr)
+		}
+		ana := tokenClient(t, s, "ana-"+source[5:], "analyst")
+		h := holdOn(t, ana, source[5:])
+		h.want("BEGIN", "", "open")
+		h.want("SELECT name FROM items WHERE id = 2", "kept", "open")
+		if got := must(t, s, "session", "list"); !strings.Contains(got, h.id) || !strings.Contains(got, "open") {
+			t.Errorf("%s: got %s, want the session", source, got)
+		}
+		if _, err := ana.Sessions.CloseSession(ctx, connect.NewRequest(&posternv1.CloseSQLSessionRequest{Agent: "host", SessionId: h.id})); err != nil {
+			t.Fatal(err)
+		}
+		h.fails("SELECT 1", proto.CodeNotFound, "has ended")
 	}
 }

@@ -30,11 +30,22 @@ type held struct {
 	t      *testing.T
 	client *client.Client
 	id     string
+	source string
 }
 
 func hold(t *testing.T, c *client.Client, idle time.Duration) *held {
 	t.Helper()
-	r := &posternv1.OpenSQLSessionRequest{Agent: "host", Source: "db"}
+	return openOn(t, c, &posternv1.OpenSQLSessionRequest{Agent: "host", Source: "db"}, idle)
+}
+
+// holdOn is hold on another source of the host.
+func holdOn(t *testing.T, c *client.Client, source string) *held {
+	t.Helper()
+	return openOn(t, c, &posternv1.OpenSQLSessionRequest{Agent: "host", Source: source}, 0)
+}
+
+func openOn(t *testing.T, c *client.Client, r *posternv1.OpenSQLSessionRequest, idle time.Duration) *held {
+	t.Helper()
 	if idle > 0 {
 		r.IdleTimeout = durationpb.New(idle)
 	}
@@ -42,13 +53,13 @@ func hold(t *testing.T, c *client.Client, idle time.Duration) *held {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &held{t, c, resp.Msg.Session.Id}
+	return &held{t, c, resp.Msg.Session.Id, r.Source}
 }
 
 // run runs a statement and returns its rows as CSV without the header.
 func (h *held) run(ctx context.Context, sql string) (string, *posternv1.QueryOutcome, error) {
 	h.t.Helper()
-	rows, err := h.client.SQL(ctx, "host", "db", &posternv1.RunSQLRequest{Sql: sql, SessionId: h.id})
+	rows, err := h.client.SQL(ctx, "host", h.source, &posternv1.RunSQLRequest{Sql: sql, SessionId: h.id})
 	if err != nil {
 		return "", nil, err
 	}
@@ -131,7 +142,7 @@ func TestSessions(t *testing.T) {
 	}
 
 	// Another token has none of it.
-	other := &held{t, tokenClient(t, s, "bob", "analyst"), a.id}
+	other := &held{t, tokenClient(t, s, "bob", "analyst"), a.id, a.source}
 	other.fails("select 1", proto.CodeNotFound, "no session")
 	if _, err := other.client.Sessions.CloseSession(t.Context(), connect.NewRequest(&posternv1.CloseSQLSessionRequest{Agent: "host", SessionId: a.id})); proto.CodeOf(proto.FromConnect(err)) != proto.CodeNotFound {
 		t.Errorf("another token closes it: got %v, want NOT_FOUND", err)

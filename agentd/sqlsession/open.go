@@ -123,8 +123,6 @@ func (m *Manager) admitSession(p *pinned) (*source, error) {
 		return nil, &proto.Error{Code: proto.CodeUnavailable, Message: "the agent is going away: try again", Err: ErrClosed}
 	case src == nil:
 		return nil, proto.Errorf(proto.CodeNotFound, "no data source %q on this host", p.Open.Source)
-	case src.Engine != "postgres":
-		return nil, proto.Errorf(proto.CodeInvalid, "data source %q: engine %s has no sessions that stay open in this version: run statements one by one", src.Name, src.Engine)
 	case src.Guard.Mode == "metadata":
 		return nil, proto.Errorf(proto.CodePolicyDenied, "data source %q is in mode metadata, in which no statement runs: sessions make no sense", src.Name)
 	case m.pinned[p.ID] != nil:

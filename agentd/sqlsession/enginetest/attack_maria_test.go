@@ -118,13 +118,17 @@ func serverState(t *testing.T, db *sql.DB, dir string, questions []string) strin
 	return out.String() + strings.Join(files, "\n")
 }
 
-func TestMariaAttacks(t *testing.T) {
-	db, err := mariadb()
-	if err != nil {
-		t.Fatal(err)
+var mariaIsSetUp bool
+
+// setUpMaria makes what the attacks are aimed at, once.
+func setUpMaria(t *testing.T) {
+	t.Helper()
+	if mariaIsSetUp {
+		return
 	}
+	mariaIsSetUp = true
 	ctx := context.Background()
-	err = mariaServer.SQLIn(ctx, "shop", "CREATE TABLE accounts (id INT PRIMARY KEY, owner VARCHAR(50), amount INT)", "INSERT INTO accounts VALUES (1, 'canary', 100), (2, 'b', 200)",
+	err := mariaServer.SQLIn(ctx, "shop", "CREATE TABLE accounts (id INT PRIMARY KEY, owner VARCHAR(50), amount INT)", "INSERT INTO accounts VALUES (1, 'canary', 100), (2, 'b', 200)",
 		"CREATE TABLE journal (a INT)", "CREATE SEQUENCE seq",
 		"CREATE FUNCTION f_write() RETURNS INT BEGIN INSERT INTO journal VALUES (1); RETURN 1; END",
 		"CREATE FUNCTION f_lock() RETURNS INT RETURN GET_LOCK('attack', 0)",
@@ -140,6 +144,14 @@ func TestMariaAttacks(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+func TestMariaAttacks(t *testing.T) {
+	db, err := mariadb()
+	if err != nil {
+		t.Fatal(err)
+	}
+	setUpMaria(t)
 	super := db.open(t, func(s *sqlsession.Source) {
 		s.DSN = mariaServer.SocketDSN("root", "shop")
 		s.Password = login(mariaServer.Password)

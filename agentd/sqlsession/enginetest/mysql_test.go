@@ -146,6 +146,14 @@ func TestMySQLAttacks(t *testing.T) {
 	}
 }
 
+// TestMySQLSessionAttacks comes after TestMySQLAttacks, which makes what it is aimed at.
+func TestMySQLSessionAttacks(t *testing.T) {
+	db, super := mysqlRoot(t)
+	attackSession(t, db.open(t, super), append(append([]string{}, mysqlAttacks...), mariaSessionAttacks...), "@@transaction_read_only", func() string {
+		return mysqlState(t, db.admin, "SELECT * FROM shop.accounts ORDER BY id", "SELECT * FROM shop.journal")
+	})
+}
+
 // mysqlMetadataAttacks are of MySQL's own.
 var mysqlMetadataAttacks = []string{
 	"VALUES ROW((SELECT s FROM secrets LIMIT 1))", "SELECT * FROM secrets, LATERAL (SELECT ROUND(1.23456, secrets.n) AS r) t", "SELECT STATEMENT_DIGEST_TEXT((SELECT s FROM secrets LIMIT 1))", "SELECT JSON_SCHEMA_VALIDATION_REPORT((SELECT s FROM secrets LIMIT 1), '{}')", "SELECT JSON_VALUE('{}', '$' RETURNING CHAR(5))", "SELECT CAST((SELECT s FROM secrets LIMIT 1) AS JSON)", "SELECT ST_GeomFromGeoJSON((SELECT s FROM secrets LIMIT 1))", "SELECT GTID_SUBSET((SELECT s FROM secrets LIMIT 1), '1')", "SELECT GTID_SUBTRACT((SELECT s FROM secrets LIMIT 1), '1')", "SELECT BIN_TO_UUID((SELECT s FROM secrets LIMIT 1))", "SELECT ST_LatFromGeoHash((SELECT s FROM secrets LIMIT 1))", "SELECT ST_LongFromGeoHash((SELECT s FROM secrets LIMIT 1))", "SELECT ST_PointFromGeoHash((SELECT s FROM secrets LIMIT 1), 1)",

@@ -171,6 +171,10 @@ type mysqlSession struct {
 	objects *mysqlObjects
 	// masking is that of the last statement.
 	masking *masking
+	// database is the one that names without a database are in; "" is none.
+	database string
+	// stay is set in a session that stays open.
+	stay *mysqlStay
 }
 
 // quiet keeps the driver from writing to standard error; what it would say comes
@@ -264,7 +268,7 @@ func (s *mysqlSession) connect(ctx context.Context) *proto.Error {
 	if err != nil {
 		return mysqlConnectError(err, s.dsn.where())
 	}
-	s.conn, s.timeout, s.spent = conn, -1, false
+	s.conn, s.timeout, s.spent, s.database = conn, -1, false, s.dsn.DBName
 	if err := s.setUp(ctx); err != nil {
 		_ = conn.Close()
 		return mysqlConnectError(err, s.dsn.where())
@@ -463,6 +467,9 @@ func (s *mysqlSession) watch(stop <-chan struct{}) error {
 func (s *mysqlSession) reset() error {
 	ctx, done := context.WithTimeout(context.Background(), resetTimeout)
 	defer done()
+	if s.stay != nil {
+		return s.settled(ctx)
+	}
 	if s.spent {
 		_ = s.conn.Close()
 		if failure := s.connect(ctx); failure != nil {

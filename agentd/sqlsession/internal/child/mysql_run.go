@@ -30,19 +30,31 @@ type mysqlExecution struct {
 	show   *mysqlguard.Show
 	schema string
 	done   frame.DoneReply
+
+	// What follows is for sessions that stay: see interact. explicit tells that a
+	// transaction of the user's is open, began that one of ours was opened, begun that the
+	// statement itself is on its way; verb is what is run in place of
+	// the text, and ends that it was COMMIT or ROLLBACK.
+	explicit, began, begun, ends bool
+	verb                         *mysqlguard.Verb
 }
 
 // run is engine's.
 func (s *mysqlSession) run(r *frame.RunRequest, st *statement) (done frame.DoneReply, lost bool) {
 	x := &mysqlExecution{mysqlSession: s, request: r, st: st}
-	if r.ReadWrite || len(r.Guard.Functions) > 0 {
+	if !r.Session && (r.ReadWrite || len(r.Guard.Functions) > 0) {
 		s.spent = true
 	}
+	x.explicit = r.Session && s.inTransaction()
 	timer := time.AfterFunc(time.Duration(r.TimeoutMillis)*time.Millisecond, func() { st.stop(frame.TimedOut) })
 	defer timer.Stop()
 	masking, failure := masksOf(&s.masking, &r.Guard)
 	if failure == nil {
 		failure, lost = x.execute()
+	}
+	if r.Session && !lost {
+		failure = x.settle(failure, x.explicit)
+		x.done.Transaction = s.transaction()
 	}
 	masking.scrubReply(&x.done, failure)
 	x.done.Error = frame.FromError(failure)
@@ -56,9 +68,6 @@ func (s *mysqlSession) run(r *frame.RunRequest, st *statement) (done frame.DoneR
 // first; this is for the day on which it forgets. modes are those that the engine has
 // besides read-only and read-write.
 func unenforced(product string, r *frame.RunRequest, modes ...string) *proto.Error {
-	if r.Session {
-		return proto.Errorf(proto.CodeInvalid, "sessions that stay open are not supported for %s: run the statement alone", product)
-	}
 	if r.Explain != "" {
 		return denied(0, "plans are refused: they are not supported for %s", product)
 	}
@@ -99,6 +108,14 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 		return failure, false
 	}
 	ctx := context.Background() // st ends what takes too long
+	if r.Session {
+		if metadata {
+			return denied(0, "the data source is in mode metadata, in which no statement runs: sessions make no sense"), false
+		}
+		if done, failure, lost := x.interact(ctx, len(arguments)); done {
+			return failure, lost
+		}
+	}
 	isShow := mysqlguard.IsShow(x.text.Text)
 	if metadata && !isShow {
 		return x.describe(ctx)
@@ -113,6 +130,14 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	text := x.text.Text
 	if x.show != nil {
 		text = x.show.Text
+	}
+	if x.verb != nil {
+		text = x.verb.SQL
+	}
+	if x.explicit {
+		if failure := x.holds(); failure != nil {
+			return failure, false
+		}
 	}
 	if err := x.begin(ctx); err != nil {
 		return tell(err), isBroken(err)
@@ -131,6 +156,7 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	if err := x.sink.send(frame.Begun, nil); err != nil {
 		return proto.Errorf(proto.CodeInternal, "%w", err), false
 	}
+	x.begun = true
 	rows, err := prepared.(driver.StmtQueryContext).QueryContext(ctx, arguments)
 	if err != nil {
 		return tell(err), false
@@ -170,6 +196,21 @@ func (x *mysqlExecution) judge(ctx context.Context, isShow bool) (failure *proto
 	text, r := x.text.Text, x.request
 	var uses mysqlguard.Uses
 	switch {
+	case x.verb != nil:
+		if r.ReadWrite {
+			return nil, false
+		}
+		for _, query := range x.verb.Queries {
+			more, refusal := mysqlguard.Session("SELECT ("+query+"\n)", r.Guard.Functions)
+			if refusal != nil {
+				refusal.Position = 0 // of another text
+				return x.denial(refusal), false
+			}
+			uses.Names, uses.Calls = append(uses.Names, more.Names...), append(uses.Calls, more.Calls...)
+		}
+		for i := range uses.Calls {
+			uses.Calls[i].Position = 0
+		}
 	case isShow:
 		show, refusal := mysqlguard.ParseShow(text)
 		if refusal != nil {
@@ -192,7 +233,11 @@ func (x *mysqlExecution) judge(ctx context.Context, isShow bool) (failure *proto
 		return x.judgeReadWrite(text), false
 	default:
 		var refusal *mysqlguard.Refusal
-		if uses, refusal = mysqlguard.ReadOnly(text, r.Guard.Functions); refusal != nil {
+		judge := mysqlguard.ReadOnly
+		if r.Session {
+			judge = mysqlguard.Session
+		}
+		if uses, refusal = judge(text, r.Guard.Functions); refusal != nil {
 			return x.denial(refusal), false
 		}
 	}
@@ -204,7 +249,7 @@ func (x *mysqlExecution) judge(ctx context.Context, isShow bool) (failure *proto
 }
 
 func (x *mysqlExecution) judgeReadWrite(text string) *proto.Error {
-	if refusal := mysqlguard.ReadWrite(text); refusal != nil {
+	if refusal := mysqlguard.ReadWrite(text, x.request.Session); refusal != nil {
 		return x.denial(refusal)
 	}
 	return nil
@@ -239,6 +284,10 @@ func (x *mysqlExecution) begin(ctx context.Context) error {
 		}
 		x.timeout = x.request.TimeoutMillis
 	}
+	if x.explicit {
+		return nil
+	}
+	x.began = true
 	if !x.request.ReadWrite {
 		return x.tell(ctx, "START TRANSACTION READ ONLY")
 	}
@@ -251,6 +300,9 @@ func (x *mysqlExecution) begin(ctx context.Context) error {
 
 // finish makes a read-write statement's changes last.
 func (x *mysqlExecution) finish(ctx context.Context, columns int) *proto.Error {
+	if x.verb != nil {
+		x.done.Tag = x.verb.Word()
+	}
 	if !x.request.ReadWrite {
 		return nil
 	}
@@ -271,7 +323,7 @@ func (x *mysqlExecution) finish(ctx context.Context, columns int) *proto.Error {
 			})
 		}
 	}
-	if err == nil {
+	if err == nil && !x.explicit {
 		err = x.tell(ctx, "COMMIT")
 	}
 	var refusal *mysql.MySQLError

@@ -34,7 +34,7 @@ func (x *mysqlExecution) judgeShow(show *mysqlguard.Show) (schema string, failur
 		}
 	}
 	if schema = show.Schema; schema == "" {
-		schema = x.dsn.DBName
+		schema = x.database
 	}
 	hide := x.request.Guard.Hide
 	switch {

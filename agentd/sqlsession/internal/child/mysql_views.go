@@ -144,7 +144,7 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 		return failure, false, err
 	}
 	looked, seen := map[string]bool{}, map[[2]string]bool{}
-	catalog := strings.EqualFold(x.dsn.DBName, catalogSchema) || x.show != nil && x.show.Kind == mysqlguard.ShowTableStatus
+	catalog := strings.EqualFold(x.database, catalogSchema) || x.show != nil && x.show.Kind == mysqlguard.ShowTableStatus
 	for names := uses.Names; len(names) > 0; {
 		lowered, err := x.lower(ctx, names)
 		if err != nil {

@@ -74,6 +74,9 @@ type sqliteSession struct {
 	interrupting sync.Mutex
 	// masking is that of the last statement.
 	masking *masking
+	// stay is set in a session that stays open; broken ends it.
+	stay   *sqliteStay
+	broken bool
 }
 
 func connectSQLite(_ context.Context, r *frame.ConnectRequest, out *sink, _ pgtree.Parser) (engine, *proto.Error) {
@@ -199,6 +202,17 @@ func (s *sqliteSession) watch(stop <-chan struct{}) error {
 
 func (s *sqliteSession) reset() error {
 	s.db.judge = nil
+	if s.broken {
+		return errors.New("what is open in the session is not certain")
+	}
+	if s.stay != nil {
+		return nil // settled already
+	}
+	return s.rollBack()
+}
+
+// rollBack ends a transaction of ours, if one is open.
+func (s *sqliteSession) rollBack() error {
 	if !s.db.idle() {
 		if _, err := s.db.exec("ROLLBACK"); err != nil && !s.db.idle() {
 			return err
@@ -220,14 +234,24 @@ func (s *sqliteSession) run(r *frame.RunRequest, st *statement) (done frame.Done
 		}
 		return frame.DoneReply{Error: frame.FromError(s.openError(err))}, true
 	}
-	x := &sqliteExecution{sqliteSession: s, request: r, st: st, guard: &sqliteGuard{policy: &r.Guard, readWrite: r.ReadWrite}}
+	x := &sqliteExecution{sqliteSession: s, request: r, st: st, guard: &sqliteGuard{policy: &r.Guard, readWrite: r.ReadWrite, session: r.Session}}
 	masking, failure := masksOf(&s.masking, &r.Guard)
 	if failure == nil {
 		failure = x.execute()
 	}
-	// Other programs wait for the lock: it goes before the answer does.
-	if err := s.reset(); err != nil && failure == nil {
-		failure = x.failure(err)
+	s.db.judge = nil
+	if !x.explicit && !x.begins {
+		// Other programs wait for the lock: it goes before the answer does.
+		if err := s.rollBack(); err != nil {
+			s.broken = r.Session
+			if failure == nil {
+				failure = x.failure(err)
+			}
+		}
+	}
+	if r.Session {
+		x.settle(failure)
+		x.done.Transaction = s.transaction()
 	}
 	masking.scrubReply(&x.done, failure)
 	x.done.Error = frame.FromError(failure)
@@ -242,6 +266,10 @@ type sqliteExecution struct {
 	text    *sqltext.Statement
 	guard   *sqliteGuard
 	done    frame.DoneReply
+	// What follows is for sessions that stay: see interact. explicit tells that a
+	// transaction of the user's is open, begins and ends that the statement begins or
+	// ends it, begun that it is on its way.
+	explicit, begins, ends, begun bool
 }
 
 func (x *sqliteExecution) execute() *proto.Error {
@@ -267,6 +295,14 @@ func (x *sqliteExecution) execute() *proto.Error {
 	if failure != nil {
 		return failure
 	}
+	if r.Session {
+		if metadata {
+			return denied(0, "the data source is in mode metadata, in which no statement runs: sessions make no sense")
+		}
+		if done, failure := x.interact(len(arguments)); done {
+			return failure
+		}
+	}
 	if keyword := strings.ToLower(sqltext.FirstWord(&dialect, r.SQL)); keyword == "explain" {
 		return denied(0, "EXPLAIN is refused: the data source's policy has no plans")
 	}
@@ -283,8 +319,10 @@ func (x *sqliteExecution) execute() *proto.Error {
 	if !s.readOnly() {
 		begin = "BEGIN IMMEDIATE"
 	}
-	if _, err := x.db.exec(begin); err != nil {
-		return x.failure(err)
+	if !x.explicit {
+		if _, err := x.db.exec(begin); err != nil {
+			return x.failure(err)
+		}
 	}
 	for i, a := range arguments {
 		if err := s.bind(i+1, a.Value); err != nil {
@@ -297,6 +335,7 @@ func (x *sqliteExecution) execute() *proto.Error {
 	if err := x.sink.send(frame.Begun, nil); err != nil {
 		return proto.Errorf(proto.CodeInternal, "%w", err)
 	}
+	x.begun = true
 	c := &sqliteCursor{s: s}
 	if err := c.first(); err != nil {
 		return x.failure(err)
@@ -315,7 +354,7 @@ func (x *sqliteExecution) execute() *proto.Error {
 	changed := x.db.changes()
 	s.reset()
 	if failure == nil && r.ReadWrite {
-		if _, err := x.db.exec("COMMIT"); err != nil {
+		if err := x.commit(); err != nil {
 			failure = x.failure(err)
 		} else if s.columns() == 0 {
 			x.done.Tag = strings.ToUpper(sqltext.FirstWord(&dialect, r.SQL))
@@ -328,11 +367,18 @@ func (x *sqliteExecution) execute() *proto.Error {
 	return failure
 }
 
+// commit ends a transaction of ours.
+func (x *sqliteExecution) commit() error {
+	if x.explicit {
+		return nil
+	}
+	_, err := x.db.exec("COMMIT")
+	return err
+}
+
 func (x *sqliteExecution) unenforced() *proto.Error {
 	g, what := &x.request.Guard, ""
 	switch {
-	case x.request.Session:
-		return proto.Errorf(proto.CodeInvalid, "sessions that stay open are not supported for SQLite: run the statement alone")
 	case x.request.Explain != "":
 		return denied(0, "plans are refused: they are not supported for SQLite")
 	case g.Mode != "" && g.Mode != modeMetadata && g.Mode != "read-only" && g.Mode != "read-write":

@@ -17,6 +17,7 @@ import (
 type sqliteGuard struct {
 	policy    *frame.Guard
 	readWrite bool
+	session   bool   // it has temporary objects and settings of its own
 	ddl       bool   // the statement changes the schema, as far as it was asked about
 	reason    string // of the first refusal
 }
@@ -83,6 +84,9 @@ func (g *sqliteGuard) refusal(action int32, a, b, schema string) string {
 		return fmt.Sprintf("the function %s is refused: it is not known to be harmless, and policy.functions does not list it", clean(b))
 	case sqlite3.SQLITE_PRAGMA:
 		name := strings.ToLower(a)
+		if g.sessionPragma(name, b) {
+			return ""
+		}
 		if sqliteReads[name] || sqliteReadsWithoutParameter[name] && b == "" {
 			return ""
 		}
@@ -107,6 +111,8 @@ func (g *sqliteGuard) refusal(action int32, a, b, schema string) string {
 		return fmt.Sprintf("the data source is read-only: %s is refused", what)
 	}
 	switch {
+	case g.session && (kind == "temp" || strings.EqualFold(schema, "temp") && kind != "module"):
+		return "" // the session's own
 	case kind == "temp" || strings.EqualFold(schema, "temp") && kind != "schema":
 		return "temporary objects are refused: " + ownSession
 	case kind == "module":

@@ -40,16 +40,24 @@ type Call struct {
 // ReadOnly decides on a statement of a read-only source. functions are the globs of
 // functions that the policy lets be called all the same.
 func ReadOnly(text string, functions []string) (Uses, *Refusal) {
-	return reads(text, functions, "the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT")
+	return reads(text, functions, readOnlyAllows, false)
 }
+
+// Session is ReadOnly for a session that stays open, which has variables: @name may be
+// read.
+func Session(text string, functions []string) (Uses, *Refusal) {
+	return reads(text, functions, readOnlyAllows, true)
+}
+
+const readOnlyAllows = "the data source is read-only, which allows SELECT, VALUES, TABLE and WITH ... SELECT"
 
 // Metadata decides on a statement of a source in mode metadata, which the server
 // prepares and does not run.
 func Metadata(text string, functions []string) (Uses, *Refusal) {
-	return reads(text, functions, "the data source tells metadata only, which it can of SELECT, VALUES, TABLE and WITH ... SELECT")
+	return reads(text, functions, "the data source tells metadata only, which it can of SELECT, VALUES, TABLE and WITH ... SELECT", false)
 }
 
-func reads(text string, functions []string, allows string) (Uses, *Refusal) {
+func reads(text string, functions []string, allows string, variables bool) (Uses, *Refusal) {
 	tokens, refusal := scan(text)
 	if refusal != nil {
 		return Uses{}, refusal
@@ -68,7 +76,7 @@ func reads(text string, functions []string, allows string) (Uses, *Refusal) {
 		}
 		return Uses{}, &Refusal{fmt.Sprintf("%s is refused: %s", shown(t), allows), t.Position}
 	}
-	if refusal := words(tokens); refusal != nil {
+	if refusal := words(tokens, variables); refusal != nil {
 		return Uses{}, refusal
 	}
 	u, refusal := uses(tokens, functions, "", nil)
@@ -192,7 +200,7 @@ func withoutEnd(tokens []sqltext.Piece) []sqltext.Piece {
 }
 
 // words refuses words that do more than read wherever they stand.
-func words(tokens []sqltext.Piece) *Refusal {
+func words(tokens []sqltext.Piece, variables bool) *Refusal {
 	for i, t := range tokens {
 		next := func(n int) string {
 			if i+n < len(tokens) && (tokens[i+n].Kind == sqltext.KindWord || tokens[i+n].Kind == sqltext.KindSymbol) {
@@ -208,6 +216,9 @@ func words(tokens []sqltext.Piece) *Refusal {
 			case t.Text == ":=":
 				return &Refusal{":= is refused: the data source is read-only", t.Position}
 			case t.Text == "@" && next(1) != "@" && (i == 0 || tokens[i-1].Text != "@"):
+				if variables && i+1 < len(tokens) && tokens[i+1].Joined && (tokens[i+1].Kind == sqltext.KindWord || tokens[i+1].Kind == sqltext.KindIdentifier) {
+					continue
+				}
 				return &Refusal{"a variable is refused: statements share none", t.Position}
 			case t.Text == "\\":
 				return &Refusal{`\ is not understood outside of a string`, t.Position}
@@ -337,8 +348,9 @@ func clip(name string) string {
 func shown(t sqltext.Piece) string { return strings.ToUpper(clip(t.Text)) }
 
 // ReadWrite decides on a statement of a read-write source, by its first word: the
-// reason is empty if it may run.
-func ReadWrite(text string) *Refusal {
+// reason is empty if it may run. session is set in a session that stays open, for what
+// ParseVerb leaves.
+func ReadWrite(text string, session bool) *Refusal {
 	tokens, refusal := scan(text)
 	if refusal != nil {
 		return refusal
@@ -351,6 +363,9 @@ func ReadWrite(text string) *Refusal {
 			continue
 		}
 		if reason := refusedInReadWrite[strings.ToLower(t.Text)]; reason != "" && t.Kind == sqltext.KindWord {
+			if session && (reason == ownTransaction || reason == ownSession) {
+				reason = "a session that stays open does not take it"
+			}
 			return &Refusal{fmt.Sprintf("%s is refused: %s", shown(t), reason), t.Position}
 		}
 		break

@@ -54,7 +54,7 @@ func TestReadWrite(t *testing.T) {
 		"lock tables t write": "LOCK is refused", "load data infile 'x' into table t": "LOAD is refused", "": "the statement is empty", "use mysql": "USE is refused",
 	} {
 		got := ""
-		if refusal := ReadWrite(text); refusal != nil {
+		if refusal := ReadWrite(text, false); refusal != nil {
 			got = refusal.Reason
 		}
 		if (want == "") != (got == "") || !strings.HasPrefix(got, want) {
@@ -99,4 +99,55 @@ func TestMetadata(t *testing.T) {
 	if _, refusal := Metadata("DELETE FROM t", nil); refusal == nil || !strings.Contains(refusal.Reason, "metadata only") {
 		t.Errorf("got %v, want a refusal that names the mode", refusal)
 	}
+}
+
+func TestParseVerb(t *testing.T) {
+	tests := []struct{ text, readOnly, readWrite string }{
+		{"BEGIN", "START TRANSACTION READ ONLY", "START TRANSACTION READ WRITE"},
+		{"begin work ;", "START TRANSACTION READ ONLY", "START TRANSACTION READ WRITE"},
+		{"START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY", "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY", "START TRANSACTION WITH CONSISTENT SNAPSHOT, READ ONLY"},
+		{"START TRANSACTION READ WRITE", "", "START TRANSACTION READ WRITE"},
+		{"COMMIT /* x */", "COMMIT", "COMMIT"},
+		{"COMMIT AND CHAIN", "", ""},
+		{"ROLLBACK WORK TO `a``b`", "ROLLBACK TO SAVEPOINT `a``b`", "ROLLBACK TO SAVEPOINT `a``b`"},
+		{"SET SESSION sql_mode = 'strict_all_tables', @@div_precision_increment := 3", "SET SESSION sql_mode = 'STRICT_ALL_TABLES', SESSION div_precision_increment = 3", "SET SESSION sql_mode = 'STRICT_ALL_TABLES', SESSION div_precision_increment = 3"},
+		{"SET foreign_key_checks = 0", "", "SET SESSION foreign_key_checks = 0"},
+		{"SET @ä = 'ö;' ; ", "SET @`ä` = ('ö;' \n)", "SET @`ä` = ('ö;' \n)"},
+		{"SET @a = (1, 2), @b = f(1, 2) -- x", "SET @`a` = ((1, 2)\n), @`b` = (f(1, 2) -- x\n)", "SET @`a` = ((1, 2)\n), @`b` = (f(1, 2) -- x\n)"},
+		{"SET @a = 1), (2", "", ""},
+		{"SET autocommit = 1", "", ""},
+		{"SET sql_mode = 'ANSI_QUOTES'", "", ""},
+		{"SET TRANSACTION ISOLATION LEVEL READ COMMITTED", "SET TRANSACTION ISOLATION LEVEL READ COMMITTED", "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"},
+		{"USE `a b`", "USE `a b`", "USE `a b`"},
+	}
+	for _, test := range tests {
+		for readOnly, want := range map[bool]string{true: test.readOnly, false: test.readWrite} {
+			v, refusal := ParseVerb(test.text, readOnly)
+			got := ""
+			if v != nil {
+				got = v.SQL
+			}
+			if got != want || (refusal != nil) != (want == "") {
+				t.Errorf("%s (read-only %v): got %q, %v, want %q", test.text, readOnly, got, refusal, want)
+			}
+		}
+	}
+	if v, refusal := ParseVerb("SELECT 1", true); v != nil || refusal != nil {
+		t.Errorf("a query: got %v, %v", v, refusal)
+	}
+	if v, _ := ParseVerb("SET max_statement_time = 1.5", true); v == nil || v.SQL != "" || !v.Timed || v.Millis != 1500 {
+		t.Errorf("got %v, want a limit of 1500 ms", v)
+	}
+}
+
+func FuzzParseVerb(f *testing.F) {
+	for _, text := range []string{"BEGIN", "SET @a = (1), b = 'x'", "SET SESSION sql_mode=''", "ROLLBACK TO a", "START TRANSACTION READ ONLY,", "SET @", "SET", "USE `", "SET @a = ?;;"} {
+		f.Add(text)
+	}
+	f.Fuzz(func(t *testing.T, text string) {
+		v, refusal := ParseVerb(text, true)
+		if v != nil && (refusal != nil || v.Writes) {
+			t.Errorf("%q: got %v, %v", text, v, refusal)
+		}
+	})
 }
