@@ -36,9 +36,6 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == checkpoint.HelperArg {
 		os.Exit(checkpoint.HelperMain())
 	}
-	if len(os.Args) > 1 && os.Args[1] == checkpoint.ExecArg {
-		os.Exit(checkpoint.ExecMain())
-	}
 	if len(os.Args) > 1 && os.Args[1] == kernel.ShimArg {
 		os.Exit(kernel.ShimMain(os.Args[2:], checkpoint.NewDriver("")))
 	}

@@ -35,9 +35,6 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == checkpoint.HelperArg {
 		os.Exit(checkpoint.HelperMain())
 	}
-	if len(os.Args) > 1 && os.Args[1] == checkpoint.ExecArg {
-		os.Exit(checkpoint.ExecMain())
-	}
 	if os.Getenv("POSTERN_TEST_AGENTD") == "1" { // a whole process of ours: see startProcess
 		os.Exit(run(os.Args[1:]))
 	}

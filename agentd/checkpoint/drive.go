@@ -6,7 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/postern-dev/postern/agentd/checkpoint/internal/criu"
 	"github.com/postern-dev/postern/proto"
@@ -67,11 +70,19 @@ type Figures struct {
 type Driver struct {
 	configured string
 	testOnly   string
+	versions   *versions
+}
+
+// versions remembers the version of the program that was asked last.
+type versions struct {
+	mu      sync.Mutex
+	of      unix.Stat_t
+	version string
 }
 
 // NewDriver returns a driver. path is CRIU's by the configuration, or empty; whether it
 // is there is looked at by each call, so that it can be installed later.
-func NewDriver(path string) *Driver { return &Driver{configured: path} }
+func NewDriver(path string) *Driver { return &Driver{configured: path, versions: &versions{}} }
 
 // TestOnlyPreload loads a library into CRIU, for tests on machines without
 // CAP_SYS_RESOURCE; see package criutest. It returns d.
@@ -142,16 +153,31 @@ func (d *Driver) Restore(ctx context.Context, t Tree, images string) (int, Figur
 	return r.PID, Figures{Standstill: r.Took, Took: r.Took}, nil
 }
 
-// Version is CRIU's, as 4.2.1.
+// Version is CRIU's, as 4.2.1. It is asked for once, until the program changes.
 func (d *Driver) Version(ctx context.Context) (string, error) {
 	c, err := d.driver()
 	if err != nil {
 		return "", err
 	}
+	var st unix.Stat_t
+	if err := unix.Stat(c.Path, &st); err != nil {
+		return "", fmt.Errorf("CRIU: %w", err)
+	}
+	m := d.versions
+	m.mu.Lock()
+	known := m.version
+	same := known != "" && st.Dev == m.of.Dev && st.Ino == m.of.Ino && st.Size == m.of.Size && st.Mtim == m.of.Mtim && st.Ctim == m.of.Ctim
+	m.mu.Unlock()
+	if same {
+		return known, nil
+	}
 	v, err := c.Version(ctx)
 	if err != nil {
 		return "", public(err)
 	}
+	m.mu.Lock()
+	m.of, m.version = st, criu.VersionString(v)
+	m.mu.Unlock()
 	return criu.VersionString(v), nil
 }
 

@@ -177,6 +177,7 @@ func hostKey(path string) (key pagestore.Key, err error) {
 func (e *Engine) Close() error {
 	e.cancel()
 	e.wg.Wait()
+	e.spool.kept.close()
 	if e.spool.memory != "" {
 		_ = os.Remove(e.spool.memory) // it is empty, unless something could not be removed
 	}

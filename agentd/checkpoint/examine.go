@@ -6,18 +6,12 @@ import (
 	"github.com/postern-dev/postern/agentd/checkpoint/internal/criu"
 )
 
-// HelperArg and ExecArg are the hidden commands of agentd that HelperMain and ExecMain
-// serve; they must do nothing else first.
-const (
-	HelperArg = criu.HelperArg
-	ExecArg   = criu.ExecArg
-)
+// HelperArg is the hidden command of agentd that HelperMain serves; it must do nothing
+// else first.
+const HelperArg = criu.HelperArg
 
 // HelperMain is the process that drives CRIU; it returns the exit code.
 func HelperMain() int { return criu.HelperMain() }
-
-// ExecMain becomes CRIU, or returns an exit code.
-func ExecMain() int { return criu.ExecMain() }
 
 // Finding is what Examine says of one thing: OK, a lesser fault that costs speed or a
 // feature, or a fault without which no checkpoint can be made. Remedy is empty when OK.

@@ -37,6 +37,7 @@ func (e *Engine) Delete(ctx context.Context, organization, checkpoint string) er
 	if k, err := e.cfg.Kernels.Look(ctx, c.Kernel); err == nil && k.Suspended && k.Checkpoint == checkpoint {
 		return proto.Errorf(proto.CodeInvalid, "checkpoint %s is all that there is of kernel %s, which is suspended: resume or stop that first", checkpoint, c.Kernel)
 	}
+	e.spool.kept.dropCheckpoint(c.ID)
 	if err := e.store.Delete(c.ID); err != nil {
 		return err
 	}
@@ -47,6 +48,7 @@ func (e *Engine) Delete(ctx context.Context, organization, checkpoint string) er
 // Forget removes all checkpoints of a kernel that was stopped for good. Its forks need
 // none of them: each checkpoint is whole by itself.
 func (e *Engine) Forget(organization, kernel string) error {
+	e.spool.kept.drop(kernel)
 	list, _ := e.store.List(organization, kernel)
 	for _, c := range list {
 		if err := e.store.Delete(c.ID); err != nil {

@@ -116,6 +116,8 @@ func (e *Engine) descends(organization, from string, wanted pagestore.ID) bool {
 
 // unpacked is a checkpoint that was written out.
 type unpacked struct {
+	dir             string // all of it but private; remove removes it, done both
+	remove          func()
 	images, private string
 	kernel          []byte
 	from            images.Owners
@@ -132,7 +134,7 @@ func (e *Engine) unpack(ctx context.Context, c Checkpoint, private string) (u un
 	if err != nil {
 		return u, err
 	}
-	u = unpacked{images: filepath.Join(dir, treeImages), private: private, done: func() {
+	u = unpacked{dir: dir, remove: done, images: filepath.Join(dir, treeImages), private: private, done: func() {
 		_ = os.RemoveAll(private)
 		done()
 	}}
@@ -145,7 +147,11 @@ func (e *Engine) unpack(ctx context.Context, c Checkpoint, private string) (u un
 	if err := errors.Join(os.RemoveAll(private), os.Mkdir(u.images, 0o700), os.Mkdir(kernel, 0o700), os.Mkdir(private, 0o700)); err != nil {
 		return u, fmt.Errorf("restore %s: %w", c.ID, err)
 	}
-	if _, err := e.store.Restore(ctx, c.ID, map[string]string{treeImages: u.images, treePrivate: private, treeKernel: kernel}); err != nil {
+	trees := map[string]string{treeImages: u.images, treePrivate: private, treeKernel: kernel}
+	if e.spool.holds(dir) && e.spool.kept.link(c.ID, u.images) {
+		trees[treeImages] = ""
+	}
+	if _, err := e.store.Restore(ctx, c.ID, trees); err != nil {
 		return u, err
 	}
 	if info, err := os.Stat(filepath.Join(kernel, kernelFile)); err != nil || info.Size() > maxKernel {
@@ -170,7 +176,15 @@ func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint) error {
 	if err != nil {
 		return err
 	}
-	defer u.done()
+	back := false
+	defer func() {
+		if !back || !e.spool.holds(u.dir) {
+			u.done()
+			return
+		}
+		_ = os.RemoveAll(u.private)
+		e.spool.kept.keep(k.ID, c.ID, u.images, c.Size, u.remove)
+	}()
 	if err := e.unchanged(ctx, k, c, u.images); err != nil {
 		return err
 	}
@@ -181,7 +195,12 @@ func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint) error {
 	o := RestoreOrder{Images: u.images, Private: u.private, Kernel: u.kernel, Checkpoint: string(c.ID)}
 	ctx, cancel := context.WithTimeout(ctx, dumpTimeout(c.Size))
 	defer cancel()
-	return e.cfg.Kernels.Restore(ctx, k.ID, o)
+	if err := e.cfg.Kernels.Restore(ctx, k.ID, o); err != nil {
+		return err
+	}
+	// As the checkpoint has them, unless they were made another user's.
+	back = u.from == to
+	return nil
 }
 
 // Fork makes a new kernel, id, of a checkpoint, or of a kernel as it is now if

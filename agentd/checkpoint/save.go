@@ -169,10 +169,17 @@ func (e *Engine) save(ctx context.Context, organization, id, kind string, l Labe
 	if err != nil {
 		return saved, err
 	}
-	defer done()
+	o := DumpOrder{Images: filepath.Join(dir, treeImages)}
+	defer func() {
+		if err != nil || !e.spool.holds(dir) {
+			done()
+			return
+		}
+		e.spool.kept.keep(id, saved.ID, o.Images, saved.Size, done)
+	}()
 	// On the private directory's own file system, where contents can be shared.
 	private := k.PrivateDir + ".copy"
-	o := DumpOrder{Images: filepath.Join(dir, treeImages), Private: private, Stay: kind == KindSuspend, Wait: l.Wait}
+	o = DumpOrder{Images: filepath.Join(dir, treeImages), Private: private, Stay: kind == KindSuspend, Wait: l.Wait}
 	kernel := filepath.Join(dir, treeKernel)
 	if err := errors.Join(os.RemoveAll(private), os.Mkdir(o.Images, 0o700), os.Mkdir(kernel, 0o700), os.Mkdir(private, 0o700)); err != nil {
 		return saved, fmt.Errorf("checkpoint of %s: %w", id, err)

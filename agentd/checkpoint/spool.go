@@ -21,6 +21,7 @@ import (
 // since whoever writes to a disk in the midst of a dump may be made to wait for it.
 type spool struct {
 	memory, disk string // memory is empty if it can't be used
+	kept         *kept
 	log          *slog.Logger
 }
 
@@ -31,7 +32,7 @@ const (
 )
 
 func openSpool(memory, disk string, log *slog.Logger) (spool, error) {
-	s := spool{memory: memory, disk: disk, log: log}
+	s := spool{memory: memory, disk: disk, log: log, kept: newKept(log)}
 	if err := ownDir(disk); err != nil {
 		return s, fmt.Errorf("checkpoint spool: %w", err)
 	}
@@ -78,6 +79,9 @@ func ownDir(path string) error {
 // room makes a directory for need bytes of images. done removes it.
 func (s spool) room(need int64) (dir string, done func(), err error) {
 	base := s.disk
+	if s.memory != "" && (free(s.memory) <= need+spareSpace || available() <= need+spareMemory) {
+		s.kept.clear()
+	}
 	if s.memory != "" && free(s.memory) > need+spareSpace && available() > need+spareMemory {
 		base = s.memory
 	} else if have := free(s.disk); have < need+spareSpace {
@@ -92,6 +96,9 @@ func (s spool) room(need int64) (dir string, done func(), err error) {
 		}
 	}, nil
 }
+
+// holds reports whether a directory that room made is in memory.
+func (s spool) holds(dir string) bool { return s.memory != "" && filepath.Dir(dir) == s.memory }
 
 func free(dir string) int64 {
 	var st unix.Statfs_t

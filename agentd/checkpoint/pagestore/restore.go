@@ -27,7 +27,8 @@ type RestoreStats struct {
 }
 
 // Restore writes a checkpoint's trees into dirs, by name: every tree of the
-// checkpoint needs its directory, which must exist and be empty. Everything is
+// checkpoint needs its directory, which must exist and be empty; one whose directory is ""
+// is left out. Everything is
 // authenticated before it is written; after an error the directories are empty
 // again, and the error (INTERNAL, wrapping ErrDamaged) names checkpoint and chunks.
 //
@@ -68,7 +69,7 @@ func (s *Store) Restore(ctx context.Context, id ID, dirs map[string]string) (Res
 type restorer struct {
 	o     *orgStore
 	m     *manifest
-	roots []*os.Root // by tree
+	roots []*os.Root // by tree; nil: left out
 	packs *packCache
 
 	read, unpacked atomic.Int64
@@ -79,6 +80,10 @@ func (r *restorer) openRoots(dirs map[string]string) error {
 		dir, ok := dirs[name]
 		if !ok {
 			return invalid("no directory given for its tree %q", name)
+		}
+		if dir == "" {
+			r.roots = append(r.roots, nil)
+			continue
 		}
 		root, err := os.OpenRoot(dir)
 		if err != nil {
@@ -103,13 +108,18 @@ func (r *restorer) openRoots(dirs map[string]string) error {
 
 func (r *restorer) closeRoots() {
 	for _, root := range r.roots {
-		root.Close() //nolint:errcheck // nothing is written through it any more
+		if root != nil {
+			root.Close() //nolint:errcheck // nothing is written through it any more
+		}
 	}
 }
 
 // empty removes what was written.
 func (r *restorer) empty() {
 	for _, root := range r.roots {
+		if root == nil {
+			continue
+		}
 		list, err := fs.ReadDir(root.FS(), ".")
 		if err != nil {
 			continue
@@ -130,6 +140,9 @@ func (r *restorer) run(ctx context.Context) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
+		if r.roots[e.tree] == nil {
+			continue
+		}
 		if err := r.make(w, e); err != nil {
 			return fmt.Errorf("%s: %w", e.path, err)
 		}
@@ -145,7 +158,7 @@ func (r *restorer) run(ctx context.Context) error {
 	// Directories last, the deepest first: they may forbid writing, and their times
 	// change with what is made in them.
 	for _, e := range slices.Backward(r.m.entries) {
-		if e.kind == kindDir {
+		if e.kind == kindDir && r.roots[e.tree] != nil {
 			if err := r.finish(e); err != nil {
 				return fmt.Errorf("%s: %w", e.path, err)
 			}

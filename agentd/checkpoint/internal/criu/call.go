@@ -34,7 +34,7 @@ func (d *Driver) call(ctx context.Context, req request, inherit map[string]*os.F
 	if err := ctx.Err(); err != nil {
 		return event{}, err
 	}
-	req.Criu, req.Self, req.Preload = d.Path, d.Self, d.preload()
+	req.Criu, req.Preload = d.Path, d.preload()
 	out, in, err := os.Pipe()
 	if err != nil {
 		return event{}, fmt.Errorf("criu helper: %w", err)

@@ -15,14 +15,8 @@ import (
 	"github.com/postern-dev/postern/proto"
 )
 
-// HelperArg is the hidden command of agentd that is the helper, ExecArg the one that
-// turns into CRIU.
-const (
-	HelperArg = "criu-helper"
-	// ExecArg is what CRIU calls the mode in which go-criu starts it: go-criu chooses
-	// the first argument, we only the program.
-	ExecArg = "swrk"
-)
+// HelperArg is the hidden command of agentd that is the helper.
+const HelperArg = "criu-helper"
 
 // DefaultTimeout bounds a call whose context has no deadline of its own.
 const DefaultTimeout = 2 * time.Minute
@@ -69,8 +63,7 @@ func executable(path string) error {
 type Driver struct {
 	// Path is CRIU's program, see Find.
 	Path string
-	// Self is the program that answers to HelperArg and ExecArg; agentd gives
-	// /proc/self/exe.
+	// Self is the program that answers to HelperArg; agentd gives /proc/self/exe.
 	Self string
 	// TestOnlyPreload is a library that is loaded into CRIU: tests on machines without
 	// CAP_SYS_RESOURCE need one. The product has no way to set it; see preload.go.

@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"sync"
@@ -120,18 +119,11 @@ func (h *helper) PostDump() error {
 
 func (h *helper) run() event {
 	c := gocriu.MakeCriu()
-	c.SetCriuPath(h.req.Self)
-	if err := os.Setenv(execEnv, execRequest{h.req.Criu, h.req.Cgroups, h.req.NetNS, h.req.Preload}.String()); err != nil {
-		return event{Failed: err.Error()}
-	}
+	c.SetCriuPath(h.req.Criu)
 	for i := range h.req.Inherit { // CRIU must inherit them; they came without close-on-exec
 		if _, err := unix.FcntlInt(uintptr(firstInherited+i), unix.F_SETFD, 0); err != nil {
 			return event{Failed: fmt.Sprintf("inherited file %d: %v", i, err)}
 		}
-	}
-	if h.req.Op == opVersion {
-		v, err := c.GetCriuVersion()
-		return event{Version: v, Failed: text(err)}
 	}
 	if h.req.Op == opStat {
 		e := event{Sizes: make([]int64, len(h.req.Stat))}
@@ -142,6 +134,22 @@ func (h *helper) run() event {
 			}
 		}
 		return e
+	}
+	if err := h.start(c); err != nil {
+		return event{Failed: err.Error()}
+	}
+	e := h.ask(c)
+	if err := c.Cleanup(); err != nil && e.Failed == "" {
+		e = event{Failed: err.Error()}
+	}
+	return e
+}
+
+// ask has CRIU do what was requested.
+func (h *helper) ask(c *gocriu.Criu) event {
+	if h.req.Op == opVersion {
+		v, err := c.GetCriuVersion()
+		return event{Version: v, Failed: text(err)}
 	}
 	dir, err := os.Open(h.req.Images)
 	if err != nil {
@@ -238,35 +246,59 @@ func dumpStats(dir *os.File) DumpStats {
 	}
 }
 
-// ExecMain turns this process into CRIU: it joins the cgroups, so that nothing of ours
-// counts there but CRIU itself, and executes it. It returns only when that failed.
-func ExecMain() int {
-	var r execRequest
-	err := json.Unmarshal([]byte(os.Getenv(execEnv)), &r)
-	if err == nil && (r.Criu == "" || len(os.Args) != 3) {
-		err = errors.New("started by hand")
-	}
-	for _, procs := range r.Cgroups {
-		if err != nil {
-			break
+// start starts CRIU, in the cgroups and in the network namespace that it is to be in. It
+// waits for a request then, so the groups can be joined from outside: nothing of ours
+// counts there. The calling goroutine keeps its thread, which is in the namespace.
+func (h *helper) start(c *gocriu.Criu) error {
+	if h.req.NetNS != "" {
+		if err := joinNetNS(h.req.NetNS); err != nil {
+			return err
 		}
-		err = os.WriteFile(procs, []byte(strconv.Itoa(os.Getpid())), 0)
 	}
-	if err == nil && r.NetNS != "" {
-		err = joinNetNS(r.NetNS)
+	// Its environment, and that of what it starts.
+	os.Clearenv()
+	env := map[string]string{"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C"}
+	if h.req.Preload != "" {
+		env["LD_PRELOAD"] = h.req.Preload
 	}
-	if err == nil {
-		env := []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C"}
-		if r.Preload != "" {
-			env = append(env, "LD_PRELOAD="+r.Preload)
+	for name, value := range env {
+		if err := os.Setenv(name, value); err != nil {
+			return err
 		}
-		err = unix.Exec(r.Criu, []string{filepath.Base(r.Criu), ExecArg, os.Args[2]}, env)
 	}
-	fmt.Fprintln(os.Stderr, "criu-helper: start CRIU:", err)
-	return 127
+	before := childProcesses()
+	if err := c.Prepare(); err != nil {
+		return fmt.Errorf("start CRIU: %w", err)
+	}
+	if len(h.req.Cgroups) == 0 {
+		return nil
+	}
+	for pid := range childProcesses() { // go-criu does not tell it
+		if before[pid] {
+			continue
+		}
+		for _, procs := range h.req.Cgroups {
+			if err := os.WriteFile(procs, []byte(strconv.Itoa(pid)), 0); err != nil {
+				return fmt.Errorf("put CRIU into the kernel's cgroup: %w", err)
+			}
+		}
+		return nil
+	}
+	return errors.New("start CRIU: it ended at once")
 }
 
-// joinNetNS puts the calling thread, which executes CRIU next, into a network namespace.
+// childProcesses are this process's children.
+func childProcesses() map[int]bool {
+	m, self := map[int]bool{}, os.Getpid()
+	for _, p := range processes() {
+		if p.parent == self {
+			m[p.pid] = true
+		}
+	}
+	return m
+}
+
+// joinNetNS puts the calling thread, which starts CRIU next, into a network namespace.
 func joinNetNS(path string) error {
 	runtime.LockOSThread()
 	ns, err := os.Open(path)

@@ -13,8 +13,5 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == criu.HelperArg {
 		os.Exit(criu.HelperMain())
 	}
-	if len(os.Args) > 1 && os.Args[1] == criu.ExecArg {
-		os.Exit(criu.ExecMain())
-	}
 	goleak.VerifyTestMain(m)
 }

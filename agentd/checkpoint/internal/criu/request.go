@@ -1,7 +1,5 @@
 package criu
 
-import "encoding/json"
-
 type op string
 
 const (
@@ -15,7 +13,6 @@ const (
 type request struct {
 	Op           op       `json:"op"`
 	Criu         string   `json:"criu"`
-	Self         string   `json:"self"`
 	PID          int      `json:"pid,omitempty"`
 	Images       string   `json:"images,omitempty"`
 	Root         string   `json:"root,omitempty"`
@@ -73,23 +70,4 @@ type event struct {
 	Version  int       `json:"version,omitempty"`
 	// Sizes answer opStat: each file's size, -1 if it is not there.
 	Sizes []int64 `json:"sizes,omitempty"`
-}
-
-// execEnv is what the helper tells the process that becomes CRIU, in its environment,
-// since go-criu chooses the arguments.
-const execEnv = "POSTERN_CRIU_EXEC"
-
-type execRequest struct {
-	Criu    string   `json:"criu"`
-	Cgroups []string `json:"cgroups,omitempty"`
-	NetNS   string   `json:"netns,omitempty"`
-	Preload string   `json:"preload,omitempty"`
-}
-
-func (r execRequest) String() string {
-	b, err := json.Marshal(r)
-	if err != nil {
-		panic(err) // strings alone
-	}
-	return string(b)
 }

@@ -54,7 +54,7 @@ func Reown(dir string, from, to Owners) error {
 		for _, path := range paths {
 			out, changed, err := each(path, k.fresh, k.only, func(m proto.Message) bool { return reown(m.ProtoReflect(), from, to) })
 			if err == nil && changed {
-				err = os.WriteFile(path, out, 0o600)
+				err = replace(path, out)
 			}
 			if err != nil {
 				return err
@@ -79,6 +79,14 @@ func Reown(dir string, from, to Owners) error {
 		}
 	}
 	return nil
+}
+
+// replace puts another file in the place of one, which may be a link to a kept image.
+func replace(path string, content []byte) error {
+	if err := os.WriteFile(path+".new", content, 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }
 
 func isUID(name protoreflect.Name) bool {

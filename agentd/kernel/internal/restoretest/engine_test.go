@@ -206,13 +206,14 @@ func TestRollbackTenTimesAndForksSideBySide(t *testing.T) {
 		t.Errorf("the second checkpoint takes %d of %d bytes", second.Written, second.Size)
 	}
 	var forks []*kernel
+	var last string
 	for i := range 5 {
 		id := fmt.Sprintf("fork-%d-%d", os.Getpid(), i)
 		from := string(first.ID)
 		if i == 4 {
 			from = "" // as it is now
 		}
-		if _, err := e.Fork(t.Context(), "org", k.spec.ID, from, id); err != nil {
+		if last, err = e.Fork(t.Context(), "org", k.spec.ID, from, id); err != nil {
 			t.Fatal(err)
 		}
 		f, _, _ := h.get(id)
@@ -237,6 +238,11 @@ func TestRollbackTenTimesAndForksSideBySide(t *testing.T) {
 		}
 	}
 	k.want(check, "3") // the forks did nothing to it
+	// Its images are in memory still, and its fork's change of owner did nothing to them.
+	if err := e.Rollback(t.Context(), "org", k.spec.ID, last); err != nil {
+		t.Fatal(err)
+	}
+	k.want(check, "3")
 	if list, damaged := e.List("org", k.spec.ID); len(list) != 3 || len(damaged) != 0 {
 		t.Errorf("%d checkpoints, %v damaged", len(list), damaged)
 	}

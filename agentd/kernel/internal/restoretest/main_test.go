@@ -17,8 +17,6 @@ func TestMain(m *testing.M) {
 			os.Exit(sandbox.InitMain())
 		case checkpoint.HelperArg:
 			os.Exit(checkpoint.HelperMain())
-		case checkpoint.ExecArg:
-			os.Exit(checkpoint.ExecMain())
 		}
 	}
 	goleak.VerifyTestMain(m)

@@ -24,8 +24,6 @@ func TestMain(m *testing.M) {
 			os.Exit(Main(os.Args[2:], checkpoint.NewDriver("").TestOnlyPreload(lib)))
 		case checkpoint.HelperArg:
 			os.Exit(checkpoint.HelperMain())
-		case checkpoint.ExecArg:
-			os.Exit(checkpoint.ExecMain())
 		}
 	}
 	goleak.VerifyTestMain(m)
