@@ -260,6 +260,12 @@ func (b *checkpointBench) against(ctx context.Context, z size) error {
 			rawWarm, warm = append(rawWarm, w), append(warm, v)
 		}
 	}
+	older, err := b.older(ctx, k)
+	if err != nil {
+		return err
+	}
+	b.r.Printf("%s: a rollback to an older checkpoint, out of the store, to the first result: %.0f ms", z.name, older)
+	b.r.AtMost("rollback-older-first-result-client-waits-"+z.name, older/median(rawWarm), 1.2, "x")
 	b.r.Printf("%s: a resume takes %.0f ms (criu restore %.0f ms), to the first result %.0f ms (%.0f ms), by a program that starts %.0f ms (%.0f ms)",
 		z.name, median(resumes), median(restores), median(warm), median(rawWarm), median(cold), median(rawCold))
 	b.r.AtMost("restore-first-result-"+z.name, median(cold)/median(rawCold), 1.2, "x")
@@ -295,6 +301,35 @@ func (b *checkpointBench) resume(ctx context.Context, k *benchKernel, program bo
 		first = since(began)
 	}
 	return first, resume, err
+}
+
+// older times a rollback to a checkpoint whose images are not in memory any more, to the
+// first result.
+func (b *checkpointBench) older(ctx context.Context, k *benchKernel) (float64, error) {
+	var took []float64
+	for range 3 {
+		first, err := b.save(ctx, k.id)
+		if err != nil {
+			return 0, err
+		}
+		if _, err := b.save(ctx, k.id); err != nil {
+			return 0, err
+		}
+		k.channels.Close()
+		time.Sleep(300 * time.Millisecond)
+		began := time.Now()
+		if _, err := b.c.Checkpoints.RollbackKernel(ctx, connect.NewRequest(&posternv1.KernelCheckpointRequest{KernelId: k.id, CheckpointId: first.Checkpoint.Id})); err != nil {
+			return 0, err
+		}
+		if k.channels, err = b.c.KernelChannels(ctx, "bench", k.id, jupyter.NewID()); err != nil {
+			return 0, err
+		}
+		if _, err := k.run(ctx, "6*7"); err != nil {
+			return 0, err
+		}
+		took = append(took, since(began))
+	}
+	return median(took), nil
 }
 
 // second is what a second checkpoint after a small cell takes, in percent of the images.
