@@ -14,6 +14,7 @@
 #   make lint       gofumpt, vet, staticcheck
 #   make fuzz       every fuzz target, FUZZTIME each (default 5m)
 #   make bench      the figures, as ratios measured in one run
+#   make packages   .deb and .rpm for amd64 and arm64 in dist/, each with its SBOM; ARCHES="amd64" for one
 #   make proto      generate the code from proto/postern/v1/*.proto
 #   make clean
 
@@ -23,7 +24,7 @@ FUZZTIME ?= 5m
 LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
 export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
-.PHONY: build demo test e2e-long clients vault-test mysql-test race lint fuzz bench proto clean deps
+.PHONY: build demo test e2e-long clients vault-test mysql-test race lint fuzz bench packages proto clean deps
 
 build: deps
 	@mkdir -p bin
@@ -77,6 +78,9 @@ fuzz:
 bench: build
 	@packaging/dev/deps.sh postgresql
 	@$(GO) run ./e2e/bench -bin bin $(BENCH)
+
+packages: deps
+	@RELEASE=$(RELEASE) packaging/packages.sh $(ARCHES)
 
 proto:
 	$(GO) run ./proto/internal/protogen

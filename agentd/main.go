@@ -18,6 +18,7 @@ import (
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/clidoc"
 )
 
 var _ kernel.CRIU = (*checkpoint.Driver)(nil)
@@ -112,7 +113,7 @@ func newRoot() *cobra.Command {
 		}
 		return usagef("%s: see %s --help", oneLine(text), cmd.CommandPath())
 	})
-	root.AddCommand(newRegister(), newRun(), newStatus(), newDoctor(), newSource(), newAudit(), newVersion())
+	root.AddCommand(newRegister(), newRun(), newStatus(), newDoctor(), newSource(), newAudit(), newVersion(), clidoc.ManCommand(root, "8", proto.Software()))
 	return root
 }
 

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/clidoc"
 )
 
 func main() {
@@ -47,7 +48,8 @@ func command() *cobra.Command {
 		Args: usageArgs(cobra.NoArgs),
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(serveCommand(), &cobra.Command{
+	root.CompletionOptions.HiddenDefaultCmd = true
+	root.AddCommand(serveCommand(), clidoc.ManCommand(root, "8", proto.Software()), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  usageArgs(cobra.NoArgs),

@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"golang.org/x/sync/errgroup"
@@ -318,6 +319,7 @@ func (s *Server) Run(ctx context.Context) error {
 		})
 	}
 	group.Go(func() error { s.housekeep(work); return nil })
+	s.notify(daemon.SdNotifyReady)
 	select {
 	case <-ctx.Done():
 	case <-work.Done():
@@ -327,9 +329,17 @@ func (s *Server) Run(ctx context.Context) error {
 	return errors.Join(group.Wait(), s.Close())
 }
 
+// notify tells systemd, if it started us.
+func (s *Server) notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		s.log.Warn("systemd not told", "err", err)
+	}
+}
+
 // drain lets requests under way end.
 func (s *Server) drain() {
 	s.draining.Store(true)
+	s.notify(daemon.SdNotifyStopping)
 	s.log.Info("control plane draining", "agents", s.hub.Online(), "queries", s.queries.Running(), "sessions", s.pg.Sessions())
 	s.hub.Drain(time.Second, s.options.DrainTimeout)
 	s.jupyter.Close() // its clients come back by themselves, to whoever serves then

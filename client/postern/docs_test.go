@@ -17,6 +17,9 @@ func TestEveryCommandIsDocumented(t *testing.T) {
 	}
 	var walk func(*cobra.Command)
 	walk = func(c *cobra.Command) {
+		if c.Hidden { // for packages, not for users
+			return
+		}
 		if c.HasSubCommands() {
 			for _, sub := range c.Commands() {
 				walk(sub)
