@@ -119,7 +119,7 @@ func examine(ctx context.Context, r *doctor.Report, p *places) {
 	examineAudit(r, p, status, running)
 	r.Sandbox(c.SQL.UIDBase, uidCount)
 	examineKernels(ctx, r, c.Kernels)
-	examineCheckpoints(ctx, r)
+	examineCheckpoints(ctx, r, c.Kernels.Checkpoints.CRIU)
 	examineSources(ctx, r, p, c, running)
 }
 
@@ -139,9 +139,9 @@ func examineKernels(ctx context.Context, r *doctor.Report, k config.Kernels) {
 }
 
 // examineCheckpoints says what of checkpoints works here. Kernels run without them, so
-// nothing of it fails the whole.
-func examineCheckpoints(ctx context.Context, r *doctor.Report) {
-	for _, f := range checkpoint.Examine(ctx, "") {
+// nothing of it fails the whole. criu is CRIU's path by the configuration, or empty.
+func examineCheckpoints(ctx context.Context, r *doctor.Report, criu string) {
+	for _, f := range checkpoint.Examine(ctx, criu) {
 		result := doctor.Warning
 		if f.OK {
 			result = doctor.OK
