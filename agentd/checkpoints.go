@@ -38,6 +38,7 @@ func (d *Daemon) openCheckpoints(k policy.Kernels) {
 	}
 	engine, err := checkpoint.Open(checkpoint.Config{
 		State: state, Kernels: savedKernels{d.kernels, c.CRIU}, Driver: checkpoint.NewDriver(c.CRIU), Logger: d.logger,
+		Moves: movedKernels{d}, Identity: d.identity, Agent: func() string { return d.identity.Agent().AgentID },
 		MaxBytes: int64(c.MaxBytes), Keep: c.Keep, MaxAge: c.MaxAge,
 	})
 	if err != nil {
@@ -68,14 +69,15 @@ func (s savedKernels) Look(ctx context.Context, id string) (checkpoint.Kernel, e
 		return checkpoint.Kernel{}, err
 	}
 	return checkpoint.Kernel{
-		ID: id, Organization: l.Kernel.Owner.GetOrganization(), Running: l.InitPID > 0, InitPID: l.InitPID,
+		Held: l.Kernel.Move != nil,
+		ID:   id, Organization: l.Kernel.Owner.GetOrganization(), Running: l.InitPID > 0, InitPID: l.InitPID,
 		Suspended:  l.Kernel.State == posternv1.KernelState_KERNEL_STATE_SUSPENDED,
 		Checkpoint: l.Kernel.Checkpoint, Started: l.Kernel.Started.AsTime(), PrivateDir: l.PrivateDir, UID: l.UID, GID: l.GID, Attachments: l.Attachments,
 	}, nil
 }
 
 func (s savedKernels) Dump(ctx context.Context, id string, o checkpoint.DumpOrder) (checkpoint.Dumped, error) {
-	d, err := s.m.Dump(ctx, id, kernel.DumpOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, MaxPrivate: o.MaxPrivate, Stay: o.Stay, Wait: o.Wait})
+	d, err := s.m.Dump(ctx, id, kernel.DumpOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, MaxPrivate: o.MaxPrivate, Stay: o.Stay, Wait: o.Wait, Move: o.Move})
 	return checkpoint.Dumped{Kernel: d.Kernel, Busy: d.Busy, Standstill: d.Standstill}, err
 }
 
@@ -86,7 +88,7 @@ func (s savedKernels) Suspend(ctx context.Context, id, checkpoint string) error 
 }
 
 func (s savedKernels) order(o checkpoint.RestoreOrder) kernel.RestoreOrder {
-	return kernel.RestoreOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, Kernel: o.Kernel, Checkpoint: o.Checkpoint}
+	return kernel.RestoreOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, Kernel: o.Kernel, Checkpoint: o.Checkpoint, Move: o.Move}
 }
 
 func (s savedKernels) Restore(ctx context.Context, id string, o checkpoint.RestoreOrder) error {

@@ -44,6 +44,7 @@ type Client struct {
 	Kernels       posternv1connect.KernelServiceClient
 	Checkpoints   posternv1connect.KernelCheckpointServiceClient
 	Secrets       posternv1connect.SecretServiceClient
+	Moves         posternv1connect.KernelMoveServiceClient
 	Audit         posternv1connect.AuditServiceClient
 	Organizations posternv1connect.OrganizationServiceClient
 	CA            posternv1connect.CAServiceClient
@@ -93,6 +94,7 @@ func New(cfg Config) (*Client, error) {
 		Kernels:       posternv1connect.NewKernelServiceClient(hc, address, option),
 		Checkpoints:   posternv1connect.NewKernelCheckpointServiceClient(hc, address, option),
 		Secrets:       posternv1connect.NewSecretServiceClient(hc, address, option),
+		Moves:         posternv1connect.NewKernelMoveServiceClient(hc, address, option),
 		Audit:         posternv1connect.NewAuditServiceClient(hc, address, option),
 		Organizations: posternv1connect.NewOrganizationServiceClient(hc, address, option),
 		CA:            posternv1connect.NewCAServiceClient(hc, address, option),

@@ -218,7 +218,7 @@ func (s *Server) wire() error {
 	s.wireKernels(registry, requests)
 	s.http.Handler = api.New(api.Config{
 		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
-		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Checkpoints: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter,
+		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter,
 		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
 	})
 	return nil

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/postern-dev/postern/agentd/atomicfile"
+	"github.com/postern-dev/postern/agentd/checkpoint/internal/convoy"
 	"github.com/postern-dev/postern/agentd/checkpoint/pagestore"
 	"github.com/postern-dev/postern/proto"
 )
@@ -44,8 +45,8 @@ type Kernels interface {
 // Kernel is what the operations need to know of a kernel.
 type Kernel struct {
 	ID, Organization string
-	// Running: it has processes. Suspended: it has none, by intent.
-	Running, Suspended bool
+	// Running: it has processes. Suspended: it has none, by intent. Held: a move holds it.
+	Running, Suspended, Held bool
 	// InitPID is init's process id on the host while it runs.
 	InitPID int
 	// Checkpoint is what its processes were restored from, at Started; empty: none.
@@ -71,6 +72,8 @@ type DumpOrder struct {
 	Stay bool
 	// Wait is how long a cell that runs may go on before the kernel is saved in its midst.
 	Wait time.Duration
+	// Move is the move that this is for, if any.
+	Move string
 }
 
 // Dumped is what a dump came to.
@@ -90,6 +93,8 @@ type RestoreOrder struct {
 	// Kernel is what Dumped.Kernel was.
 	Kernel     []byte
 	Checkpoint string
+	// Move is the move that this is for, if any.
+	Move string
 }
 
 // Config is what an Engine works with.
@@ -109,7 +114,15 @@ type Config struct {
 	// no room; then STATE/spool. Empty means a
 	// directory of its own in /dev/shm.
 	Memory string
+	// Moves, Identity and Agent, this host's id, are for moves to and from other hosts;
+	// without them there are none.
+	Moves    Moves
+	Identity Identity
+	Agent    func() string
 }
+
+// Identity signs for this host and checks what other hosts of the organization signed.
+type Identity = convoy.Identity
 
 // Engine makes checkpoints and brings them back. Open it after the kernels were adopted;
 // Close waits for what is under way. It is safe for concurrent use.
@@ -125,6 +138,9 @@ type Engine struct {
 
 	mu   sync.Mutex
 	busy map[string]string // kernel: what is done with it
+	// leaving and coming are kernels that are moved, by their ids.
+	leaving map[string]*leaving
+	coming  map[string]*coming
 }
 
 // keySize is the host key's, in bytes.
@@ -140,7 +156,7 @@ func Open(c Config) (*Engine, error) {
 		sum := sha256.Sum256([]byte(c.State)) // a host may have several agentds
 		c.Memory = fmt.Sprintf("/dev/shm/postern-agentd-%x", sum[:6])
 	}
-	e := &Engine{cfg: c, busy: map[string]string{}, tidy: make(chan struct{}, 1)}
+	e := &Engine{cfg: c, busy: map[string]string{}, leaving: map[string]*leaving{}, coming: map[string]*coming{}, tidy: make(chan struct{}, 1)}
 	if e.spool, err = openSpool(c.Memory, filepath.Join(c.State, "spool"), c.Logger); err != nil {
 		return nil, err
 	}
@@ -149,6 +165,11 @@ func Open(c Config) (*Engine, error) {
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.wg.Go(e.clean)
+	if c.Moves != nil {
+		if err := e.openMoves(); err != nil {
+			return nil, errors.Join(err, e.Close())
+		}
+	}
 	return e, nil
 }
 
@@ -176,6 +197,11 @@ func hostKey(path string) (key pagestore.Key, err error) {
 // Close waits for the operations under way, at most until their own deadlines.
 func (e *Engine) Close() error {
 	e.cancel()
+	e.mu.Lock()
+	for _, l := range e.leaving {
+		l.giveUp.Stop()
+	}
+	e.mu.Unlock()
 	e.wg.Wait()
 	e.spool.kept.close()
 	if e.spool.memory != "" {
@@ -221,6 +247,7 @@ func (e *Engine) clean() {
 			return
 		case <-e.tidy:
 		case <-every.C:
+			e.expireMoves()
 		}
 		for {
 			s, err := e.store.Collect(e.ctx, collectBudget)

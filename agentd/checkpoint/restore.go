@@ -49,13 +49,13 @@ func (e *Engine) Rollback(ctx context.Context, organization, id, checkpoint stri
 		return proto.Errorf(proto.CodeInvalid, "checkpoint %s is not one of kernel %s: fork it to get a kernel of it", checkpoint, id)
 	}
 	if c.Kernel == id || c.Protected {
-		return e.bring(ctx, k, c)
+		return e.bring(ctx, k, c, "")
 	}
 	// Until it is back the kernel is that checkpoint, and its own limits don't keep it.
 	if err := e.store.Protect(c.ID, true); err != nil {
 		return err
 	}
-	if err := e.bring(ctx, k, c); err != nil {
+	if err := e.bring(ctx, k, c, ""); err != nil {
 		return err
 	}
 	e.unprotect(c)
@@ -85,11 +85,16 @@ func (e *Engine) Resume(ctx context.Context, organization, id string) error {
 	case !k.Suspended:
 		return proto.Errorf(proto.CodeInvalid, "kernel %s is not suspended: restart it", id)
 	}
+	return e.resume(ctx, organization, k)
+}
+
+// resume brings a suspended kernel back. The caller has it.
+func (e *Engine) resume(ctx context.Context, organization string, k Kernel) error {
 	c, err := e.find(organization, k.Checkpoint)
 	if err != nil {
 		return err
 	}
-	if err := e.bring(ctx, k, c); err != nil || c.Kind != KindSuspend {
+	if err := e.bring(ctx, k, c, ""); err != nil || c.Kind != KindSuspend {
 		return err
 	}
 	e.unprotect(c)
@@ -170,8 +175,11 @@ func (e *Engine) unpack(ctx context.Context, c Checkpoint, private string) (u un
 }
 
 // bring puts a kernel back, its private files too: a suspended one may have others, of
-// before a rollback that failed.
-func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint) error {
+// before a rollback that failed. move is the one that this is for, if any.
+func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint, move string) error {
+	if k.Held && move == "" {
+		return heldError(k.ID)
+	}
 	u, err := e.unpack(ctx, c, k.PrivateDir+".new")
 	if err != nil {
 		return err
@@ -192,7 +200,7 @@ func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint) error {
 	if err := errors.Join(images.Reown(u.images, u.from, to), images.ReownTree(u.private, u.from, to)); err != nil {
 		return fmt.Errorf("restore %s: %w", c.ID, err)
 	}
-	o := RestoreOrder{Images: u.images, Private: u.private, Kernel: u.kernel, Checkpoint: string(c.ID)}
+	o := RestoreOrder{Images: u.images, Private: u.private, Kernel: u.kernel, Checkpoint: string(c.ID), Move: move}
 	ctx, cancel := context.WithTimeout(ctx, dumpTimeout(c.Size))
 	defer cancel()
 	if err := e.cfg.Kernels.Restore(ctx, k.ID, o); err != nil {
@@ -217,7 +225,7 @@ func (e *Engine) Fork(ctx context.Context, organization, from, checkpoint, id st
 		if err != nil {
 			return "", err
 		}
-		s, err := e.save(ctx, organization, from, KindFork, Label{})
+		s, err := e.save(ctx, organization, from, KindFork, Label{}, "")
 		free()
 		if err != nil {
 			return "", err

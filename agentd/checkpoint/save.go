@@ -128,7 +128,7 @@ func (e *Engine) Save(ctx context.Context, organization, id string, l Label) (Sa
 		return Saved{}, err
 	}
 	defer done()
-	return e.save(ctx, organization, id, KindCheckpoint, l)
+	return e.save(ctx, organization, id, KindCheckpoint, l, "")
 }
 
 // Suspend saves a kernel and ends it. If it can't be stored the kernel goes on.
@@ -138,11 +138,11 @@ func (e *Engine) Suspend(ctx context.Context, organization, id string) (Saved, e
 		return Saved{}, err
 	}
 	defer done()
-	return e.save(ctx, organization, id, KindSuspend, Label{Protected: true})
+	return e.save(ctx, organization, id, KindSuspend, Label{Protected: true}, "")
 }
 
-// save does both. The caller has the kernel.
-func (e *Engine) save(ctx context.Context, organization, id, kind string, l Label) (saved Saved, err error) {
+// save does both. The caller has the kernel. move is the one that it is for, if any.
+func (e *Engine) save(ctx context.Context, organization, id, kind string, l Label, move string) (saved Saved, err error) {
 	if len(l.Label) > maxLabel || len(l.Cell) > maxLabel {
 		return saved, proto.Errorf(proto.CodeInvalid, "checkpoint: a label has at most %d bytes", maxLabel)
 	}
@@ -151,6 +151,8 @@ func (e *Engine) save(ctx context.Context, organization, id, kind string, l Labe
 	switch {
 	case err != nil:
 		return saved, err
+	case k.Held && move == "":
+		return saved, heldError(id)
 	case k.Suspended:
 		return saved, proto.Errorf(proto.CodeInvalid, "kernel %s is suspended: resume it first", id)
 	case !k.Running:
@@ -179,7 +181,7 @@ func (e *Engine) save(ctx context.Context, organization, id, kind string, l Labe
 	}()
 	// On the private directory's own file system, where contents can be shared.
 	private := k.PrivateDir + ".copy"
-	o = DumpOrder{Images: filepath.Join(dir, treeImages), Private: private, Stay: kind == KindSuspend, Wait: l.Wait}
+	o = DumpOrder{Images: filepath.Join(dir, treeImages), Private: private, Stay: kind == KindSuspend, Wait: l.Wait, Move: move}
 	kernel := filepath.Join(dir, treeKernel)
 	if err := errors.Join(os.RemoveAll(private), os.Mkdir(o.Images, 0o700), os.Mkdir(kernel, 0o700), os.Mkdir(private, 0o700)); err != nil {
 		return saved, fmt.Errorf("checkpoint of %s: %w", id, err)

@@ -56,6 +56,7 @@ type kernelsFile struct {
 		Keep     *int   `yaml:"keep"`
 		MaxAge   string `yaml:"max_age"`
 	} `yaml:"checkpoints"`
+	Moves   string   `yaml:"moves"`
 	Warm    *int     `yaml:"warm"`
 	Journal string   `yaml:"journal"`
 	UIDBase *uint32  `yaml:"uid_base"`
@@ -149,6 +150,13 @@ func (p *problems) kernels(in file, c *Config, at func(...any) int, there bool) 
 		out.Network = k.Network
 	default:
 		p.add(line("network"), "kernels.network: %q is none of none, allowed, open", k.Network)
+	}
+	switch k.Moves {
+	case "":
+	case "both", "in", "out", "none":
+		out.Moves = k.Moves
+	default:
+		p.add(line("moves"), "kernels.moves: %q is none of both, in, out, none", k.Moves)
 	}
 	out.NetworkAllow = k.NetworkAllow
 	if len(k.NetworkAllow) > 0 && out.Network == "none" {
@@ -254,7 +262,7 @@ func days(text string) (time.Duration, error) {
 func defaultKernels() Kernels {
 	return Kernels{UIDBase: DefaultKernelUIDBase, Kernels: policy.Kernels{
 		Max: policy.DefaultKernels, Memory: policy.DefaultKernelMemory, CPUs: policy.DefaultKernelCPUs, PIDs: policy.DefaultKernelPIDs,
-		Disk: policy.DefaultKernelDisk, Network: "none", Warm: policy.DefaultKernelWarm, Journal: policy.DefaultKernelJournal,
+		Disk: policy.DefaultKernelDisk, Network: "none", Warm: policy.DefaultKernelWarm, Moves: "both", Journal: policy.DefaultKernelJournal,
 		Checkpoints: policy.Checkpoints{MaxBytes: policy.DefaultCheckpointBytes, Keep: policy.DefaultCheckpointKeep, MaxAge: policy.DefaultCheckpointAge},
 	}}
 }

@@ -34,6 +34,7 @@ kernels:
   visible: [/srv/venv]
   idle: {after: 8h, then: suspend}
   checkpoints: {criu: /opt/x/criu, max_bytes: 1GiB, keep: 7, max_age: 2d}
+  moves: out
   warm: 2
   journal: 32MiB
   uid_base: 70000
@@ -42,7 +43,7 @@ kernels:
 		Enabled: true, Specs: []string{"python3"}, SpecDirs: []string{"/srv/kernels"}, Max: 3, Memory: 1 << 30, CPUs: 1.5, PIDs: 100, Disk: 1 << 30,
 		Network: "allowed", NetworkAllow: []string{"10.1.2.3:443", "10.0.0.0/8:8080", "[2001:db8::1]:443"}, Environment: []string{"REGION"},
 		Visible: []string{"/srv/venv"}, IdleAfter: 8 * time.Hour, IdleSuspend: true, Warm: 2, Journal: 32 << 20,
-		Checkpoints: policy.Checkpoints{CRIU: "/opt/x/criu", MaxBytes: 1 << 30, Keep: 7, MaxAge: 48 * time.Hour},
+		Moves: "out", Checkpoints: policy.Checkpoints{CRIU: "/opt/x/criu", MaxBytes: 1 << 30, Keep: 7, MaxAge: 48 * time.Hour},
 	}}
 	if err != nil || !reflect.DeepEqual(c.Kernels, want) {
 		t.Errorf("got %+v, %v, want %+v", c, err, want)
@@ -54,6 +55,7 @@ kernels:
 		"{max: 0}":                               "kernels.max: 0 is not between 1 and",
 		"{warm: 99}":                             "kernels.warm: 99",
 		"{journal: 1KiB}":                        "kernels.journal: 1KiB is not between",
+		"{moves: away}":                          "kernels.moves: \"away\" is none of both, in, out, none",
 		"{journal: many}":                        "kernels.journal:",
 		"{limits: {memory: 1MiB}}":               "kernels.memory: 1MiB",
 		"{limits: {cpus: none}}":                 "kernels.limits.cpus",

@@ -115,6 +115,8 @@ type Config struct {
 	DecideKernel func(*posternv1.StartKernelRequest) KernelVerdict
 	// Checkpoints saves kernels; nil: that is not served. It needs Kernels.
 	Checkpoints Checkpoints
+	// Moves moves kernels to other hosts; nil: that is not served. It needs Kernels.
+	Moves Moves
 	// Decide asks the policy of the source that the request names.
 	Decide func(*posternv1.SQLRequest) Verdict
 	// CheckOffered checks a source that somebody on the host offered with a
@@ -204,6 +206,9 @@ func New(cfg Config) *Host {
 		path, kernels := posternv1connect.NewKernelHostServiceHandler(kernelRPC{h}, connect.WithReadMaxBytes(4<<20))
 		h.mux.Handle(path, kernels)
 		h.mux.HandleFunc("POST "+kernelstream.Path, h.serveChannels)
+		if cfg.Moves != nil {
+			h.serveMoves()
+		}
 		if cfg.Checkpoints != nil {
 			path, handler := posternv1connect.NewCheckpointHostServiceHandler(checkpointRPC{h}, connect.WithReadMaxBytes(1<<20))
 			h.mux.Handle(path, handler)

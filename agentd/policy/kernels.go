@@ -67,6 +67,22 @@ type Kernels struct {
 	Sources []string
 	// Checkpoints is what is kept of them, and CRIU's path.
 	Checkpoints Checkpoints
+	// Moves is which way kernels may move between this host and others: both, in, out or
+	// none.
+	Moves string
+}
+
+// MayMove decides whether kernels may leave this host (out), or come to it. The reason is
+// one line; empty: they may.
+func (k Kernels) MayMove(out bool) (reason string) {
+	switch {
+	case k.Moves == "both", k.Moves == "out" && out, k.Moves == "in" && !out:
+		return ""
+	case out:
+		return "this host lets no kernels move away: see kernels.moves in agentd.yaml"
+	default:
+		return "this host takes no kernels of other hosts: see kernels.moves in agentd.yaml"
+	}
 }
 
 // Checkpoints is what a host keeps of its kernels' checkpoints.

@@ -61,7 +61,7 @@ func (a *app) kernelCommand() *cobra.Command {
 			})
 		},
 	}
-	return group("kernel", "Run code on hosts, in Jupyter kernels", a.kernelStartCommand(), a.kernelExecCommand(), list, specs, interrupt, restart, stop, a.kernelCheckpointCommand(), a.kernelCheckpointsCommand(), a.kernelRollbackCommand(), a.kernelForkCommand(), a.kernelSuspendCommand(), a.kernelResumeCommand(), a.kernelBridgeCommand())
+	return group("kernel", "Run code on hosts, in Jupyter kernels", a.kernelStartCommand(), a.kernelExecCommand(), list, specs, interrupt, restart, stop, a.kernelCheckpointCommand(), a.kernelCheckpointsCommand(), a.kernelRollbackCommand(), a.kernelForkCommand(), a.kernelSuspendCommand(), a.kernelResumeCommand(), a.kernelMoveCommand(), a.kernelBridgeCommand())
 }
 
 func (a *app) kernelChange(name, short, done string, do func(context.Context, *client.Client, *connect.Request[posternv1.AgentKernelRequest]) (*connect.Response[posternv1.AgentKernel], error)) *cobra.Command {

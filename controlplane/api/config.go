@@ -25,6 +25,7 @@ type Config struct {
 	Kernels     Kernels
 	Checkpoints Checkpoints
 	Secrets     Secrets
+	Moves       Moves
 	Audit       Audit
 	CA          CA
 	Gatherer    prometheus.Gatherer

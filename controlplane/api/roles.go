@@ -47,6 +47,7 @@ var needed = map[string]string{
 	posternv1connect.SecretServiceListSecretsProcedure:                 "analyst",
 	posternv1connect.SecretServiceRemoveSecretProcedure:                "analyst",
 	posternv1connect.SecretServiceGrantSecretProcedure:                 "analyst",
+	posternv1connect.KernelMoveServiceMoveKernelProcedure:              "analyst",
 	posternv1connect.QueryServiceListQueriesProcedure:                  "analyst",
 	posternv1connect.QueryServiceGetQueryProcedure:                     "analyst",
 	posternv1connect.QueryServiceCancelQueryProcedure:                  "analyst",

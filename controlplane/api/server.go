@@ -53,6 +53,7 @@ func New(cfg Config) *API {
 			return posternv1connect.NewKernelCheckpointServiceHandler(checkpoints{a}, option)
 		},
 		func() (string, http.Handler) { return posternv1connect.NewSecretServiceHandler(secrets{a}, option) },
+		func() (string, http.Handler) { return posternv1connect.NewKernelMoveServiceHandler(moves{a}, option) },
 		func() (string, http.Handler) { return posternv1connect.NewAuditServiceHandler(a, option) },
 		func() (string, http.Handler) { return posternv1connect.NewOrganizationServiceHandler(a, option) },
 		func() (string, http.Handler) { return posternv1connect.NewCAServiceHandler(a, option) },

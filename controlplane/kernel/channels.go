@@ -54,6 +54,12 @@ func (s *Service) Attach(ctx context.Context, c Caller, r Attach) (*Channels, er
 	defer cancel()
 	retired := l.Retired()
 	stream, err := kernelstream.Dial(ctx, l, &posternv1.KernelChannelsRequest{KernelId: r.Kernel, Principal: c.Principal, Client: r.Client, Resume: r.Resume, AfterSequence: r.After})
+	if err != nil && s.unheld(ctx, row, l, err) {
+		if row, agent, l, err = s.reach(ctx, c, r.Kernel, true); err == nil {
+			retired = l.Retired()
+			stream, err = kernelstream.Dial(ctx, l, &posternv1.KernelChannelsRequest{KernelId: r.Kernel, Principal: c.Principal, Client: r.Client, Resume: r.Resume, AfterSequence: r.After})
+		}
+	}
 	if !r.Again {
 		aerr := s.audit(ctx, c, "kernel.attach", agent, r.Kernel, err, func(e *auditchain.Entry) { e.SessionID = r.Client })
 		if aerr != nil && err == nil {

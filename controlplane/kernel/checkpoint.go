@@ -36,6 +36,11 @@ func passOn[Q, R any](ctx context.Context, s *Service, c Caller, id, checkpoint,
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	r, err := do(l, ctx, q)
+	if err != nil && s.unheld(ctx, row, l, err) {
+		if row, agent, l, err = s.reach(ctx, c, id, true); err == nil {
+			r, err = do(l, ctx, q)
+		}
+	}
 	if action != "" {
 		aerr := s.audit(ctx, c, action, agent, id, err, func(e *auditchain.Entry) { e.Statement = about(checkpoint, r) })
 		if err == nil {

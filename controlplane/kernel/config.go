@@ -13,6 +13,7 @@ import (
 // Agent is a live tunnel to an agent. Its errors carry codes of package proto.
 type Agent interface {
 	CheckpointAgent
+	MoveAgent
 	ListKernelSpecs(context.Context, *posternv1.ListKernelSpecsRequest) (*posternv1.ListKernelSpecsResponse, error)
 	StartKernel(context.Context, *posternv1.StartKernelRequest) (*posternv1.Kernel, error)
 	ListKernels(context.Context, *posternv1.ListKernelsRequest) (*posternv1.ListKernelsResponse, error)
@@ -46,6 +47,8 @@ type Store interface {
 	Kernel(ctx context.Context, organization, id string) (Row, error)
 	// Kernels are those of an agent, by its id, or all.
 	Kernels(ctx context.Context, organization, agent string) ([]Row, error)
+	// MoveKernel notes that a kernel is on another agent, by its id; its sessions go along.
+	MoveKernel(ctx context.Context, organization, id, agent string) error
 	// DeleteKernel is content if the row is gone already.
 	DeleteKernel(ctx context.Context, organization, id string) error
 
@@ -84,8 +87,9 @@ type Config struct {
 
 // Service is the control plane's side of kernels.
 type Service struct {
-	cfg   Config
-	masks maskers
+	cfg    Config
+	masks  maskers
+	moving moving
 }
 
 // New returns a Service.

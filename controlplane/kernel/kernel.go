@@ -260,6 +260,11 @@ func (s *Service) Get(ctx context.Context, c Caller, id string) (*posternv1.Agen
 	ctx, cancel := context.WithTimeout(ctx, agentTime)
 	defer cancel()
 	k, err := l.GetKernel(ctx, &posternv1.KernelRequest{Id: id, Principal: c.Principal})
+	if err == nil && k.Move != nil && s.unheld(ctx, row, l, errHeld) {
+		if row, agent, l, err = s.reach(ctx, c, id, false); err == nil {
+			k, err = l.GetKernel(ctx, &posternv1.KernelRequest{Id: id, Principal: c.Principal})
+		}
+	}
 	if err != nil {
 		return nil, s.gone(ctx, row, err)
 	}
@@ -284,6 +289,11 @@ func (s *Service) change(ctx context.Context, c Caller, id string, ownerOnly boo
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	k, err := do(l, ctx, &posternv1.KernelRequest{Id: id, Principal: c.Principal})
+	if err != nil && s.unheld(ctx, row, l, err) {
+		if row, agent, l, err = s.reach(ctx, c, id, ownerOnly); err == nil {
+			k, err = do(l, ctx, &posternv1.KernelRequest{Id: id, Principal: c.Principal})
+		}
+	}
 	if aerr := s.audit(ctx, c, action, agent, id, err); err == nil {
 		err = aerr
 	}
@@ -301,6 +311,14 @@ func (s *Service) Stop(ctx context.Context, c Caller, id string) error {
 	}
 	ctx, cancel := context.WithTimeout(ctx, startTime)
 	defer cancel()
+	if k, kerr := ask(ctx, l, row); kerr == nil && k.Move != nil {
+		if !s.unheld(ctx, row, l, errHeld) {
+			return proto.Errorf(proto.CodeUnavailable, "kernel %s is being moved to another host: try again when that is done", id)
+		}
+		if row, agent, l, err = s.reach(ctx, c, id, false); err != nil {
+			return err
+		}
+	}
 	_, err = l.StopKernel(ctx, &posternv1.KernelRequest{Id: id, Principal: c.Principal})
 	if aerr := s.audit(ctx, c, "kernel.stop", agent, id, err); err == nil {
 		err = aerr
@@ -363,7 +381,7 @@ func (s *Service) List(ctx context.Context, c Caller, agentName string) (*poster
 			got, err := l.ListKernels(ctx, &posternv1.ListKernelsRequest{Principal: c.Principal})
 			var kernels []*posternv1.AgentKernel
 			if err == nil {
-				kernels = s.merge(ctx, c, agent, mine, got.Kernels)
+				kernels = s.merge(ctx, c, agent, l, mine, got.Kernels)
 			} else {
 				kernels = away(agent, mine)
 			}
@@ -407,7 +425,7 @@ func away(agent *posternv1.Agent, rows []Row) []*posternv1.AgentKernel {
 // merge holds what an agent has against what is remembered: what is gone is
 // forgotten, and what is not known here, after a database was restored say, is
 // remembered.
-func (s *Service) merge(ctx context.Context, c Caller, agent *posternv1.Agent, rows []Row, got []*posternv1.Kernel) []*posternv1.AgentKernel {
+func (s *Service) merge(ctx context.Context, c Caller, agent *posternv1.Agent, l Agent, rows []Row, got []*posternv1.Kernel) []*posternv1.AgentKernel {
 	known := map[string]Row{}
 	for _, row := range rows {
 		known[row.ID] = row
@@ -415,6 +433,10 @@ func (s *Service) merge(ctx context.Context, c Caller, agent *posternv1.Agent, r
 	var all []*posternv1.AgentKernel
 	for _, k := range got {
 		if k.Owner.GetOrganization() != c.Organization {
+			continue
+		}
+		if k.Move != nil && !s.listed(ctx, agent, l, k) {
+			delete(known, k.Id)
 			continue
 		}
 		_, there := known[k.Id]

@@ -90,6 +90,18 @@ func (s *Store) Kernels(ctx context.Context, organization, agent string) ([]Kern
 	return collect(ctx, s, "list kernels", rows, err, func(rows *sql.Rows) (KernelRow, error) { return scanKernel(rows.Scan) })
 }
 
+// MoveKernel notes that a kernel is on another agent; its sessions go along. A kernel
+// that is not remembered is let be.
+func (s *Store) MoveKernel(ctx context.Context, organization, id, agent string) error {
+	return s.write(ctx, "move a kernel", func(tx handle) error {
+		if _, err := tx.exec(ctx, "UPDATE kernels SET agent = ? WHERE organization = ? AND id = ?", agent, organization, plainText(id)); err != nil {
+			return err
+		}
+		_, err := tx.exec(ctx, "UPDATE kernel_sessions SET agent = ? WHERE organization = ? AND kernel = ?", agent, organization, plainText(id))
+		return err
+	})
+}
+
 // DeleteKernel forgets a kernel and its sessions; it may be gone already.
 func (s *Store) DeleteKernel(ctx context.Context, organization, id string) error {
 	return s.write(ctx, "forget a kernel", func(tx handle) error {

@@ -112,7 +112,9 @@ type Kernel struct {
 	Checkpoint string         `protobuf:"bytes,12,opt,name=checkpoint,proto3" json:"checkpoint,omitempty"`
 	Mounts     []*KernelMount `protobuf:"bytes,13,rep,name=mounts,proto3" json:"mounts,omitempty"`
 	// Bytes that its cgroup holds; 0 where that is not known.
-	Memory        uint64 `protobuf:"varint,14,opt,name=memory,proto3" json:"memory,omitempty"`
+	Memory uint64 `protobuf:"varint,14,opt,name=memory,proto3" json:"memory,omitempty"`
+	// Set while it is being moved to another host: see MoveHostService.
+	Move          *KernelMove `protobuf:"bytes,16,opt,name=move,proto3" json:"move,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -245,6 +247,76 @@ func (x *Kernel) GetMemory() uint64 {
 	return 0
 }
 
+func (x *Kernel) GetMove() *KernelMove {
+	if x != nil {
+		return x.Move
+	}
+	return nil
+}
+
+// KernelMove is what a kernel that is being moved away says of it.
+type KernelMove struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// The id of the agent that it goes to.
+	To string `protobuf:"bytes,2,opt,name=to,proto3" json:"to,omitempty"`
+	// All of it was sent: only the other host knows whether it has it.
+	Sent          bool `protobuf:"varint,3,opt,name=sent,proto3" json:"sent,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KernelMove) Reset() {
+	*x = KernelMove{}
+	mi := &file_postern_v1_kernel_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KernelMove) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KernelMove) ProtoMessage() {}
+
+func (x *KernelMove) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_kernel_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KernelMove.ProtoReflect.Descriptor instead.
+func (*KernelMove) Descriptor() ([]byte, []int) {
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *KernelMove) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *KernelMove) GetTo() string {
+	if x != nil {
+		return x.To
+	}
+	return ""
+}
+
+func (x *KernelMove) GetSent() bool {
+	if x != nil {
+		return x.Sent
+	}
+	return false
+}
+
 // KernelMount is a workspace or a directory of the host in a kernel.
 type KernelMount struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -256,7 +328,7 @@ type KernelMount struct {
 
 func (x *KernelMount) Reset() {
 	*x = KernelMount{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[1]
+	mi := &file_postern_v1_kernel_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -268,7 +340,7 @@ func (x *KernelMount) String() string {
 func (*KernelMount) ProtoMessage() {}
 
 func (x *KernelMount) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[1]
+	mi := &file_postern_v1_kernel_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -281,7 +353,7 @@ func (x *KernelMount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelMount.ProtoReflect.Descriptor instead.
 func (*KernelMount) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{1}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *KernelMount) GetWorkspace() string {
@@ -315,7 +387,7 @@ type KernelSpec struct {
 
 func (x *KernelSpec) Reset() {
 	*x = KernelSpec{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[2]
+	mi := &file_postern_v1_kernel_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -327,7 +399,7 @@ func (x *KernelSpec) String() string {
 func (*KernelSpec) ProtoMessage() {}
 
 func (x *KernelSpec) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[2]
+	mi := &file_postern_v1_kernel_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -340,7 +412,7 @@ func (x *KernelSpec) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelSpec.ProtoReflect.Descriptor instead.
 func (*KernelSpec) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{2}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *KernelSpec) GetName() string {
@@ -394,7 +466,7 @@ type ListKernelSpecsRequest struct {
 
 func (x *ListKernelSpecsRequest) Reset() {
 	*x = ListKernelSpecsRequest{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[3]
+	mi := &file_postern_v1_kernel_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -406,7 +478,7 @@ func (x *ListKernelSpecsRequest) String() string {
 func (*ListKernelSpecsRequest) ProtoMessage() {}
 
 func (x *ListKernelSpecsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[3]
+	mi := &file_postern_v1_kernel_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -419,7 +491,7 @@ func (x *ListKernelSpecsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelSpecsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelSpecsRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{3}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ListKernelSpecsRequest) GetPrincipal() *Principal {
@@ -439,7 +511,7 @@ type ListKernelSpecsResponse struct {
 
 func (x *ListKernelSpecsResponse) Reset() {
 	*x = ListKernelSpecsResponse{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[4]
+	mi := &file_postern_v1_kernel_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -451,7 +523,7 @@ func (x *ListKernelSpecsResponse) String() string {
 func (*ListKernelSpecsResponse) ProtoMessage() {}
 
 func (x *ListKernelSpecsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[4]
+	mi := &file_postern_v1_kernel_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -464,7 +536,7 @@ func (x *ListKernelSpecsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelSpecsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelSpecsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{4}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ListKernelSpecsResponse) GetSpecs() []*KernelSpec {
@@ -495,7 +567,7 @@ type StartKernelRequest struct {
 
 func (x *StartKernelRequest) Reset() {
 	*x = StartKernelRequest{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[5]
+	mi := &file_postern_v1_kernel_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -507,7 +579,7 @@ func (x *StartKernelRequest) String() string {
 func (*StartKernelRequest) ProtoMessage() {}
 
 func (x *StartKernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[5]
+	mi := &file_postern_v1_kernel_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -520,7 +592,7 @@ func (x *StartKernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StartKernelRequest.ProtoReflect.Descriptor instead.
 func (*StartKernelRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{5}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *StartKernelRequest) GetId() string {
@@ -568,7 +640,7 @@ type KernelRequest struct {
 
 func (x *KernelRequest) Reset() {
 	*x = KernelRequest{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[6]
+	mi := &file_postern_v1_kernel_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -580,7 +652,7 @@ func (x *KernelRequest) String() string {
 func (*KernelRequest) ProtoMessage() {}
 
 func (x *KernelRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[6]
+	mi := &file_postern_v1_kernel_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -593,7 +665,7 @@ func (x *KernelRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelRequest.ProtoReflect.Descriptor instead.
 func (*KernelRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{6}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *KernelRequest) GetId() string {
@@ -619,7 +691,7 @@ type ListKernelsRequest struct {
 
 func (x *ListKernelsRequest) Reset() {
 	*x = ListKernelsRequest{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[7]
+	mi := &file_postern_v1_kernel_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -631,7 +703,7 @@ func (x *ListKernelsRequest) String() string {
 func (*ListKernelsRequest) ProtoMessage() {}
 
 func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[7]
+	mi := &file_postern_v1_kernel_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -644,7 +716,7 @@ func (x *ListKernelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsRequest.ProtoReflect.Descriptor instead.
 func (*ListKernelsRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{7}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListKernelsRequest) GetPrincipal() *Principal {
@@ -663,7 +735,7 @@ type ListKernelsResponse struct {
 
 func (x *ListKernelsResponse) Reset() {
 	*x = ListKernelsResponse{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[8]
+	mi := &file_postern_v1_kernel_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -675,7 +747,7 @@ func (x *ListKernelsResponse) String() string {
 func (*ListKernelsResponse) ProtoMessage() {}
 
 func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[8]
+	mi := &file_postern_v1_kernel_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -688,7 +760,7 @@ func (x *ListKernelsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKernelsResponse.ProtoReflect.Descriptor instead.
 func (*ListKernelsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{8}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListKernelsResponse) GetKernels() []*Kernel {
@@ -706,7 +778,7 @@ type StopKernelResponse struct {
 
 func (x *StopKernelResponse) Reset() {
 	*x = StopKernelResponse{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[9]
+	mi := &file_postern_v1_kernel_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -718,7 +790,7 @@ func (x *StopKernelResponse) String() string {
 func (*StopKernelResponse) ProtoMessage() {}
 
 func (x *StopKernelResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[9]
+	mi := &file_postern_v1_kernel_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -731,7 +803,7 @@ func (x *StopKernelResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopKernelResponse.ProtoReflect.Descriptor instead.
 func (*StopKernelResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{9}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{10}
 }
 
 // KernelChannelsRequest is the body of the upgrade that opens a kernel's channels.
@@ -755,7 +827,7 @@ type KernelChannelsRequest struct {
 
 func (x *KernelChannelsRequest) Reset() {
 	*x = KernelChannelsRequest{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[10]
+	mi := &file_postern_v1_kernel_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -767,7 +839,7 @@ func (x *KernelChannelsRequest) String() string {
 func (*KernelChannelsRequest) ProtoMessage() {}
 
 func (x *KernelChannelsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[10]
+	mi := &file_postern_v1_kernel_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -780,7 +852,7 @@ func (x *KernelChannelsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelChannelsRequest.ProtoReflect.Descriptor instead.
 func (*KernelChannelsRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{10}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *KernelChannelsRequest) GetKernelId() string {
@@ -836,7 +908,7 @@ type KernelMessage struct {
 
 func (x *KernelMessage) Reset() {
 	*x = KernelMessage{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[11]
+	mi := &file_postern_v1_kernel_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -848,7 +920,7 @@ func (x *KernelMessage) String() string {
 func (*KernelMessage) ProtoMessage() {}
 
 func (x *KernelMessage) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[11]
+	mi := &file_postern_v1_kernel_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -861,7 +933,7 @@ func (x *KernelMessage) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelMessage.ProtoReflect.Descriptor instead.
 func (*KernelMessage) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{11}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *KernelMessage) GetChannel() string {
@@ -925,7 +997,7 @@ type KernelFrame struct {
 
 func (x *KernelFrame) Reset() {
 	*x = KernelFrame{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[12]
+	mi := &file_postern_v1_kernel_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -937,7 +1009,7 @@ func (x *KernelFrame) String() string {
 func (*KernelFrame) ProtoMessage() {}
 
 func (x *KernelFrame) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[12]
+	mi := &file_postern_v1_kernel_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -950,7 +1022,7 @@ func (x *KernelFrame) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelFrame.ProtoReflect.Descriptor instead.
 func (*KernelFrame) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{12}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *KernelFrame) GetFrame() isKernelFrame_Frame {
@@ -1096,7 +1168,7 @@ type KernelDelivery struct {
 
 func (x *KernelDelivery) Reset() {
 	*x = KernelDelivery{}
-	mi := &file_postern_v1_kernel_proto_msgTypes[13]
+	mi := &file_postern_v1_kernel_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1108,7 +1180,7 @@ func (x *KernelDelivery) String() string {
 func (*KernelDelivery) ProtoMessage() {}
 
 func (x *KernelDelivery) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_kernel_proto_msgTypes[13]
+	mi := &file_postern_v1_kernel_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1121,7 +1193,7 @@ func (x *KernelDelivery) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use KernelDelivery.ProtoReflect.Descriptor instead.
 func (*KernelDelivery) Descriptor() ([]byte, []int) {
-	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{13}
+	return file_postern_v1_kernel_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *KernelDelivery) GetSequence() uint64 {
@@ -1157,7 +1229,7 @@ var File_postern_v1_kernel_proto protoreflect.FileDescriptor
 const file_postern_v1_kernel_proto_rawDesc = "" +
 	"\n" +
 	"\x17postern/v1/kernel.proto\x12\n" +
-	"postern.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15postern/v1/host.proto\"\xfa\x03\n" +
+	"postern.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15postern/v1/host.proto\"\xa6\x04\n" +
 	"\x06Kernel\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\tR\x04spec\x12\x1a\n" +
@@ -1177,7 +1249,13 @@ const file_postern_v1_kernel_proto_rawDesc = "" +
 	"checkpoint\x18\f \x01(\tR\n" +
 	"checkpoint\x12/\n" +
 	"\x06mounts\x18\r \x03(\v2\x17.postern.v1.KernelMountR\x06mounts\x12\x16\n" +
-	"\x06memory\x18\x0e \x01(\x04R\x06memory\"H\n" +
+	"\x06memory\x18\x0e \x01(\x04R\x06memory\x12*\n" +
+	"\x04move\x18\x10 \x01(\v2\x16.postern.v1.KernelMoveR\x04move\"@\n" +
+	"\n" +
+	"KernelMove\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +
+	"\x02to\x18\x02 \x01(\tR\x02to\x12\x12\n" +
+	"\x04sent\x18\x03 \x01(\bR\x04sent\"H\n" +
 	"\vKernelMount\x12\x1c\n" +
 	"\tworkspace\x18\x01 \x01(\tR\tworkspace\x12\x1b\n" +
 	"\tread_only\x18\x02 \x01(\bR\breadOnly\"\xae\x02\n" +
@@ -1272,68 +1350,70 @@ func file_postern_v1_kernel_proto_rawDescGZIP() []byte {
 }
 
 var file_postern_v1_kernel_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_postern_v1_kernel_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_postern_v1_kernel_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_postern_v1_kernel_proto_goTypes = []any{
 	(KernelState)(0),                // 0: postern.v1.KernelState
 	(*Kernel)(nil),                  // 1: postern.v1.Kernel
-	(*KernelMount)(nil),             // 2: postern.v1.KernelMount
-	(*KernelSpec)(nil),              // 3: postern.v1.KernelSpec
-	(*ListKernelSpecsRequest)(nil),  // 4: postern.v1.ListKernelSpecsRequest
-	(*ListKernelSpecsResponse)(nil), // 5: postern.v1.ListKernelSpecsResponse
-	(*StartKernelRequest)(nil),      // 6: postern.v1.StartKernelRequest
-	(*KernelRequest)(nil),           // 7: postern.v1.KernelRequest
-	(*ListKernelsRequest)(nil),      // 8: postern.v1.ListKernelsRequest
-	(*ListKernelsResponse)(nil),     // 9: postern.v1.ListKernelsResponse
-	(*StopKernelResponse)(nil),      // 10: postern.v1.StopKernelResponse
-	(*KernelChannelsRequest)(nil),   // 11: postern.v1.KernelChannelsRequest
-	(*KernelMessage)(nil),           // 12: postern.v1.KernelMessage
-	(*KernelFrame)(nil),             // 13: postern.v1.KernelFrame
-	(*KernelDelivery)(nil),          // 14: postern.v1.KernelDelivery
-	nil,                             // 15: postern.v1.KernelSpec.ResourcesEntry
-	nil,                             // 16: postern.v1.StartKernelRequest.EnvironmentEntry
-	(*timestamppb.Timestamp)(nil),   // 17: google.protobuf.Timestamp
-	(*Principal)(nil),               // 18: postern.v1.Principal
+	(*KernelMove)(nil),              // 2: postern.v1.KernelMove
+	(*KernelMount)(nil),             // 3: postern.v1.KernelMount
+	(*KernelSpec)(nil),              // 4: postern.v1.KernelSpec
+	(*ListKernelSpecsRequest)(nil),  // 5: postern.v1.ListKernelSpecsRequest
+	(*ListKernelSpecsResponse)(nil), // 6: postern.v1.ListKernelSpecsResponse
+	(*StartKernelRequest)(nil),      // 7: postern.v1.StartKernelRequest
+	(*KernelRequest)(nil),           // 8: postern.v1.KernelRequest
+	(*ListKernelsRequest)(nil),      // 9: postern.v1.ListKernelsRequest
+	(*ListKernelsResponse)(nil),     // 10: postern.v1.ListKernelsResponse
+	(*StopKernelResponse)(nil),      // 11: postern.v1.StopKernelResponse
+	(*KernelChannelsRequest)(nil),   // 12: postern.v1.KernelChannelsRequest
+	(*KernelMessage)(nil),           // 13: postern.v1.KernelMessage
+	(*KernelFrame)(nil),             // 14: postern.v1.KernelFrame
+	(*KernelDelivery)(nil),          // 15: postern.v1.KernelDelivery
+	nil,                             // 16: postern.v1.KernelSpec.ResourcesEntry
+	nil,                             // 17: postern.v1.StartKernelRequest.EnvironmentEntry
+	(*timestamppb.Timestamp)(nil),   // 18: google.protobuf.Timestamp
+	(*Principal)(nil),               // 19: postern.v1.Principal
 }
 var file_postern_v1_kernel_proto_depIdxs = []int32{
 	0,  // 0: postern.v1.Kernel.state:type_name -> postern.v1.KernelState
-	17, // 1: postern.v1.Kernel.started:type_name -> google.protobuf.Timestamp
-	17, // 2: postern.v1.Kernel.last_activity:type_name -> google.protobuf.Timestamp
-	18, // 3: postern.v1.Kernel.owner:type_name -> postern.v1.Principal
-	2,  // 4: postern.v1.Kernel.mounts:type_name -> postern.v1.KernelMount
-	15, // 5: postern.v1.KernelSpec.resources:type_name -> postern.v1.KernelSpec.ResourcesEntry
-	18, // 6: postern.v1.ListKernelSpecsRequest.principal:type_name -> postern.v1.Principal
-	3,  // 7: postern.v1.ListKernelSpecsResponse.specs:type_name -> postern.v1.KernelSpec
-	18, // 8: postern.v1.StartKernelRequest.principal:type_name -> postern.v1.Principal
-	16, // 9: postern.v1.StartKernelRequest.environment:type_name -> postern.v1.StartKernelRequest.EnvironmentEntry
-	2,  // 10: postern.v1.StartKernelRequest.mounts:type_name -> postern.v1.KernelMount
-	18, // 11: postern.v1.KernelRequest.principal:type_name -> postern.v1.Principal
-	18, // 12: postern.v1.ListKernelsRequest.principal:type_name -> postern.v1.Principal
-	1,  // 13: postern.v1.ListKernelsResponse.kernels:type_name -> postern.v1.Kernel
-	18, // 14: postern.v1.KernelChannelsRequest.principal:type_name -> postern.v1.Principal
-	1,  // 15: postern.v1.KernelFrame.attached:type_name -> postern.v1.Kernel
-	14, // 16: postern.v1.KernelFrame.delivery:type_name -> postern.v1.KernelDelivery
-	12, // 17: postern.v1.KernelFrame.send:type_name -> postern.v1.KernelMessage
-	1,  // 18: postern.v1.KernelFrame.changed:type_name -> postern.v1.Kernel
-	12, // 19: postern.v1.KernelDelivery.message:type_name -> postern.v1.KernelMessage
-	4,  // 20: postern.v1.KernelHostService.ListKernelSpecs:input_type -> postern.v1.ListKernelSpecsRequest
-	6,  // 21: postern.v1.KernelHostService.StartKernel:input_type -> postern.v1.StartKernelRequest
-	8,  // 22: postern.v1.KernelHostService.ListKernels:input_type -> postern.v1.ListKernelsRequest
-	7,  // 23: postern.v1.KernelHostService.GetKernel:input_type -> postern.v1.KernelRequest
-	7,  // 24: postern.v1.KernelHostService.InterruptKernel:input_type -> postern.v1.KernelRequest
-	7,  // 25: postern.v1.KernelHostService.RestartKernel:input_type -> postern.v1.KernelRequest
-	7,  // 26: postern.v1.KernelHostService.StopKernel:input_type -> postern.v1.KernelRequest
-	5,  // 27: postern.v1.KernelHostService.ListKernelSpecs:output_type -> postern.v1.ListKernelSpecsResponse
-	1,  // 28: postern.v1.KernelHostService.StartKernel:output_type -> postern.v1.Kernel
-	9,  // 29: postern.v1.KernelHostService.ListKernels:output_type -> postern.v1.ListKernelsResponse
-	1,  // 30: postern.v1.KernelHostService.GetKernel:output_type -> postern.v1.Kernel
-	1,  // 31: postern.v1.KernelHostService.InterruptKernel:output_type -> postern.v1.Kernel
-	1,  // 32: postern.v1.KernelHostService.RestartKernel:output_type -> postern.v1.Kernel
-	10, // 33: postern.v1.KernelHostService.StopKernel:output_type -> postern.v1.StopKernelResponse
-	27, // [27:34] is the sub-list for method output_type
-	20, // [20:27] is the sub-list for method input_type
-	20, // [20:20] is the sub-list for extension type_name
-	20, // [20:20] is the sub-list for extension extendee
-	0,  // [0:20] is the sub-list for field type_name
+	18, // 1: postern.v1.Kernel.started:type_name -> google.protobuf.Timestamp
+	18, // 2: postern.v1.Kernel.last_activity:type_name -> google.protobuf.Timestamp
+	19, // 3: postern.v1.Kernel.owner:type_name -> postern.v1.Principal
+	3,  // 4: postern.v1.Kernel.mounts:type_name -> postern.v1.KernelMount
+	2,  // 5: postern.v1.Kernel.move:type_name -> postern.v1.KernelMove
+	16, // 6: postern.v1.KernelSpec.resources:type_name -> postern.v1.KernelSpec.ResourcesEntry
+	19, // 7: postern.v1.ListKernelSpecsRequest.principal:type_name -> postern.v1.Principal
+	4,  // 8: postern.v1.ListKernelSpecsResponse.specs:type_name -> postern.v1.KernelSpec
+	19, // 9: postern.v1.StartKernelRequest.principal:type_name -> postern.v1.Principal
+	17, // 10: postern.v1.StartKernelRequest.environment:type_name -> postern.v1.StartKernelRequest.EnvironmentEntry
+	3,  // 11: postern.v1.StartKernelRequest.mounts:type_name -> postern.v1.KernelMount
+	19, // 12: postern.v1.KernelRequest.principal:type_name -> postern.v1.Principal
+	19, // 13: postern.v1.ListKernelsRequest.principal:type_name -> postern.v1.Principal
+	1,  // 14: postern.v1.ListKernelsResponse.kernels:type_name -> postern.v1.Kernel
+	19, // 15: postern.v1.KernelChannelsRequest.principal:type_name -> postern.v1.Principal
+	1,  // 16: postern.v1.KernelFrame.attached:type_name -> postern.v1.Kernel
+	15, // 17: postern.v1.KernelFrame.delivery:type_name -> postern.v1.KernelDelivery
+	13, // 18: postern.v1.KernelFrame.send:type_name -> postern.v1.KernelMessage
+	1,  // 19: postern.v1.KernelFrame.changed:type_name -> postern.v1.Kernel
+	13, // 20: postern.v1.KernelDelivery.message:type_name -> postern.v1.KernelMessage
+	5,  // 21: postern.v1.KernelHostService.ListKernelSpecs:input_type -> postern.v1.ListKernelSpecsRequest
+	7,  // 22: postern.v1.KernelHostService.StartKernel:input_type -> postern.v1.StartKernelRequest
+	9,  // 23: postern.v1.KernelHostService.ListKernels:input_type -> postern.v1.ListKernelsRequest
+	8,  // 24: postern.v1.KernelHostService.GetKernel:input_type -> postern.v1.KernelRequest
+	8,  // 25: postern.v1.KernelHostService.InterruptKernel:input_type -> postern.v1.KernelRequest
+	8,  // 26: postern.v1.KernelHostService.RestartKernel:input_type -> postern.v1.KernelRequest
+	8,  // 27: postern.v1.KernelHostService.StopKernel:input_type -> postern.v1.KernelRequest
+	6,  // 28: postern.v1.KernelHostService.ListKernelSpecs:output_type -> postern.v1.ListKernelSpecsResponse
+	1,  // 29: postern.v1.KernelHostService.StartKernel:output_type -> postern.v1.Kernel
+	10, // 30: postern.v1.KernelHostService.ListKernels:output_type -> postern.v1.ListKernelsResponse
+	1,  // 31: postern.v1.KernelHostService.GetKernel:output_type -> postern.v1.Kernel
+	1,  // 32: postern.v1.KernelHostService.InterruptKernel:output_type -> postern.v1.Kernel
+	1,  // 33: postern.v1.KernelHostService.RestartKernel:output_type -> postern.v1.Kernel
+	11, // 34: postern.v1.KernelHostService.StopKernel:output_type -> postern.v1.StopKernelResponse
+	28, // [28:35] is the sub-list for method output_type
+	21, // [21:28] is the sub-list for method input_type
+	21, // [21:21] is the sub-list for extension type_name
+	21, // [21:21] is the sub-list for extension extendee
+	0,  // [0:21] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_kernel_proto_init() }
@@ -1342,7 +1422,7 @@ func file_postern_v1_kernel_proto_init() {
 		return
 	}
 	file_postern_v1_host_proto_init()
-	file_postern_v1_kernel_proto_msgTypes[12].OneofWrappers = []any{
+	file_postern_v1_kernel_proto_msgTypes[13].OneofWrappers = []any{
 		(*KernelFrame_Attached)(nil),
 		(*KernelFrame_Delivery)(nil),
 		(*KernelFrame_Send)(nil),
@@ -1357,7 +1437,7 @@ func file_postern_v1_kernel_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_kernel_proto_rawDesc), len(file_postern_v1_kernel_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   16,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -189,7 +189,7 @@ func (j *Journal) open() (Recovery, error) {
 			}
 		}
 	}
-	if j.marks, err = openMarks(filepath.Join(j.cfg.Dir, "sequence")); err != nil {
+	if j.marks, err = openMarks(filepath.Join(j.cfg.Dir, sequenceFile)); err != nil {
 		return found, err
 	}
 	if at := j.marks.start(j.next); at > j.next {

@@ -81,6 +81,12 @@ func findShown(extra []string) ([]string, error) {
 	return slices.Compact(shown), nil
 }
 
+// Showable reports whether kernels may see a path of the host: every kernel, or those
+// to which extra is shown as well.
+func Showable(path string, extra []string) bool {
+	return cleanAbs(path) && !taken(path) && (below(path, shownDefault) || below(path, extra))
+}
+
 // below reports whether path is one of dirs or inside one.
 func below(path string, dirs []string) bool {
 	return slices.ContainsFunc(dirs, func(d string) bool { return path == d || strings.HasPrefix(path, d+"/") })

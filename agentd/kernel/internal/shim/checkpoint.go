@@ -40,6 +40,8 @@ type DumpOrder struct {
 	Wait       time.Duration `json:"wait,omitempty"`
 	// Timeout bounds the dump; zero means two minutes.
 	Timeout time.Duration `json:"timeout,omitempty"`
+	// Move is the move that the dump is for, if any: see Hold.
+	Move string `json:"move,omitempty"`
 }
 
 // Dumped is what a dump came to.
@@ -55,6 +57,9 @@ type Saved struct {
 	Spec    Spec          `json:"spec"`
 	Key     string        `json:"key"`
 	Sandbox *sandbox.Spec `json:"sandbox"`
+	// Generation and Epoch go on from here on another host.
+	Generation uint64 `json:"generation,omitempty"`
+	Epoch      uint64 `json:"epoch,omitempty"`
 }
 
 // RestoreOrder is what Restore is to do.
@@ -67,6 +72,8 @@ type RestoreOrder struct {
 	Checkpoint string          `json:"checkpoint"`
 	// Timeout bounds the restore; zero means two minutes.
 	Timeout time.Duration `json:"timeout,omitempty"`
+	// Move is the move that the restore is for, if any: see Hold.
+	Move string `json:"move,omitempty"`
 }
 
 const (
@@ -84,6 +91,9 @@ var errNoCRIU = proto.Errorf(proto.CodeUnavailable, "this shim makes no checkpoi
 func (s *Shim) Dump(ctx context.Context, o DumpOrder) (Dumped, error) {
 	if s.criu == nil {
 		return Dumped{}, errNoCRIU
+	}
+	if err := s.held(o.Move); err != nil {
+		return Dumped{}, err
 	}
 	q, err := s.Quiesce(ctx, o.Wait)
 	if err != nil {
@@ -118,7 +128,7 @@ func (s *Shim) dump(ctx context.Context, o DumpOrder) (d Dumped, err error) {
 	defer cancel()
 	s.mu.Lock()
 	box := s.box
-	saved := Saved{Spec: s.spec, Key: s.state.Key, Sandbox: s.state.Sandbox}
+	saved := Saved{Spec: s.spec, Key: s.state.Key, Sandbox: s.state.Sandbox, Generation: s.state.Generation, Epoch: s.state.Epoch}
 	s.mu.Unlock()
 	if box == nil {
 		return d, proto.Errorf(proto.CodeUnavailable, "the kernel does not run")
@@ -169,6 +179,9 @@ func (s *Shim) GoOn() error {
 func (s *Shim) Restore(ctx context.Context, o RestoreOrder) error {
 	if s.criu == nil {
 		return errNoCRIU
+	}
+	if err := s.held(o.Move); err != nil {
+		return err
 	}
 	var saved Saved
 	if err := json.Unmarshal(o.Kernel, &saved); err != nil || saved.Sandbox == nil {

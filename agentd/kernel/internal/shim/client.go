@@ -120,6 +120,9 @@ func (s *Shim) enter(c *client) error {
 	if s.stopped || s.ctx.Err() != nil {
 		return errStopped
 	}
+	if err := s.heldLocked(""); err != nil {
+		return err
+	}
 	old := s.clients[c.name]
 	if old == nil && len(s.clients) >= maxClients {
 		return proto.Errorf(proto.CodeOverloaded, "%d clients are attached to this kernel already", maxClients)

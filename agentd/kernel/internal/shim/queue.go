@@ -2,6 +2,7 @@ package shim
 
 import (
 	"context"
+	"slices"
 	"sync"
 
 	"github.com/postern-dev/postern/agentd/kernel/internal/zmtp"
@@ -96,6 +97,22 @@ func (q *queue) open(conn *zmtp.Conn) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.conn = conn
+	q.cond.Broadcast()
+}
+
+// all is what waits.
+func (q *queue) all() []*posternv1.KernelMessage {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return slices.Clone(q.items)
+}
+
+// add adds a message whatever waits already.
+func (q *queue) add(m *posternv1.KernelMessage) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.items = append(q.items, m)
+	q.bytes += jupyter.Size(m)
 	q.cond.Broadcast()
 }
 

@@ -129,6 +129,7 @@ func (s *Shim) Serve(ctx context.Context, ready func()) error {
 		writeAnswer(w, q)
 	})
 	s.serveCheckpoints(mux)
+	s.serveMoves(mux)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug)}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()

@@ -132,6 +132,9 @@ func (s *Shim) open(ctx context.Context) error {
 		s.queues[name] = q
 		s.wg.Go(func() { s.send(name, q) })
 	}
+	if err := s.readWaiting(); err != nil { // the kernel is worth more than what it was to be told
+		s.logger.Error("messages that waited during a move are lost", "err", err)
+	}
 	s.wg.Go(s.watchRequests)
 	s.life.Lock()
 	defer s.life.Unlock()
@@ -298,7 +301,7 @@ func (s *Shim) Restart(ctx context.Context) error {
 	defer s.restoring.Unlock()
 	s.life.Lock()
 	defer s.life.Unlock()
-	if err := s.usable(); err != nil {
+	if err := errors.Join(s.usable(), s.held("")); err != nil {
 		return err
 	}
 	s.setPhase(posternv1.KernelState_KERNEL_STATE_CHANGING, "restarting")
@@ -424,6 +427,12 @@ func (s *Shim) Kernel() (*posternv1.Kernel, <-chan struct{}) {
 	k := &posternv1.Kernel{
 		Id: s.spec.ID, Spec: s.spec.Name, Language: s.spec.Language, State: s.phase, Reason: s.reason,
 		LastActivity: timestamppb.New(s.active), Sequence: last, Generation: s.state.Generation, Checkpoint: s.state.Checkpoint,
+	}
+	if m := s.state.Move; m != nil {
+		k.Move = &posternv1.KernelMove{Id: m.ID, To: m.To, Sent: m.Sent}
+		if k.Reason == "" {
+			k.Reason = "it is being moved to another host"
+		}
 	}
 	if !s.state.Started.IsZero() {
 		k.Started = timestamppb.New(s.state.Started)

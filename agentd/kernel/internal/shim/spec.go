@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -93,6 +94,20 @@ type State struct {
 	Checkpoint string `json:"checkpoint,omitempty"`
 	// Sandbox is the sandbox's spec with what it found at the start.
 	Sandbox *sandbox.Spec `json:"sandbox,omitempty"`
+	// Move holds the kernel; nil: none does. Moved is the id of the move that brought it
+	// here, once it is here for good.
+	Move  *Move  `json:"move,omitempty"`
+	Moved string `json:"moved,omitempty"`
+}
+
+// ReadState reads what a kernel's shim wrote last; the zero State when it never did.
+func ReadState(dir string) (State, error) {
+	var st State
+	err := readJSON(filepath.Join(dir, stateFile), &st)
+	if errors.Is(err, fs.ErrNotExist) {
+		err = nil
+	}
+	return st, err
 }
 
 func readJSON(path string, v any) error {
