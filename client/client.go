@@ -43,6 +43,7 @@ type Client struct {
 	Sessions      posternv1connect.SessionServiceClient
 	Kernels       posternv1connect.KernelServiceClient
 	Checkpoints   posternv1connect.KernelCheckpointServiceClient
+	Notebooks     posternv1connect.NotebookServiceClient
 	Secrets       posternv1connect.SecretServiceClient
 	Moves         posternv1connect.KernelMoveServiceClient
 	Audit         posternv1connect.AuditServiceClient
@@ -93,6 +94,7 @@ func New(cfg Config) (*Client, error) {
 		Sessions:      posternv1connect.NewSessionServiceClient(hc, address, option),
 		Kernels:       posternv1connect.NewKernelServiceClient(hc, address, option),
 		Checkpoints:   posternv1connect.NewKernelCheckpointServiceClient(hc, address, option),
+		Notebooks:     posternv1connect.NewNotebookServiceClient(hc, address, option),
 		Secrets:       posternv1connect.NewSecretServiceClient(hc, address, option),
 		Moves:         posternv1connect.NewKernelMoveServiceClient(hc, address, option),
 		Audit:         posternv1connect.NewAuditServiceClient(hc, address, option),

@@ -25,6 +25,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/jupyter"
 	"github.com/postern-dev/postern/controlplane/kernel"
+	"github.com/postern-dev/postern/controlplane/notebook"
 	"github.com/postern-dev/postern/controlplane/pgwire"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/query"
@@ -65,24 +66,25 @@ type Server struct {
 	options Options
 	log     *slog.Logger
 
-	store    *store.Store
-	ca       *pki.Authority
-	tokens   *token.Service
-	joins    *registration.Service
-	audit    *audit.Log
-	hub      *hub.Hub
-	queries  *query.Runner
-	reports  *query.Reports
-	sessions *sessionCloser
-	journal  *query.Journal
-	pg       *pgwire.Server
-	catalogs *catalog.Service
-	kernels  *kernel.Service
-	secrets  *secret.Service
-	jupyter  *jupyter.Server
-	tunnels  *tunnel.Server
-	events   *linkEvents
-	http     *http.Server
+	store     *store.Store
+	ca        *pki.Authority
+	tokens    *token.Service
+	joins     *registration.Service
+	audit     *audit.Log
+	hub       *hub.Hub
+	queries   *query.Runner
+	reports   *query.Reports
+	sessions  *sessionCloser
+	journal   *query.Journal
+	pg        *pgwire.Server
+	catalogs  *catalog.Service
+	kernels   *kernel.Service
+	secrets   *secret.Service
+	jupyter   *jupyter.Server
+	notebooks *notebook.Service
+	tunnels   *tunnel.Server
+	events    *linkEvents
+	http      *http.Server
 
 	lock       *os.File // held on DATA for as long as this runs
 	listener   net.Listener
@@ -217,8 +219,8 @@ func (s *Server) wire() error {
 	})
 	s.wireKernels(registry, requests)
 	s.http.Handler = api.New(api.Config{
-		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
-		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter,
+		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
+		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter,
 		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
 	})
 	return nil
@@ -338,8 +340,9 @@ func (s *Server) notify(state string) {
 
 // drain lets requests under way end.
 func (s *Server) drain() {
-	s.draining.Store(true)
 	s.notify(daemon.SdNotifyStopping)
+	s.notebooks.Close() // while kernels that must end with it can be reached
+	s.draining.Store(true)
 	s.log.Info("control plane draining", "agents", s.hub.Online(), "queries", s.queries.Running(), "sessions", s.pg.Sessions())
 	s.hub.Drain(time.Second, s.options.DrainTimeout)
 	s.jupyter.Close() // its clients come back by themselves, to whoever serves then
@@ -426,10 +429,12 @@ func (s *Server) recheck(ctx context.Context, since time.Time) time.Time {
 	for _, revoked := range tokens {
 		s.pg.CutToken(revoked.Token)
 		s.jupyter.CutToken(revoked.Token)
+		s.notebooks.CutToken(revoked.Token)
 	}
 	for _, id := range organizations {
 		s.pg.CutOrganization(id)
 		s.jupyter.CutOrganization(id)
+		s.notebooks.CutOrganization(id)
 		s.hub.DisconnectOrganization(id, hub.ErrDisabled)
 	}
 	return now

@@ -13,6 +13,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/jupyter"
+	"github.com/postern-dev/postern/controlplane/notebook"
 	"github.com/postern-dev/postern/controlplane/pgwire"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/query"
@@ -156,8 +157,9 @@ func (r *rows) ReportRows(ctx context.Context, id hub.Identity, queryID string, 
 // tokens tells the API who calls.
 type tokens struct {
 	*token.Service
-	pg      *pgwire.Server
-	jupyter *jupyter.Server
+	pg        *pgwire.Server
+	jupyter   *jupyter.Server
+	notebooks *notebook.Service
 }
 
 // Revoke revokes a token and ends what its clients have open.
@@ -166,6 +168,7 @@ func (t tokens) Revoke(ctx context.Context, organization, idOrName string) (*pos
 	if err == nil {
 		t.pg.CutToken(revoked.Id)
 		t.jupyter.CutToken(revoked.Id)
+		t.notebooks.CutToken(revoked.Id)
 	}
 	return revoked, err
 }
@@ -177,12 +180,13 @@ func (t tokens) Authenticate(ctx context.Context, bearer, remote string) (api.Ca
 
 // agents are the tunnels for the API.
 type agents struct {
-	hub     *hub.Hub
-	store   *store.Store
-	joins   *registration.Service
-	tokens  *token.Service
-	pg      *pgwire.Server
-	jupyter *jupyter.Server
+	hub       *hub.Hub
+	store     *store.Store
+	joins     *registration.Service
+	tokens    *token.Service
+	pg        *pgwire.Server
+	jupyter   *jupyter.Server
+	notebooks *notebook.Service
 }
 
 func (a agents) Agent(id string) (api.LiveAgent, error) {
@@ -207,6 +211,7 @@ func (a agents) DisconnectOrganization(id string) {
 	a.tokens.Forget()
 	a.pg.CutOrganization(id)
 	a.jupyter.CutOrganization(id)
+	a.notebooks.CutOrganization(id)
 	a.hub.DisconnectOrganization(id, hub.ErrDisabled)
 }
 

@@ -11,6 +11,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/jupyter"
 	"github.com/postern-dev/postern/controlplane/kernel"
+	"github.com/postern-dev/postern/controlplane/notebook"
 	"github.com/postern-dev/postern/controlplane/ratelimit"
 	"github.com/postern-dev/postern/controlplane/store"
 	"github.com/postern-dev/postern/controlplane/token"
@@ -43,6 +44,7 @@ func (s *Server) wireKernels(registry prometheus.Registerer, requests *ratelimit
 			return kernelAgent{l}, nil
 		},
 	})
+	s.notebooks = notebook.New(notebook.Config{Logger: s.log, Kernels: notebookKernels{s.kernels}})
 	s.jupyter = jupyter.New(jupyter.Config{
 		Logger: s.log, Tokens: jupyterTokens{s.tokens}, Kernels: jupyterKernels{s.kernels}, Sessions: jupyterSessions{s.store},
 		Permit: mayRunStatements, Remote: api.RemoteAddress, Requests: requests, Metrics: jupyter.NewMetrics(registry),

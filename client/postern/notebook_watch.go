@@ -259,7 +259,7 @@ func (a *app) leave(ctx context.Context, k *notebookKernel, s *notebook.Session,
 		return os.Remove(place)
 	}
 	if s.Dirty && s.Base != "" { // a half-run cell is of no use
-		if id := lastCheckpoint(s); id != "" {
+		if id := s.Newest(); id != "" {
 			if err := k.Rollback(ctx, id); err != nil {
 				a.info("the kernel was not taken back to its last good state: %s", message(err))
 			}
@@ -270,15 +270,6 @@ func (a *app) leave(ctx context.Context, k *notebookKernel, s *notebook.Session,
 	}
 	a.info("the kernel is suspended: the next watch of this file goes on with it (postern kernel stop %s ends it)", k.id)
 	return nil
-}
-
-func lastCheckpoint(s *notebook.Session) string {
-	for i := len(s.Steps) - 1; i >= 0; i-- {
-		if id := s.Steps[i].Checkpoint; id != "" {
-			return id
-		}
-	}
-	return s.Base
 }
 
 func (a *app) notebookHistoryCommand() *cobra.Command {

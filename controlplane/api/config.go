@@ -23,6 +23,7 @@ type Config struct {
 	Queries     Queries
 	Catalogs    Catalogs
 	Kernels     Kernels
+	Notebooks   Notebooks
 	Checkpoints Checkpoints
 	Secrets     Secrets
 	Moves       Moves

@@ -20,6 +20,9 @@ import (
 // maxRequest bounds the body of a Connect request, in bytes.
 const maxRequest = 1 << 20
 
+// maxNotebook bounds the sources of a notebook's cells, in bytes.
+const maxNotebook = 8 << 20
+
 // API serves the public API. It keeps no state.
 type API struct {
 	cfg     Config
@@ -54,6 +57,9 @@ func New(cfg Config) *API {
 		},
 		func() (string, http.Handler) { return posternv1connect.NewSecretServiceHandler(secrets{a}, option) },
 		func() (string, http.Handler) { return posternv1connect.NewKernelMoveServiceHandler(moves{a}, option) },
+		func() (string, http.Handler) {
+			return posternv1connect.NewNotebookServiceHandler(notebooks{a}, option, connect.WithReadMaxBytes(maxNotebook))
+		},
 		func() (string, http.Handler) { return posternv1connect.NewAuditServiceHandler(a, option) },
 		func() (string, http.Handler) { return posternv1connect.NewOrganizationServiceHandler(a, option) },
 		func() (string, http.Handler) { return posternv1connect.NewCAServiceHandler(a, option) },

@@ -106,6 +106,15 @@ func Parse(data []byte) (*Document, error) {
 	return d, nil
 }
 
+// Of is a document of code cells that is no file: it has no Bytes, and With makes none.
+func Of(spec string, sources []string) *Document {
+	d := &Document{Spec: spec}
+	for _, source := range sources {
+		d.Cells = append(d.Cells, Cell{Kind: "code", Source: source})
+	}
+	return d
+}
+
 // Bytes are the file as it was read; the caller must not change them.
 func (d *Document) Bytes() []byte { return d.data }
 

@@ -120,6 +120,7 @@ func lines(text string) []string {
 // Outputs gathers what a kernel sends for one cell; the zero value is ready. What it
 // keeps is bounded by MaxOutput.
 type Outputs struct {
+	most      int // 0: MaxOutput
 	list      []Output
 	bytes     int
 	dropped   int
@@ -175,7 +176,7 @@ func (o *Outputs) Take(m *posternv1.KernelMessage) (changed bool, err error) {
 		o.clear()
 	}
 	size := len(m.GetContent())
-	if o.bytes+size > MaxOutput {
+	if o.bytes+size > o.limit() {
 		o.dropped += size
 		return true, nil
 	}
@@ -189,6 +190,54 @@ func (o *Outputs) Take(m *posternv1.KernelMessage) (changed bool, err error) {
 		Class: content.Class, Value: content.Value, Traceback: content.Traceback, display: content.Transient.Display,
 	})
 	return true, nil
+}
+
+func (o *Outputs) limit() int {
+	if o.most > 0 {
+		return o.most
+	}
+	return MaxOutput
+}
+
+// Piece is what one message of the iopub channel says of a cell's outputs.
+type Piece struct {
+	// Output in the form of nbformat, JSON; nil: none.
+	Output []byte
+	// Clear: what was there goes, at once or with the next output.
+	Clear, ClearWithNext bool
+	// Display is the display id; with Update the output takes the place of what was
+	// displayed under it.
+	Display string
+	Update  bool
+}
+
+// PieceOf reads a message; ok is false for one that says nothing of outputs.
+func PieceOf(m *posternv1.KernelMessage) (p Piece, ok bool) {
+	header, err := jupyter.ParseHeader(m.GetHeader())
+	if err != nil {
+		return p, false
+	}
+	one := &Outputs{}
+	switch header.Type {
+	case "clear_output":
+		if _, err := one.Take(m); err != nil {
+			return p, false
+		}
+		return Piece{Clear: !one.clearNext, ClearWithNext: one.clearNext}, true
+	case "update_display_data":
+		p.Update = true
+		again := &posternv1.KernelMessage{Content: m.Content, Channel: m.Channel}
+		if again.Header, err = json.Marshal(map[string]string{"msg_type": "display_data", "msg_id": header.ID}); err != nil {
+			return p, false
+		}
+		m = again
+	}
+	if changed, err := one.Take(m); err != nil || !changed || len(one.list) != 1 {
+		return p, false
+	}
+	p.Display = one.list[0].display
+	p.Output, err = json.Marshal(one.list[0])
+	return p, err == nil
 }
 
 // append joins texts of one stream that follow each other.
@@ -231,7 +280,7 @@ func (o *Outputs) List() []Output {
 	}
 	if o.dropped > 0 {
 		list = append(list, Output{Kind: "stream", Name: "stderr", Text: fmt.Sprintf(
-			"postern: %d bytes of outputs after this are left out: a cell keeps %d MiB\n", o.dropped, MaxOutput>>20)})
+			"postern: %d bytes of outputs after this are left out: a cell keeps %d MiB\n", o.dropped, o.limit()>>20)})
 	}
 	return list
 }

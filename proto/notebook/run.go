@@ -99,6 +99,11 @@ type Options struct {
 	Progress Progress
 	// Changed is called after each cell with what there is of its results; nil: not.
 	Changed func(index int, r Result)
+	// MaxOutput bounds what is kept of a cell's outputs, in bytes; 0: MaxOutput.
+	MaxOutput int
+	// Forget keeps no results in memory: Changed is told of them. Then no cell changes what
+	// an earlier one has displayed.
+	Forget bool
 }
 
 // Run runs the code cells of a document in order. The results are by the cells' index
@@ -125,6 +130,10 @@ func Run(ctx context.Context, k Kernel, d *Document, o Options) (map[int]Result,
 		if o.Changed != nil {
 			o.Changed(index, r)
 		}
+		if o.Forget {
+			results[index] = Result{}
+			clear(shown)
+		}
 		var failed *CellError
 		switch {
 		case errors.As(err, &failed) && o.AllowErrors:
@@ -146,7 +155,7 @@ type displays map[int]*Outputs
 func runCell(ctx context.Context, k Kernel, source string, cell, index, of int, o Options, shown displays) (Result, error) {
 	o.Progress.cell(cell, of, 0, nil)
 	began := time.Now()
-	out := &Outputs{}
+	out := &Outputs{most: o.MaxOutput}
 	var broken error
 	limit, cancel := ctx, context.CancelFunc(func() {})
 	if o.Timeout > 0 {

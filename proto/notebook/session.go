@@ -119,6 +119,12 @@ func (s *Session) Step(ctx context.Context, d *Document) (map[int]Result, error)
 	state := want[keep+1]
 	s.Dirty, s.failed = true, nil
 	r, err := runCell(ctx, s.Kernel, texts[keep], slices.Index(d.Code(), indexes[keep])+1, indexes[keep], len(d.Code()), s.Options, displays{})
+	if s.Options.Changed != nil {
+		s.Options.Changed(indexes[keep], r)
+	}
+	if s.Options.Forget {
+		r = Result{}
+	}
 	var failed *CellError
 	if errors.As(err, &failed) {
 		s.failed = &failedCell{state, r, failed}
@@ -127,7 +133,7 @@ func (s *Session) Step(ctx context.Context, d *Document) (map[int]Result, error)
 	if err != nil {
 		return s.Results(d), err
 	}
-	step := Step{State: state, Result: r, Known: true}
+	step := Step{State: state, Result: r, Known: !s.Options.Forget}
 	began := time.Now()
 	if step.Checkpoint, err = s.Checkpoints.Checkpoint(ctx, state.String()); err != nil {
 		// The cell has run; without its checkpoint a later edit goes back further.
@@ -198,6 +204,42 @@ func (s *Session) Results(d *Document) map[int]Result {
 		}
 	}
 	return results
+}
+
+// Failed is the cell that failed as it stands in the state after Steps; nil: none did.
+func (s *Session) Failed() *CellError {
+	if s.failed == nil {
+		return nil
+	}
+	return s.failed.err
+}
+
+// Newest is the checkpoint that the kernel's state is, or descends from; "" if there is none.
+func (s *Session) Newest() string {
+	for _, step := range slices.Backward(s.Steps) {
+		if step.Checkpoint != "" {
+			return step.Checkpoint
+		}
+	}
+	return s.Base
+}
+
+// Recall takes over the steps of an earlier session, as far as they are a document's and
+// their checkpoints are there: kept are the ids of checkpoints by their labels, as
+// Checkpointer got them. What ran in the kernel since is not known, so it is Dirty.
+func (s *Session) Recall(d *Document, kept map[string]string) {
+	texts, _ := sources(d)
+	chain := Chain(s.Spec, texts)
+	s.Base, s.Steps, s.Dirty, s.failed = kept[chain[0].String()], nil, true, nil
+	newest := 0
+	for n, state := range chain[1:] {
+		if kept[state.String()] != "" {
+			newest = n + 1
+		}
+	}
+	for _, state := range chain[1 : newest+1] {
+		s.Steps = append(s.Steps, Step{State: state, Checkpoint: kept[state.String()]})
+	}
 }
 
 // Running is the state that the cell which Step would run for this document leads to;
