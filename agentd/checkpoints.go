@@ -88,7 +88,7 @@ func (s savedKernels) Suspend(ctx context.Context, id, checkpoint string) error 
 }
 
 func (s savedKernels) order(o checkpoint.RestoreOrder) kernel.RestoreOrder {
-	return kernel.RestoreOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, Kernel: o.Kernel, Checkpoint: o.Checkpoint, Move: o.Move}
+	return kernel.RestoreOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, Kernel: o.Kernel, Checkpoint: o.Checkpoint, Move: o.Move, Why: o.Why, SavedAt: o.SavedAt}
 }
 
 func (s savedKernels) Restore(ctx context.Context, id string, o checkpoint.RestoreOrder) error {

@@ -442,7 +442,7 @@ func (e *Engine) bringIn(ctx context.Context, in intent, there bool) error {
 	} else if k, err := e.look(ctx, in.Organization, in.Kernel); err != nil {
 		return err
 	} else if in.Ran && !k.Running {
-		if err := e.bring(ctx, k, c, in.Move); err != nil {
+		if err := e.bring(ctx, k, c, "move", in.Move); err != nil {
 			return err
 		}
 	}
@@ -474,7 +474,7 @@ func (e *Engine) makeArrived(ctx context.Context, in intent, c Checkpoint) error
 	if err != nil || !in.Ran {
 		return err
 	}
-	return e.cfg.Kernels.Restore(ctx, in.Kernel, RestoreOrder{Images: u.images, Kernel: u.kernel, Checkpoint: string(c.ID), Move: in.Move})
+	return e.cfg.Kernels.Restore(ctx, in.Kernel, RestoreOrder{Images: u.images, Kernel: u.kernel, Checkpoint: string(c.ID), Move: in.Move, Why: "move", SavedAt: c.Time})
 }
 
 // expireMoves forgets what was received and never asked for again.

@@ -95,6 +95,9 @@ type RestoreOrder struct {
 	Checkpoint string
 	// Move is the move that this is for, if any.
 	Move string
+	// Why is fork, rollback, resume or move, and SavedAt when the checkpoint was made.
+	Why     string
+	SavedAt time.Time
 }
 
 // Config is what an Engine works with.

@@ -49,13 +49,13 @@ func (e *Engine) Rollback(ctx context.Context, organization, id, checkpoint stri
 		return proto.Errorf(proto.CodeInvalid, "checkpoint %s is not one of kernel %s: fork it to get a kernel of it", checkpoint, id)
 	}
 	if c.Kernel == id || c.Protected {
-		return e.bring(ctx, k, c, "")
+		return e.bring(ctx, k, c, "rollback", "")
 	}
 	// Until it is back the kernel is that checkpoint, and its own limits don't keep it.
 	if err := e.store.Protect(c.ID, true); err != nil {
 		return err
 	}
-	if err := e.bring(ctx, k, c, ""); err != nil {
+	if err := e.bring(ctx, k, c, "rollback", ""); err != nil {
 		return err
 	}
 	e.unprotect(c)
@@ -94,7 +94,7 @@ func (e *Engine) resume(ctx context.Context, organization string, k Kernel) erro
 	if err != nil {
 		return err
 	}
-	if err := e.bring(ctx, k, c, ""); err != nil || c.Kind != KindSuspend {
+	if err := e.bring(ctx, k, c, "resume", ""); err != nil || c.Kind != KindSuspend {
 		return err
 	}
 	e.unprotect(c)
@@ -175,8 +175,9 @@ func (e *Engine) unpack(ctx context.Context, c Checkpoint, private string) (u un
 }
 
 // bring puts a kernel back, its private files too: a suspended one may have others, of
-// before a rollback that failed. move is the one that this is for, if any.
-func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint, move string) error {
+// before a rollback that failed. why is rollback, resume or move; move is
+// the one that this is for, if any.
+func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint, why, move string) error {
 	if k.Held && move == "" {
 		return heldError(k.ID)
 	}
@@ -200,7 +201,7 @@ func (e *Engine) bring(ctx context.Context, k Kernel, c Checkpoint, move string)
 	if err := errors.Join(images.Reown(u.images, u.from, to), images.ReownTree(u.private, u.from, to)); err != nil {
 		return fmt.Errorf("restore %s: %w", c.ID, err)
 	}
-	o := RestoreOrder{Images: u.images, Private: u.private, Kernel: u.kernel, Checkpoint: string(c.ID), Move: move}
+	o := RestoreOrder{Images: u.images, Private: u.private, Kernel: u.kernel, Checkpoint: string(c.ID), Move: move, Why: why, SavedAt: c.Time}
 	ctx, cancel := context.WithTimeout(ctx, dumpTimeout(c.Size))
 	defer cancel()
 	if err := e.cfg.Kernels.Restore(ctx, k.ID, o); err != nil {
@@ -253,7 +254,7 @@ func (e *Engine) Fork(ctx context.Context, organization, from, checkpoint, id st
 	}
 	ctx, cancel := context.WithTimeout(ctx, dumpTimeout(c.Size))
 	defer cancel()
-	o := RestoreOrder{Images: u.images, Private: u.private, Kernel: u.kernel, Checkpoint: checkpoint}
+	o := RestoreOrder{Images: u.images, Private: u.private, Kernel: u.kernel, Checkpoint: checkpoint, Why: "fork", SavedAt: c.Time}
 	err = e.cfg.Kernels.Fork(ctx, id, from, o, func(uid, gid uint32, private string) error {
 		to := images.Owners{UID: uid, GID: gid}
 		return errors.Join(images.Reown(u.images, u.from, to), images.ReownTree(u.private, u.from, to))

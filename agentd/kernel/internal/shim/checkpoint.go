@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -74,6 +75,10 @@ type RestoreOrder struct {
 	Timeout time.Duration `json:"timeout,omitempty"`
 	// Move is the move that the restore is for, if any: see Hold.
 	Move string `json:"move,omitempty"`
+	// Why is fork, rollback, resume or move, and SavedAt when the checkpoint was made: the
+	// kernel is told.
+	Why     string    `json:"why,omitempty"`
+	SavedAt time.Time `json:"saved_at,omitzero"`
 }
 
 const (
@@ -321,6 +326,10 @@ func (s *Shim) restore(ctx context.Context, o RestoreOrder, saved Saved) (box *s
 	if err != nil {
 		p.Abort()
 		return nil, undo, err
+	}
+	if err := writeRestored(spec, o); err != nil {
+		p.Abort()
+		return nil, undo, fmt.Errorf("tell the kernel that it is restored: %w", err)
 	}
 	pid, err := s.criu.RestoreTree(ctx, o.CRIU, tree, o.Images)
 	if err != nil {
