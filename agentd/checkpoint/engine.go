@@ -168,6 +168,7 @@ func Open(c Config) (*Engine, error) {
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
 	e.wg.Go(e.clean)
+	e.wg.Go(func() { e.spool.tidy(e.ctx) })
 	if c.Moves != nil {
 		if err := e.openMoves(); err != nil {
 			return nil, errors.Join(err, e.Close())

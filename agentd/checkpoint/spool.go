@@ -2,15 +2,18 @@ package checkpoint
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -22,6 +25,7 @@ import (
 type spool struct {
 	memory, disk string // memory is empty if it can't be used
 	kept         *kept
+	left         []string // of earlier operations, not removed yet
 	log          *slog.Logger
 }
 
@@ -52,12 +56,35 @@ func openSpool(memory, disk string, log *slog.Logger) (spool, error) {
 			return s, fmt.Errorf("checkpoint spool: %w", err)
 		}
 		for _, e := range entries { // of operations that a crash ended
-			if err := os.RemoveAll(filepath.Join(dir, e.Name())); err != nil {
-				log.Error("checkpoints: left-over images not removed", "path", e.Name(), "err", err)
+			path := filepath.Join(dir, e.Name())
+			if err := os.RemoveAll(path); err != nil {
+				s.left = append(s.left, path) // CRIU may be at work there still, for a shim
 			}
 		}
 	}
 	return s, nil
+}
+
+// tidyPause is between two tries to remove what is left of earlier operations.
+const tidyPause = 2 * time.Second
+
+// tidy removes what openSpool could not, until that is done or the context ends.
+func (s spool) tidy(ctx context.Context) {
+	for told := false; len(s.left) > 0; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(tidyPause):
+		}
+		s.left = slices.DeleteFunc(s.left, func(path string) bool {
+			err := os.RemoveAll(path)
+			if err != nil && !told {
+				s.log.Warn("checkpoints: left-over images not removed yet", "path", path, "err", err)
+				told = true
+			}
+			return err == nil
+		})
+	}
 }
 
 // ownDir makes a directory for this user alone. One that is there must be so already:

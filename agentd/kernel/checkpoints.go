@@ -115,6 +115,7 @@ func (m *Manager) order(ctx context.Context, id string, do func(*shim.Agent) err
 // become a fork's: in the kernel's directory, for a rename.
 const (
 	placeSuffix = ".new"
+	copySuffix  = ".copy" // of a dump
 	placePrefix = "fork-"
 	gonePrefix  = "gone-"
 )
@@ -132,7 +133,7 @@ func (m *Manager) tidy(dir string) {
 		switch {
 		case strings.HasPrefix(name, gonePrefix):
 			gone = filepath.Join(dir, name)
-		case !strings.HasSuffix(name, placeSuffix) && !strings.HasPrefix(name, placePrefix) || !e.IsDir():
+		case !strings.HasSuffix(name, placeSuffix) && !strings.HasSuffix(name, copySuffix) && !strings.HasPrefix(name, placePrefix) || !e.IsDir():
 			continue
 		default:
 			if err := os.Rename(filepath.Join(dir, name), gone); err != nil {

@@ -110,7 +110,7 @@ func (d *Driver) call(ctx context.Context, req request, inherit map[string]*os.F
 		e.Lines = firstErrors(filepath.Join(req.Images, logName))
 	}
 	e.Cause = causeOf(e.Lines)
-	if !answered && e.Cause == CauseUnknown {
+	if (!answered || answer.Killed) && e.Cause != CauseNoSpace { // what the log says then is how CRIU took it
 		e.Cause = CauseKilled
 	}
 	return event{}, e
@@ -196,6 +196,9 @@ type Error struct {
 // Error implements error.
 func (e *Error) Error() string {
 	text := fmt.Sprintf("criu %s: %s", e.Op, e.Cause)
+	if e.Cause == CauseKilled { // the log says how it took that
+		return text + ": try again"
+	}
 	if len(e.Lines) > 0 {
 		return text + ": " + e.Lines[0]
 	}

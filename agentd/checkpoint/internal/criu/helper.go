@@ -8,9 +8,11 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"runtime"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	gocriu "github.com/checkpoint-restore/go-criu/v7"
@@ -139,9 +141,11 @@ func (h *helper) run() event {
 		return event{Failed: err.Error()}
 	}
 	e := h.ask(c)
-	if err := c.Cleanup(); err != nil && e.Failed == "" {
+	err := c.Cleanup()
+	if err != nil && e.Failed == "" {
 		e = event{Failed: err.Error()}
 	}
+	e.Killed = killed(err)
 	return e
 }
 
@@ -270,13 +274,11 @@ func (h *helper) start(c *gocriu.Criu) error {
 	if err := c.Prepare(); err != nil {
 		return fmt.Errorf("start CRIU: %w", err)
 	}
-	if len(h.req.Cgroups) == 0 {
-		return nil
-	}
 	for pid := range childProcesses() { // go-criu does not tell it
 		if before[pid] {
 			continue
 		}
+		go h.watch(pid)
 		for _, procs := range h.req.Cgroups {
 			if err := os.WriteFile(procs, []byte(strconv.Itoa(pid)), 0); err != nil {
 				return fmt.Errorf("put CRIU into the kernel's cgroup: %w", err)
@@ -285,6 +287,41 @@ func (h *helper) start(c *gocriu.Criu) error {
 		return nil
 	}
 	return errors.New("start CRIU: it ended at once")
+}
+
+// killedTime is how long what CRIU said before it was killed may take to be read.
+const killedTime = time.Second
+
+// watch ends this process when CRIU was killed: its children may hold its socket open, so
+// nobody would be told. The caller ends them.
+func (h *helper) watch(pid int) {
+	var info unix.Siginfo
+	for {
+		err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOWAIT, nil)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		const killed, dumped = 2, 3 // CLD_KILLED, CLD_DUMPED
+		if err != nil || info.Code != killed && info.Code != dumped {
+			return
+		}
+		break
+	}
+	time.Sleep(killedTime)
+	_ = h.tell(event{Failed: errKilled.Error(), Killed: true, Done: true})
+	os.Exit(1)
+}
+
+var errKilled = errors.New("CRIU was killed")
+
+// killed reports whether CRIU, as its end says, was killed.
+func killed(err error) bool {
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) {
+		return false
+	}
+	status, ok := exit.Sys().(syscall.WaitStatus)
+	return ok && status.Signaled()
 }
 
 // childProcesses are this process's children.

@@ -62,6 +62,8 @@ type event struct {
 	Done bool `json:"done,omitempty"`
 	// Failed is go-criu's error; the log has the cause.
 	Failed string `json:"failed,omitempty"`
+	// Killed marks that somebody killed CRIU.
+	Killed bool `json:"killed,omitempty"`
 	// Copy marks that a copy failed, not CRIU; Full that it was for want of space.
 	Copy     bool      `json:"copy,omitempty"`
 	Full     bool      `json:"full,omitempty"`

@@ -383,10 +383,19 @@ func WriteState(dir string, st State) error { return writeJSON(filepath.Join(dir
 
 // serveCheckpoints adds the paths of checkpoints.
 func (s *Shim) serveCheckpoints(mux *http.ServeMux) {
-	handle(s, mux, "/v1/dump", func(ctx context.Context, o DumpOrder) (any, error) { return s.Dump(ctx, o) })
-	handle(s, mux, "/v1/restore", func(ctx context.Context, o RestoreOrder) (any, error) { return struct{}{}, s.Restore(ctx, o) })
+	handle(s, mux, "/v1/dump", func(ctx context.Context, o DumpOrder) (any, error) {
+		d, err := s.Dump(context.WithoutCancel(ctx), o)
+		if err == nil && o.Stay && ctx.Err() != nil { // who was to suspend it is gone
+			err = errors.Join(context.Cause(ctx), s.GoOn())
+		}
+		return d, err
+	})
+	handle(s, mux, "/v1/restore", func(ctx context.Context, o RestoreOrder) (any, error) {
+		return struct{}{}, s.Restore(context.WithoutCancel(ctx), o)
+	})
 	handle(s, mux, "/v1/goon", func(context.Context, struct{}) (any, error) { return struct{}{}, s.GoOn() })
 	handle(s, mux, "/v1/suspend", func(ctx context.Context, o suspendOrder) (any, error) {
+		ctx = context.WithoutCancel(ctx)
 		if !s.unstay() {
 			return nil, proto.Errorf(proto.CodeUnavailable, "the kernel went on before its checkpoint was stored: try again")
 		}
@@ -402,7 +411,8 @@ type suspendOrder struct {
 	Checkpoint string `json:"checkpoint"`
 }
 
-// handle serves a request with a JSON body. What was begun is finished, whoever hangs up.
+// handle serves a request with a JSON body. The context ends when who asked hangs up; what
+// was begun is finished all the same.
 func handle[T any](s *Shim, mux *http.ServeMux, path string, do func(context.Context, T) (any, error)) {
 	mux.HandleFunc("POST "+path, func(w http.ResponseWriter, r *http.Request) {
 		var o T
@@ -411,7 +421,7 @@ func handle[T any](s *Shim, mux *http.ServeMux, path string, do func(context.Con
 			proto.WriteHTTPError(w, proto.Errorf(proto.CodeInvalid, "%s: %v", path, err))
 			return
 		}
-		answer, err := do(context.WithoutCancel(r.Context()), o)
+		answer, err := do(r.Context(), o)
 		if err != nil {
 			s.logger.Warn("request failed", "path", path, "err", err)
 			proto.WriteHTTPError(w, public(err))
