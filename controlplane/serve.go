@@ -9,6 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/postern-dev/postern/controlplane/blob"
 	"github.com/postern-dev/postern/controlplane/store"
 )
 
@@ -28,6 +29,9 @@ type Options struct {
 	// DatabasePasswordFile is read afresh whenever PostgreSQL refuses the
 	// password that was read last.
 	DatabasePasswordFile string
+	// Blob is where the contents of files are: a directory, or s3://BUCKET?...; empty means
+	// the directory blob in Data.
+	Blob string
 	// HistoryAge is how long queries and their rows are kept.
 	HistoryAge time.Duration
 	// DrainTimeout bounds how long requests under way may take to end at a stop.
@@ -49,6 +53,9 @@ func (o Options) Validate() error {
 		return errors.New("--history-age must be at least 1m")
 	case o.DrainTimeout < 0:
 		return errors.New("--drain-timeout cannot be negative")
+	}
+	if err := blob.Validate(o.Blob); err != nil {
+		return fmt.Errorf("--blob: %w", err)
 	}
 	_, err := o.logger(os.Stderr)
 	return err
@@ -115,6 +122,7 @@ the password and dbname=AGENT/SOURCE.`,
 	f.StringVar(&o.TLSKey, "tls-key", "", "its private key, PEM")
 	f.StringVar(&o.Database, "database", "", "PostgreSQL for the metadata, postgres://user@host/db; default SQLite in --data")
 	f.StringVar(&o.DatabasePasswordFile, "database-password-file", "", "file with that database's password; may change at any time")
+	f.StringVar(&o.Blob, "blob", "", "where contents of files are kept: a directory, or s3://BUCKET?region=R&endpoint=URL&prefix=P/; default: the directory blob in --data")
 	f.DurationVar(&o.HistoryAge, "history-age", store.DefaultHistoryAge, "how long queries and the rows kept with them stay in the history")
 	f.DurationVar(&o.DrainTimeout, "drain-timeout", 30*time.Second, "how long requests under way may take to end at a stop")
 	f.StringVar(&o.LogLevel, "log-level", "info", "debug, info, warn or error")

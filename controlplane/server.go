@@ -21,6 +21,7 @@ import (
 
 	"github.com/postern-dev/postern/controlplane/api"
 	"github.com/postern-dev/postern/controlplane/audit"
+	"github.com/postern-dev/postern/controlplane/blob"
 	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/jupyter"
@@ -34,6 +35,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/secret"
 	"github.com/postern-dev/postern/controlplane/store"
 	"github.com/postern-dev/postern/controlplane/token"
+	"github.com/postern-dev/postern/controlplane/workspace"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/tunnel"
 )
@@ -81,6 +83,8 @@ type Server struct {
 	kernels   *kernel.Service
 	secrets   *secret.Service
 	jupyter   *jupyter.Server
+	blobs     *blob.Store
+	files     *workspace.Service
 	notebooks *notebook.Service
 	tunnels   *tunnel.Server
 	events    *linkEvents
@@ -133,7 +137,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if err := recoverQueries(ctx, s.store, s.audit, s.log); err != nil {
 		return err
 	}
-	return s.wire()
+	return s.wire(ctx)
 }
 
 func (s *Server) openStore(ctx context.Context) (err error) {
@@ -149,7 +153,7 @@ func (s *Server) openStore(ctx context.Context) (err error) {
 }
 
 // wire makes the parts that serve and puts them together.
-func (s *Server) wire() error {
+func (s *Server) wire(ctx context.Context) error {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), buildInfo())
 	s.events = newLinkEvents(s.store, s.log)
@@ -170,8 +174,12 @@ func (s *Server) wire() error {
 			return catalogAgent{l}, nil
 		},
 	})
+	if err := s.wireFiles(ctx, registry); err != nil {
+		return err
+	}
 	s.hub = hub.New(hub.Config{
-		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
+		Members: members{s.files.AgentHandler()},
+		Logger:  s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
 	})
 	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
@@ -220,7 +228,7 @@ func (s *Server) wire() error {
 	s.wireKernels(registry, requests)
 	s.http.Handler = api.New(api.Config{
 		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
-		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter,
+		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter, Files: s.files,
 		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
 	})
 	return nil
@@ -321,6 +329,7 @@ func (s *Server) Run(ctx context.Context) error {
 		})
 	}
 	group.Go(func() error { s.housekeep(work); return nil })
+	group.Go(func() error { s.collectFiles(work); return nil })
 	s.notify(daemon.SdNotifyReady)
 	select {
 	case <-ctx.Done():
@@ -474,12 +483,20 @@ func (s *Server) Close() error {
 	if s.tunnels != nil {
 		s.tunnels.Close()
 	}
+	if s.files != nil {
+		s.files.Close()
+		s.files = nil
+	}
+	if s.blobs != nil {
+		err = errors.Join(err, s.blobs.Close())
+		s.blobs = nil
+	}
 	if s.events != nil {
 		s.events.close()
 		s.events = nil
 	}
 	if s.store != nil {
-		err = s.store.Close()
+		err = errors.Join(err, s.store.Close())
 		s.store = nil
 	}
 	if s.lock != nil {

@@ -25,11 +25,13 @@ type Config struct {
 	Kernels     Kernels
 	Notebooks   Notebooks
 	Checkpoints Checkpoints
-	Secrets     Secrets
-	Moves       Moves
-	Audit       Audit
-	CA          CA
-	Gatherer    prometheus.Gatherer
+	// Files is optional: without it there are no workspaces.
+	Files    Files
+	Secrets  Secrets
+	Moves    Moves
+	Audit    Audit
+	CA       CA
+	Gatherer prometheus.Gatherer
 	// Tunnel serves the WebSocket endpoint, /tunnel.
 	Tunnel http.Handler
 	// Jupyter serves Jupyter's clients, below /jupyter/; it knows callers by itself.

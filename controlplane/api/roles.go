@@ -55,6 +55,32 @@ var needed = map[string]string{
 	posternv1connect.QueryServiceGetQueryProcedure:                     "analyst",
 	posternv1connect.QueryServiceCancelQueryProcedure:                  "analyst",
 
+	posternv1connect.FileServiceListWorkspacesProcedure:    "viewer",
+	posternv1connect.FileServiceGetWorkspaceProcedure:      "viewer",
+	posternv1connect.FileServiceGetFileProcedure:           "viewer",
+	posternv1connect.FileServiceListFilesProcedure:         "viewer",
+	posternv1connect.FileServiceListFileVersionsProcedure:  "viewer",
+	posternv1connect.FileServiceListTrashProcedure:         "viewer",
+	posternv1connect.FileServiceListConflictsProcedure:     "viewer",
+	posternv1connect.FileServiceListSnapshotsProcedure:     "viewer",
+	posternv1connect.FileServiceGetFileStatusProcedure:     "viewer",
+	posternv1connect.FileServiceCreateWorkspaceProcedure:   "analyst",
+	posternv1connect.FileServiceMakeDirectoryProcedure:     "analyst",
+	posternv1connect.FileServiceMoveFileProcedure:          "analyst",
+	posternv1connect.FileServiceRemoveFileProcedure:        "analyst",
+	posternv1connect.FileServiceCommitFileProcedure:        "analyst",
+	posternv1connect.FileServiceCommitFilesProcedure:       "analyst",
+	posternv1connect.FileServiceMissingFileChunksProcedure: "analyst",
+	posternv1connect.FileServiceRestoreFileProcedure:       "analyst",
+	posternv1connect.FileServiceCreateSnapshotProcedure:    "analyst",
+	posternv1connect.FileServiceRestoreSnapshotProcedure:   "analyst",
+	posternv1connect.FileServiceEmptyTrashProcedure:        "operator",
+	posternv1connect.FileServiceDeleteSnapshotProcedure:    "operator",
+	posternv1connect.FileServiceUpdateWorkspaceProcedure:   "operator",
+	posternv1connect.FileServiceDeleteWorkspaceProcedure:   "operator",
+	readFiles:  "viewer",
+	writeFiles: "analyst",
+
 	posternv1connect.KeyServiceCreateKeyProcedure:     "operator",
 	posternv1connect.KeyServiceListKeysProcedure:      "operator",
 	posternv1connect.KeyServiceRevokeKeyProcedure:     "operator",
@@ -76,6 +102,8 @@ const (
 	runSQL       = "run SQL"
 	agentMetrics = "read an agent's metrics"
 	metrics      = "read the metrics"
+	readFiles    = "read files"
+	writeFiles   = "write files"
 )
 
 // has reports whether role includes least.

@@ -81,6 +81,7 @@ func New(cfg Config) *API {
 			plain(w, http.StatusMethodNotAllowed, r.Method+" is not understood here: use "+method)
 		})
 	}
+	a.routeFiles(mux)
 	mux.Handle("/tunnel", cfg.Tunnel)
 	mux.Handle("/jupyter/", cfg.Jupyter)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { plain(w, http.StatusOK, "ok") })

@@ -4,11 +4,12 @@ import (
 	"context"
 	"crypto/tls"
 	"log/slog"
+	"net/http"
 
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
-// Config is what a hub needs. All fields but Metrics are required.
+// Config is what a hub needs. All fields but Metrics and Members are required.
 type Config struct {
 	Logger  *slog.Logger
 	Gate    Gate
@@ -17,6 +18,21 @@ type Config struct {
 	Reports Reports
 	Events  Events
 	Metrics *Metrics
+	// Members is optional: what else agents may ask for on their tunnels.
+	Members Members
+}
+
+// Members serves attached agents beyond LinkService. MemberOf tells its handler who asks.
+type Members interface {
+	http.Handler
+	// Serves reports whether a path is among what it serves.
+	Serves(path string) bool
+}
+
+// Member is an attached agent.
+type Member struct {
+	// Organization and Agent are ids, Name is the agent's name.
+	Organization, Agent, Name string
 }
 
 // Gate decides who a peer is and whether it may go on. Its errors carry codes of

@@ -24,8 +24,45 @@ func (h *Hub) routes() http.Handler {
 	mux := http.NewServeMux()
 	path, handler := posternv1connect.NewLinkServiceHandler(linkService{h}, connect.WithReadMaxBytes(maxLinkRequest))
 	mux.Handle(path, h.authorise(handler))
-	return mux
+	if h.cfg.Members == nil {
+		return mux
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if h.cfg.Members.Serves(r.URL.Path) {
+			h.serveMember(w, r)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
 }
+
+// serveMember serves an attached agent, whose standing is checked at every request.
+func (h *Hub) serveMember(w http.ResponseWriter, r *http.Request) {
+	p := peerOf(r.Context())
+	h.mu.Lock()
+	l := p.link
+	h.mu.Unlock()
+	var err error
+	switch {
+	case p.standing() != member:
+		err = proto.Errorf(proto.CodeUnauthenticated, "only an agent with a valid certificate may do this")
+	case l == nil:
+		err = proto.Errorf(proto.CodeInvalid, "an agent says hello before anything else")
+	default:
+		err = h.cfg.Gate.CheckIdentity(r.Context(), p.id)
+	}
+	if err != nil {
+		writeConnectError(w, r, err)
+		return
+	}
+	m := Member{Organization: p.id.Organization, Agent: p.id.Agent, Name: l.Name}
+	h.cfg.Members.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), memberKey{}, m)))
+}
+
+type memberKey struct{}
+
+// MemberOf is the agent that asks, within a handler of Members.
+func MemberOf(ctx context.Context) Member { return ctx.Value(memberKey{}).(Member) }
 
 // standing is what a certificate makes of a peer.
 type standing int

@@ -2,13 +2,15 @@ package pki
 
 import (
 	"crypto/hkdf"
+	"crypto/hmac"
 	"crypto/sha256"
+	"encoding/hex"
 	"log/slog"
 )
 
 // Box seals what rests in the store with a key of its own, derived from the master
 // key. It prints as "redacted".
-type Box struct{ key masterKey }
+type Box struct{ key, names masterKey }
 
 // String hides the key.
 func (Box) String() string { return "redacted" }
@@ -29,7 +31,11 @@ func (a *Authority) Box(purpose string) (*Box, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Box{key: masterKey(derived)}, nil
+	names, err := hkdf.Key(sha256.New, a.master[:], nil, "postern names: "+purpose, masterKeySize)
+	if err != nil {
+		return nil, err
+	}
+	return &Box{key: masterKey(derived), names: masterKey(names)}, nil
 }
 
 // Seal encrypts and authenticates plain, and authenticates what it is about.
@@ -38,3 +44,11 @@ func (b *Box) Seal(plain []byte, about string) ([]byte, error) { return b.key.se
 // Open is the reverse of Seal; it fails if anything was altered, or about is not
 // the same.
 func (b *Box) Open(sealed []byte, about string) ([]byte, error) { return b.key.unseal(sealed, about) }
+
+// Name is a keyed hash (HMAC-SHA256) of something, in lower-case hex: without the master
+// key nobody can tell what it is the name of.
+func (b *Box) Name(of []byte) string {
+	mac := hmac.New(sha256.New, b.names[:])
+	mac.Write(of)
+	return hex.EncodeToString(mac.Sum(nil))
+}

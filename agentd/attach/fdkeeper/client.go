@@ -4,20 +4,23 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
-	"github.com/postern-dev/postern/agentd/attach/packet"
+	"golang.org/x/sys/unix"
 )
 
 // Client speaks with a keeper. It is safe for concurrent use; calls wait for each other.
 type Client struct {
 	dir  string
-	conn *packet.Conn
+	mu   sync.Mutex
+	conn *net.UnixConn
 	lock *os.File // of a server, for its life
 }
 
@@ -27,7 +30,11 @@ const serverLock = "server.lock"
 // Dial reaches the keeper of a directory; an error that is fs.ErrNotExist or ECONNREFUSED
 // means that there is none.
 func Dial(dir string) (*Client, error) {
-	conn, err := packet.Dial(dir, SocketName)
+	var conn *net.UnixConn
+	err := inDir(dir, SocketName, func(path string) (err error) {
+		conn, err = net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
+		return err
+	})
 	if err != nil {
 		return nil, fmt.Errorf("reach the keeper of mounts: %w", err)
 	}
@@ -43,18 +50,28 @@ func (c *Client) Close() error {
 }
 
 // call sends a message and waits for its answer, until the time is over.
-func (c *Client) call(until time.Time, m message, files ...*os.File) (answer message, got []*os.File, err error) {
-	got, err = c.conn.Call(until, m, &answer, files...)
+func (c *Client) call(until time.Time, m message, files ...*os.File) (message, []*os.File, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err := c.conn.SetDeadline(until); err != nil {
+		return message{}, nil, err
+	}
+	if err := send(c.conn, m, files...); err != nil {
+		return message{}, nil, fmt.Errorf("keeper of mounts: %w", err)
+	}
+	answer, got, err := receive(c.conn)
+	if err != nil {
+		// An answer that comes later would be taken for the next one's.
+		return message{}, nil, errors.Join(fmt.Errorf("keeper of mounts: %w", err), c.conn.Close())
+	}
 	switch {
-	case err != nil:
-		return answer, nil, fmt.Errorf("keeper of mounts: %w", err)
 	case answer.NotFound:
 		err = fmt.Errorf("%s: %w", m.Name, ErrUnknown)
 	case answer.Error != "":
 		err = fmt.Errorf("keeper of mounts: %s", answer.Error)
 	}
 	if err != nil {
-		packet.CloseAll(got)
+		closeAll(got)
 		return answer, nil, err
 	}
 	return answer, got, nil
@@ -62,7 +79,7 @@ func (c *Client) call(until time.Time, m message, files ...*os.File) (answer mes
 
 func (c *Client) simple(m message, files ...*os.File) error {
 	_, got, err := c.call(time.Now().Add(callTime), m, files...)
-	packet.CloseAll(got)
+	closeAll(got)
 	return err
 }
 
@@ -74,7 +91,7 @@ func (c *Client) Claim(ctx context.Context) ([]string, error) {
 		until = time.Now().Add(time.Minute)
 	}
 	answer, got, err := c.call(until, message{Op: opClaim})
-	packet.CloseAll(got)
+	closeAll(got)
 	if err != nil {
 		return nil, err
 	}
@@ -99,7 +116,7 @@ func (c *Client) Fetch(name string) (*Kept, error) {
 		return nil, err
 	}
 	if len(got) != 1 {
-		packet.CloseAll(got)
+		closeAll(got)
 		return nil, fmt.Errorf("keeper of mounts: %d descriptors came, not 1", len(got))
 	}
 	return &Kept{Name: name, Minor: answer.Minor, Blob: answer.Blob, Dev: got[0]}, nil
@@ -128,7 +145,7 @@ func (c *Client) Clone(name string, readOnly bool) (*os.File, error) {
 		return nil, err
 	}
 	if len(got) != 1 {
-		packet.CloseAll(got)
+		closeAll(got)
 		return nil, fmt.Errorf("keeper of mounts: %d descriptors came, not 1", len(got))
 	}
 	return got[0], nil
@@ -144,7 +161,7 @@ func (c *Client) Beat() error { return c.simple(message{Op: opBeat}) }
 // List tells the names of all connections.
 func (c *Client) List() ([]string, error) {
 	answer, got, err := c.call(time.Now().Add(callTime), message{Op: opList})
-	packet.CloseAll(got)
+	closeAll(got)
 	return answer.Names, err
 }
 
@@ -209,3 +226,15 @@ func Spawn(ctx context.Context, c SpawnConfig) (*os.Process, error) {
 }
 
 const sayReady = "ready"
+
+// peer is the process at the other end of a unix socket, by pid and uid.
+func peer(c *net.UnixConn) (*unix.Ucred, error) {
+	raw, err := c.SyscallConn()
+	if err != nil {
+		return nil, err
+	}
+	var cred *unix.Ucred
+	var cerr error
+	err = raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
+	return cred, errors.Join(err, cerr)
+}

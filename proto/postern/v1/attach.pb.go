@@ -9,6 +9,7 @@ package posternv1
 import (
 	protoreflect "google.golang.org/protobuf/reflect/protoreflect"
 	protoimpl "google.golang.org/protobuf/runtime/protoimpl"
+	timestamppb "google.golang.org/protobuf/types/known/timestamppb"
 	reflect "reflect"
 	sync "sync"
 	unsafe "unsafe"
@@ -73,6 +74,176 @@ func (NodeType) EnumDescriptor() ([]byte, []int) {
 	return file_postern_v1_attach_proto_rawDescGZIP(), []int{0}
 }
 
+type GetAttachStatusRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name or id; empty: all.
+	Workspace     string `protobuf:"bytes,1,opt,name=workspace,proto3" json:"workspace,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetAttachStatusRequest) Reset() {
+	*x = GetAttachStatusRequest{}
+	mi := &file_postern_v1_attach_proto_msgTypes[0]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetAttachStatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetAttachStatusRequest) ProtoMessage() {}
+
+func (x *GetAttachStatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_attach_proto_msgTypes[0]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetAttachStatusRequest.ProtoReflect.Descriptor instead.
+func (*GetAttachStatusRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{0}
+}
+
+func (x *GetAttachStatusRequest) GetWorkspace() string {
+	if x != nil {
+		return x.Workspace
+	}
+	return ""
+}
+
+type GetAttachStatusResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Without agent, online and as_of, which the control plane knows.
+	Mounts        []*MountStatus `protobuf:"bytes,1,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetAttachStatusResponse) Reset() {
+	*x = GetAttachStatusResponse{}
+	mi := &file_postern_v1_attach_proto_msgTypes[1]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetAttachStatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetAttachStatusResponse) ProtoMessage() {}
+
+func (x *GetAttachStatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_attach_proto_msgTypes[1]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetAttachStatusResponse.ProtoReflect.Descriptor instead.
+func (*GetAttachStatusResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{1}
+}
+
+func (x *GetAttachStatusResponse) GetMounts() []*MountStatus {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+type ReportStatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Mounts        []*MountStatus         `protobuf:"bytes,1,rep,name=mounts,proto3" json:"mounts,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportStatusRequest) Reset() {
+	*x = ReportStatusRequest{}
+	mi := &file_postern_v1_attach_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportStatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportStatusRequest) ProtoMessage() {}
+
+func (x *ReportStatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_attach_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportStatusRequest.ProtoReflect.Descriptor instead.
+func (*ReportStatusRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{2}
+}
+
+func (x *ReportStatusRequest) GetMounts() []*MountStatus {
+	if x != nil {
+		return x.Mounts
+	}
+	return nil
+}
+
+type ReportStatusResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ReportStatusResponse) Reset() {
+	*x = ReportStatusResponse{}
+	mi := &file_postern_v1_attach_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ReportStatusResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ReportStatusResponse) ProtoMessage() {}
+
+func (x *ReportStatusResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_attach_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ReportStatusResponse.ProtoReflect.Descriptor instead.
+func (*ReportStatusResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{3}
+}
+
 // Node is what a name stands for in a workspace.
 type Node struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -108,7 +279,7 @@ type Node struct {
 
 func (x *Node) Reset() {
 	*x = Node{}
-	mi := &file_postern_v1_attach_proto_msgTypes[0]
+	mi := &file_postern_v1_attach_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -120,7 +291,7 @@ func (x *Node) String() string {
 func (*Node) ProtoMessage() {}
 
 func (x *Node) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[0]
+	mi := &file_postern_v1_attach_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -133,7 +304,7 @@ func (x *Node) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Node.ProtoReflect.Descriptor instead.
 func (*Node) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{0}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *Node) GetId() uint64 {
@@ -261,7 +432,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_postern_v1_attach_proto_msgTypes[1]
+	mi := &file_postern_v1_attach_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -273,7 +444,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[1]
+	mi := &file_postern_v1_attach_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -286,7 +457,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{1}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *Entry) GetParent() uint64 {
@@ -322,7 +493,7 @@ type OpenWorkspaceRequest struct {
 
 func (x *OpenWorkspaceRequest) Reset() {
 	*x = OpenWorkspaceRequest{}
-	mi := &file_postern_v1_attach_proto_msgTypes[2]
+	mi := &file_postern_v1_attach_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -334,7 +505,7 @@ func (x *OpenWorkspaceRequest) String() string {
 func (*OpenWorkspaceRequest) ProtoMessage() {}
 
 func (x *OpenWorkspaceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[2]
+	mi := &file_postern_v1_attach_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -347,7 +518,7 @@ func (x *OpenWorkspaceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenWorkspaceRequest.ProtoReflect.Descriptor instead.
 func (*OpenWorkspaceRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{2}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *OpenWorkspaceRequest) GetName() string {
@@ -394,7 +565,7 @@ type OpenWorkspaceResponse struct {
 
 func (x *OpenWorkspaceResponse) Reset() {
 	*x = OpenWorkspaceResponse{}
-	mi := &file_postern_v1_attach_proto_msgTypes[3]
+	mi := &file_postern_v1_attach_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -406,7 +577,7 @@ func (x *OpenWorkspaceResponse) String() string {
 func (*OpenWorkspaceResponse) ProtoMessage() {}
 
 func (x *OpenWorkspaceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[3]
+	mi := &file_postern_v1_attach_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -419,7 +590,7 @@ func (x *OpenWorkspaceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenWorkspaceResponse.ProtoReflect.Descriptor instead.
 func (*OpenWorkspaceResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{3}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *OpenWorkspaceResponse) GetWorkspaceId() string {
@@ -514,7 +685,7 @@ type ListNodesRequest struct {
 
 func (x *ListNodesRequest) Reset() {
 	*x = ListNodesRequest{}
-	mi := &file_postern_v1_attach_proto_msgTypes[4]
+	mi := &file_postern_v1_attach_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -526,7 +697,7 @@ func (x *ListNodesRequest) String() string {
 func (*ListNodesRequest) ProtoMessage() {}
 
 func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[4]
+	mi := &file_postern_v1_attach_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -539,7 +710,7 @@ func (x *ListNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesRequest.ProtoReflect.Descriptor instead.
 func (*ListNodesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{4}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListNodesRequest) GetWorkspaceId() string {
@@ -586,7 +757,7 @@ type ListNodesResponse struct {
 
 func (x *ListNodesResponse) Reset() {
 	*x = ListNodesResponse{}
-	mi := &file_postern_v1_attach_proto_msgTypes[5]
+	mi := &file_postern_v1_attach_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -598,7 +769,7 @@ func (x *ListNodesResponse) String() string {
 func (*ListNodesResponse) ProtoMessage() {}
 
 func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[5]
+	mi := &file_postern_v1_attach_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -611,7 +782,7 @@ func (x *ListNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListNodesResponse.ProtoReflect.Descriptor instead.
 func (*ListNodesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{5}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *ListNodesResponse) GetEntries() []*Entry {
@@ -653,7 +824,7 @@ type GetNodesRequest struct {
 
 func (x *GetNodesRequest) Reset() {
 	*x = GetNodesRequest{}
-	mi := &file_postern_v1_attach_proto_msgTypes[6]
+	mi := &file_postern_v1_attach_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -665,7 +836,7 @@ func (x *GetNodesRequest) String() string {
 func (*GetNodesRequest) ProtoMessage() {}
 
 func (x *GetNodesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[6]
+	mi := &file_postern_v1_attach_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -678,7 +849,7 @@ func (x *GetNodesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodesRequest.ProtoReflect.Descriptor instead.
 func (*GetNodesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{6}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *GetNodesRequest) GetWorkspaceId() string {
@@ -706,7 +877,7 @@ type GetNodesResponse struct {
 
 func (x *GetNodesResponse) Reset() {
 	*x = GetNodesResponse{}
-	mi := &file_postern_v1_attach_proto_msgTypes[7]
+	mi := &file_postern_v1_attach_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -718,7 +889,7 @@ func (x *GetNodesResponse) String() string {
 func (*GetNodesResponse) ProtoMessage() {}
 
 func (x *GetNodesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[7]
+	mi := &file_postern_v1_attach_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -731,7 +902,7 @@ func (x *GetNodesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetNodesResponse.ProtoReflect.Descriptor instead.
 func (*GetNodesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{7}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *GetNodesResponse) GetEntries() []*Entry {
@@ -762,7 +933,7 @@ type GetContentRequest struct {
 
 func (x *GetContentRequest) Reset() {
 	*x = GetContentRequest{}
-	mi := &file_postern_v1_attach_proto_msgTypes[8]
+	mi := &file_postern_v1_attach_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -774,7 +945,7 @@ func (x *GetContentRequest) String() string {
 func (*GetContentRequest) ProtoMessage() {}
 
 func (x *GetContentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[8]
+	mi := &file_postern_v1_attach_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -787,7 +958,7 @@ func (x *GetContentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetContentRequest.ProtoReflect.Descriptor instead.
 func (*GetContentRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{8}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *GetContentRequest) GetWorkspaceId() string {
@@ -823,15 +994,18 @@ type GetContentResponse struct {
 	Version uint64                 `protobuf:"varint,1,opt,name=version,proto3" json:"version,omitempty"`
 	Size    uint64                 `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
 	// SHA-256 of each chunk from there on, at most 16384; an empty one is a hole of zeros.
-	Chunks        [][]byte `protobuf:"bytes,3,rep,name=chunks,proto3" json:"chunks,omitempty"`
-	ChunksTotal   uint64   `protobuf:"varint,4,opt,name=chunks_total,json=chunksTotal,proto3" json:"chunks_total,omitempty"`
+	Chunks      [][]byte `protobuf:"bytes,3,rep,name=chunks,proto3" json:"chunks,omitempty"`
+	ChunksTotal uint64   `protobuf:"varint,4,opt,name=chunks_total,json=chunksTotal,proto3" json:"chunks_total,omitempty"`
+	// The content itself, of at most 4096 bytes, instead of chunks.
+	Inline        []byte `protobuf:"bytes,5,opt,name=inline,proto3" json:"inline,omitempty"`
+	HasInline     bool   `protobuf:"varint,6,opt,name=has_inline,json=hasInline,proto3" json:"has_inline,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *GetContentResponse) Reset() {
 	*x = GetContentResponse{}
-	mi := &file_postern_v1_attach_proto_msgTypes[9]
+	mi := &file_postern_v1_attach_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -843,7 +1017,7 @@ func (x *GetContentResponse) String() string {
 func (*GetContentResponse) ProtoMessage() {}
 
 func (x *GetContentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[9]
+	mi := &file_postern_v1_attach_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -856,7 +1030,7 @@ func (x *GetContentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetContentResponse.ProtoReflect.Descriptor instead.
 func (*GetContentResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{9}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *GetContentResponse) GetVersion() uint64 {
@@ -887,6 +1061,20 @@ func (x *GetContentResponse) GetChunksTotal() uint64 {
 	return 0
 }
 
+func (x *GetContentResponse) GetInline() []byte {
+	if x != nil {
+		return x.Inline
+	}
+	return nil
+}
+
+func (x *GetContentResponse) GetHasInline() bool {
+	if x != nil {
+		return x.HasInline
+	}
+	return false
+}
+
 type WatchChangesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	WorkspaceId   string                 `protobuf:"bytes,1,opt,name=workspace_id,json=workspaceId,proto3" json:"workspace_id,omitempty"`
@@ -897,7 +1085,7 @@ type WatchChangesRequest struct {
 
 func (x *WatchChangesRequest) Reset() {
 	*x = WatchChangesRequest{}
-	mi := &file_postern_v1_attach_proto_msgTypes[10]
+	mi := &file_postern_v1_attach_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -909,7 +1097,7 @@ func (x *WatchChangesRequest) String() string {
 func (*WatchChangesRequest) ProtoMessage() {}
 
 func (x *WatchChangesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[10]
+	mi := &file_postern_v1_attach_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -922,7 +1110,7 @@ func (x *WatchChangesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchChangesRequest.ProtoReflect.Descriptor instead.
 func (*WatchChangesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{10}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *WatchChangesRequest) GetWorkspaceId() string {
@@ -952,7 +1140,7 @@ type WatchChangesResponse struct {
 
 func (x *WatchChangesResponse) Reset() {
 	*x = WatchChangesResponse{}
-	mi := &file_postern_v1_attach_proto_msgTypes[11]
+	mi := &file_postern_v1_attach_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -964,7 +1152,7 @@ func (x *WatchChangesResponse) String() string {
 func (*WatchChangesResponse) ProtoMessage() {}
 
 func (x *WatchChangesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[11]
+	mi := &file_postern_v1_attach_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -977,7 +1165,7 @@ func (x *WatchChangesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WatchChangesResponse.ProtoReflect.Descriptor instead.
 func (*WatchChangesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{11}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *WatchChangesResponse) GetChanges() []*NodeChange {
@@ -1018,7 +1206,7 @@ type NodeChange struct {
 
 func (x *NodeChange) Reset() {
 	*x = NodeChange{}
-	mi := &file_postern_v1_attach_proto_msgTypes[12]
+	mi := &file_postern_v1_attach_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1030,7 +1218,7 @@ func (x *NodeChange) String() string {
 func (*NodeChange) ProtoMessage() {}
 
 func (x *NodeChange) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[12]
+	mi := &file_postern_v1_attach_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1043,7 +1231,7 @@ func (x *NodeChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use NodeChange.ProtoReflect.Descriptor instead.
 func (*NodeChange) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{12}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *NodeChange) GetSeq() uint64 {
@@ -1100,7 +1288,7 @@ type ReserveIDsRequest struct {
 
 func (x *ReserveIDsRequest) Reset() {
 	*x = ReserveIDsRequest{}
-	mi := &file_postern_v1_attach_proto_msgTypes[13]
+	mi := &file_postern_v1_attach_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1112,7 +1300,7 @@ func (x *ReserveIDsRequest) String() string {
 func (*ReserveIDsRequest) ProtoMessage() {}
 
 func (x *ReserveIDsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[13]
+	mi := &file_postern_v1_attach_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1125,7 +1313,7 @@ func (x *ReserveIDsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveIDsRequest.ProtoReflect.Descriptor instead.
 func (*ReserveIDsRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{13}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *ReserveIDsRequest) GetWorkspaceId() string {
@@ -1159,7 +1347,7 @@ type ReserveIDsResponse struct {
 
 func (x *ReserveIDsResponse) Reset() {
 	*x = ReserveIDsResponse{}
-	mi := &file_postern_v1_attach_proto_msgTypes[14]
+	mi := &file_postern_v1_attach_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1171,7 +1359,7 @@ func (x *ReserveIDsResponse) String() string {
 func (*ReserveIDsResponse) ProtoMessage() {}
 
 func (x *ReserveIDsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[14]
+	mi := &file_postern_v1_attach_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1184,7 +1372,7 @@ func (x *ReserveIDsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReserveIDsResponse.ProtoReflect.Descriptor instead.
 func (*ReserveIDsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{14}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *ReserveIDsResponse) GetFirst() uint64 {
@@ -1212,7 +1400,7 @@ type MissingChunksRequest struct {
 
 func (x *MissingChunksRequest) Reset() {
 	*x = MissingChunksRequest{}
-	mi := &file_postern_v1_attach_proto_msgTypes[15]
+	mi := &file_postern_v1_attach_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1224,7 +1412,7 @@ func (x *MissingChunksRequest) String() string {
 func (*MissingChunksRequest) ProtoMessage() {}
 
 func (x *MissingChunksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[15]
+	mi := &file_postern_v1_attach_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1237,7 +1425,7 @@ func (x *MissingChunksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MissingChunksRequest.ProtoReflect.Descriptor instead.
 func (*MissingChunksRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{15}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *MissingChunksRequest) GetWorkspaceId() string {
@@ -1263,7 +1451,7 @@ type MissingChunksResponse struct {
 
 func (x *MissingChunksResponse) Reset() {
 	*x = MissingChunksResponse{}
-	mi := &file_postern_v1_attach_proto_msgTypes[16]
+	mi := &file_postern_v1_attach_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1275,7 +1463,7 @@ func (x *MissingChunksResponse) String() string {
 func (*MissingChunksResponse) ProtoMessage() {}
 
 func (x *MissingChunksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[16]
+	mi := &file_postern_v1_attach_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1288,7 +1476,7 @@ func (x *MissingChunksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MissingChunksResponse.ProtoReflect.Descriptor instead.
 func (*MissingChunksResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{16}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *MissingChunksResponse) GetHashes() [][]byte {
@@ -1308,7 +1496,7 @@ type FetchChunksRequest struct {
 
 func (x *FetchChunksRequest) Reset() {
 	*x = FetchChunksRequest{}
-	mi := &file_postern_v1_attach_proto_msgTypes[17]
+	mi := &file_postern_v1_attach_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1320,7 +1508,7 @@ func (x *FetchChunksRequest) String() string {
 func (*FetchChunksRequest) ProtoMessage() {}
 
 func (x *FetchChunksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[17]
+	mi := &file_postern_v1_attach_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1333,7 +1521,7 @@ func (x *FetchChunksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FetchChunksRequest.ProtoReflect.Descriptor instead.
 func (*FetchChunksRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{17}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *FetchChunksRequest) GetHashes() [][]byte {
@@ -1353,7 +1541,7 @@ type StoreChunksResponse struct {
 
 func (x *StoreChunksResponse) Reset() {
 	*x = StoreChunksResponse{}
-	mi := &file_postern_v1_attach_proto_msgTypes[18]
+	mi := &file_postern_v1_attach_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1365,7 +1553,7 @@ func (x *StoreChunksResponse) String() string {
 func (*StoreChunksResponse) ProtoMessage() {}
 
 func (x *StoreChunksResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[18]
+	mi := &file_postern_v1_attach_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1378,7 +1566,7 @@ func (x *StoreChunksResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StoreChunksResponse.ProtoReflect.Descriptor instead.
 func (*StoreChunksResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{18}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *StoreChunksResponse) GetHashes() [][]byte {
@@ -1400,7 +1588,7 @@ type CommitRequest struct {
 
 func (x *CommitRequest) Reset() {
 	*x = CommitRequest{}
-	mi := &file_postern_v1_attach_proto_msgTypes[19]
+	mi := &file_postern_v1_attach_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1412,7 +1600,7 @@ func (x *CommitRequest) String() string {
 func (*CommitRequest) ProtoMessage() {}
 
 func (x *CommitRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[19]
+	mi := &file_postern_v1_attach_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1425,7 +1613,7 @@ func (x *CommitRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitRequest.ProtoReflect.Descriptor instead.
 func (*CommitRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{19}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *CommitRequest) GetWorkspaceId() string {
@@ -1470,7 +1658,7 @@ type FileOp struct {
 
 func (x *FileOp) Reset() {
 	*x = FileOp{}
-	mi := &file_postern_v1_attach_proto_msgTypes[20]
+	mi := &file_postern_v1_attach_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1482,7 +1670,7 @@ func (x *FileOp) String() string {
 func (*FileOp) ProtoMessage() {}
 
 func (x *FileOp) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[20]
+	mi := &file_postern_v1_attach_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1495,7 +1683,7 @@ func (x *FileOp) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOp.ProtoReflect.Descriptor instead.
 func (*FileOp) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{20}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *FileOp) GetNumber() uint64 {
@@ -1640,7 +1828,7 @@ type CommitResponse struct {
 
 func (x *CommitResponse) Reset() {
 	*x = CommitResponse{}
-	mi := &file_postern_v1_attach_proto_msgTypes[21]
+	mi := &file_postern_v1_attach_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1652,7 +1840,7 @@ func (x *CommitResponse) String() string {
 func (*CommitResponse) ProtoMessage() {}
 
 func (x *CommitResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[21]
+	mi := &file_postern_v1_attach_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1665,7 +1853,7 @@ func (x *CommitResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CommitResponse.ProtoReflect.Descriptor instead.
 func (*CommitResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{21}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *CommitResponse) GetResults() []*FileOpResult {
@@ -1707,7 +1895,7 @@ type FileOpResult struct {
 
 func (x *FileOpResult) Reset() {
 	*x = FileOpResult{}
-	mi := &file_postern_v1_attach_proto_msgTypes[22]
+	mi := &file_postern_v1_attach_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1719,7 +1907,7 @@ func (x *FileOpResult) String() string {
 func (*FileOpResult) ProtoMessage() {}
 
 func (x *FileOpResult) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[22]
+	mi := &file_postern_v1_attach_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1732,7 +1920,7 @@ func (x *FileOpResult) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOpResult.ProtoReflect.Descriptor instead.
 func (*FileOpResult) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{22}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *FileOpResult) GetNumber() uint64 {
@@ -1792,7 +1980,7 @@ type FileConflict struct {
 
 func (x *FileConflict) Reset() {
 	*x = FileConflict{}
-	mi := &file_postern_v1_attach_proto_msgTypes[23]
+	mi := &file_postern_v1_attach_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1804,7 +1992,7 @@ func (x *FileConflict) String() string {
 func (*FileConflict) ProtoMessage() {}
 
 func (x *FileConflict) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[23]
+	mi := &file_postern_v1_attach_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1817,7 +2005,7 @@ func (x *FileConflict) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileConflict.ProtoReflect.Descriptor instead.
 func (*FileConflict) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{23}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *FileConflict) GetPath() []byte {
@@ -1855,6 +2043,167 @@ func (x *FileConflict) GetAgent() string {
 	return ""
 }
 
+// MountStatus is a workspace on a host.
+type MountStatus struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Agent     string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	Workspace string                 `protobuf:"bytes,2,opt,name=workspace,proto3" json:"workspace,omitempty"`
+	MountId   string                 `protobuf:"bytes,3,opt,name=mount_id,json=mountId,proto3" json:"mount_id,omitempty"`
+	ReadOnly  bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	// Whether the agent answers; if not, the rest is what it said last.
+	Online       bool                   `protobuf:"varint,5,opt,name=online,proto3" json:"online,omitempty"`
+	AsOf         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=as_of,json=asOf,proto3" json:"as_of,omitempty"`
+	UnsentOps    uint64                 `protobuf:"varint,7,opt,name=unsent_ops,json=unsentOps,proto3" json:"unsent_ops,omitempty"`
+	UnsentBytes  uint64                 `protobuf:"varint,8,opt,name=unsent_bytes,json=unsentBytes,proto3" json:"unsent_bytes,omitempty"`
+	OldestUnsent *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=oldest_unsent,json=oldestUnsent,proto3" json:"oldest_unsent,omitempty"`
+	// Files with unsent content, at most 1000.
+	UnsentPaths [][]byte `protobuf:"bytes,10,rep,name=unsent_paths,json=unsentPaths,proto3" json:"unsent_paths,omitempty"`
+	CachedBytes uint64   `protobuf:"varint,11,opt,name=cached_bytes,json=cachedBytes,proto3" json:"cached_bytes,omitempty"`
+	// Why uploads stand still; empty: they don't.
+	LastError string          `protobuf:"bytes,12,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
+	Conflicts []*FileConflict `protobuf:"bytes,13,rep,name=conflicts,proto3" json:"conflicts,omitempty"`
+	// Directories of the host where it is mounted, and kernels that have it.
+	Targets       []string `protobuf:"bytes,14,rep,name=targets,proto3" json:"targets,omitempty"`
+	Kernels       []string `protobuf:"bytes,15,rep,name=kernels,proto3" json:"kernels,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MountStatus) Reset() {
+	*x = MountStatus{}
+	mi := &file_postern_v1_attach_proto_msgTypes[28]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MountStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MountStatus) ProtoMessage() {}
+
+func (x *MountStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_attach_proto_msgTypes[28]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MountStatus.ProtoReflect.Descriptor instead.
+func (*MountStatus) Descriptor() ([]byte, []int) {
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{28}
+}
+
+func (x *MountStatus) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *MountStatus) GetWorkspace() string {
+	if x != nil {
+		return x.Workspace
+	}
+	return ""
+}
+
+func (x *MountStatus) GetMountId() string {
+	if x != nil {
+		return x.MountId
+	}
+	return ""
+}
+
+func (x *MountStatus) GetReadOnly() bool {
+	if x != nil {
+		return x.ReadOnly
+	}
+	return false
+}
+
+func (x *MountStatus) GetOnline() bool {
+	if x != nil {
+		return x.Online
+	}
+	return false
+}
+
+func (x *MountStatus) GetAsOf() *timestamppb.Timestamp {
+	if x != nil {
+		return x.AsOf
+	}
+	return nil
+}
+
+func (x *MountStatus) GetUnsentOps() uint64 {
+	if x != nil {
+		return x.UnsentOps
+	}
+	return 0
+}
+
+func (x *MountStatus) GetUnsentBytes() uint64 {
+	if x != nil {
+		return x.UnsentBytes
+	}
+	return 0
+}
+
+func (x *MountStatus) GetOldestUnsent() *timestamppb.Timestamp {
+	if x != nil {
+		return x.OldestUnsent
+	}
+	return nil
+}
+
+func (x *MountStatus) GetUnsentPaths() [][]byte {
+	if x != nil {
+		return x.UnsentPaths
+	}
+	return nil
+}
+
+func (x *MountStatus) GetCachedBytes() uint64 {
+	if x != nil {
+		return x.CachedBytes
+	}
+	return 0
+}
+
+func (x *MountStatus) GetLastError() string {
+	if x != nil {
+		return x.LastError
+	}
+	return ""
+}
+
+func (x *MountStatus) GetConflicts() []*FileConflict {
+	if x != nil {
+		return x.Conflicts
+	}
+	return nil
+}
+
+func (x *MountStatus) GetTargets() []string {
+	if x != nil {
+		return x.Targets
+	}
+	return nil
+}
+
+func (x *MountStatus) GetKernels() []string {
+	if x != nil {
+		return x.Kernels
+	}
+	return nil
+}
+
 type FileOp_Create struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Parent uint64                 `protobuf:"varint,1,opt,name=parent,proto3" json:"parent,omitempty"`
@@ -1867,7 +2216,7 @@ type FileOp_Create struct {
 
 func (x *FileOp_Create) Reset() {
 	*x = FileOp_Create{}
-	mi := &file_postern_v1_attach_proto_msgTypes[25]
+	mi := &file_postern_v1_attach_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1879,7 +2228,7 @@ func (x *FileOp_Create) String() string {
 func (*FileOp_Create) ProtoMessage() {}
 
 func (x *FileOp_Create) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[25]
+	mi := &file_postern_v1_attach_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1892,7 +2241,7 @@ func (x *FileOp_Create) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOp_Create.ProtoReflect.Descriptor instead.
 func (*FileOp_Create) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{20, 0}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{24, 0}
 }
 
 func (x *FileOp_Create) GetParent() uint64 {
@@ -1933,7 +2282,7 @@ type FileOp_SetContent struct {
 
 func (x *FileOp_SetContent) Reset() {
 	*x = FileOp_SetContent{}
-	mi := &file_postern_v1_attach_proto_msgTypes[26]
+	mi := &file_postern_v1_attach_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1945,7 +2294,7 @@ func (x *FileOp_SetContent) String() string {
 func (*FileOp_SetContent) ProtoMessage() {}
 
 func (x *FileOp_SetContent) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[26]
+	mi := &file_postern_v1_attach_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1958,7 +2307,7 @@ func (x *FileOp_SetContent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOp_SetContent.ProtoReflect.Descriptor instead.
 func (*FileOp_SetContent) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{20, 1}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{24, 1}
 }
 
 func (x *FileOp_SetContent) GetId() uint64 {
@@ -2017,7 +2366,7 @@ type FileOp_SetAttr struct {
 
 func (x *FileOp_SetAttr) Reset() {
 	*x = FileOp_SetAttr{}
-	mi := &file_postern_v1_attach_proto_msgTypes[27]
+	mi := &file_postern_v1_attach_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2029,7 +2378,7 @@ func (x *FileOp_SetAttr) String() string {
 func (*FileOp_SetAttr) ProtoMessage() {}
 
 func (x *FileOp_SetAttr) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[27]
+	mi := &file_postern_v1_attach_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2042,7 +2391,7 @@ func (x *FileOp_SetAttr) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOp_SetAttr.ProtoReflect.Descriptor instead.
 func (*FileOp_SetAttr) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{20, 2}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{24, 2}
 }
 
 func (x *FileOp_SetAttr) GetId() uint64 {
@@ -2092,7 +2441,7 @@ type FileOp_SetXattr struct {
 
 func (x *FileOp_SetXattr) Reset() {
 	*x = FileOp_SetXattr{}
-	mi := &file_postern_v1_attach_proto_msgTypes[28]
+	mi := &file_postern_v1_attach_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2104,7 +2453,7 @@ func (x *FileOp_SetXattr) String() string {
 func (*FileOp_SetXattr) ProtoMessage() {}
 
 func (x *FileOp_SetXattr) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[28]
+	mi := &file_postern_v1_attach_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2117,7 +2466,7 @@ func (x *FileOp_SetXattr) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOp_SetXattr.ProtoReflect.Descriptor instead.
 func (*FileOp_SetXattr) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{20, 3}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{24, 3}
 }
 
 func (x *FileOp_SetXattr) GetId() uint64 {
@@ -2159,7 +2508,7 @@ type FileOp_MakeLink struct {
 
 func (x *FileOp_MakeLink) Reset() {
 	*x = FileOp_MakeLink{}
-	mi := &file_postern_v1_attach_proto_msgTypes[29]
+	mi := &file_postern_v1_attach_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2171,7 +2520,7 @@ func (x *FileOp_MakeLink) String() string {
 func (*FileOp_MakeLink) ProtoMessage() {}
 
 func (x *FileOp_MakeLink) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[29]
+	mi := &file_postern_v1_attach_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2184,7 +2533,7 @@ func (x *FileOp_MakeLink) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOp_MakeLink.ProtoReflect.Descriptor instead.
 func (*FileOp_MakeLink) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{20, 4}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{24, 4}
 }
 
 func (x *FileOp_MakeLink) GetId() uint64 {
@@ -2225,7 +2574,7 @@ type FileOp_Rename struct {
 
 func (x *FileOp_Rename) Reset() {
 	*x = FileOp_Rename{}
-	mi := &file_postern_v1_attach_proto_msgTypes[30]
+	mi := &file_postern_v1_attach_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2237,7 +2586,7 @@ func (x *FileOp_Rename) String() string {
 func (*FileOp_Rename) ProtoMessage() {}
 
 func (x *FileOp_Rename) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[30]
+	mi := &file_postern_v1_attach_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2250,7 +2599,7 @@ func (x *FileOp_Rename) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOp_Rename.ProtoReflect.Descriptor instead.
 func (*FileOp_Rename) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{20, 5}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{24, 5}
 }
 
 func (x *FileOp_Rename) GetId() uint64 {
@@ -2313,7 +2662,7 @@ type FileOp_Remove struct {
 
 func (x *FileOp_Remove) Reset() {
 	*x = FileOp_Remove{}
-	mi := &file_postern_v1_attach_proto_msgTypes[31]
+	mi := &file_postern_v1_attach_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2325,7 +2674,7 @@ func (x *FileOp_Remove) String() string {
 func (*FileOp_Remove) ProtoMessage() {}
 
 func (x *FileOp_Remove) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_attach_proto_msgTypes[31]
+	mi := &file_postern_v1_attach_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2338,7 +2687,7 @@ func (x *FileOp_Remove) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileOp_Remove.ProtoReflect.Descriptor instead.
 func (*FileOp_Remove) Descriptor() ([]byte, []int) {
-	return file_postern_v1_attach_proto_rawDescGZIP(), []int{20, 6}
+	return file_postern_v1_attach_proto_rawDescGZIP(), []int{24, 6}
 }
 
 func (x *FileOp_Remove) GetId() uint64 {
@@ -2367,7 +2716,14 @@ var File_postern_v1_attach_proto protoreflect.FileDescriptor
 const file_postern_v1_attach_proto_rawDesc = "" +
 	"\n" +
 	"\x17postern/v1/attach.proto\x12\n" +
-	"postern.v1\"\xdf\x03\n" +
+	"postern.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"6\n" +
+	"\x16GetAttachStatusRequest\x12\x1c\n" +
+	"\tworkspace\x18\x01 \x01(\tR\tworkspace\"J\n" +
+	"\x17GetAttachStatusResponse\x12/\n" +
+	"\x06mounts\x18\x01 \x03(\v2\x17.postern.v1.MountStatusR\x06mounts\"F\n" +
+	"\x13ReportStatusRequest\x12/\n" +
+	"\x06mounts\x18\x01 \x03(\v2\x17.postern.v1.MountStatusR\x06mounts\"\x16\n" +
+	"\x14ReportStatusResponse\"\xdf\x03\n" +
 	"\x04Node\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\x04R\x02id\x12(\n" +
 	"\x04type\x18\x02 \x01(\x0e2\x14.postern.v1.NodeTypeR\x04type\x12\x12\n" +
@@ -2437,12 +2793,15 @@ const file_postern_v1_attach_proto_rawDesc = "" +
 	"\fworkspace_id\x18\x01 \x01(\tR\vworkspaceId\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\x04R\x02id\x12\x18\n" +
 	"\aversion\x18\x03 \x01(\x04R\aversion\x12\x12\n" +
-	"\x04from\x18\x04 \x01(\x04R\x04from\"}\n" +
+	"\x04from\x18\x04 \x01(\x04R\x04from\"\xb4\x01\n" +
 	"\x12GetContentResponse\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\x04R\aversion\x12\x12\n" +
 	"\x04size\x18\x02 \x01(\x04R\x04size\x12\x16\n" +
 	"\x06chunks\x18\x03 \x03(\fR\x06chunks\x12!\n" +
-	"\fchunks_total\x18\x04 \x01(\x04R\vchunksTotal\"U\n" +
+	"\fchunks_total\x18\x04 \x01(\x04R\vchunksTotal\x12\x16\n" +
+	"\x06inline\x18\x05 \x01(\fR\x06inline\x12\x1d\n" +
+	"\n" +
+	"has_inline\x18\x06 \x01(\bR\thasInline\"U\n" +
 	"\x13WatchChangesRequest\x12!\n" +
 	"\fworkspace_id\x18\x01 \x01(\tR\vworkspaceId\x12\x1b\n" +
 	"\tsince_seq\x18\x02 \x01(\x04R\bsinceSeq\"p\n" +
@@ -2552,12 +2911,31 @@ const file_postern_v1_attach_proto_rawDesc = "" +
 	"\akept_as\x18\x02 \x01(\fR\x06keptAs\x12\x17\n" +
 	"\akept_id\x18\x03 \x01(\x04R\x06keptId\x12\x17\n" +
 	"\atime_ns\x18\x04 \x01(\x03R\x06timeNs\x12\x14\n" +
-	"\x05agent\x18\x05 \x01(\tR\x05agent*i\n" +
+	"\x05agent\x18\x05 \x01(\tR\x05agent\"\x96\x04\n" +
+	"\vMountStatus\x12\x14\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x1c\n" +
+	"\tworkspace\x18\x02 \x01(\tR\tworkspace\x12\x19\n" +
+	"\bmount_id\x18\x03 \x01(\tR\amountId\x12\x1b\n" +
+	"\tread_only\x18\x04 \x01(\bR\breadOnly\x12\x16\n" +
+	"\x06online\x18\x05 \x01(\bR\x06online\x12/\n" +
+	"\x05as_of\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf\x12\x1d\n" +
+	"\n" +
+	"unsent_ops\x18\a \x01(\x04R\tunsentOps\x12!\n" +
+	"\funsent_bytes\x18\b \x01(\x04R\vunsentBytes\x12?\n" +
+	"\roldest_unsent\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\foldestUnsent\x12!\n" +
+	"\funsent_paths\x18\n" +
+	" \x03(\fR\vunsentPaths\x12!\n" +
+	"\fcached_bytes\x18\v \x01(\x04R\vcachedBytes\x12\x1d\n" +
+	"\n" +
+	"last_error\x18\f \x01(\tR\tlastError\x126\n" +
+	"\tconflicts\x18\r \x03(\v2\x18.postern.v1.FileConflictR\tconflicts\x12\x18\n" +
+	"\atargets\x18\x0e \x03(\tR\atargets\x12\x18\n" +
+	"\akernels\x18\x0f \x03(\tR\akernels*i\n" +
 	"\bNodeType\x12\x19\n" +
 	"\x15NODE_TYPE_UNSPECIFIED\x10\x00\x12\x12\n" +
 	"\x0eNODE_TYPE_FILE\x10\x01\x12\x17\n" +
 	"\x13NODE_TYPE_DIRECTORY\x10\x02\x12\x15\n" +
-	"\x11NODE_TYPE_SYMLINK\x10\x032\x8c\x05\n" +
+	"\x11NODE_TYPE_SYMLINK\x10\x032\xe1\x05\n" +
 	"\rAttachService\x12V\n" +
 	"\rOpenWorkspace\x12 .postern.v1.OpenWorkspaceRequest\x1a!.postern.v1.OpenWorkspaceResponse\"\x00\x12J\n" +
 	"\tListNodes\x12\x1c.postern.v1.ListNodesRequest\x1a\x1d.postern.v1.ListNodesResponse\"\x00\x12G\n" +
@@ -2568,7 +2946,10 @@ const file_postern_v1_attach_proto_rawDesc = "" +
 	"\n" +
 	"ReserveIDs\x12\x1d.postern.v1.ReserveIDsRequest\x1a\x1e.postern.v1.ReserveIDsResponse\"\x00\x12V\n" +
 	"\rMissingChunks\x12 .postern.v1.MissingChunksRequest\x1a!.postern.v1.MissingChunksResponse\"\x00\x12A\n" +
-	"\x06Commit\x12\x19.postern.v1.CommitRequest\x1a\x1a.postern.v1.CommitResponse\"\x00B;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
+	"\x06Commit\x12\x19.postern.v1.CommitRequest\x1a\x1a.postern.v1.CommitResponse\"\x00\x12S\n" +
+	"\fReportStatus\x12\x1f.postern.v1.ReportStatusRequest\x1a .postern.v1.ReportStatusResponse\"\x002q\n" +
+	"\x11AttachHostService\x12\\\n" +
+	"\x0fGetAttachStatus\x12\".postern.v1.GetAttachStatusRequest\x1a#.postern.v1.GetAttachStatusResponse\"\x00B;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
 
 var (
 	file_postern_v1_attach_proto_rawDescOnce sync.Once
@@ -2583,85 +2964,100 @@ func file_postern_v1_attach_proto_rawDescGZIP() []byte {
 }
 
 var file_postern_v1_attach_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_postern_v1_attach_proto_msgTypes = make([]protoimpl.MessageInfo, 32)
+var file_postern_v1_attach_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
 var file_postern_v1_attach_proto_goTypes = []any{
-	(NodeType)(0),                 // 0: postern.v1.NodeType
-	(*Node)(nil),                  // 1: postern.v1.Node
-	(*Entry)(nil),                 // 2: postern.v1.Entry
-	(*OpenWorkspaceRequest)(nil),  // 3: postern.v1.OpenWorkspaceRequest
-	(*OpenWorkspaceResponse)(nil), // 4: postern.v1.OpenWorkspaceResponse
-	(*ListNodesRequest)(nil),      // 5: postern.v1.ListNodesRequest
-	(*ListNodesResponse)(nil),     // 6: postern.v1.ListNodesResponse
-	(*GetNodesRequest)(nil),       // 7: postern.v1.GetNodesRequest
-	(*GetNodesResponse)(nil),      // 8: postern.v1.GetNodesResponse
-	(*GetContentRequest)(nil),     // 9: postern.v1.GetContentRequest
-	(*GetContentResponse)(nil),    // 10: postern.v1.GetContentResponse
-	(*WatchChangesRequest)(nil),   // 11: postern.v1.WatchChangesRequest
-	(*WatchChangesResponse)(nil),  // 12: postern.v1.WatchChangesResponse
-	(*NodeChange)(nil),            // 13: postern.v1.NodeChange
-	(*ReserveIDsRequest)(nil),     // 14: postern.v1.ReserveIDsRequest
-	(*ReserveIDsResponse)(nil),    // 15: postern.v1.ReserveIDsResponse
-	(*MissingChunksRequest)(nil),  // 16: postern.v1.MissingChunksRequest
-	(*MissingChunksResponse)(nil), // 17: postern.v1.MissingChunksResponse
-	(*FetchChunksRequest)(nil),    // 18: postern.v1.FetchChunksRequest
-	(*StoreChunksResponse)(nil),   // 19: postern.v1.StoreChunksResponse
-	(*CommitRequest)(nil),         // 20: postern.v1.CommitRequest
-	(*FileOp)(nil),                // 21: postern.v1.FileOp
-	(*CommitResponse)(nil),        // 22: postern.v1.CommitResponse
-	(*FileOpResult)(nil),          // 23: postern.v1.FileOpResult
-	(*FileConflict)(nil),          // 24: postern.v1.FileConflict
-	nil,                           // 25: postern.v1.Node.XattrsEntry
-	(*FileOp_Create)(nil),         // 26: postern.v1.FileOp.Create
-	(*FileOp_SetContent)(nil),     // 27: postern.v1.FileOp.SetContent
-	(*FileOp_SetAttr)(nil),        // 28: postern.v1.FileOp.SetAttr
-	(*FileOp_SetXattr)(nil),       // 29: postern.v1.FileOp.SetXattr
-	(*FileOp_MakeLink)(nil),       // 30: postern.v1.FileOp.MakeLink
-	(*FileOp_Rename)(nil),         // 31: postern.v1.FileOp.Rename
-	(*FileOp_Remove)(nil),         // 32: postern.v1.FileOp.Remove
+	(NodeType)(0),                   // 0: postern.v1.NodeType
+	(*GetAttachStatusRequest)(nil),  // 1: postern.v1.GetAttachStatusRequest
+	(*GetAttachStatusResponse)(nil), // 2: postern.v1.GetAttachStatusResponse
+	(*ReportStatusRequest)(nil),     // 3: postern.v1.ReportStatusRequest
+	(*ReportStatusResponse)(nil),    // 4: postern.v1.ReportStatusResponse
+	(*Node)(nil),                    // 5: postern.v1.Node
+	(*Entry)(nil),                   // 6: postern.v1.Entry
+	(*OpenWorkspaceRequest)(nil),    // 7: postern.v1.OpenWorkspaceRequest
+	(*OpenWorkspaceResponse)(nil),   // 8: postern.v1.OpenWorkspaceResponse
+	(*ListNodesRequest)(nil),        // 9: postern.v1.ListNodesRequest
+	(*ListNodesResponse)(nil),       // 10: postern.v1.ListNodesResponse
+	(*GetNodesRequest)(nil),         // 11: postern.v1.GetNodesRequest
+	(*GetNodesResponse)(nil),        // 12: postern.v1.GetNodesResponse
+	(*GetContentRequest)(nil),       // 13: postern.v1.GetContentRequest
+	(*GetContentResponse)(nil),      // 14: postern.v1.GetContentResponse
+	(*WatchChangesRequest)(nil),     // 15: postern.v1.WatchChangesRequest
+	(*WatchChangesResponse)(nil),    // 16: postern.v1.WatchChangesResponse
+	(*NodeChange)(nil),              // 17: postern.v1.NodeChange
+	(*ReserveIDsRequest)(nil),       // 18: postern.v1.ReserveIDsRequest
+	(*ReserveIDsResponse)(nil),      // 19: postern.v1.ReserveIDsResponse
+	(*MissingChunksRequest)(nil),    // 20: postern.v1.MissingChunksRequest
+	(*MissingChunksResponse)(nil),   // 21: postern.v1.MissingChunksResponse
+	(*FetchChunksRequest)(nil),      // 22: postern.v1.FetchChunksRequest
+	(*StoreChunksResponse)(nil),     // 23: postern.v1.StoreChunksResponse
+	(*CommitRequest)(nil),           // 24: postern.v1.CommitRequest
+	(*FileOp)(nil),                  // 25: postern.v1.FileOp
+	(*CommitResponse)(nil),          // 26: postern.v1.CommitResponse
+	(*FileOpResult)(nil),            // 27: postern.v1.FileOpResult
+	(*FileConflict)(nil),            // 28: postern.v1.FileConflict
+	(*MountStatus)(nil),             // 29: postern.v1.MountStatus
+	nil,                             // 30: postern.v1.Node.XattrsEntry
+	(*FileOp_Create)(nil),           // 31: postern.v1.FileOp.Create
+	(*FileOp_SetContent)(nil),       // 32: postern.v1.FileOp.SetContent
+	(*FileOp_SetAttr)(nil),          // 33: postern.v1.FileOp.SetAttr
+	(*FileOp_SetXattr)(nil),         // 34: postern.v1.FileOp.SetXattr
+	(*FileOp_MakeLink)(nil),         // 35: postern.v1.FileOp.MakeLink
+	(*FileOp_Rename)(nil),           // 36: postern.v1.FileOp.Rename
+	(*FileOp_Remove)(nil),           // 37: postern.v1.FileOp.Remove
+	(*timestamppb.Timestamp)(nil),   // 38: google.protobuf.Timestamp
 }
 var file_postern_v1_attach_proto_depIdxs = []int32{
-	0,  // 0: postern.v1.Node.type:type_name -> postern.v1.NodeType
-	25, // 1: postern.v1.Node.xattrs:type_name -> postern.v1.Node.XattrsEntry
-	1,  // 2: postern.v1.Entry.node:type_name -> postern.v1.Node
-	1,  // 3: postern.v1.OpenWorkspaceResponse.root:type_name -> postern.v1.Node
-	2,  // 4: postern.v1.ListNodesResponse.entries:type_name -> postern.v1.Entry
-	2,  // 5: postern.v1.GetNodesResponse.entries:type_name -> postern.v1.Entry
-	13, // 6: postern.v1.WatchChangesResponse.changes:type_name -> postern.v1.NodeChange
-	1,  // 7: postern.v1.NodeChange.node:type_name -> postern.v1.Node
-	2,  // 8: postern.v1.NodeChange.added:type_name -> postern.v1.Entry
-	2,  // 9: postern.v1.NodeChange.removed:type_name -> postern.v1.Entry
-	21, // 10: postern.v1.CommitRequest.ops:type_name -> postern.v1.FileOp
-	26, // 11: postern.v1.FileOp.create:type_name -> postern.v1.FileOp.Create
-	27, // 12: postern.v1.FileOp.set_content:type_name -> postern.v1.FileOp.SetContent
-	28, // 13: postern.v1.FileOp.set_attr:type_name -> postern.v1.FileOp.SetAttr
-	29, // 14: postern.v1.FileOp.set_xattr:type_name -> postern.v1.FileOp.SetXattr
-	30, // 15: postern.v1.FileOp.make_link:type_name -> postern.v1.FileOp.MakeLink
-	31, // 16: postern.v1.FileOp.rename:type_name -> postern.v1.FileOp.Rename
-	32, // 17: postern.v1.FileOp.remove:type_name -> postern.v1.FileOp.Remove
-	23, // 18: postern.v1.CommitResponse.results:type_name -> postern.v1.FileOpResult
-	24, // 19: postern.v1.FileOpResult.conflict:type_name -> postern.v1.FileConflict
-	1,  // 20: postern.v1.FileOp.Create.node:type_name -> postern.v1.Node
-	3,  // 21: postern.v1.AttachService.OpenWorkspace:input_type -> postern.v1.OpenWorkspaceRequest
-	5,  // 22: postern.v1.AttachService.ListNodes:input_type -> postern.v1.ListNodesRequest
-	7,  // 23: postern.v1.AttachService.GetNodes:input_type -> postern.v1.GetNodesRequest
-	9,  // 24: postern.v1.AttachService.GetContent:input_type -> postern.v1.GetContentRequest
-	11, // 25: postern.v1.AttachService.WatchChanges:input_type -> postern.v1.WatchChangesRequest
-	14, // 26: postern.v1.AttachService.ReserveIDs:input_type -> postern.v1.ReserveIDsRequest
-	16, // 27: postern.v1.AttachService.MissingChunks:input_type -> postern.v1.MissingChunksRequest
-	20, // 28: postern.v1.AttachService.Commit:input_type -> postern.v1.CommitRequest
-	4,  // 29: postern.v1.AttachService.OpenWorkspace:output_type -> postern.v1.OpenWorkspaceResponse
-	6,  // 30: postern.v1.AttachService.ListNodes:output_type -> postern.v1.ListNodesResponse
-	8,  // 31: postern.v1.AttachService.GetNodes:output_type -> postern.v1.GetNodesResponse
-	10, // 32: postern.v1.AttachService.GetContent:output_type -> postern.v1.GetContentResponse
-	12, // 33: postern.v1.AttachService.WatchChanges:output_type -> postern.v1.WatchChangesResponse
-	15, // 34: postern.v1.AttachService.ReserveIDs:output_type -> postern.v1.ReserveIDsResponse
-	17, // 35: postern.v1.AttachService.MissingChunks:output_type -> postern.v1.MissingChunksResponse
-	22, // 36: postern.v1.AttachService.Commit:output_type -> postern.v1.CommitResponse
-	29, // [29:37] is the sub-list for method output_type
-	21, // [21:29] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	29, // 0: postern.v1.GetAttachStatusResponse.mounts:type_name -> postern.v1.MountStatus
+	29, // 1: postern.v1.ReportStatusRequest.mounts:type_name -> postern.v1.MountStatus
+	0,  // 2: postern.v1.Node.type:type_name -> postern.v1.NodeType
+	30, // 3: postern.v1.Node.xattrs:type_name -> postern.v1.Node.XattrsEntry
+	5,  // 4: postern.v1.Entry.node:type_name -> postern.v1.Node
+	5,  // 5: postern.v1.OpenWorkspaceResponse.root:type_name -> postern.v1.Node
+	6,  // 6: postern.v1.ListNodesResponse.entries:type_name -> postern.v1.Entry
+	6,  // 7: postern.v1.GetNodesResponse.entries:type_name -> postern.v1.Entry
+	17, // 8: postern.v1.WatchChangesResponse.changes:type_name -> postern.v1.NodeChange
+	5,  // 9: postern.v1.NodeChange.node:type_name -> postern.v1.Node
+	6,  // 10: postern.v1.NodeChange.added:type_name -> postern.v1.Entry
+	6,  // 11: postern.v1.NodeChange.removed:type_name -> postern.v1.Entry
+	25, // 12: postern.v1.CommitRequest.ops:type_name -> postern.v1.FileOp
+	31, // 13: postern.v1.FileOp.create:type_name -> postern.v1.FileOp.Create
+	32, // 14: postern.v1.FileOp.set_content:type_name -> postern.v1.FileOp.SetContent
+	33, // 15: postern.v1.FileOp.set_attr:type_name -> postern.v1.FileOp.SetAttr
+	34, // 16: postern.v1.FileOp.set_xattr:type_name -> postern.v1.FileOp.SetXattr
+	35, // 17: postern.v1.FileOp.make_link:type_name -> postern.v1.FileOp.MakeLink
+	36, // 18: postern.v1.FileOp.rename:type_name -> postern.v1.FileOp.Rename
+	37, // 19: postern.v1.FileOp.remove:type_name -> postern.v1.FileOp.Remove
+	27, // 20: postern.v1.CommitResponse.results:type_name -> postern.v1.FileOpResult
+	28, // 21: postern.v1.FileOpResult.conflict:type_name -> postern.v1.FileConflict
+	38, // 22: postern.v1.MountStatus.as_of:type_name -> google.protobuf.Timestamp
+	38, // 23: postern.v1.MountStatus.oldest_unsent:type_name -> google.protobuf.Timestamp
+	28, // 24: postern.v1.MountStatus.conflicts:type_name -> postern.v1.FileConflict
+	5,  // 25: postern.v1.FileOp.Create.node:type_name -> postern.v1.Node
+	7,  // 26: postern.v1.AttachService.OpenWorkspace:input_type -> postern.v1.OpenWorkspaceRequest
+	9,  // 27: postern.v1.AttachService.ListNodes:input_type -> postern.v1.ListNodesRequest
+	11, // 28: postern.v1.AttachService.GetNodes:input_type -> postern.v1.GetNodesRequest
+	13, // 29: postern.v1.AttachService.GetContent:input_type -> postern.v1.GetContentRequest
+	15, // 30: postern.v1.AttachService.WatchChanges:input_type -> postern.v1.WatchChangesRequest
+	18, // 31: postern.v1.AttachService.ReserveIDs:input_type -> postern.v1.ReserveIDsRequest
+	20, // 32: postern.v1.AttachService.MissingChunks:input_type -> postern.v1.MissingChunksRequest
+	24, // 33: postern.v1.AttachService.Commit:input_type -> postern.v1.CommitRequest
+	3,  // 34: postern.v1.AttachService.ReportStatus:input_type -> postern.v1.ReportStatusRequest
+	1,  // 35: postern.v1.AttachHostService.GetAttachStatus:input_type -> postern.v1.GetAttachStatusRequest
+	8,  // 36: postern.v1.AttachService.OpenWorkspace:output_type -> postern.v1.OpenWorkspaceResponse
+	10, // 37: postern.v1.AttachService.ListNodes:output_type -> postern.v1.ListNodesResponse
+	12, // 38: postern.v1.AttachService.GetNodes:output_type -> postern.v1.GetNodesResponse
+	14, // 39: postern.v1.AttachService.GetContent:output_type -> postern.v1.GetContentResponse
+	16, // 40: postern.v1.AttachService.WatchChanges:output_type -> postern.v1.WatchChangesResponse
+	19, // 41: postern.v1.AttachService.ReserveIDs:output_type -> postern.v1.ReserveIDsResponse
+	21, // 42: postern.v1.AttachService.MissingChunks:output_type -> postern.v1.MissingChunksResponse
+	26, // 43: postern.v1.AttachService.Commit:output_type -> postern.v1.CommitResponse
+	4,  // 44: postern.v1.AttachService.ReportStatus:output_type -> postern.v1.ReportStatusResponse
+	2,  // 45: postern.v1.AttachHostService.GetAttachStatus:output_type -> postern.v1.GetAttachStatusResponse
+	36, // [36:46] is the sub-list for method output_type
+	26, // [26:36] is the sub-list for method input_type
+	26, // [26:26] is the sub-list for extension type_name
+	26, // [26:26] is the sub-list for extension extendee
+	0,  // [0:26] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_attach_proto_init() }
@@ -2669,7 +3065,7 @@ func file_postern_v1_attach_proto_init() {
 	if File_postern_v1_attach_proto != nil {
 		return
 	}
-	file_postern_v1_attach_proto_msgTypes[20].OneofWrappers = []any{
+	file_postern_v1_attach_proto_msgTypes[24].OneofWrappers = []any{
 		(*FileOp_Create_)(nil),
 		(*FileOp_SetContent_)(nil),
 		(*FileOp_SetAttr_)(nil),
@@ -2678,16 +3074,16 @@ func file_postern_v1_attach_proto_init() {
 		(*FileOp_Rename_)(nil),
 		(*FileOp_Remove_)(nil),
 	}
-	file_postern_v1_attach_proto_msgTypes[27].OneofWrappers = []any{}
+	file_postern_v1_attach_proto_msgTypes[32].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_attach_proto_rawDesc), len(file_postern_v1_attach_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   32,
+			NumMessages:   37,
 			NumExtensions: 0,
-			NumServices:   1,
+			NumServices:   2,
 		},
 		GoTypes:           file_postern_v1_attach_proto_goTypes,
 		DependencyIndexes: file_postern_v1_attach_proto_depIdxs,

@@ -1110,6 +1110,155 @@ func (x *CommitFileRequest) GetSymlink() []byte {
 	return nil
 }
 
+type CommitFilesRequest struct {
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Workspace string                 `protobuf:"bytes,1,opt,name=workspace,proto3" json:"workspace,omitempty"`
+	// Their workspace is not looked at.
+	Files         []*CommitFileRequest `protobuf:"bytes,2,rep,name=files,proto3" json:"files,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitFilesRequest) Reset() {
+	*x = CommitFilesRequest{}
+	mi := &file_postern_v1_file_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitFilesRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitFilesRequest) ProtoMessage() {}
+
+func (x *CommitFilesRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_file_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitFilesRequest.ProtoReflect.Descriptor instead.
+func (*CommitFilesRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *CommitFilesRequest) GetWorkspace() string {
+	if x != nil {
+		return x.Workspace
+	}
+	return ""
+}
+
+func (x *CommitFilesRequest) GetFiles() []*CommitFileRequest {
+	if x != nil {
+		return x.Files
+	}
+	return nil
+}
+
+type CommitFilesResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Results       []*CommitFileResult    `protobuf:"bytes,1,rep,name=results,proto3" json:"results,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitFilesResponse) Reset() {
+	*x = CommitFilesResponse{}
+	mi := &file_postern_v1_file_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitFilesResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitFilesResponse) ProtoMessage() {}
+
+func (x *CommitFilesResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_file_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitFilesResponse.ProtoReflect.Descriptor instead.
+func (*CommitFilesResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *CommitFilesResponse) GetResults() []*CommitFileResult {
+	if x != nil {
+		return x.Results
+	}
+	return nil
+}
+
+type CommitFileResult struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	File          *FileInfo              `protobuf:"bytes,1,opt,name=file,proto3" json:"file,omitempty"`
+	Error         *ErrorDetail           `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CommitFileResult) Reset() {
+	*x = CommitFileResult{}
+	mi := &file_postern_v1_file_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CommitFileResult) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CommitFileResult) ProtoMessage() {}
+
+func (x *CommitFileResult) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_file_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CommitFileResult.ProtoReflect.Descriptor instead.
+func (*CommitFileResult) Descriptor() ([]byte, []int) {
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *CommitFileResult) GetFile() *FileInfo {
+	if x != nil {
+		return x.File
+	}
+	return nil
+}
+
+func (x *CommitFileResult) GetError() *ErrorDetail {
+	if x != nil {
+		return x.Error
+	}
+	return nil
+}
+
 type MissingFileChunksRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Workspace     string                 `protobuf:"bytes,1,opt,name=workspace,proto3" json:"workspace,omitempty"`
@@ -1120,7 +1269,7 @@ type MissingFileChunksRequest struct {
 
 func (x *MissingFileChunksRequest) Reset() {
 	*x = MissingFileChunksRequest{}
-	mi := &file_postern_v1_file_proto_msgTypes[17]
+	mi := &file_postern_v1_file_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1132,7 +1281,7 @@ func (x *MissingFileChunksRequest) String() string {
 func (*MissingFileChunksRequest) ProtoMessage() {}
 
 func (x *MissingFileChunksRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[17]
+	mi := &file_postern_v1_file_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1145,7 +1294,7 @@ func (x *MissingFileChunksRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MissingFileChunksRequest.ProtoReflect.Descriptor instead.
 func (*MissingFileChunksRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{17}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{20}
 }
 
 func (x *MissingFileChunksRequest) GetWorkspace() string {
@@ -1178,7 +1327,7 @@ type FileVersion struct {
 
 func (x *FileVersion) Reset() {
 	*x = FileVersion{}
-	mi := &file_postern_v1_file_proto_msgTypes[18]
+	mi := &file_postern_v1_file_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1190,7 +1339,7 @@ func (x *FileVersion) String() string {
 func (*FileVersion) ProtoMessage() {}
 
 func (x *FileVersion) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[18]
+	mi := &file_postern_v1_file_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1203,7 +1352,7 @@ func (x *FileVersion) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileVersion.ProtoReflect.Descriptor instead.
 func (*FileVersion) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{18}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *FileVersion) GetVersion() uint64 {
@@ -1265,7 +1414,7 @@ type ListFileVersionsResponse struct {
 
 func (x *ListFileVersionsResponse) Reset() {
 	*x = ListFileVersionsResponse{}
-	mi := &file_postern_v1_file_proto_msgTypes[19]
+	mi := &file_postern_v1_file_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1277,7 +1426,7 @@ func (x *ListFileVersionsResponse) String() string {
 func (*ListFileVersionsResponse) ProtoMessage() {}
 
 func (x *ListFileVersionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[19]
+	mi := &file_postern_v1_file_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1290,7 +1439,7 @@ func (x *ListFileVersionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListFileVersionsResponse.ProtoReflect.Descriptor instead.
 func (*ListFileVersionsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{19}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *ListFileVersionsResponse) GetVersions() []*FileVersion {
@@ -1314,7 +1463,7 @@ type RestoreFileRequest struct {
 
 func (x *RestoreFileRequest) Reset() {
 	*x = RestoreFileRequest{}
-	mi := &file_postern_v1_file_proto_msgTypes[20]
+	mi := &file_postern_v1_file_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1326,7 +1475,7 @@ func (x *RestoreFileRequest) String() string {
 func (*RestoreFileRequest) ProtoMessage() {}
 
 func (x *RestoreFileRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[20]
+	mi := &file_postern_v1_file_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1339,7 +1488,7 @@ func (x *RestoreFileRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreFileRequest.ProtoReflect.Descriptor instead.
 func (*RestoreFileRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{20}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *RestoreFileRequest) GetWorkspace() string {
@@ -1386,7 +1535,7 @@ type TrashEntry struct {
 
 func (x *TrashEntry) Reset() {
 	*x = TrashEntry{}
-	mi := &file_postern_v1_file_proto_msgTypes[21]
+	mi := &file_postern_v1_file_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1398,7 +1547,7 @@ func (x *TrashEntry) String() string {
 func (*TrashEntry) ProtoMessage() {}
 
 func (x *TrashEntry) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[21]
+	mi := &file_postern_v1_file_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1411,7 +1560,7 @@ func (x *TrashEntry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrashEntry.ProtoReflect.Descriptor instead.
 func (*TrashEntry) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{21}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *TrashEntry) GetTrashId() uint64 {
@@ -1480,7 +1629,7 @@ type ListTrashRequest struct {
 
 func (x *ListTrashRequest) Reset() {
 	*x = ListTrashRequest{}
-	mi := &file_postern_v1_file_proto_msgTypes[22]
+	mi := &file_postern_v1_file_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1492,7 +1641,7 @@ func (x *ListTrashRequest) String() string {
 func (*ListTrashRequest) ProtoMessage() {}
 
 func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[22]
+	mi := &file_postern_v1_file_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1505,7 +1654,7 @@ func (x *ListTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashRequest.ProtoReflect.Descriptor instead.
 func (*ListTrashRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{22}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *ListTrashRequest) GetWorkspace() string {
@@ -1532,7 +1681,7 @@ type ListTrashResponse struct {
 
 func (x *ListTrashResponse) Reset() {
 	*x = ListTrashResponse{}
-	mi := &file_postern_v1_file_proto_msgTypes[23]
+	mi := &file_postern_v1_file_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1544,7 +1693,7 @@ func (x *ListTrashResponse) String() string {
 func (*ListTrashResponse) ProtoMessage() {}
 
 func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[23]
+	mi := &file_postern_v1_file_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1557,7 +1706,7 @@ func (x *ListTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListTrashResponse.ProtoReflect.Descriptor instead.
 func (*ListTrashResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{23}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListTrashResponse) GetEntries() []*TrashEntry {
@@ -1584,7 +1733,7 @@ type EmptyTrashRequest struct {
 
 func (x *EmptyTrashRequest) Reset() {
 	*x = EmptyTrashRequest{}
-	mi := &file_postern_v1_file_proto_msgTypes[24]
+	mi := &file_postern_v1_file_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1596,7 +1745,7 @@ func (x *EmptyTrashRequest) String() string {
 func (*EmptyTrashRequest) ProtoMessage() {}
 
 func (x *EmptyTrashRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[24]
+	mi := &file_postern_v1_file_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1609,7 +1758,7 @@ func (x *EmptyTrashRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmptyTrashRequest.ProtoReflect.Descriptor instead.
 func (*EmptyTrashRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{24}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *EmptyTrashRequest) GetWorkspace() string {
@@ -1635,7 +1784,7 @@ type EmptyTrashResponse struct {
 
 func (x *EmptyTrashResponse) Reset() {
 	*x = EmptyTrashResponse{}
-	mi := &file_postern_v1_file_proto_msgTypes[25]
+	mi := &file_postern_v1_file_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1647,7 +1796,7 @@ func (x *EmptyTrashResponse) String() string {
 func (*EmptyTrashResponse) ProtoMessage() {}
 
 func (x *EmptyTrashResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[25]
+	mi := &file_postern_v1_file_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1660,7 +1809,7 @@ func (x *EmptyTrashResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EmptyTrashResponse.ProtoReflect.Descriptor instead.
 func (*EmptyTrashResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{25}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *EmptyTrashResponse) GetEntries() uint64 {
@@ -1679,7 +1828,7 @@ type ListConflictsResponse struct {
 
 func (x *ListConflictsResponse) Reset() {
 	*x = ListConflictsResponse{}
-	mi := &file_postern_v1_file_proto_msgTypes[26]
+	mi := &file_postern_v1_file_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1691,7 +1840,7 @@ func (x *ListConflictsResponse) String() string {
 func (*ListConflictsResponse) ProtoMessage() {}
 
 func (x *ListConflictsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[26]
+	mi := &file_postern_v1_file_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1704,7 +1853,7 @@ func (x *ListConflictsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListConflictsResponse.ProtoReflect.Descriptor instead.
 func (*ListConflictsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{26}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *ListConflictsResponse) GetConflicts() []*FileConflict {
@@ -1729,7 +1878,7 @@ type WorkspaceSnapshot struct {
 
 func (x *WorkspaceSnapshot) Reset() {
 	*x = WorkspaceSnapshot{}
-	mi := &file_postern_v1_file_proto_msgTypes[27]
+	mi := &file_postern_v1_file_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1741,7 +1890,7 @@ func (x *WorkspaceSnapshot) String() string {
 func (*WorkspaceSnapshot) ProtoMessage() {}
 
 func (x *WorkspaceSnapshot) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[27]
+	mi := &file_postern_v1_file_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1754,7 +1903,7 @@ func (x *WorkspaceSnapshot) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use WorkspaceSnapshot.ProtoReflect.Descriptor instead.
 func (*WorkspaceSnapshot) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{27}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *WorkspaceSnapshot) GetId() string {
@@ -1816,7 +1965,7 @@ type CreateSnapshotRequest struct {
 
 func (x *CreateSnapshotRequest) Reset() {
 	*x = CreateSnapshotRequest{}
-	mi := &file_postern_v1_file_proto_msgTypes[28]
+	mi := &file_postern_v1_file_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1828,7 +1977,7 @@ func (x *CreateSnapshotRequest) String() string {
 func (*CreateSnapshotRequest) ProtoMessage() {}
 
 func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[28]
+	mi := &file_postern_v1_file_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1841,7 +1990,7 @@ func (x *CreateSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*CreateSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{28}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *CreateSnapshotRequest) GetWorkspace() string {
@@ -1869,7 +2018,7 @@ type SnapshotRequest struct {
 
 func (x *SnapshotRequest) Reset() {
 	*x = SnapshotRequest{}
-	mi := &file_postern_v1_file_proto_msgTypes[29]
+	mi := &file_postern_v1_file_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1881,7 +2030,7 @@ func (x *SnapshotRequest) String() string {
 func (*SnapshotRequest) ProtoMessage() {}
 
 func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[29]
+	mi := &file_postern_v1_file_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1894,7 +2043,7 @@ func (x *SnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SnapshotRequest.ProtoReflect.Descriptor instead.
 func (*SnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{29}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *SnapshotRequest) GetWorkspace() string {
@@ -1920,7 +2069,7 @@ type ListSnapshotsResponse struct {
 
 func (x *ListSnapshotsResponse) Reset() {
 	*x = ListSnapshotsResponse{}
-	mi := &file_postern_v1_file_proto_msgTypes[30]
+	mi := &file_postern_v1_file_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1932,7 +2081,7 @@ func (x *ListSnapshotsResponse) String() string {
 func (*ListSnapshotsResponse) ProtoMessage() {}
 
 func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[30]
+	mi := &file_postern_v1_file_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1945,7 +2094,7 @@ func (x *ListSnapshotsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSnapshotsResponse.ProtoReflect.Descriptor instead.
 func (*ListSnapshotsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{30}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *ListSnapshotsResponse) GetSnapshots() []*WorkspaceSnapshot {
@@ -1966,7 +2115,7 @@ type RestoreSnapshotRequest struct {
 
 func (x *RestoreSnapshotRequest) Reset() {
 	*x = RestoreSnapshotRequest{}
-	mi := &file_postern_v1_file_proto_msgTypes[31]
+	mi := &file_postern_v1_file_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1978,7 +2127,7 @@ func (x *RestoreSnapshotRequest) String() string {
 func (*RestoreSnapshotRequest) ProtoMessage() {}
 
 func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[31]
+	mi := &file_postern_v1_file_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1991,7 +2140,7 @@ func (x *RestoreSnapshotRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotRequest.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{31}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *RestoreSnapshotRequest) GetWorkspace() string {
@@ -2025,7 +2174,7 @@ type RestoreSnapshotResponse struct {
 
 func (x *RestoreSnapshotResponse) Reset() {
 	*x = RestoreSnapshotResponse{}
-	mi := &file_postern_v1_file_proto_msgTypes[32]
+	mi := &file_postern_v1_file_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2037,7 +2186,7 @@ func (x *RestoreSnapshotResponse) String() string {
 func (*RestoreSnapshotResponse) ProtoMessage() {}
 
 func (x *RestoreSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[32]
+	mi := &file_postern_v1_file_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2050,7 +2199,7 @@ func (x *RestoreSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*RestoreSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{32}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *RestoreSnapshotResponse) GetRestored() uint64 {
@@ -2075,7 +2224,7 @@ type DeleteSnapshotResponse struct {
 
 func (x *DeleteSnapshotResponse) Reset() {
 	*x = DeleteSnapshotResponse{}
-	mi := &file_postern_v1_file_proto_msgTypes[33]
+	mi := &file_postern_v1_file_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2087,7 +2236,7 @@ func (x *DeleteSnapshotResponse) String() string {
 func (*DeleteSnapshotResponse) ProtoMessage() {}
 
 func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[33]
+	mi := &file_postern_v1_file_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2100,7 +2249,7 @@ func (x *DeleteSnapshotResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteSnapshotResponse.ProtoReflect.Descriptor instead.
 func (*DeleteSnapshotResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{33}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{36}
 }
 
 type GetFileStatusRequest struct {
@@ -2113,7 +2262,7 @@ type GetFileStatusRequest struct {
 
 func (x *GetFileStatusRequest) Reset() {
 	*x = GetFileStatusRequest{}
-	mi := &file_postern_v1_file_proto_msgTypes[34]
+	mi := &file_postern_v1_file_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2125,7 +2274,7 @@ func (x *GetFileStatusRequest) String() string {
 func (*GetFileStatusRequest) ProtoMessage() {}
 
 func (x *GetFileStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[34]
+	mi := &file_postern_v1_file_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2138,7 +2287,7 @@ func (x *GetFileStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetFileStatusRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{34}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *GetFileStatusRequest) GetWorkspace() string {
@@ -2159,7 +2308,7 @@ type GetFileStatusResponse struct {
 
 func (x *GetFileStatusResponse) Reset() {
 	*x = GetFileStatusResponse{}
-	mi := &file_postern_v1_file_proto_msgTypes[35]
+	mi := &file_postern_v1_file_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2171,7 +2320,7 @@ func (x *GetFileStatusResponse) String() string {
 func (*GetFileStatusResponse) ProtoMessage() {}
 
 func (x *GetFileStatusResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[35]
+	mi := &file_postern_v1_file_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2184,7 +2333,7 @@ func (x *GetFileStatusResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileStatusResponse.ProtoReflect.Descriptor instead.
 func (*GetFileStatusResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{35}
+	return file_postern_v1_file_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *GetFileStatusResponse) GetMounts() []*MountStatus {
@@ -2201,173 +2350,12 @@ func (x *GetFileStatusResponse) GetSilent() []string {
 	return nil
 }
 
-// MountStatus is a workspace on a host.
-type MountStatus struct {
-	state     protoimpl.MessageState `protogen:"open.v1"`
-	Agent     string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
-	Workspace string                 `protobuf:"bytes,2,opt,name=workspace,proto3" json:"workspace,omitempty"`
-	MountId   string                 `protobuf:"bytes,3,opt,name=mount_id,json=mountId,proto3" json:"mount_id,omitempty"`
-	ReadOnly  bool                   `protobuf:"varint,4,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
-	// Whether the agent answers; if not, the rest is what it said last.
-	Online       bool                   `protobuf:"varint,5,opt,name=online,proto3" json:"online,omitempty"`
-	AsOf         *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=as_of,json=asOf,proto3" json:"as_of,omitempty"`
-	UnsentOps    uint64                 `protobuf:"varint,7,opt,name=unsent_ops,json=unsentOps,proto3" json:"unsent_ops,omitempty"`
-	UnsentBytes  uint64                 `protobuf:"varint,8,opt,name=unsent_bytes,json=unsentBytes,proto3" json:"unsent_bytes,omitempty"`
-	OldestUnsent *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=oldest_unsent,json=oldestUnsent,proto3" json:"oldest_unsent,omitempty"`
-	// Files with unsent content, at most 1000.
-	UnsentPaths [][]byte `protobuf:"bytes,10,rep,name=unsent_paths,json=unsentPaths,proto3" json:"unsent_paths,omitempty"`
-	CachedBytes uint64   `protobuf:"varint,11,opt,name=cached_bytes,json=cachedBytes,proto3" json:"cached_bytes,omitempty"`
-	// Why uploads stand still; empty: they don't.
-	LastError string          `protobuf:"bytes,12,opt,name=last_error,json=lastError,proto3" json:"last_error,omitempty"`
-	Conflicts []*FileConflict `protobuf:"bytes,13,rep,name=conflicts,proto3" json:"conflicts,omitempty"`
-	// Directories of the host where it is mounted, and kernels that have it.
-	Targets       []string `protobuf:"bytes,14,rep,name=targets,proto3" json:"targets,omitempty"`
-	Kernels       []string `protobuf:"bytes,15,rep,name=kernels,proto3" json:"kernels,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *MountStatus) Reset() {
-	*x = MountStatus{}
-	mi := &file_postern_v1_file_proto_msgTypes[36]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *MountStatus) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*MountStatus) ProtoMessage() {}
-
-func (x *MountStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_file_proto_msgTypes[36]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use MountStatus.ProtoReflect.Descriptor instead.
-func (*MountStatus) Descriptor() ([]byte, []int) {
-	return file_postern_v1_file_proto_rawDescGZIP(), []int{36}
-}
-
-func (x *MountStatus) GetAgent() string {
-	if x != nil {
-		return x.Agent
-	}
-	return ""
-}
-
-func (x *MountStatus) GetWorkspace() string {
-	if x != nil {
-		return x.Workspace
-	}
-	return ""
-}
-
-func (x *MountStatus) GetMountId() string {
-	if x != nil {
-		return x.MountId
-	}
-	return ""
-}
-
-func (x *MountStatus) GetReadOnly() bool {
-	if x != nil {
-		return x.ReadOnly
-	}
-	return false
-}
-
-func (x *MountStatus) GetOnline() bool {
-	if x != nil {
-		return x.Online
-	}
-	return false
-}
-
-func (x *MountStatus) GetAsOf() *timestamppb.Timestamp {
-	if x != nil {
-		return x.AsOf
-	}
-	return nil
-}
-
-func (x *MountStatus) GetUnsentOps() uint64 {
-	if x != nil {
-		return x.UnsentOps
-	}
-	return 0
-}
-
-func (x *MountStatus) GetUnsentBytes() uint64 {
-	if x != nil {
-		return x.UnsentBytes
-	}
-	return 0
-}
-
-func (x *MountStatus) GetOldestUnsent() *timestamppb.Timestamp {
-	if x != nil {
-		return x.OldestUnsent
-	}
-	return nil
-}
-
-func (x *MountStatus) GetUnsentPaths() [][]byte {
-	if x != nil {
-		return x.UnsentPaths
-	}
-	return nil
-}
-
-func (x *MountStatus) GetCachedBytes() uint64 {
-	if x != nil {
-		return x.CachedBytes
-	}
-	return 0
-}
-
-func (x *MountStatus) GetLastError() string {
-	if x != nil {
-		return x.LastError
-	}
-	return ""
-}
-
-func (x *MountStatus) GetConflicts() []*FileConflict {
-	if x != nil {
-		return x.Conflicts
-	}
-	return nil
-}
-
-func (x *MountStatus) GetTargets() []string {
-	if x != nil {
-		return x.Targets
-	}
-	return nil
-}
-
-func (x *MountStatus) GetKernels() []string {
-	if x != nil {
-		return x.Kernels
-	}
-	return nil
-}
-
 var File_postern_v1_file_proto protoreflect.FileDescriptor
 
 const file_postern_v1_file_proto_rawDesc = "" +
 	"\n" +
 	"\x15postern/v1/file.proto\x12\n" +
-	"postern.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17postern/v1/attach.proto\"\x80\x03\n" +
+	"postern.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17postern/v1/attach.proto\x1a\x16postern/v1/error.proto\"\x80\x03\n" +
 	"\tWorkspace\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04name\x18\x02 \x01(\tR\x04name\x124\n" +
@@ -2458,7 +2446,15 @@ const file_postern_v1_file_proto_rawDesc = "" +
 	"\aparents\x18\t \x01(\bR\aparents\x12\x18\n" +
 	"\asymlink\x18\n" +
 	" \x01(\fR\asymlinkB\x0f\n" +
-	"\r_base_version\"P\n" +
+	"\r_base_version\"g\n" +
+	"\x12CommitFilesRequest\x12\x1c\n" +
+	"\tworkspace\x18\x01 \x01(\tR\tworkspace\x123\n" +
+	"\x05files\x18\x02 \x03(\v2\x1d.postern.v1.CommitFileRequestR\x05files\"M\n" +
+	"\x13CommitFilesResponse\x126\n" +
+	"\aresults\x18\x01 \x03(\v2\x1c.postern.v1.CommitFileResultR\aresults\"k\n" +
+	"\x10CommitFileResult\x12(\n" +
+	"\x04file\x18\x01 \x01(\v2\x14.postern.v1.FileInfoR\x04file\x12-\n" +
+	"\x05error\x18\x02 \x01(\v2\x17.postern.v1.ErrorDetailR\x05error\"P\n" +
 	"\x18MissingFileChunksRequest\x12\x1c\n" +
 	"\tworkspace\x18\x01 \x01(\tR\tworkspace\x12\x16\n" +
 	"\x06hashes\x18\x02 \x03(\fR\x06hashes\"\xd2\x01\n" +
@@ -2529,26 +2525,7 @@ const file_postern_v1_file_proto_rawDesc = "" +
 	"\tworkspace\x18\x01 \x01(\tR\tworkspace\"`\n" +
 	"\x15GetFileStatusResponse\x12/\n" +
 	"\x06mounts\x18\x01 \x03(\v2\x17.postern.v1.MountStatusR\x06mounts\x12\x16\n" +
-	"\x06silent\x18\x02 \x03(\tR\x06silent\"\x96\x04\n" +
-	"\vMountStatus\x12\x14\n" +
-	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x1c\n" +
-	"\tworkspace\x18\x02 \x01(\tR\tworkspace\x12\x19\n" +
-	"\bmount_id\x18\x03 \x01(\tR\amountId\x12\x1b\n" +
-	"\tread_only\x18\x04 \x01(\bR\breadOnly\x12\x16\n" +
-	"\x06online\x18\x05 \x01(\bR\x06online\x12/\n" +
-	"\x05as_of\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x04asOf\x12\x1d\n" +
-	"\n" +
-	"unsent_ops\x18\a \x01(\x04R\tunsentOps\x12!\n" +
-	"\funsent_bytes\x18\b \x01(\x04R\vunsentBytes\x12?\n" +
-	"\roldest_unsent\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\foldestUnsent\x12!\n" +
-	"\funsent_paths\x18\n" +
-	" \x03(\fR\vunsentPaths\x12!\n" +
-	"\fcached_bytes\x18\v \x01(\x04R\vcachedBytes\x12\x1d\n" +
-	"\n" +
-	"last_error\x18\f \x01(\tR\tlastError\x126\n" +
-	"\tconflicts\x18\r \x03(\v2\x18.postern.v1.FileConflictR\tconflicts\x12\x18\n" +
-	"\atargets\x18\x0e \x03(\tR\atargets\x12\x18\n" +
-	"\akernels\x18\x0f \x03(\tR\akernels2\xf5\r\n" +
+	"\x06silent\x18\x02 \x03(\tR\x06silent2\xc7\x0e\n" +
 	"\vFileService\x12Y\n" +
 	"\x0eListWorkspaces\x12!.postern.v1.ListWorkspacesRequest\x1a\".postern.v1.ListWorkspacesResponse\"\x00\x12N\n" +
 	"\x0fCreateWorkspace\x12\".postern.v1.CreateWorkspaceRequest\x1a\x15.postern.v1.Workspace\"\x00\x12E\n" +
@@ -2562,7 +2539,8 @@ const file_postern_v1_file_proto_rawDesc = "" +
 	"\n" +
 	"RemoveFile\x12\x1d.postern.v1.RemoveFileRequest\x1a\x1e.postern.v1.RemoveFileResponse\"\x00\x12C\n" +
 	"\n" +
-	"CommitFile\x12\x1d.postern.v1.CommitFileRequest\x1a\x14.postern.v1.FileInfo\"\x00\x12^\n" +
+	"CommitFile\x12\x1d.postern.v1.CommitFileRequest\x1a\x14.postern.v1.FileInfo\"\x00\x12P\n" +
+	"\vCommitFiles\x12\x1e.postern.v1.CommitFilesRequest\x1a\x1f.postern.v1.CommitFilesResponse\"\x00\x12^\n" +
 	"\x11MissingFileChunks\x12$.postern.v1.MissingFileChunksRequest\x1a!.postern.v1.MissingChunksResponse\"\x00\x12S\n" +
 	"\x10ListFileVersions\x12\x17.postern.v1.FileRequest\x1a$.postern.v1.ListFileVersionsResponse\"\x00\x12E\n" +
 	"\vRestoreFile\x12\x1e.postern.v1.RestoreFileRequest\x1a\x14.postern.v1.FileInfo\"\x00\x12J\n" +
@@ -2588,7 +2566,7 @@ func file_postern_v1_file_proto_rawDescGZIP() []byte {
 	return file_postern_v1_file_proto_rawDescData
 }
 
-var file_postern_v1_file_proto_msgTypes = make([]protoimpl.MessageInfo, 37)
+var file_postern_v1_file_proto_msgTypes = make([]protoimpl.MessageInfo, 39)
 var file_postern_v1_file_proto_goTypes = []any{
 	(*Workspace)(nil),                // 0: postern.v1.Workspace
 	(*ListWorkspacesRequest)(nil),    // 1: postern.v1.ListWorkspacesRequest
@@ -2607,103 +2585,110 @@ var file_postern_v1_file_proto_goTypes = []any{
 	(*RemoveFileRequest)(nil),        // 14: postern.v1.RemoveFileRequest
 	(*RemoveFileResponse)(nil),       // 15: postern.v1.RemoveFileResponse
 	(*CommitFileRequest)(nil),        // 16: postern.v1.CommitFileRequest
-	(*MissingFileChunksRequest)(nil), // 17: postern.v1.MissingFileChunksRequest
-	(*FileVersion)(nil),              // 18: postern.v1.FileVersion
-	(*ListFileVersionsResponse)(nil), // 19: postern.v1.ListFileVersionsResponse
-	(*RestoreFileRequest)(nil),       // 20: postern.v1.RestoreFileRequest
-	(*TrashEntry)(nil),               // 21: postern.v1.TrashEntry
-	(*ListTrashRequest)(nil),         // 22: postern.v1.ListTrashRequest
-	(*ListTrashResponse)(nil),        // 23: postern.v1.ListTrashResponse
-	(*EmptyTrashRequest)(nil),        // 24: postern.v1.EmptyTrashRequest
-	(*EmptyTrashResponse)(nil),       // 25: postern.v1.EmptyTrashResponse
-	(*ListConflictsResponse)(nil),    // 26: postern.v1.ListConflictsResponse
-	(*WorkspaceSnapshot)(nil),        // 27: postern.v1.WorkspaceSnapshot
-	(*CreateSnapshotRequest)(nil),    // 28: postern.v1.CreateSnapshotRequest
-	(*SnapshotRequest)(nil),          // 29: postern.v1.SnapshotRequest
-	(*ListSnapshotsResponse)(nil),    // 30: postern.v1.ListSnapshotsResponse
-	(*RestoreSnapshotRequest)(nil),   // 31: postern.v1.RestoreSnapshotRequest
-	(*RestoreSnapshotResponse)(nil),  // 32: postern.v1.RestoreSnapshotResponse
-	(*DeleteSnapshotResponse)(nil),   // 33: postern.v1.DeleteSnapshotResponse
-	(*GetFileStatusRequest)(nil),     // 34: postern.v1.GetFileStatusRequest
-	(*GetFileStatusResponse)(nil),    // 35: postern.v1.GetFileStatusResponse
-	(*MountStatus)(nil),              // 36: postern.v1.MountStatus
-	(*timestamppb.Timestamp)(nil),    // 37: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),      // 38: google.protobuf.Duration
-	(*Node)(nil),                     // 39: postern.v1.Node
-	(*FileConflict)(nil),             // 40: postern.v1.FileConflict
-	(*MissingChunksResponse)(nil),    // 41: postern.v1.MissingChunksResponse
+	(*CommitFilesRequest)(nil),       // 17: postern.v1.CommitFilesRequest
+	(*CommitFilesResponse)(nil),      // 18: postern.v1.CommitFilesResponse
+	(*CommitFileResult)(nil),         // 19: postern.v1.CommitFileResult
+	(*MissingFileChunksRequest)(nil), // 20: postern.v1.MissingFileChunksRequest
+	(*FileVersion)(nil),              // 21: postern.v1.FileVersion
+	(*ListFileVersionsResponse)(nil), // 22: postern.v1.ListFileVersionsResponse
+	(*RestoreFileRequest)(nil),       // 23: postern.v1.RestoreFileRequest
+	(*TrashEntry)(nil),               // 24: postern.v1.TrashEntry
+	(*ListTrashRequest)(nil),         // 25: postern.v1.ListTrashRequest
+	(*ListTrashResponse)(nil),        // 26: postern.v1.ListTrashResponse
+	(*EmptyTrashRequest)(nil),        // 27: postern.v1.EmptyTrashRequest
+	(*EmptyTrashResponse)(nil),       // 28: postern.v1.EmptyTrashResponse
+	(*ListConflictsResponse)(nil),    // 29: postern.v1.ListConflictsResponse
+	(*WorkspaceSnapshot)(nil),        // 30: postern.v1.WorkspaceSnapshot
+	(*CreateSnapshotRequest)(nil),    // 31: postern.v1.CreateSnapshotRequest
+	(*SnapshotRequest)(nil),          // 32: postern.v1.SnapshotRequest
+	(*ListSnapshotsResponse)(nil),    // 33: postern.v1.ListSnapshotsResponse
+	(*RestoreSnapshotRequest)(nil),   // 34: postern.v1.RestoreSnapshotRequest
+	(*RestoreSnapshotResponse)(nil),  // 35: postern.v1.RestoreSnapshotResponse
+	(*DeleteSnapshotResponse)(nil),   // 36: postern.v1.DeleteSnapshotResponse
+	(*GetFileStatusRequest)(nil),     // 37: postern.v1.GetFileStatusRequest
+	(*GetFileStatusResponse)(nil),    // 38: postern.v1.GetFileStatusResponse
+	(*timestamppb.Timestamp)(nil),    // 39: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),      // 40: google.protobuf.Duration
+	(*Node)(nil),                     // 41: postern.v1.Node
+	(*FileConflict)(nil),             // 42: postern.v1.FileConflict
+	(*ErrorDetail)(nil),              // 43: postern.v1.ErrorDetail
+	(*MountStatus)(nil),              // 44: postern.v1.MountStatus
+	(*MissingChunksResponse)(nil),    // 45: postern.v1.MissingChunksResponse
 }
 var file_postern_v1_file_proto_depIdxs = []int32{
-	37, // 0: postern.v1.Workspace.created:type_name -> google.protobuf.Timestamp
-	38, // 1: postern.v1.Workspace.keep_for:type_name -> google.protobuf.Duration
+	39, // 0: postern.v1.Workspace.created:type_name -> google.protobuf.Timestamp
+	40, // 1: postern.v1.Workspace.keep_for:type_name -> google.protobuf.Duration
 	0,  // 2: postern.v1.ListWorkspacesResponse.workspaces:type_name -> postern.v1.Workspace
-	38, // 3: postern.v1.UpdateWorkspaceRequest.keep_for:type_name -> google.protobuf.Duration
-	39, // 4: postern.v1.FileInfo.node:type_name -> postern.v1.Node
-	37, // 5: postern.v1.FileInfo.modified:type_name -> google.protobuf.Timestamp
-	40, // 6: postern.v1.FileInfo.conflict:type_name -> postern.v1.FileConflict
+	40, // 3: postern.v1.UpdateWorkspaceRequest.keep_for:type_name -> google.protobuf.Duration
+	41, // 4: postern.v1.FileInfo.node:type_name -> postern.v1.Node
+	39, // 5: postern.v1.FileInfo.modified:type_name -> google.protobuf.Timestamp
+	42, // 6: postern.v1.FileInfo.conflict:type_name -> postern.v1.FileConflict
 	9,  // 7: postern.v1.ListFilesResponse.files:type_name -> postern.v1.FileInfo
-	37, // 8: postern.v1.FileVersion.created:type_name -> google.protobuf.Timestamp
-	18, // 9: postern.v1.ListFileVersionsResponse.versions:type_name -> postern.v1.FileVersion
-	39, // 10: postern.v1.TrashEntry.node:type_name -> postern.v1.Node
-	37, // 11: postern.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
-	37, // 12: postern.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
-	21, // 13: postern.v1.ListTrashResponse.entries:type_name -> postern.v1.TrashEntry
-	40, // 14: postern.v1.ListConflictsResponse.conflicts:type_name -> postern.v1.FileConflict
-	37, // 15: postern.v1.WorkspaceSnapshot.created:type_name -> google.protobuf.Timestamp
-	27, // 16: postern.v1.ListSnapshotsResponse.snapshots:type_name -> postern.v1.WorkspaceSnapshot
-	36, // 17: postern.v1.GetFileStatusResponse.mounts:type_name -> postern.v1.MountStatus
-	37, // 18: postern.v1.MountStatus.as_of:type_name -> google.protobuf.Timestamp
-	37, // 19: postern.v1.MountStatus.oldest_unsent:type_name -> google.protobuf.Timestamp
-	40, // 20: postern.v1.MountStatus.conflicts:type_name -> postern.v1.FileConflict
-	1,  // 21: postern.v1.FileService.ListWorkspaces:input_type -> postern.v1.ListWorkspacesRequest
-	3,  // 22: postern.v1.FileService.CreateWorkspace:input_type -> postern.v1.CreateWorkspaceRequest
-	4,  // 23: postern.v1.FileService.GetWorkspace:input_type -> postern.v1.WorkspaceRequest
-	5,  // 24: postern.v1.FileService.UpdateWorkspace:input_type -> postern.v1.UpdateWorkspaceRequest
-	6,  // 25: postern.v1.FileService.DeleteWorkspace:input_type -> postern.v1.DeleteWorkspaceRequest
-	8,  // 26: postern.v1.FileService.GetFile:input_type -> postern.v1.FileRequest
-	10, // 27: postern.v1.FileService.ListFiles:input_type -> postern.v1.ListFilesRequest
-	12, // 28: postern.v1.FileService.MakeDirectory:input_type -> postern.v1.MakeDirectoryRequest
-	13, // 29: postern.v1.FileService.MoveFile:input_type -> postern.v1.MoveFileRequest
-	14, // 30: postern.v1.FileService.RemoveFile:input_type -> postern.v1.RemoveFileRequest
-	16, // 31: postern.v1.FileService.CommitFile:input_type -> postern.v1.CommitFileRequest
-	17, // 32: postern.v1.FileService.MissingFileChunks:input_type -> postern.v1.MissingFileChunksRequest
-	8,  // 33: postern.v1.FileService.ListFileVersions:input_type -> postern.v1.FileRequest
-	20, // 34: postern.v1.FileService.RestoreFile:input_type -> postern.v1.RestoreFileRequest
-	22, // 35: postern.v1.FileService.ListTrash:input_type -> postern.v1.ListTrashRequest
-	24, // 36: postern.v1.FileService.EmptyTrash:input_type -> postern.v1.EmptyTrashRequest
-	4,  // 37: postern.v1.FileService.ListConflicts:input_type -> postern.v1.WorkspaceRequest
-	28, // 38: postern.v1.FileService.CreateSnapshot:input_type -> postern.v1.CreateSnapshotRequest
-	4,  // 39: postern.v1.FileService.ListSnapshots:input_type -> postern.v1.WorkspaceRequest
-	31, // 40: postern.v1.FileService.RestoreSnapshot:input_type -> postern.v1.RestoreSnapshotRequest
-	29, // 41: postern.v1.FileService.DeleteSnapshot:input_type -> postern.v1.SnapshotRequest
-	34, // 42: postern.v1.FileService.GetFileStatus:input_type -> postern.v1.GetFileStatusRequest
-	2,  // 43: postern.v1.FileService.ListWorkspaces:output_type -> postern.v1.ListWorkspacesResponse
-	0,  // 44: postern.v1.FileService.CreateWorkspace:output_type -> postern.v1.Workspace
-	0,  // 45: postern.v1.FileService.GetWorkspace:output_type -> postern.v1.Workspace
-	0,  // 46: postern.v1.FileService.UpdateWorkspace:output_type -> postern.v1.Workspace
-	7,  // 47: postern.v1.FileService.DeleteWorkspace:output_type -> postern.v1.DeleteWorkspaceResponse
-	9,  // 48: postern.v1.FileService.GetFile:output_type -> postern.v1.FileInfo
-	11, // 49: postern.v1.FileService.ListFiles:output_type -> postern.v1.ListFilesResponse
-	9,  // 50: postern.v1.FileService.MakeDirectory:output_type -> postern.v1.FileInfo
-	9,  // 51: postern.v1.FileService.MoveFile:output_type -> postern.v1.FileInfo
-	15, // 52: postern.v1.FileService.RemoveFile:output_type -> postern.v1.RemoveFileResponse
-	9,  // 53: postern.v1.FileService.CommitFile:output_type -> postern.v1.FileInfo
-	41, // 54: postern.v1.FileService.MissingFileChunks:output_type -> postern.v1.MissingChunksResponse
-	19, // 55: postern.v1.FileService.ListFileVersions:output_type -> postern.v1.ListFileVersionsResponse
-	9,  // 56: postern.v1.FileService.RestoreFile:output_type -> postern.v1.FileInfo
-	23, // 57: postern.v1.FileService.ListTrash:output_type -> postern.v1.ListTrashResponse
-	25, // 58: postern.v1.FileService.EmptyTrash:output_type -> postern.v1.EmptyTrashResponse
-	26, // 59: postern.v1.FileService.ListConflicts:output_type -> postern.v1.ListConflictsResponse
-	27, // 60: postern.v1.FileService.CreateSnapshot:output_type -> postern.v1.WorkspaceSnapshot
-	30, // 61: postern.v1.FileService.ListSnapshots:output_type -> postern.v1.ListSnapshotsResponse
-	32, // 62: postern.v1.FileService.RestoreSnapshot:output_type -> postern.v1.RestoreSnapshotResponse
-	33, // 63: postern.v1.FileService.DeleteSnapshot:output_type -> postern.v1.DeleteSnapshotResponse
-	35, // 64: postern.v1.FileService.GetFileStatus:output_type -> postern.v1.GetFileStatusResponse
-	43, // [43:65] is the sub-list for method output_type
-	21, // [21:43] is the sub-list for method input_type
-	21, // [21:21] is the sub-list for extension type_name
-	21, // [21:21] is the sub-list for extension extendee
-	0,  // [0:21] is the sub-list for field type_name
+	16, // 8: postern.v1.CommitFilesRequest.files:type_name -> postern.v1.CommitFileRequest
+	19, // 9: postern.v1.CommitFilesResponse.results:type_name -> postern.v1.CommitFileResult
+	9,  // 10: postern.v1.CommitFileResult.file:type_name -> postern.v1.FileInfo
+	43, // 11: postern.v1.CommitFileResult.error:type_name -> postern.v1.ErrorDetail
+	39, // 12: postern.v1.FileVersion.created:type_name -> google.protobuf.Timestamp
+	21, // 13: postern.v1.ListFileVersionsResponse.versions:type_name -> postern.v1.FileVersion
+	41, // 14: postern.v1.TrashEntry.node:type_name -> postern.v1.Node
+	39, // 15: postern.v1.TrashEntry.removed:type_name -> google.protobuf.Timestamp
+	39, // 16: postern.v1.TrashEntry.expires:type_name -> google.protobuf.Timestamp
+	24, // 17: postern.v1.ListTrashResponse.entries:type_name -> postern.v1.TrashEntry
+	42, // 18: postern.v1.ListConflictsResponse.conflicts:type_name -> postern.v1.FileConflict
+	39, // 19: postern.v1.WorkspaceSnapshot.created:type_name -> google.protobuf.Timestamp
+	30, // 20: postern.v1.ListSnapshotsResponse.snapshots:type_name -> postern.v1.WorkspaceSnapshot
+	44, // 21: postern.v1.GetFileStatusResponse.mounts:type_name -> postern.v1.MountStatus
+	1,  // 22: postern.v1.FileService.ListWorkspaces:input_type -> postern.v1.ListWorkspacesRequest
+	3,  // 23: postern.v1.FileService.CreateWorkspace:input_type -> postern.v1.CreateWorkspaceRequest
+	4,  // 24: postern.v1.FileService.GetWorkspace:input_type -> postern.v1.WorkspaceRequest
+	5,  // 25: postern.v1.FileService.UpdateWorkspace:input_type -> postern.v1.UpdateWorkspaceRequest
+	6,  // 26: postern.v1.FileService.DeleteWorkspace:input_type -> postern.v1.DeleteWorkspaceRequest
+	8,  // 27: postern.v1.FileService.GetFile:input_type -> postern.v1.FileRequest
+	10, // 28: postern.v1.FileService.ListFiles:input_type -> postern.v1.ListFilesRequest
+	12, // 29: postern.v1.FileService.MakeDirectory:input_type -> postern.v1.MakeDirectoryRequest
+	13, // 30: postern.v1.FileService.MoveFile:input_type -> postern.v1.MoveFileRequest
+	14, // 31: postern.v1.FileService.RemoveFile:input_type -> postern.v1.RemoveFileRequest
+	16, // 32: postern.v1.FileService.CommitFile:input_type -> postern.v1.CommitFileRequest
+	17, // 33: postern.v1.FileService.CommitFiles:input_type -> postern.v1.CommitFilesRequest
+	20, // 34: postern.v1.FileService.MissingFileChunks:input_type -> postern.v1.MissingFileChunksRequest
+	8,  // 35: postern.v1.FileService.ListFileVersions:input_type -> postern.v1.FileRequest
+	23, // 36: postern.v1.FileService.RestoreFile:input_type -> postern.v1.RestoreFileRequest
+	25, // 37: postern.v1.FileService.ListTrash:input_type -> postern.v1.ListTrashRequest
+	27, // 38: postern.v1.FileService.EmptyTrash:input_type -> postern.v1.EmptyTrashRequest
+	4,  // 39: postern.v1.FileService.ListConflicts:input_type -> postern.v1.WorkspaceRequest
+	31, // 40: postern.v1.FileService.CreateSnapshot:input_type -> postern.v1.CreateSnapshotRequest
+	4,  // 41: postern.v1.FileService.ListSnapshots:input_type -> postern.v1.WorkspaceRequest
+	34, // 42: postern.v1.FileService.RestoreSnapshot:input_type -> postern.v1.RestoreSnapshotRequest
+	32, // 43: postern.v1.FileService.DeleteSnapshot:input_type -> postern.v1.SnapshotRequest
+	37, // 44: postern.v1.FileService.GetFileStatus:input_type -> postern.v1.GetFileStatusRequest
+	2,  // 45: postern.v1.FileService.ListWorkspaces:output_type -> postern.v1.ListWorkspacesResponse
+	0,  // 46: postern.v1.FileService.CreateWorkspace:output_type -> postern.v1.Workspace
+	0,  // 47: postern.v1.FileService.GetWorkspace:output_type -> postern.v1.Workspace
+	0,  // 48: postern.v1.FileService.UpdateWorkspace:output_type -> postern.v1.Workspace
+	7,  // 49: postern.v1.FileService.DeleteWorkspace:output_type -> postern.v1.DeleteWorkspaceResponse
+	9,  // 50: postern.v1.FileService.GetFile:output_type -> postern.v1.FileInfo
+	11, // 51: postern.v1.FileService.ListFiles:output_type -> postern.v1.ListFilesResponse
+	9,  // 52: postern.v1.FileService.MakeDirectory:output_type -> postern.v1.FileInfo
+	9,  // 53: postern.v1.FileService.MoveFile:output_type -> postern.v1.FileInfo
+	15, // 54: postern.v1.FileService.RemoveFile:output_type -> postern.v1.RemoveFileResponse
+	9,  // 55: postern.v1.FileService.CommitFile:output_type -> postern.v1.FileInfo
+	18, // 56: postern.v1.FileService.CommitFiles:output_type -> postern.v1.CommitFilesResponse
+	45, // 57: postern.v1.FileService.MissingFileChunks:output_type -> postern.v1.MissingChunksResponse
+	22, // 58: postern.v1.FileService.ListFileVersions:output_type -> postern.v1.ListFileVersionsResponse
+	9,  // 59: postern.v1.FileService.RestoreFile:output_type -> postern.v1.FileInfo
+	26, // 60: postern.v1.FileService.ListTrash:output_type -> postern.v1.ListTrashResponse
+	28, // 61: postern.v1.FileService.EmptyTrash:output_type -> postern.v1.EmptyTrashResponse
+	29, // 62: postern.v1.FileService.ListConflicts:output_type -> postern.v1.ListConflictsResponse
+	30, // 63: postern.v1.FileService.CreateSnapshot:output_type -> postern.v1.WorkspaceSnapshot
+	33, // 64: postern.v1.FileService.ListSnapshots:output_type -> postern.v1.ListSnapshotsResponse
+	35, // 65: postern.v1.FileService.RestoreSnapshot:output_type -> postern.v1.RestoreSnapshotResponse
+	36, // 66: postern.v1.FileService.DeleteSnapshot:output_type -> postern.v1.DeleteSnapshotResponse
+	38, // 67: postern.v1.FileService.GetFileStatus:output_type -> postern.v1.GetFileStatusResponse
+	45, // [45:68] is the sub-list for method output_type
+	22, // [22:45] is the sub-list for method input_type
+	22, // [22:22] is the sub-list for extension type_name
+	22, // [22:22] is the sub-list for extension extendee
+	0,  // [0:22] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_file_proto_init() }
@@ -2712,6 +2697,7 @@ func file_postern_v1_file_proto_init() {
 		return
 	}
 	file_postern_v1_attach_proto_init()
+	file_postern_v1_error_proto_init()
 	file_postern_v1_file_proto_msgTypes[5].OneofWrappers = []any{}
 	file_postern_v1_file_proto_msgTypes[16].OneofWrappers = []any{}
 	type x struct{}
@@ -2720,7 +2706,7 @@ func file_postern_v1_file_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_file_proto_rawDesc), len(file_postern_v1_file_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   37,
+			NumMessages:   39,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -23,6 +23,8 @@ const _ = connect.IsAtLeastVersion1_13_0
 const (
 	// AttachServiceName is the fully-qualified name of the AttachService service.
 	AttachServiceName = "postern.v1.AttachService"
+	// AttachHostServiceName is the fully-qualified name of the AttachHostService service.
+	AttachHostServiceName = "postern.v1.AttachHostService"
 )
 
 // These constants are the fully-qualified names of the RPCs defined in this package. They're
@@ -54,6 +56,12 @@ const (
 	AttachServiceMissingChunksProcedure = "/postern.v1.AttachService/MissingChunks"
 	// AttachServiceCommitProcedure is the fully-qualified name of the AttachService's Commit RPC.
 	AttachServiceCommitProcedure = "/postern.v1.AttachService/Commit"
+	// AttachServiceReportStatusProcedure is the fully-qualified name of the AttachService's
+	// ReportStatus RPC.
+	AttachServiceReportStatusProcedure = "/postern.v1.AttachService/ReportStatus"
+	// AttachHostServiceGetAttachStatusProcedure is the fully-qualified name of the AttachHostService's
+	// GetAttachStatus RPC.
+	AttachHostServiceGetAttachStatusProcedure = "/postern.v1.AttachHostService/GetAttachStatus"
 )
 
 // AttachServiceClient is a client for the postern.v1.AttachService service.
@@ -74,8 +82,16 @@ type AttachServiceClient interface {
 	// MissingChunks tells which chunks must be stored before a Commit may name them.
 	MissingChunks(context.Context, *connect.Request[v1.MissingChunksRequest]) (*connect.Response[v1.MissingChunksResponse], error)
 	// Commit applies a mount's operations, in order, in one transaction. An operation
-	// whose number was applied before gets the answer that it got then.
+	// whose number was applied before gets the answer that it got then. An answer with
+	// fewer results than operations means that the next one does not fit into the quota:
+	// send it again when it may. Of a request whose first operation does not fit the error
+	// is STORAGE_FULL; NOT_FOUND if it names a chunk that is not stored. Nothing of a
+	// request that fails was applied.
 	Commit(context.Context, *connect.Request[v1.CommitRequest]) (*connect.Response[v1.CommitResponse], error)
+	// ReportStatus tells what is not uploaded yet, of all mounts of the host: when it
+	// changes between none and some, and every minute while there is some. The control
+	// plane shows it while the agent is offline.
+	ReportStatus(context.Context, *connect.Request[v1.ReportStatusRequest]) (*connect.Response[v1.ReportStatusResponse], error)
 }
 
 // NewAttachServiceClient constructs a client for the postern.v1.AttachService service. By default,
@@ -137,6 +153,12 @@ func NewAttachServiceClient(httpClient connect.HTTPClient, baseURL string, opts 
 			connect.WithSchema(attachServiceMethods.ByName("Commit")),
 			connect.WithClientOptions(opts...),
 		),
+		reportStatus: connect.NewClient[v1.ReportStatusRequest, v1.ReportStatusResponse](
+			httpClient,
+			baseURL+AttachServiceReportStatusProcedure,
+			connect.WithSchema(attachServiceMethods.ByName("ReportStatus")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -150,6 +172,7 @@ type attachServiceClient struct {
 	reserveIDs    *connect.Client[v1.ReserveIDsRequest, v1.ReserveIDsResponse]
 	missingChunks *connect.Client[v1.MissingChunksRequest, v1.MissingChunksResponse]
 	commit        *connect.Client[v1.CommitRequest, v1.CommitResponse]
+	reportStatus  *connect.Client[v1.ReportStatusRequest, v1.ReportStatusResponse]
 }
 
 // OpenWorkspace calls postern.v1.AttachService.OpenWorkspace.
@@ -192,6 +215,11 @@ func (c *attachServiceClient) Commit(ctx context.Context, req *connect.Request[v
 	return c.commit.CallUnary(ctx, req)
 }
 
+// ReportStatus calls postern.v1.AttachService.ReportStatus.
+func (c *attachServiceClient) ReportStatus(ctx context.Context, req *connect.Request[v1.ReportStatusRequest]) (*connect.Response[v1.ReportStatusResponse], error) {
+	return c.reportStatus.CallUnary(ctx, req)
+}
+
 // AttachServiceHandler is an implementation of the postern.v1.AttachService service.
 type AttachServiceHandler interface {
 	// OpenWorkspace finds a workspace by name, and registers a mount of it. The same
@@ -210,8 +238,16 @@ type AttachServiceHandler interface {
 	// MissingChunks tells which chunks must be stored before a Commit may name them.
 	MissingChunks(context.Context, *connect.Request[v1.MissingChunksRequest]) (*connect.Response[v1.MissingChunksResponse], error)
 	// Commit applies a mount's operations, in order, in one transaction. An operation
-	// whose number was applied before gets the answer that it got then.
+	// whose number was applied before gets the answer that it got then. An answer with
+	// fewer results than operations means that the next one does not fit into the quota:
+	// send it again when it may. Of a request whose first operation does not fit the error
+	// is STORAGE_FULL; NOT_FOUND if it names a chunk that is not stored. Nothing of a
+	// request that fails was applied.
 	Commit(context.Context, *connect.Request[v1.CommitRequest]) (*connect.Response[v1.CommitResponse], error)
+	// ReportStatus tells what is not uploaded yet, of all mounts of the host: when it
+	// changes between none and some, and every minute while there is some. The control
+	// plane shows it while the agent is offline.
+	ReportStatus(context.Context, *connect.Request[v1.ReportStatusRequest]) (*connect.Response[v1.ReportStatusResponse], error)
 }
 
 // NewAttachServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -269,6 +305,12 @@ func NewAttachServiceHandler(svc AttachServiceHandler, opts ...connect.HandlerOp
 		connect.WithSchema(attachServiceMethods.ByName("Commit")),
 		connect.WithHandlerOptions(opts...),
 	)
+	attachServiceReportStatusHandler := connect.NewUnaryHandler(
+		AttachServiceReportStatusProcedure,
+		svc.ReportStatus,
+		connect.WithSchema(attachServiceMethods.ByName("ReportStatus")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/postern.v1.AttachService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case AttachServiceOpenWorkspaceProcedure:
@@ -287,6 +329,8 @@ func NewAttachServiceHandler(svc AttachServiceHandler, opts ...connect.HandlerOp
 			attachServiceMissingChunksHandler.ServeHTTP(w, r)
 		case AttachServiceCommitProcedure:
 			attachServiceCommitHandler.ServeHTTP(w, r)
+		case AttachServiceReportStatusProcedure:
+			attachServiceReportStatusHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -326,4 +370,78 @@ func (UnimplementedAttachServiceHandler) MissingChunks(context.Context, *connect
 
 func (UnimplementedAttachServiceHandler) Commit(context.Context, *connect.Request[v1.CommitRequest]) (*connect.Response[v1.CommitResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.AttachService.Commit is not implemented"))
+}
+
+func (UnimplementedAttachServiceHandler) ReportStatus(context.Context, *connect.Request[v1.ReportStatusRequest]) (*connect.Response[v1.ReportStatusResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.AttachService.ReportStatus is not implemented"))
+}
+
+// AttachHostServiceClient is a client for the postern.v1.AttachHostService service.
+type AttachHostServiceClient interface {
+	GetAttachStatus(context.Context, *connect.Request[v1.GetAttachStatusRequest]) (*connect.Response[v1.GetAttachStatusResponse], error)
+}
+
+// NewAttachHostServiceClient constructs a client for the postern.v1.AttachHostService service. By
+// default, it uses the Connect protocol with the binary Protobuf Codec, asks for gzipped responses,
+// and sends uncompressed requests. To use the gRPC or gRPC-Web protocols, supply the
+// connect.WithGRPC() or connect.WithGRPCWeb() options.
+//
+// The URL supplied here should be the base URL for the Connect or gRPC server (for example,
+// http://api.acme.com or https://acme.com/grpc).
+func NewAttachHostServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...connect.ClientOption) AttachHostServiceClient {
+	baseURL = strings.TrimRight(baseURL, "/")
+	attachHostServiceMethods := v1.File_postern_v1_attach_proto.Services().ByName("AttachHostService").Methods()
+	return &attachHostServiceClient{
+		getAttachStatus: connect.NewClient[v1.GetAttachStatusRequest, v1.GetAttachStatusResponse](
+			httpClient,
+			baseURL+AttachHostServiceGetAttachStatusProcedure,
+			connect.WithSchema(attachHostServiceMethods.ByName("GetAttachStatus")),
+			connect.WithClientOptions(opts...),
+		),
+	}
+}
+
+// attachHostServiceClient implements AttachHostServiceClient.
+type attachHostServiceClient struct {
+	getAttachStatus *connect.Client[v1.GetAttachStatusRequest, v1.GetAttachStatusResponse]
+}
+
+// GetAttachStatus calls postern.v1.AttachHostService.GetAttachStatus.
+func (c *attachHostServiceClient) GetAttachStatus(ctx context.Context, req *connect.Request[v1.GetAttachStatusRequest]) (*connect.Response[v1.GetAttachStatusResponse], error) {
+	return c.getAttachStatus.CallUnary(ctx, req)
+}
+
+// AttachHostServiceHandler is an implementation of the postern.v1.AttachHostService service.
+type AttachHostServiceHandler interface {
+	GetAttachStatus(context.Context, *connect.Request[v1.GetAttachStatusRequest]) (*connect.Response[v1.GetAttachStatusResponse], error)
+}
+
+// NewAttachHostServiceHandler builds an HTTP handler from the service implementation. It returns
+// the path on which to mount the handler and the handler itself.
+//
+// By default, handlers support the Connect, gRPC, and gRPC-Web protocols with the binary Protobuf
+// and JSON codecs. They also support gzip compression.
+func NewAttachHostServiceHandler(svc AttachHostServiceHandler, opts ...connect.HandlerOption) (string, http.Handler) {
+	attachHostServiceMethods := v1.File_postern_v1_attach_proto.Services().ByName("AttachHostService").Methods()
+	attachHostServiceGetAttachStatusHandler := connect.NewUnaryHandler(
+		AttachHostServiceGetAttachStatusProcedure,
+		svc.GetAttachStatus,
+		connect.WithSchema(attachHostServiceMethods.ByName("GetAttachStatus")),
+		connect.WithHandlerOptions(opts...),
+	)
+	return "/postern.v1.AttachHostService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case AttachHostServiceGetAttachStatusProcedure:
+			attachHostServiceGetAttachStatusHandler.ServeHTTP(w, r)
+		default:
+			http.NotFound(w, r)
+		}
+	})
+}
+
+// UnimplementedAttachHostServiceHandler returns CodeUnimplemented from all methods.
+type UnimplementedAttachHostServiceHandler struct{}
+
+func (UnimplementedAttachHostServiceHandler) GetAttachStatus(context.Context, *connect.Request[v1.GetAttachStatusRequest]) (*connect.Response[v1.GetAttachStatusResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.AttachHostService.GetAttachStatus is not implemented"))
 }

@@ -61,6 +61,8 @@ const (
 	FileServiceRemoveFileProcedure = "/postern.v1.FileService/RemoveFile"
 	// FileServiceCommitFileProcedure is the fully-qualified name of the FileService's CommitFile RPC.
 	FileServiceCommitFileProcedure = "/postern.v1.FileService/CommitFile"
+	// FileServiceCommitFilesProcedure is the fully-qualified name of the FileService's CommitFiles RPC.
+	FileServiceCommitFilesProcedure = "/postern.v1.FileService/CommitFiles"
 	// FileServiceMissingFileChunksProcedure is the fully-qualified name of the FileService's
 	// MissingFileChunks RPC.
 	FileServiceMissingFileChunksProcedure = "/postern.v1.FileService/MissingFileChunks"
@@ -110,6 +112,9 @@ type FileServiceClient interface {
 	RemoveFile(context.Context, *connect.Request[v1.RemoveFileRequest]) (*connect.Response[v1.RemoveFileResponse], error)
 	// CommitFile makes a file of chunks that were stored before.
 	CommitFile(context.Context, *connect.Request[v1.CommitFileRequest]) (*connect.Response[v1.FileInfo], error)
+	// CommitFiles is CommitFile for at most 500 files at once, in one transaction; one that
+	// can't be done has its error in its answer, and the others are done.
+	CommitFiles(context.Context, *connect.Request[v1.CommitFilesRequest]) (*connect.Response[v1.CommitFilesResponse], error)
 	// MissingFileChunks tells which chunks a client must store before CommitFile.
 	MissingFileChunks(context.Context, *connect.Request[v1.MissingFileChunksRequest]) (*connect.Response[v1.MissingChunksResponse], error)
 	ListFileVersions(context.Context, *connect.Request[v1.FileRequest]) (*connect.Response[v1.ListFileVersionsResponse], error)
@@ -204,6 +209,12 @@ func NewFileServiceClient(httpClient connect.HTTPClient, baseURL string, opts ..
 			connect.WithSchema(fileServiceMethods.ByName("CommitFile")),
 			connect.WithClientOptions(opts...),
 		),
+		commitFiles: connect.NewClient[v1.CommitFilesRequest, v1.CommitFilesResponse](
+			httpClient,
+			baseURL+FileServiceCommitFilesProcedure,
+			connect.WithSchema(fileServiceMethods.ByName("CommitFiles")),
+			connect.WithClientOptions(opts...),
+		),
 		missingFileChunks: connect.NewClient[v1.MissingFileChunksRequest, v1.MissingChunksResponse](
 			httpClient,
 			baseURL+FileServiceMissingFileChunksProcedure,
@@ -286,6 +297,7 @@ type fileServiceClient struct {
 	moveFile          *connect.Client[v1.MoveFileRequest, v1.FileInfo]
 	removeFile        *connect.Client[v1.RemoveFileRequest, v1.RemoveFileResponse]
 	commitFile        *connect.Client[v1.CommitFileRequest, v1.FileInfo]
+	commitFiles       *connect.Client[v1.CommitFilesRequest, v1.CommitFilesResponse]
 	missingFileChunks *connect.Client[v1.MissingFileChunksRequest, v1.MissingChunksResponse]
 	listFileVersions  *connect.Client[v1.FileRequest, v1.ListFileVersionsResponse]
 	restoreFile       *connect.Client[v1.RestoreFileRequest, v1.FileInfo]
@@ -352,6 +364,11 @@ func (c *fileServiceClient) RemoveFile(ctx context.Context, req *connect.Request
 // CommitFile calls postern.v1.FileService.CommitFile.
 func (c *fileServiceClient) CommitFile(ctx context.Context, req *connect.Request[v1.CommitFileRequest]) (*connect.Response[v1.FileInfo], error) {
 	return c.commitFile.CallUnary(ctx, req)
+}
+
+// CommitFiles calls postern.v1.FileService.CommitFiles.
+func (c *fileServiceClient) CommitFiles(ctx context.Context, req *connect.Request[v1.CommitFilesRequest]) (*connect.Response[v1.CommitFilesResponse], error) {
+	return c.commitFiles.CallUnary(ctx, req)
 }
 
 // MissingFileChunks calls postern.v1.FileService.MissingFileChunks.
@@ -426,6 +443,9 @@ type FileServiceHandler interface {
 	RemoveFile(context.Context, *connect.Request[v1.RemoveFileRequest]) (*connect.Response[v1.RemoveFileResponse], error)
 	// CommitFile makes a file of chunks that were stored before.
 	CommitFile(context.Context, *connect.Request[v1.CommitFileRequest]) (*connect.Response[v1.FileInfo], error)
+	// CommitFiles is CommitFile for at most 500 files at once, in one transaction; one that
+	// can't be done has its error in its answer, and the others are done.
+	CommitFiles(context.Context, *connect.Request[v1.CommitFilesRequest]) (*connect.Response[v1.CommitFilesResponse], error)
 	// MissingFileChunks tells which chunks a client must store before CommitFile.
 	MissingFileChunks(context.Context, *connect.Request[v1.MissingFileChunksRequest]) (*connect.Response[v1.MissingChunksResponse], error)
 	ListFileVersions(context.Context, *connect.Request[v1.FileRequest]) (*connect.Response[v1.ListFileVersionsResponse], error)
@@ -514,6 +534,12 @@ func NewFileServiceHandler(svc FileServiceHandler, opts ...connect.HandlerOption
 		FileServiceCommitFileProcedure,
 		svc.CommitFile,
 		connect.WithSchema(fileServiceMethods.ByName("CommitFile")),
+		connect.WithHandlerOptions(opts...),
+	)
+	fileServiceCommitFilesHandler := connect.NewUnaryHandler(
+		FileServiceCommitFilesProcedure,
+		svc.CommitFiles,
+		connect.WithSchema(fileServiceMethods.ByName("CommitFiles")),
 		connect.WithHandlerOptions(opts...),
 	)
 	fileServiceMissingFileChunksHandler := connect.NewUnaryHandler(
@@ -606,6 +632,8 @@ func NewFileServiceHandler(svc FileServiceHandler, opts ...connect.HandlerOption
 			fileServiceRemoveFileHandler.ServeHTTP(w, r)
 		case FileServiceCommitFileProcedure:
 			fileServiceCommitFileHandler.ServeHTTP(w, r)
+		case FileServiceCommitFilesProcedure:
+			fileServiceCommitFilesHandler.ServeHTTP(w, r)
 		case FileServiceMissingFileChunksProcedure:
 			fileServiceMissingFileChunksHandler.ServeHTTP(w, r)
 		case FileServiceListFileVersionsProcedure:
@@ -679,6 +707,10 @@ func (UnimplementedFileServiceHandler) RemoveFile(context.Context, *connect.Requ
 
 func (UnimplementedFileServiceHandler) CommitFile(context.Context, *connect.Request[v1.CommitFileRequest]) (*connect.Response[v1.FileInfo], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.FileService.CommitFile is not implemented"))
+}
+
+func (UnimplementedFileServiceHandler) CommitFiles(context.Context, *connect.Request[v1.CommitFilesRequest]) (*connect.Response[v1.CommitFilesResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.FileService.CommitFiles is not implemented"))
 }
 
 func (UnimplementedFileServiceHandler) MissingFileChunks(context.Context, *connect.Request[v1.MissingFileChunksRequest]) (*connect.Response[v1.MissingChunksResponse], error) {

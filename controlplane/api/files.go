@@ -1,0 +1,56 @@
+package api
+
+import (
+	"context"
+	"net/http"
+
+	"github.com/postern-dev/postern/proto"
+)
+
+// Files serves workspaces; its handlers find the caller by CallerOf, and write the audit
+// entries themselves.
+type Files interface {
+	// FileHandler serves FileService.
+	FileHandler() (string, http.Handler)
+	// ServeFile serves GET, HEAD and PUT of /api/v1/files/{workspace}/{path...}.
+	ServeFile(http.ResponseWriter, *http.Request)
+	// ServeChunks serves POST /api/v1/chunks/{workspace}.
+	ServeChunks(http.ResponseWriter, *http.Request)
+}
+
+// CallerOf is who asks, within a handler that this package called.
+func CallerOf(ctx context.Context) Caller { return caller(ctx) }
+
+// routeFiles adds what serves workspaces.
+func (a *API) routeFiles(mux *http.ServeMux) {
+	if a.cfg.Files == nil {
+		return
+	}
+	path, handler := a.cfg.Files.FileHandler()
+	mux.Handle(path, a.authenticated(func(w http.ResponseWriter, r *http.Request, c Caller) {
+		if err := permit(c, r.URL.Path); err != nil {
+			writeConnectError(w, r, err)
+			return
+		}
+		handler.ServeHTTP(w, r)
+	}, writeConnectError))
+	plainly := func(action string, serve http.HandlerFunc) http.Handler {
+		return a.authenticated(func(w http.ResponseWriter, r *http.Request, c Caller) {
+			if err := permit(c, action); err != nil {
+				writeError(w, r, err)
+				return
+			}
+			serve(w, r)
+		}, writeError)
+	}
+	const one, chunks = "/api/v1/files/{workspace}/{path...}", "/api/v1/chunks/{workspace}"
+	mux.Handle("GET "+one, plainly(readFiles, a.cfg.Files.ServeFile))
+	mux.Handle("PUT "+one, plainly(writeFiles, a.cfg.Files.ServeFile))
+	mux.Handle("POST "+chunks, plainly(writeFiles, a.cfg.Files.ServeChunks))
+	for path, methods := range map[string]string{one: "GET, HEAD, PUT", chunks: "POST"} {
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Allow", methods)
+			writeError(w, r, proto.Errorf(proto.CodeInvalid, "%s is not understood here: use %s", r.Method, methods))
+		})
+	}
+}

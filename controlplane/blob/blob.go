@@ -1,0 +1,356 @@
+package blob
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"math"
+	mathrand "math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"gocloud.dev/blob"
+	"gocloud.dev/gcerrors"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/postern-dev/postern/controlplane/filetree"
+	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/filechunk"
+)
+
+const (
+	// parallel is how many requests one call makes of the object store at once.
+	parallel = 8
+	// attempts bounds how often a request is made, and firstPause is the longest wait
+	// before the second; it doubles.
+	attempts   = 6
+	firstPause = 50 * time.Millisecond
+	// requestTime bounds one attempt.
+	requestTime = 2 * time.Minute
+	// overhead bounds what sealing adds to a chunk, in bytes.
+	overhead = 64
+)
+
+// Index remembers which chunks there are. See package store.
+type Index interface {
+	HoldChunks(ctx context.Context, organization string, workspace int64, hashes []filetree.Hash, now time.Time) ([]filetree.Hash, error)
+	ChunkObjects(ctx context.Context, organization string, workspace int64, hashes []filetree.Hash) (map[filetree.Hash]filetree.Object, error)
+	BeginUploads(ctx context.Context, keys []string, now time.Time) error
+	EndUploads(ctx context.Context, organization string, workspace int64, objects []filetree.Object, now time.Time) error
+	MarkDamaged(ctx context.Context, organization string, hash filetree.Hash, key string) error
+	CollectChunks(ctx context.Context, before, now time.Time, limit int) (int, error)
+	Garbage(ctx context.Context, limit int) ([]string, error)
+	ForgetGarbage(ctx context.Context, keys []string) error
+}
+
+// Sealer encrypts with a key of one organization.
+type Sealer interface {
+	Seal(plain []byte, about string) ([]byte, error)
+	Open(sealed []byte, about string) ([]byte, error)
+	// Name is a keyed hash of what it is given, in text that a file may be called by.
+	Name(of []byte) string
+}
+
+// Config is what a Store needs.
+type Config struct {
+	Logger *slog.Logger
+	Index  Index
+	// Sealer returns the sealer of an organization.
+	Sealer func(organization string) (Sealer, error)
+	// Metrics is optional.
+	Metrics *Metrics
+	// Grace is how long a chunk that nothing refers to is kept; 0 means 24 hours.
+	Grace time.Duration
+}
+
+// Store is an open object store. Close it once.
+type Store struct {
+	cfg    Config
+	bucket *blob.Bucket
+	dir    *directory // nil for a bucket elsewhere
+
+	mu      sync.Mutex
+	sealers map[string]Sealer // by organization; at most maxSealers
+}
+
+const maxSealers = 10_000
+
+// Close closes the object store.
+func (s *Store) Close() error {
+	if err := s.bucket.Close(); err != nil {
+		return fmt.Errorf("close the object store: %w", err)
+	}
+	return nil
+}
+
+func (s *Store) sealer(organization string) (Sealer, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if one := s.sealers[organization]; one != nil {
+		return one, nil
+	}
+	one, err := s.cfg.Sealer(organization)
+	if err != nil {
+		return nil, err
+	}
+	if len(s.sealers) >= maxSealers {
+		clear(s.sealers)
+	}
+	s.sealers[organization] = one
+	return one, nil
+}
+
+// about is what a sealed chunk says it is.
+func about(hash filetree.Hash) string { return "chunk " + hex.EncodeToString(hash[:]) }
+
+// Put stores chunks for a workspace and returns their hashes, in the same order; they are
+// durable then. Each has 1 byte to 1 MiB. UNAVAILABLE means that the object store did not
+// do it in several attempts, STORAGE_FULL that it has no space left; then nothing is held
+// against trying again.
+func (s *Store) Put(ctx context.Context, organization string, workspace int64, chunks [][]byte) ([]filetree.Hash, error) {
+	hashes := make([]filetree.Hash, len(chunks))
+	where := make(map[filetree.Hash]int, len(chunks))
+	for i, chunk := range chunks {
+		if len(chunk) == 0 || len(chunk) > filechunk.Size {
+			return nil, proto.Errorf(proto.CodeInvalid, "a chunk has %d bytes: it must have 1 to %d", len(chunk), filechunk.Size)
+		}
+		hashes[i] = sha256.Sum256(chunk)
+		where[hashes[i]] = i
+	}
+	missing, err := s.cfg.Index.HoldChunks(ctx, organization, workspace, hashes, time.Now())
+	if err != nil {
+		return nil, err
+	}
+	if len(missing) == 0 {
+		return hashes, nil
+	}
+	sealer, err := s.sealer(organization)
+	if err != nil {
+		return nil, err
+	}
+	objects, keys := make([]filetree.Object, len(missing)), make([]string, len(missing))
+	for i, hash := range missing {
+		keys[i] = newKey(organization, sealer.Name(hash[:]))
+		objects[i] = filetree.Object{Hash: hash, Key: keys[i], Size: uint32(len(chunks[where[hash]]))}
+	}
+	if err := s.cfg.Index.BeginUploads(ctx, keys, time.Now()); err != nil {
+		return nil, err
+	}
+	group, gctx := errgroup.WithContext(ctx)
+	group.SetLimit(parallel)
+	for _, o := range objects {
+		group.Go(func() error {
+			sealed, err := sealer.Seal(chunks[where[o.Hash]], about(o.Hash))
+			if err != nil {
+				return err
+			}
+			return s.write(gctx, o.Key, sealed)
+		})
+	}
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	if s.dir != nil {
+		if err := s.dir.sync(keys); err != nil {
+			return nil, storeError("write", err)
+		}
+	}
+	return hashes, s.cfg.Index.EndUploads(ctx, organization, workspace, objects, time.Now())
+}
+
+// newKey is "v1/ORGANIZATION/ab/abcdef….random".
+func newKey(organization, name string) string {
+	var random [8]byte
+	rand.Read(random[:]) //nolint:errcheck // it never fails
+	return "v1/" + organization + "/" + name[:2] + "/" + name + "." + hex.EncodeToString(random[:])
+}
+
+func (s *Store) write(ctx context.Context, key string, sealed []byte) error {
+	return s.try(ctx, "write", func(ctx context.Context) error {
+		return s.bucket.WriteAll(ctx, key, sealed, &blob.WriterOptions{ContentType: "application/octet-stream", DisableContentTypeDetection: true})
+	})
+}
+
+// Get returns the chunks of these hashes, in the same order, that a workspace holds.
+// NOT_FOUND means that it does not hold one of them, UNAVAILABLE that the object store did
+// not answer, INTERNAL that an object was altered or is gone. At most 256 are had at once.
+func (s *Store) Get(ctx context.Context, organization string, workspace int64, hashes []filetree.Hash) ([][]byte, error) {
+	objects, err := s.cfg.Index.ChunkObjects(ctx, organization, workspace, hashes)
+	if err != nil {
+		return nil, err
+	}
+	for _, hash := range hashes {
+		if _, ok := objects[hash]; !ok {
+			return nil, proto.Errorf(proto.CodeNotFound, "this workspace has no chunk %x", hash[:8])
+		}
+	}
+	sealer, err := s.sealer(organization)
+	if err != nil {
+		return nil, err
+	}
+	chunks := make([][]byte, len(hashes))
+	group, gctx := errgroup.WithContext(ctx)
+	group.SetLimit(parallel)
+	for i, hash := range hashes {
+		group.Go(func() error {
+			chunk, err := s.read(gctx, organization, sealer, objects[hash])
+			chunks[i] = chunk
+			return err
+		})
+	}
+	return chunks, group.Wait()
+}
+
+func (s *Store) read(ctx context.Context, organization string, sealer Sealer, o filetree.Object) ([]byte, error) {
+	var sealed []byte
+	err := s.try(ctx, "read", func(ctx context.Context) error {
+		r, err := s.bucket.NewReader(ctx, o.Key, nil)
+		if err != nil {
+			return err
+		}
+		defer r.Close() //nolint:errcheck // it was read, or not
+		sealed, err = io.ReadAll(io.LimitReader(r, filechunk.Size+overhead+1))
+		return err
+	})
+	if gcerrors.Code(err) == gcerrors.NotFound {
+		return nil, s.damaged(ctx, organization, o, "its object is gone")
+	}
+	if err != nil {
+		return nil, storeError("read", err)
+	}
+	chunk, err := sealer.Open(sealed, about(o.Hash))
+	if err != nil || sha256.Sum256(chunk) != o.Hash {
+		return nil, s.damaged(ctx, organization, o, "its object was altered")
+	}
+	return chunk, nil
+}
+
+// damaged notes that an object is lost, so that whoever stores the chunk next mends it.
+func (s *Store) damaged(ctx context.Context, organization string, o filetree.Object, why string) error {
+	s.cfg.Metrics.damage()
+	s.cfg.Logger.Error("chunk damaged", "object", o.Key, "organization", organization, "err", why)
+	if err := s.cfg.Index.MarkDamaged(context.WithoutCancel(ctx), organization, o.Hash, o.Key); err != nil {
+		s.cfg.Logger.Warn("damaged chunk not noted", "object", o.Key, "err", err)
+	}
+	return &proto.Error{
+		Code:    proto.CodeInternal,
+		Message: fmt.Sprintf("chunk %x is damaged in the control plane's object store (%s): store the file again, or restore that object from a backup", o.Hash[:8], why),
+	}
+}
+
+// try makes a request of the object store, again if it fails for a reason that may pass.
+func (s *Store) try(ctx context.Context, what string, request func(context.Context) error) error {
+	pause := firstPause
+	var err error
+	for attempt := range attempts {
+		if attempt > 0 {
+			s.cfg.Metrics.retry(what)
+			select {
+			case <-time.After(time.Duration(mathrand.Int64N(int64(pause)) + 1)):
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+			pause *= 2
+		}
+		one, cancel := context.WithTimeout(ctx, requestTime)
+		began := time.Now()
+		err = request(one)
+		cancel()
+		s.cfg.Metrics.request(what, err, time.Since(began))
+		if err == nil || ctx.Err() != nil {
+			return err
+		}
+		switch gcerrors.Code(err) {
+		case gcerrors.NotFound, gcerrors.InvalidArgument, gcerrors.PermissionDenied, gcerrors.Unimplemented:
+			return storeErrorUnlessNotFound(what, err)
+		}
+		if isFull(err) {
+			break
+		}
+	}
+	return storeErrorUnlessNotFound(what, err)
+}
+
+func storeErrorUnlessNotFound(what string, err error) error {
+	if err == nil || gcerrors.Code(err) == gcerrors.NotFound {
+		return err
+	}
+	return storeError(what, err)
+}
+
+// storeError says that the object store is at fault; the detail is for the log.
+func storeError(what string, err error) error {
+	var coded *proto.Error
+	if errors.As(err, &coded) || errors.Is(err, context.Canceled) {
+		return err
+	}
+	if isFull(err) {
+		return &proto.Error{Code: proto.CodeStorageFull, Message: "no space is left in the control plane's object store: free some and try again", Err: err}
+	}
+	return &proto.Error{Code: proto.CodeUnavailable, Message: "the control plane's object store did not " + what + " a chunk: try again in a moment", Err: err}
+}
+
+const (
+	// collectStep bounds what one transaction of a collection does.
+	collectStep = 200
+	// DefaultGrace is how long a chunk that nothing refers to is kept.
+	DefaultGrace = 24 * time.Hour
+)
+
+// Collect removes what nobody refers to any more, in bounded steps, until there is nothing
+// left or ctx ends. It may be stopped at any point, and run by several processes at once.
+// It returns how many objects it removed.
+func (s *Store) Collect(ctx context.Context) (int, error) {
+	grace := s.cfg.Grace
+	if grace == 0 {
+		grace = DefaultGrace
+	}
+	for {
+		now := time.Now()
+		n, err := s.cfg.Index.CollectChunks(ctx, now.Add(-grace), now, collectStep)
+		if err != nil {
+			return 0, err
+		}
+		if n == 0 {
+			break
+		}
+	}
+	removed := 0
+	for range math.MaxInt32 {
+		keys, err := s.cfg.Index.Garbage(ctx, collectStep)
+		if err != nil || len(keys) == 0 {
+			return removed, err
+		}
+		group, gctx := errgroup.WithContext(ctx)
+		group.SetLimit(parallel)
+		for _, key := range keys {
+			group.Go(func() error {
+				err := s.try(gctx, "delete", func(ctx context.Context) error { return s.bucket.Delete(ctx, key) })
+				if gcerrors.Code(err) == gcerrors.NotFound {
+					err = nil
+				}
+				return err
+			})
+		}
+		if err := group.Wait(); err != nil {
+			return removed, err
+		}
+		if s.dir != nil {
+			if err := s.dir.syncParents(keys); err != nil {
+				return removed, storeError("delete", err)
+			}
+		}
+		if err := s.cfg.Index.ForgetGarbage(ctx, slices.Clone(keys)); err != nil {
+			return removed, err
+		}
+		removed += len(keys)
+		s.cfg.Metrics.collected(len(keys))
+	}
+	return removed, nil
+}
