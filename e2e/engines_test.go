@@ -55,9 +55,11 @@ func TestEngines(t *testing.T) {
 	if err := os.WriteFile(password, []byte(readerPassword+"\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	const masked = "    policy: {mask: [{columns: [cards.number], with: hash}], mask_filters: allow}\n"
 	const policy = "    policy:\n      hide: [shop.hidden_*, shop.cards, main.cards]\n      mask: [{pattern: '\\b\\d{13,19}\\b', with: redact}]\n"
 	agent, err := s.Join(ctx, "host", fmt.Sprintf("sources:\n  - name: shop\n    engine: mysql\n    dsn: %s\n    password: {file: %s}\n"+policy+
-		"  - name: app\n    engine: sqlite\n    dsn: path=%s\n"+policy+"  - name: shape\n    engine: mysql\n    dsn: %[1]s\n    password: {file: %[2]s}\n    policy: {mode: metadata}\n",
+		"  - name: app\n    engine: sqlite\n    dsn: path=%s\n"+policy+"  - name: shape\n    engine: mysql\n    dsn: %[1]s\n    password: {file: %[2]s}\n    policy: {mode: metadata}\n"+
+		"  - name: shop-masked\n    engine: mysql\n    dsn: %[1]s\n    password: {file: %[2]s}\n"+masked+"  - name: app-masked\n    engine: sqlite\n    dsn: path=%[3]s\n"+masked,
 		maria.SocketDSN("reader", "shop"), password, path))
 	if err != nil {
 		t.Fatal(err)
@@ -91,6 +93,24 @@ func TestEngines(t *testing.T) {
 	}
 	if got := must(t, s, "query", "list"); strings.Contains(got, "4222222222222222") || !strings.Contains(got, "FROM cards WHERE number <> '***'") {
 		t.Errorf("the history has %s", got)
+	}
+	// By column: the same hash on both, and nothing of what is made of it.
+	hashes := map[string]bool{}
+	for _, source := range []string{"host/shop-masked", "host/app-masked"} {
+		got := strings.Fields(must(t, s, "sql", source, "-f", "csv", "SELECT number AS id FROM cards"))
+		if len(got) != 2 || len(got[1]) != 26 {
+			t.Errorf("%s: got %v, want a hash", source, got)
+			continue
+		}
+		hashes[got[1]] = true
+		for _, text := range []string{"SELECT SUBSTR(number, 1, 9) AS n FROM cards", "SELECT CONCAT(n, '') AS n FROM (SELECT number AS n FROM cards LIMIT 1) items", "SELECT name AS n FROM items UNION ALL SELECT number FROM cards"} {
+			if got := must(t, s, "sql", source, "-f", "csv", text); strings.Contains(got, "4111") || !strings.Contains(got, "***") {
+				t.Errorf("%s: %s: got %s", source, text, got)
+			}
+		}
+	}
+	if len(hashes) != 1 {
+		t.Errorf("got %v, want one hash", hashes)
 	}
 	// SHOW and DESCRIBE, less what is hidden.
 	if got := must(t, s, "sql", "host/shop", "-f", "csv", "SHOW TABLES"); strings.Join(strings.Fields(got), " ") != "Tables_in_shop items" {

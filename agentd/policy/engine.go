@@ -14,13 +14,16 @@ func (s Spec) CheckEngine(engine string) error {
 	refuse := func(key, instead string) error {
 		return fmt.Errorf("policy.%s: %s is not supported for engine %s: %s", key, key, engine, instead)
 	}
+	columns := slices.ContainsFunc(s.Mask, func(m MaskSpec) bool { return len(m.Columns) > 0 })
 	switch {
 	case s.Plans != "" && s.Plans != string(PlansOff):
 		return refuse("plans", "remove it or set it to off")
-	case slices.ContainsFunc(s.Mask, func(m MaskSpec) bool { return len(m.Columns) > 0 }):
-		return fmt.Errorf("policy.mask: columns is not supported for engine %s: grant the account a view with the columns that may be seen, and nothing else, or mask by pattern", engine)
-	case s.MaskFilters != "":
-		return refuse("mask_filters", "remove it")
+	case columns && s.MaskFilters != string(FiltersAllow):
+		return fmt.Errorf("policy.mask_filters: engine %s can't hold what statements compare masked columns with: write mask_filters: allow, if it may be found out so, or grant the account a view without these columns", engine)
+	case !columns && s.MaskFilters != "":
+		return refuse("mask_filters", "remove it, or mask columns")
+	case columns && s.Mode == string(ModeReadWrite) && engine == "mysql":
+		return fmt.Errorf("policy.mask: columns on a source that may write is not supported for engine mysql, as a statement could copy them to where they are not masked: add a second source for writing")
 	case len(s.MaskSafeFunctions) > 0:
 		return refuse("mask_safe_functions", "remove it")
 	case s.ClientIdle != "" || s.ClientIdleInTransaction != "":

@@ -13,7 +13,12 @@ func TestCheckEngine(t *testing.T) {
 		{"mysql", "{mode: read-only, functions: [app.f], hide: [hr], keep_rows: off, max_rows: 5, plans: off}", ""},
 		{"mysql", "{mode: metadata}", ""},
 		{"mysql", "{plans: structure}", "policy.plans: plans is not supported for engine mysql"},
-		{"mysql", "{mask: [{columns: ['*.a'], with: hash}]}", "policy.mask: "},
+		{"mysql", "{mask: [{columns: ['*.a'], with: hash}]}", "policy.mask_filters: engine mysql can't hold what statements compare masked columns with: write mask_filters: allow"},
+		{"mysql", "{mask: [{columns: ['*.a'], with: hash}], mask_filters: equality}", "policy.mask_filters: "},
+		{"mysql", "{mask: [{columns: ['*.a'], with: hash}], mask_filters: allow}", ""},
+		{"mysql", "{mode: read-write, mask: [{columns: ['*.a'], with: hash}], mask_filters: allow}", "policy.mask: columns on a source that may write"},
+		{"sqlite", "{mode: read-write, mask: [{columns: ['*.a'], with: hash}], mask_filters: allow}", ""},
+		{"sqlite", "{mask: [{columns: ['*.a'], with: hash}], mask_filters: allow, mask_safe_functions: [f]}", "policy.mask_safe_functions: "},
 		{"mysql", "{mask_filters: allow}", "policy.mask_filters: "},
 		{"mysql", "{mask_safe_functions: [f]}", "policy.mask_safe_functions: "},
 		{"mysql", "{mode: read-write, write: {statements: [insert]}}", "policy.write: "},
@@ -22,7 +27,7 @@ func TestCheckEngine(t *testing.T) {
 		{"sqlite", "{plans: full}", "policy.plans: "},
 		{"sqlite", "{mask: [{pattern: 'a+', with: redact}]}", ""},
 		{"mysql", "{mask: [{pattern: 'a+', with: hash}, {pattern: 'b', with: partial}]}", ""},
-		{"sqlite", "{mask: [{pattern: 'a+', with: redact}, {columns: ['*.a'], with: hash}]}", "policy.mask: columns is not supported for engine sqlite"},
+		{"sqlite", "{mask: [{pattern: 'a+', with: redact}, {columns: ['*.a'], with: hash}]}", "policy.mask_filters: engine sqlite can't hold"},
 	} {
 		var spec Spec
 		if err := yaml.Unmarshal([]byte(test.policy), &spec); err != nil {

@@ -154,6 +154,21 @@ func TestMySQLSessionAttacks(t *testing.T) {
 	})
 }
 
+func TestMySQLMaskCorpus(t *testing.T) {
+	db, super := mysqlRoot(t)
+	source := mysqlMaskDatabase(t, db, func(ctx context.Context, name string, statements ...string) error {
+		return mysqlServer.SQLIn(ctx, name, statements...)
+	}, super)
+	if err := mysqlServer.SQLIn(t.Context(), "shop_mask", "ANALYZE TABLE people UPDATE HISTOGRAM ON ssn, email WITH 10 BUCKETS"); err != nil {
+		t.Fatal(err)
+	}
+	m := db.open(t, source)
+	maskCorpus(t, m, mysqlMaskCorpus)
+	mysqlMasks(t, m)
+	mysqlMaskSession(t, db.open(t, source))
+	maskCorpus(t, db.open(t, source, func(s *sqlsession.Source) { s.Guard.Functions = []string{"shop_mask.*", "f_ssn"} }), mysqlMaskCorpus)
+}
+
 // mysqlMetadataAttacks are of MySQL's own.
 var mysqlMetadataAttacks = []string{
 	"VALUES ROW((SELECT s FROM secrets LIMIT 1))", "SELECT * FROM secrets, LATERAL (SELECT ROUND(1.23456, secrets.n) AS r) t", "SELECT STATEMENT_DIGEST_TEXT((SELECT s FROM secrets LIMIT 1))", "SELECT JSON_SCHEMA_VALIDATION_REPORT((SELECT s FROM secrets LIMIT 1), '{}')", "SELECT JSON_VALUE('{}', '$' RETURNING CHAR(5))", "SELECT CAST((SELECT s FROM secrets LIMIT 1) AS JSON)", "SELECT ST_GeomFromGeoJSON((SELECT s FROM secrets LIMIT 1))", "SELECT GTID_SUBSET((SELECT s FROM secrets LIMIT 1), '1')", "SELECT GTID_SUBTRACT((SELECT s FROM secrets LIMIT 1), '1')", "SELECT BIN_TO_UUID((SELECT s FROM secrets LIMIT 1))", "SELECT ST_LatFromGeoHash((SELECT s FROM secrets LIMIT 1))", "SELECT ST_LongFromGeoHash((SELECT s FROM secrets LIMIT 1))", "SELECT ST_PointFromGeoHash((SELECT s FROM secrets LIMIT 1), 1)",

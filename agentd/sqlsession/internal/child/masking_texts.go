@@ -8,8 +8,8 @@ import (
 	"github.com/postern-dev/postern/proto"
 )
 
-// Masks of the engines whose statements nobody can follow: patterns alone, which need
-// not know where a value comes from. A rule for columns is refused.
+// Masks by pattern of the engines whose statements nobody can follow: they need not know
+// where a value comes from. For rules for columns see masking_columns.go.
 
 // columnMasks tells whether a policy masks columns.
 func columnMasks(g *frame.Guard) bool {
@@ -27,7 +27,7 @@ func (m *masking) look(fields []field) {
 	}
 	for i := range fields {
 		f := &fields[i]
-		if f.layout != layoutText || notTexts[f.meta[1]] {
+		if f.mask != nil || f.layout != layoutText || notTexts[f.meta[1]] {
 			continue
 		}
 		f.texts, f.oid = m.texts, mask.OIDAnyText

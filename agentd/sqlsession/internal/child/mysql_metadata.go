@@ -179,6 +179,9 @@ func (x *mysqlExecution) reduced(err error) *proto.Error {
 	}
 	full := x.failure(err, x.request, x.st, x.text)
 	if full.Code != proto.CodeSQL {
+		if full.Code == proto.CodePolicyDenied && x.request.Guard.Mode != modeMetadata {
+			return denied(0, "the statement is refused: the data source is read-only")
+		}
 		if full.Code == proto.CodePolicyDenied {
 			return denied(0, "the statement is refused: the data source tells metadata only")
 		}

@@ -37,6 +37,8 @@ type mysqlExecution struct {
 	// the text, and ends that it was COMMIT or ROLLBACK.
 	explicit, began, begun, ends bool
 	verb                         *mysqlguard.Verb
+	// lineage is set where the statement may read masked columns.
+	lineage *mysqlLineage
 }
 
 // run is engine's.
@@ -77,12 +79,12 @@ func unenforced(product string, r *frame.RunRequest, modes ...string) *proto.Err
 		what = "mode " + g.Mode
 	case g.Plans != "" && g.Plans != "off":
 		what = "plans"
-	case columnMasks(g):
-		what = "mask for columns"
 	case len(g.WriteSchemas) > 0 || len(g.WriteStatements) > 0:
 		what = "write"
+	case columnMasks(g) && r.ReadWrite:
+		what = "mask for columns and lets statements write"
 	default:
-		return nil
+		return checkColumnMasks(g, product)
 	}
 	return denied(0, "the statement is refused: the data source's policy has %s, which is not supported for %s", what, product)
 }
@@ -142,6 +144,15 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	if err := x.begin(ctx); err != nil {
 		return tell(err), isBroken(err)
 	}
+	var said []mysqlColumn
+	if x.lineage != nil {
+		described, err := x.prepareOnly(text)
+		if err != nil {
+			x.spent = x.spent || isBroken(err)
+			return x.reduced(err), isBroken(err)
+		}
+		said, tell = described.columns, x.reduced
+	}
 	prepared, err := x.conn.(driver.ConnPrepareContext).PrepareContext(ctx, text)
 	if err != nil {
 		return tell(err), isBroken(err)
@@ -166,7 +177,14 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	if x.show != nil {
 		c, fields = x.newShowCursor(rows, x.show, x.schema)
 	} else {
-		c, fields = newMySQLCursor(rows)
+		own, described := newMySQLCursor(rows)
+		if x.lineage != nil {
+			if failure := x.hide(ctx, x.lineage, said, own); failure != nil {
+				_ = rows.Close()
+				return failure, false
+			}
+		}
+		c, fields = own, described
 	}
 	x.masking.look(fields)
 	f := newFeed(x.sink, r, x.st, fields, c)
@@ -241,9 +259,15 @@ func (x *mysqlExecution) judge(ctx context.Context, isShow bool) (failure *proto
 			return x.denial(refusal), false
 		}
 	}
-	failure, _, err := x.judgeNames(ctx, uses)
+	failure, views, names, err := x.lookUp(ctx, uses)
+	if err == nil && failure == nil {
+		x.lineage, err = x.follow(ctx, names, views)
+	}
 	if err != nil {
 		return x.failure(err, r, x.st, nil), isBroken(err)
+	}
+	if failure == nil && x.lineage != nil && x.verb != nil {
+		failure = denied(0, "the statement is refused: it sets a variable to what may be made of masked columns")
 	}
 	return failure, false
 }
@@ -393,6 +417,9 @@ type mysqlCursor struct {
 	fields []field
 	types  []string
 	values []driver.Value
+	// hidden are the columns with masks, by number, each with a buffer; nil: none.
+	hidden  []bool
+	buffers [][]byte
 }
 
 func newMySQLCursor(rows driver.Rows) (*mysqlCursor, []field) {
@@ -412,6 +439,13 @@ func (c *mysqlCursor) next(cells []cell) error {
 		return err
 	}
 	for i, v := range c.values {
+		if c.hidden != nil && c.hidden[i] {
+			var err error
+			if c.buffers[i], err = maskedCell(&cells[i], &c.fields[i], c.types[i], v, c.buffers[i]); err != nil {
+				return err
+			}
+			continue
+		}
 		if err := mysqlCell(&cells[i], &c.fields[i], c.types[i], v); err != nil {
 			return err
 		}

@@ -38,6 +38,8 @@ type mysqlObjects struct {
 	at time.Time
 	// views are schema and name, by name in the server's lower case.
 	views map[string][][2]string
+	// tables are all that can be read, views as well, likewise; nil unless columns are masked.
+	tables map[string][][2]string
 	// functions are the stored and loaded ones, in lower case; odd tells that some
 	// have names beyond ASCII, which the server may find by other names.
 	functions map[string]bool
@@ -49,7 +51,8 @@ type mysqlObjects struct {
 
 // objects asks for the lists, or takes those of a moment ago.
 func (s *mysqlSession) objectsNow(ctx context.Context) (*mysqlObjects, error) {
-	if s.objects != nil && time.Since(s.objects.at) < objectAge {
+	tables := s.masking.hidesColumns()
+	if s.objects != nil && time.Since(s.objects.at) < objectAge && (s.objects.tables != nil || !tables) {
 		return s.objects, nil
 	}
 	o := &mysqlObjects{at: time.Now(), views: map[string][][2]string{}, functions: map[string]bool{}, varying: map[[2]string]bool{}}
@@ -60,8 +63,19 @@ func (s *mysqlSession) objectsNow(ctx context.Context) (*mysqlObjects, error) {
 		}
 		return nil
 	}
-	err := s.each(ctx, "SELECT LOWER(TABLE_NAME), TABLE_SCHEMA, TABLE_NAME FROM information_schema.TABLES WHERE TABLE_TYPE = 'VIEW'", nil, func(row []string) error {
-		o.views[row[0]] = append(o.views[row[0]], [2]string{row[1], row[2]})
+	question := "SELECT LOWER(TABLE_NAME), TABLE_SCHEMA, TABLE_NAME, TABLE_TYPE FROM information_schema.TABLES"
+	if tables {
+		o.tables = map[string][][2]string{}
+	} else {
+		question += " WHERE TABLE_TYPE = 'VIEW'"
+	}
+	err := s.each(ctx, question, nil, func(row []string) error {
+		if row[3] == "VIEW" {
+			o.views[row[0]] = append(o.views[row[0]], [2]string{row[1], row[2]})
+		}
+		if tables {
+			o.tables[row[0]] = append(o.tables[row[0]], [2]string{row[1], row[2]})
+		}
 		return more()
 	})
 	if err != nil {
@@ -94,7 +108,7 @@ func (s *mysqlSession) objectsNow(ctx context.Context) (*mysqlObjects, error) {
 	return o, nil
 }
 
-var errTooManyObjects = fmt.Errorf("the server has more than %d views and functions", maxObjects)
+var errTooManyObjects = fmt.Errorf("the server has more than %d tables, views and functions", maxObjects)
 
 func isASCII(text string) bool {
 	return !strings.ContainsFunc(text, func(c rune) bool { return c >= utf8.RuneSelf })
@@ -126,13 +140,19 @@ func (s *mysqlSession) lower(ctx context.Context, names []string) ([]string, err
 // database, so that no parser is needed; what can't be seen is refused. views tells
 // whether any name may be a view's.
 func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (refused *proto.Error, views bool, failed error) {
+	refused, views, _, failed = x.lookUp(ctx, uses)
+	return refused, views, failed
+}
+
+// lookUp is judgeNames and gives all names besides, those of views as well.
+func (x *mysqlExecution) lookUp(ctx context.Context, uses mysqlguard.Uses) (refused *proto.Error, views bool, all []string, failed error) {
 	functions := x.request.Guard.Functions
 	objects, err := x.objectsNow(ctx)
 	if errors.Is(err, errTooManyObjects) {
-		return denied(0, "the statement is refused: %s", err), false, nil
+		return denied(0, "the statement is refused: %s", err), false, nil, nil
 	}
 	if err != nil {
-		return nil, false, err
+		return nil, false, nil, err
 	}
 	called := map[string]int{}
 	for _, c := range uses.Calls {
@@ -141,14 +161,15 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 		}
 	}
 	if failure, err := x.judgeCalls(ctx, objects, called, ""); failure != nil || err != nil {
-		return failure, false, err
+		return failure, false, nil, err
 	}
 	looked, seen := map[string]bool{}, map[[2]string]bool{}
 	catalog := strings.EqualFold(x.database, catalogSchema) || x.show != nil && x.show.Kind == mysqlguard.ShowTableStatus
 	for names := uses.Names; len(names) > 0; {
+		all = append(all, names...)
 		lowered, err := x.lower(ctx, names)
 		if err != nil {
-			return nil, false, err
+			return nil, false, nil, err
 		}
 		names = nil
 		for _, n := range lowered {
@@ -158,7 +179,7 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 			looked[n] = true
 			catalog = catalog || n == catalogSchema
 			if len(looked) > maxNames {
-				return denied(0, "the statement is refused: it has more than %d names", maxNames), false, nil
+				return denied(0, "the statement is refused: it has more than %d names", maxNames), false, nil, nil
 			}
 			for _, view := range objects.views[n] {
 				views = true
@@ -167,11 +188,11 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 				}
 				seen[view] = true
 				if len(seen) > maxViews {
-					return denied(0, "the statement is refused: it may use more than %d views", maxViews), false, nil
+					return denied(0, "the statement is refused: it may use more than %d views", maxViews), false, nil, nil
 				}
 				used, failure, err := x.judgeView(ctx, objects, view[0], view[1])
 				if failure != nil || err != nil {
-					return failure, false, err
+					return failure, false, nil, err
 				}
 				names = append(names, used.Names...)
 			}
@@ -179,9 +200,9 @@ func (x *mysqlExecution) judgeNames(ctx context.Context, uses mysqlguard.Uses) (
 	}
 	if catalog && x.mariadb {
 		failure, err := x.judgeCatalog(ctx, objects)
-		return failure, views, err
+		return failure, views, all, err
 	}
-	return nil, views, nil
+	return nil, views, all, nil
 }
 
 // catalogSchema is where the server tells of all tables and views.

@@ -237,6 +237,7 @@ func (s *sqliteSession) run(r *frame.RunRequest, st *statement) (done frame.Done
 	x := &sqliteExecution{sqliteSession: s, request: r, st: st, guard: &sqliteGuard{policy: &r.Guard, readWrite: r.ReadWrite, session: r.Session}}
 	masking, failure := masksOf(&s.masking, &r.Guard)
 	if failure == nil {
+		x.guard.readings = newReadings(masking, &r.Guard)
 		failure = x.execute()
 	}
 	s.db.judge = nil
@@ -315,6 +316,12 @@ func (x *sqliteExecution) execute() *proto.Error {
 	if metadata {
 		return x.describe(s)
 	}
+	if x.guard.readings != nil {
+		if failure := x.writesMasked(s); failure != nil {
+			return failure
+		}
+		x.guard.readings.running = true
+	}
 	begin := "BEGIN"
 	if !s.readOnly() {
 		begin = "BEGIN IMMEDIATE"
@@ -339,6 +346,9 @@ func (x *sqliteExecution) execute() *proto.Error {
 	c := &sqliteCursor{s: s}
 	if err := c.first(); err != nil {
 		return x.failure(err)
+	}
+	if failure := x.hide(c); failure != nil {
+		return failure
 	}
 	x.masking.look(c.fields)
 	f := newFeed(x.sink, r, x.st, c.fields, c)
@@ -387,10 +397,8 @@ func (x *sqliteExecution) unenforced() *proto.Error {
 		what = "mode read-only"
 	case g.Plans != "" && g.Plans != "off":
 		what = "plans, which are not supported for SQLite"
-	case columnMasks(g):
-		what = "mask for columns, which is not supported for SQLite"
 	default:
-		return nil
+		return checkColumnMasks(g, "SQLite")
 	}
 	return denied(0, "the statement is refused: the data source's policy has %s", what)
 }
@@ -490,6 +498,9 @@ func (x *sqliteExecution) failure(err error) *proto.Error {
 		position = x.text.Position(utf8.RuneCountInString(x.text.Text[:e.offset]) + 1)
 	}
 	message := x.explain(e)
+	if x.begun && x.guard.readings != nil && len(x.guard.readings.columns) > 0 && (e.code&0xff != sqlite3.SQLITE_CONSTRAINT || e.code == sqlite3.SQLITE_CONSTRAINT_TRIGGER) && e.code != sqlite3.SQLITE_NOMEM {
+		message, position = "the reason is not told, as it may hold a masked value", 0
+	}
 	if metadata {
 		message = clean(e.message) // of the text alone: nothing was run
 	}

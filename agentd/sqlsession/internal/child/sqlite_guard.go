@@ -20,6 +20,8 @@ type sqliteGuard struct {
 	session   bool   // it has temporary objects and settings of its own
 	ddl       bool   // the statement changes the schema, as far as it was asked about
 	reason    string // of the first refusal
+	// readings are noted where columns are masked; else nil.
+	readings *sqliteReadings
 }
 
 // sqliteReads are pragmas that tell of the schema, by name. Those without parameter
@@ -75,7 +77,7 @@ func (g *sqliteGuard) refusal(action int32, a, b, schema string) string {
 		if strings.EqualFold(a, "sqlite_dbpage") {
 			return "reading pages of the file is refused"
 		}
-		return ""
+		return g.readings.read(a, b)
 	case sqlite3.SQLITE_FUNCTION:
 		name := strings.ToLower(b)
 		if sqliteFunctions[name] || slices.ContainsFunc(g.policy.Functions, func(pattern string) bool { return glob.Match(strings.ToLower(pattern), name) }) {
@@ -84,6 +86,9 @@ func (g *sqliteGuard) refusal(action int32, a, b, schema string) string {
 		return fmt.Sprintf("the function %s is refused: it is not known to be harmless, and policy.functions does not list it", clean(b))
 	case sqlite3.SQLITE_PRAGMA:
 		name := strings.ToLower(a)
+		if g.readings != nil && name == "foreign_key_check" {
+			return "PRAGMA foreign_key_check is refused: it tells rows, and the data source masks columns"
+		}
 		if g.sessionPragma(name, b) {
 			return ""
 		}
@@ -110,6 +115,9 @@ func (g *sqliteGuard) refusal(action int32, a, b, schema string) string {
 		}
 		return fmt.Sprintf("the data source is read-only: %s is refused", what)
 	}
+	if g.readings != nil && (kind == "ddl" || kind == "module" || kind == "temp" && !slices.Contains(sqliteTemporaryTables, action)) {
+		return "the data source masks columns, which a change of the schema could give other names: " + what + " is refused"
+	}
 	switch {
 	case g.session && (kind == "temp" || strings.EqualFold(schema, "temp") && kind != "module"):
 		return "" // the session's own
@@ -135,6 +143,9 @@ func (g *sqliteGuard) refusal(action int32, a, b, schema string) string {
 	}
 	return ""
 }
+
+// sqliteTemporaryTables are the actions that make and drop temporary tables.
+var sqliteTemporaryTables = []int32{sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_DROP_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_INDEX, sqlite3.SQLITE_DROP_TEMP_INDEX}
 
 var (
 	sqliteSchemaTables = words("sqlite_master sqlite_schema sqlite_temp_master sqlite_temp_schema")

@@ -17,6 +17,8 @@ import (
 type sqliteColumn struct {
 	want int32 // SQLITE_INTEGER, SQLITE_FLOAT, SQLITE_TEXT, SQLITE_BLOB
 	any  bool  // numbers become text
+	// masked: any value becomes text, for its mask; null: no value is looked at.
+	masked, null bool
 }
 
 // sqliteCursor hands out the rows of a statement. The first is read before the columns
@@ -129,6 +131,14 @@ func (c *sqliteCursor) value(i int, out *cell) error {
 	}
 	if kind == sqlite3.SQLITE_NULL {
 		out.null = true
+		return nil
+	}
+	if column.null {
+		out.null = true
+		return nil
+	}
+	if column.masked {
+		c.masked(i, kind, out)
 		return nil
 	}
 	switch column.want {

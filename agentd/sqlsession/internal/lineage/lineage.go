@@ -119,6 +119,26 @@ func (p *Policy) Active() bool {
 	return false
 }
 
+// Covers is the first rule for a column of a table, or -1, for engines that find names
+// without regard to case: case does not count. The server's own schemas are meant by rules
+// alone that name them. An empty column asks for any column of the table.
+func (p *Policy) Covers(schema, table, column string) int {
+	schema, table, column = strings.ToLower(schema), strings.ToLower(table), strings.ToLower(column)
+	for i, r := range p.Rules {
+		for _, c := range r.Columns {
+			parts := strings.Split(strings.ToLower(c), ".")
+			n := len(parts)
+			if n == 2 && (schema == "information_schema" || schema == "performance_schema") {
+				continue
+			}
+			if (n == 2 || schema == "" || glob.Match(parts[0], schema)) && glob.Match(parts[n-2], table) && (column == "" || glob.Match(parts[n-1], column)) {
+				return i
+			}
+		}
+	}
+	return -1
+}
+
 // Output is one column of a result.
 type Output struct {
 	Name string
