@@ -142,6 +142,7 @@ func (e *Engine) abandon(ctx context.Context, in intent, move string) error {
 		}
 	}
 	if in.Checkpoint != "" {
+		e.spool.kept.dropCheckpoint(pagestore.ID(in.Checkpoint))
 		if err := e.store.Delete(pagestore.ID(in.Checkpoint)); err != nil && proto.CodeOf(err) != proto.CodeNotFound {
 			return err
 		}

@@ -135,7 +135,7 @@ func (m *Manager) Pack(ctx context.Context, id, move string, sent bool) (dir str
 		return "", nil, err
 	}
 	names, err = shim.JournalFiles(k.dir)
-	return k.dir, append(names, shim.WaitingFile), err
+	return k.dir, append(names, shim.Files...), err
 }
 
 // Let ends Hold; committed notes that the kernel came here for good.
@@ -176,7 +176,7 @@ func (m *Manager) Moves(ctx context.Context, id string) (held *Move, came string
 
 // FileArrives reports whether name is a file that belongs to a kernel that moves.
 func FileArrives(name string) bool {
-	if name == shim.WaitingFile {
+	if slices.Contains(shim.Files, name) {
 		return true
 	}
 	rest, ok := strings.CutPrefix(name, "journal/")
@@ -280,6 +280,10 @@ func (m *Manager) arrive(ctx context.Context, k *kernel, state shim.State, a Arr
 	}
 	if err := os.Mkdir(k.dir, 0o700); err != nil {
 		return fmt.Errorf("kernel's directory: %w", err)
+	}
+	// Agentd listens in it before the restore.
+	if err := errors.Join(os.Mkdir(box.RunDir, 0o700), os.Chown(box.RunDir, int(box.UID), int(box.GID))); err != nil {
+		return fmt.Errorf("kernel's run directory: %w", err)
 	}
 	if err := os.Rename(a.Private, box.PrivateDir); err != nil {
 		return fmt.Errorf("kernel's private files: %w", err)

@@ -4,23 +4,20 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
+	"github.com/postern-dev/postern/agentd/attach/packet"
 )
 
 // Client speaks with a keeper. It is safe for concurrent use; calls wait for each other.
 type Client struct {
 	dir  string
-	mu   sync.Mutex
-	conn *net.UnixConn
+	conn *packet.Conn
 	lock *os.File // of a server, for its life
 }
 
@@ -30,11 +27,7 @@ const serverLock = "server.lock"
 // Dial reaches the keeper of a directory; an error that is fs.ErrNotExist or ECONNREFUSED
 // means that there is none.
 func Dial(dir string) (*Client, error) {
-	var conn *net.UnixConn
-	err := inDir(dir, SocketName, func(path string) (err error) {
-		conn, err = net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: path, Net: "unixpacket"})
-		return err
-	})
+	conn, err := packet.Dial(dir, SocketName)
 	if err != nil {
 		return nil, fmt.Errorf("reach the keeper of mounts: %w", err)
 	}
@@ -50,28 +43,18 @@ func (c *Client) Close() error {
 }
 
 // call sends a message and waits for its answer, until the time is over.
-func (c *Client) call(until time.Time, m message, files ...*os.File) (message, []*os.File, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if err := c.conn.SetDeadline(until); err != nil {
-		return message{}, nil, err
-	}
-	if err := send(c.conn, m, files...); err != nil {
-		return message{}, nil, fmt.Errorf("keeper of mounts: %w", err)
-	}
-	answer, got, err := receive(c.conn)
-	if err != nil {
-		// An answer that comes later would be taken for the next one's.
-		return message{}, nil, errors.Join(fmt.Errorf("keeper of mounts: %w", err), c.conn.Close())
-	}
+func (c *Client) call(until time.Time, m message, files ...*os.File) (answer message, got []*os.File, err error) {
+	got, err = c.conn.Call(until, m, &answer, files...)
 	switch {
+	case err != nil:
+		return answer, nil, fmt.Errorf("keeper of mounts: %w", err)
 	case answer.NotFound:
 		err = fmt.Errorf("%s: %w", m.Name, ErrUnknown)
 	case answer.Error != "":
 		err = fmt.Errorf("keeper of mounts: %s", answer.Error)
 	}
 	if err != nil {
-		closeAll(got)
+		packet.CloseAll(got)
 		return answer, nil, err
 	}
 	return answer, got, nil
@@ -79,7 +62,7 @@ func (c *Client) call(until time.Time, m message, files ...*os.File) (message, [
 
 func (c *Client) simple(m message, files ...*os.File) error {
 	_, got, err := c.call(time.Now().Add(callTime), m, files...)
-	closeAll(got)
+	packet.CloseAll(got)
 	return err
 }
 
@@ -91,7 +74,7 @@ func (c *Client) Claim(ctx context.Context) ([]string, error) {
 		until = time.Now().Add(time.Minute)
 	}
 	answer, got, err := c.call(until, message{Op: opClaim})
-	closeAll(got)
+	packet.CloseAll(got)
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +99,7 @@ func (c *Client) Fetch(name string) (*Kept, error) {
 		return nil, err
 	}
 	if len(got) != 1 {
-		closeAll(got)
+		packet.CloseAll(got)
 		return nil, fmt.Errorf("keeper of mounts: %d descriptors came, not 1", len(got))
 	}
 	return &Kept{Name: name, Minor: answer.Minor, Blob: answer.Blob, Dev: got[0]}, nil
@@ -145,7 +128,7 @@ func (c *Client) Clone(name string, readOnly bool) (*os.File, error) {
 		return nil, err
 	}
 	if len(got) != 1 {
-		closeAll(got)
+		packet.CloseAll(got)
 		return nil, fmt.Errorf("keeper of mounts: %d descriptors came, not 1", len(got))
 	}
 	return got[0], nil
@@ -161,7 +144,7 @@ func (c *Client) Beat() error { return c.simple(message{Op: opBeat}) }
 // List tells the names of all connections.
 func (c *Client) List() ([]string, error) {
 	answer, got, err := c.call(time.Now().Add(callTime), message{Op: opList})
-	closeAll(got)
+	packet.CloseAll(got)
 	return answer.Names, err
 }
 
@@ -226,15 +209,3 @@ func Spawn(ctx context.Context, c SpawnConfig) (*os.Process, error) {
 }
 
 const sayReady = "ready"
-
-// peer is the process at the other end of a unix socket, by pid and uid.
-func peer(c *net.UnixConn) (*unix.Ucred, error) {
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	var cred *unix.Ucred
-	var cerr error
-	err = raw.Control(func(fd uintptr) { cred, cerr = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
-	return cred, errors.Join(err, cerr)
-}

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/postern-dev/postern/agentd/attach/packet"
 )
 
 const (
@@ -118,7 +120,7 @@ func Run(ctx context.Context, cfg Config, ready func()) error {
 		return err
 	}
 	defer ns.close()
-	listener, err := listen(cfg.Dir)
+	listener, err := packet.Listen(cfg.Dir, SocketName)
 	if err != nil {
 		return err
 	}
@@ -161,21 +163,6 @@ func lockFile(path string) (*os.File, error) {
 	return f, nil
 }
 
-func listen(dir string) (l *net.UnixListener, err error) {
-	err = inDir(dir, SocketName, func(path string) error {
-		if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
-			return err
-		}
-		l, err = net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
-		if err != nil {
-			return err
-		}
-		l.SetUnlinkOnClose(false) // its path may be of /proc/self/fd
-		return os.Chmod(path, 0o600)
-	})
-	return l, err
-}
-
 // release ends every connection; those that the server has too go on with it.
 func (k *Keeper) release() {
 	k.mu.Lock()
@@ -191,23 +178,24 @@ func (k *Keeper) talk(ctx context.Context, conn *net.UnixConn) {
 	defer conn.Close() //nolint:errcheck // it was only answered
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
-	cred, err := peer(conn)
-	if err != nil || (cred.Uid != 0 && int(cred.Uid) != os.Geteuid()) {
+	cred, err := packet.Peer(conn)
+	if err != nil {
 		k.cfg.Logger.Warn("stranger turned away from the keeper of mounts", "err", err)
 		return
 	}
 	var own *session
 	for {
-		m, files, err := receive(conn)
+		var m message
+		files, err := packet.Receive(conn, &m)
 		if err != nil {
 			return
 		}
 		k.hear(own, true)
 		answer, give := k.answer(ctx, conn, cred, &own, m, files)
 		k.hear(own, false)
-		err = send(conn, answer, give...)
-		closeAll(files)
-		closeAll(give)
+		err = packet.Send(conn, answer, give...)
+		packet.CloseAll(files)
+		packet.CloseAll(give)
 		if err != nil {
 			return
 		}

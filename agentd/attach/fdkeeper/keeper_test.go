@@ -206,6 +206,7 @@ func TestUpgrade(t *testing.T) {
 // that it starts: both may die then, one after the other.
 func TestKeeperDies(t *testing.T) {
 	k := start(t)
+	k.wantRead()
 	server := k.server()
 	if err := k.keeper.Kill(); err != nil {
 		t.Fatal(err)

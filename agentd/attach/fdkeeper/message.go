@@ -1,15 +1,8 @@
 package fdkeeper
 
 import (
-	"encoding/json"
 	"errors"
-	"fmt"
-	"net"
-	"os"
-	"path/filepath"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -22,8 +15,6 @@ const (
 	// maxName bounds a connection's name: [a-z0-9-] alone.
 	maxName = 64
 
-	maxMessage = 128 << 10
-	maxFiles   = 4
 	// callTime bounds each call but a claim.
 	callTime = 20 * time.Second
 )
@@ -67,87 +58,4 @@ func validName(name string) bool {
 		}
 	}
 	return true
-}
-
-func send(c *net.UnixConn, m message, files ...*os.File) error {
-	text, err := json.Marshal(m)
-	if err != nil {
-		return err
-	}
-	if len(text) > maxMessage {
-		return fmt.Errorf("a message of %d bytes", len(text))
-	}
-	var rights []byte
-	if len(files) > 0 {
-		fds := make([]int, len(files))
-		for i, f := range files {
-			fds[i] = int(f.Fd())
-		}
-		rights = unix.UnixRights(fds...)
-	}
-	_, _, err = c.WriteMsgUnix(text, rights, nil)
-	return err
-}
-
-// receive reads one message; the files are the caller's.
-func receive(c *net.UnixConn) (m message, files []*os.File, err error) {
-	buf := make([]byte, maxMessage)
-	rights := make([]byte, unix.CmsgSpace(maxFiles*4))
-	n, oobn, flags, _, err := c.ReadMsgUnix(buf, rights)
-	if err != nil {
-		return m, nil, err
-	}
-	files, err = parseRights(rights[:oobn])
-	switch {
-	case err != nil:
-	case n == 0:
-		err = net.ErrClosed
-	case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
-		err = errors.New("a message that is too long")
-	default:
-		err = json.Unmarshal(buf[:n], &m)
-	}
-	if err != nil {
-		closeAll(files)
-		return m, nil, err
-	}
-	return m, files, nil
-}
-
-func parseRights(b []byte) (files []*os.File, err error) {
-	controls, err := unix.ParseSocketControlMessage(b)
-	if err != nil {
-		return nil, err
-	}
-	for _, c := range controls {
-		fds, err := unix.ParseUnixRights(&c)
-		if err != nil {
-			continue // no descriptors
-		}
-		for _, fd := range fds {
-			unix.CloseOnExec(fd)
-			files = append(files, os.NewFile(uintptr(fd), "kept"))
-		}
-	}
-	return files, nil
-}
-
-func closeAll(files []*os.File) {
-	for _, f := range files {
-		_ = f.Close()
-	}
-}
-
-// inDir calls f with a short path to a file in dir: addresses of unix sockets have at
-// most 107 bytes.
-func inDir(dir, name string, f func(path string) error) error {
-	if path := filepath.Join(dir, name); len(path) < 100 {
-		return f(path)
-	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close() //nolint:errcheck // it was only looked through
-	return f(fmt.Sprintf("/proc/self/fd/%d/%s", d.Fd(), name))
 }

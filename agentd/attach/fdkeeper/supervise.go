@@ -45,7 +45,7 @@ func (s *session) end(ctx context.Context) error {
 		signal unix.Signal
 		wait   time.Duration
 	}{{unix.SIGTERM, endTime}, {unix.SIGKILL, callTime}} {
-		if err := unix.PidfdSendSignal(int(s.pidfd.Fd()), step.signal, nil, 0); err != nil && !errors.Is(err, unix.ESRCH) {
+		if err := s.signal(step.signal); err != nil && !errors.Is(err, unix.ESRCH) {
 			select {
 			case <-s.ended:
 				return nil
@@ -62,6 +62,17 @@ func (s *session) end(ctx context.Context) error {
 		}
 	}
 	return fmt.Errorf("the server before, process %d, does not end", s.pid)
+}
+
+// signal sends a signal to the process, and never to another one that has its number.
+func (s *session) signal(number unix.Signal) error {
+	raw, err := s.pidfd.SyscallConn()
+	if err != nil {
+		return err
+	}
+	var serr error
+	err = raw.Control(func(fd uintptr) { serr = unix.PidfdSendSignal(int(fd), number, nil, 0) })
+	return errors.Join(err, serr)
 }
 
 // follow notices the end of a server's process, whoever started it.
@@ -88,14 +99,15 @@ func (k *Keeper) follow(ctx context.Context, s *session) {
 // the process has ended, with all its threads.
 func waitPidfd(ctx context.Context, pidfd *os.File) bool {
 	defer pidfd.Close() //nolint:errcheck // nothing was written
-	wait := []unix.PollFd{{Fd: int32(pidfd.Fd()), Events: unix.POLLIN}}
-	for ctx.Err() == nil {
-		n, err := unix.Poll(wait, 100)
-		if n > 0 && err == nil {
-			return true
-		}
+	raw, err := pidfd.SyscallConn()
+	ended := false
+	for err == nil && !ended && ctx.Err() == nil {
+		err = raw.Control(func(fd uintptr) {
+			n, perr := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 100)
+			ended = n > 0 && perr == nil
+		})
 	}
-	return false
+	return ended
 }
 
 // supervise sees to it that there is a server, and starts another when it is asked to.
@@ -227,7 +239,7 @@ func (k *Keeper) watch(ctx context.Context) {
 		}
 		if s := k.silent(); s != nil {
 			k.cfg.Logger.Error("server of mounts killed: it hangs", "pid", s.pid)
-			_ = unix.PidfdSendSignal(int(s.pidfd.Fd()), unix.SIGKILL, nil, 0)
+			_ = s.signal(unix.SIGKILL)
 		}
 	}
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"time"
 
 	gproto "google.golang.org/protobuf/proto"
 
@@ -23,6 +24,9 @@ import (
 // bytes of length (big-endian) and a posternv1.KernelMessage.
 const waitingFile = "waiting"
 
+// askedFile is what is known of requests that were not answered, as JSON: see asked.
+const askedFile = "asked"
+
 // Move is why a kernel is held: it goes to another host, or comes from one.
 type Move struct {
 	ID string `json:"id"`
@@ -32,6 +36,16 @@ type Move struct {
 	Ran bool `json:"ran,omitempty"`
 	// Sent: the other host may have all of it.
 	Sent bool `json:"sent,omitempty"`
+}
+
+// asked is what a shim knows of a request beside what the journal has: with it the next
+// one answers in the kernel's place if need be.
+type asked struct {
+	ID     string         `json:"id"`
+	Busy   bool           `json:"busy,omitempty"`
+	Idle   time.Time      `json:"idle,omitzero"`
+	Count  int            `json:"count,omitempty"`
+	Failed map[string]any `json:"failed,omitempty"`
 }
 
 var errMoving = proto.Errorf(proto.CodeUnavailable, "the kernel is being moved to another host: try again in a moment")
@@ -110,6 +124,9 @@ func (s *Shim) Pack(ctx context.Context, id string, sent bool) error {
 	if err := files.Write(filepath.Join(s.dir, waitingFile), b, 0o600); err != nil {
 		return err
 	}
+	if err := s.writeAsked(); err != nil {
+		return err
+	}
 	if err := s.journal.Sync(); err != nil {
 		return err
 	}
@@ -147,11 +164,60 @@ func (s *Shim) Let(id string, committed bool) error {
 		s.mu.Unlock()
 		return err
 	}
-	if err := os.Remove(filepath.Join(s.dir, waitingFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
-		s.logger.Warn("messages that waited during a move not removed", "err", err)
+	for _, name := range []string{waitingFile, askedFile} {
+		if err := os.Remove(filepath.Join(s.dir, name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+			s.logger.Warn("messages that waited during a move not removed", "err", err)
+		}
 	}
 	s.signal()
 	return nil
+}
+
+// writeAsked writes what is known of requests.
+func (s *Shim) writeAsked() error {
+	s.mu.Lock()
+	all := []asked{}
+	for _, r := range s.requests {
+		if r.heard() {
+			all = append(all, asked{ID: r.ID, Busy: r.busy, Idle: r.idle, Count: r.count, Failed: r.failed})
+		}
+	}
+	s.mu.Unlock()
+	text, err := json.Marshal(all)
+	if err != nil {
+		return err
+	}
+	var files atomicfile.FS
+	return files.Write(filepath.Join(s.dir, askedFile), text, 0o600)
+}
+
+// heard reports whether the kernel said something of a request.
+func (r *request) heard() bool { return r.busy || r.count > 0 || r.failed != nil || !r.idle.IsZero() }
+
+// readAsked takes what the shim before knew of requests.
+func (s *Shim) readAsked() error {
+	b, err := os.ReadFile(filepath.Join(s.dir, askedFile))
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	var all []asked
+	if err := json.Unmarshal(b, &all); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	for _, a := range all {
+		if r := s.requests[a.ID]; r != nil {
+			r.busy, r.idle, r.count, r.failed = a.Busy, a.Idle, a.Count, a.Failed
+		}
+	}
+	s.mu.Unlock()
+	if s.state.Move != nil {
+		return nil // it may go away again
+	}
+	return os.Remove(filepath.Join(s.dir, askedFile))
 }
 
 // heldLocked refuses what is not of the move that holds the kernel. The caller has mu.
@@ -250,8 +316,8 @@ func JournalFiles(dir string) ([]string, error) {
 	return names, err
 }
 
-// WaitingFile is the name of the file with the messages that wait.
-const WaitingFile = waitingFile
+// Files are the names of the files beside the journal that Pack writes.
+var Files = []string{waitingFile, askedFile}
 
 type packOrder struct {
 	ID   string `json:"id"`

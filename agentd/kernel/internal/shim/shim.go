@@ -132,7 +132,7 @@ func (s *Shim) open(ctx context.Context) error {
 		s.queues[name] = q
 		s.wg.Go(func() { s.send(name, q) })
 	}
-	if err := s.readWaiting(); err != nil { // the kernel is worth more than what it was to be told
+	if err := errors.Join(s.readAsked(), s.readWaiting()); err != nil { // the kernel is worth more than what it was to be told
 		s.logger.Error("messages that waited during a move are lost", "err", err)
 	}
 	s.wg.Go(s.watchRequests)

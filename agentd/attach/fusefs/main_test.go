@@ -1,0 +1,265 @@
+package fusefs
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"go.uber.org/goleak"
+
+	"github.com/postern-dev/postern/agentd/attach/remote"
+	"github.com/postern-dev/postern/agentd/attach/remote/simulatedremote"
+	"github.com/postern-dev/postern/agentd/attach/replica"
+)
+
+// serveArg makes the test binary the process that serves a mount: whoever serves one must
+// not touch it.
+const serveArg = "serve-a-mount-for-test"
+
+func TestMain(m *testing.M) {
+	if len(os.Args) == 3 && os.Args[1] == serveArg {
+		if err := serveForTest(os.Args[2]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		os.Exit(0)
+	}
+	goleak.VerifyTestMain(m)
+}
+
+// serving is what the child is told.
+type serving struct {
+	Dir, Target, Socket string
+	Options             Options
+	Config              testConfig
+	NoPassthrough       bool
+	Synced              string // directory for what is durable, for tests of power loss
+	Debug               bool
+}
+
+type testConfig struct {
+	CacheBytes, MaxUnsent int64
+	Deadline              time.Duration
+	Boot                  string
+	ReadOnly              bool
+}
+
+func serveForTest(arg string) error {
+	var s serving
+	if err := json.Unmarshal([]byte(arg), &s); err != nil {
+		return err
+	}
+	r, err := replica.Open(context.Background(), replica.Config{
+		Dir: s.Dir, Workspace: "test", MountID: "mount of " + s.Dir, Remote: remote.Dial(s.Socket),
+		Log:        slog.New(slog.NewTextHandler(os.Stderr, nil)),
+		CacheBytes: s.Config.CacheBytes, MaxUnsent: s.Config.MaxUnsent, Deadline: s.Config.Deadline, Boot: s.Config.Boot, ReadOnly: s.Config.ReadOnly,
+	})
+	if err != nil {
+		return err
+	}
+	if err := r.Fresh(); err != nil {
+		return err
+	}
+	fs := New(r, s.Options)
+	opts := MountOptions(s.Options)
+	opts.Debug = s.Debug
+	server, err := fuse.NewServer(fs, s.Target, &opts)
+	if err != nil {
+		return err
+	}
+	fs.SetKernel(&testKernel{Server: server, open: map[uint64]*backing{}, off: s.NoPassthrough}, false)
+	fmt.Println("mounted")
+	go func() {
+		// The parent closes our stdin when we are to end.
+		var b [1]byte
+		_, _ = os.Stdin.Read(b[:])
+		for server.Unmount() != nil {
+			time.Sleep(50 * time.Millisecond)
+		}
+	}()
+	server.Serve()
+	fs.Close()
+	return r.Close()
+}
+
+// testKernel is a Kernel on go-fuse's own server, which cannot be taken over.
+type testKernel struct {
+	*fuse.Server
+	off  bool
+	mu   sync.Mutex
+	open map[uint64]*backing
+}
+
+type backing struct {
+	id   int32
+	refs int
+}
+
+func (k *testKernel) Passthrough() bool        { return !k.off }
+func (k *testKernel) Backings() map[uint64]int { return nil }
+func (k *testKernel) OpenBacking(node uint64, fd int) (int32, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if b := k.open[node]; b != nil {
+		b.refs++
+		return b.id, nil
+	}
+	id, errno := k.RegisterBackingFd(&fuse.BackingMap{Fd: int32(fd)})
+	if errno != 0 {
+		return 0, errno
+	}
+	k.open[node] = &backing{id, 1}
+	return id, nil
+}
+
+func (k *testKernel) CloseBacking(node uint64) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if b := k.open[node]; b != nil {
+		if b.refs--; b.refs == 0 {
+			k.UnregisterBackingFd(b.id)
+			delete(k.open, node)
+		}
+	}
+}
+
+// world is a control plane for the test, and mounts of it.
+type world struct {
+	t      *testing.T
+	remote *simulatedremote.Remote
+	socket string
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounting")
+	}
+	w := &world{t: t, remote: simulatedremote.New()}
+	dir, err := os.MkdirTemp("", "postern-fusefs")
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.socket = filepath.Join(dir, "s")
+	l, err := net.Listen("unix", w.socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	server := &http.Server{Handler: simulatedremote.Handler(w.remote), BaseContext: func(net.Listener) context.Context { return ctx }}
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		_ = server.Serve(l)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		server.Close()
+		<-served
+		os.RemoveAll(dir)
+	})
+	return w
+}
+
+// mounted is a mount and the process that serves it.
+type mounted struct {
+	t    *testing.T
+	dir  string // of the replica
+	path string
+	cmd  *exec.Cmd
+	in   interface{ Close() error }
+	dev  uint64
+	done chan struct{}
+	err  error
+}
+
+// mount mounts the workspace, with the replica in dir, a new one if it is empty.
+func (w *world) mount(s serving) *mounted {
+	t := w.t
+	t.Helper()
+	if s.Dir == "" {
+		s.Dir = filepath.Join(t.TempDir(), "replica")
+	}
+	if s.Target == "" {
+		s.Target = filepath.Join(t.TempDir(), "mnt")
+		if err := os.Mkdir(s.Target, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.Socket = w.socket
+	arg, err := json.Marshal(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &mounted{t: t, dir: s.Dir, path: s.Target, done: make(chan struct{})}
+	m.cmd = exec.Command(os.Args[0], serveArg, string(arg))
+	m.cmd.Stderr = os.Stderr
+	in, err := m.cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.in = in
+	out, err := m.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line := make([]byte, 64)
+	n, _ := out.Read(line)
+	go func() {
+		defer close(m.done)
+		m.err = m.cmd.Wait()
+	}()
+	t.Cleanup(m.close)
+	if !strings.HasPrefix(string(line[:n]), "mounted") {
+		t.Fatal("the mount was not served")
+	}
+	var st syscall.Stat_t
+	if err := syscall.Stat(s.Target, &st); err != nil {
+		t.Fatal(err)
+	}
+	m.dev = st.Dev
+	return m
+}
+
+// abort makes every request on the mount fail, so that nobody waits for ever.
+func (m *mounted) abort() {
+	_ = os.WriteFile(fmt.Sprintf("/sys/fs/fuse/connections/%d/abort", m.dev), []byte("1"), 0)
+}
+
+// close unmounts and ends the server.
+func (m *mounted) close() {
+	m.in.Close()
+	select {
+	case <-m.done:
+	case <-time.After(20 * time.Second):
+		m.t.Error("the server does not end; aborting")
+		m.abort()
+		_ = syscall.Unmount(m.path, syscall.MNT_DETACH)
+		_ = m.cmd.Process.Kill()
+		<-m.done
+	}
+}
+
+// watchdog aborts the mount when the test takes too long.
+func (m *mounted) watchdog(d time.Duration) {
+	t := time.AfterFunc(d, func() {
+		fmt.Fprintln(os.Stderr, "test hangs; aborting the mount")
+		m.abort()
+	})
+	m.t.Cleanup(func() { t.Stop() })
+}

@@ -1,0 +1,15 @@
+// Package replica is a host's copy of one workspace: what is in the tree, the contents
+// that were read or written here, and what the control plane has not got yet. It has the
+// operations of a file system, and is served to the kernel by package fusefs.
+//
+// A change is made in memory and written to the journal before its caller is answered,
+// so it survives the end of this process; Fsync and the Flush of a changed file return when it survives the end
+// of the machine. Operations go to the control plane in the order in which they were made, by one
+// goroutine; another takes over what changes elsewhere. What is not here is fetched when it is
+// needed, within Config.Deadline, or is EIO.
+//
+// Errors of operations are syscall.Errno. One lock, mu, is over the tree and all that goes with
+// it; it is held for memory and the page cache, never for the network or a sync.
+//
+// Only agentd/attach's packages import this one. It does not know FUSE.
+package replica

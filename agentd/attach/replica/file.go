@@ -1,0 +1,644 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/postern-dev/postern/agentd/attach/content"
+	"github.com/postern-dev/postern/agentd/attach/tree"
+	"github.com/postern-dev/postern/proto/filechunk"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// smallContent is the largest content in bytes that a Flush puts into the journal, so that it
+// costs one sync and not two.
+const smallContent = 32 << 10
+
+// fetchToWrite is how much of a file may be missing for it to be fetched whole when it
+// is opened for writing; then the kernel writes to it directly.
+const fetchToWrite = 16 << 20
+
+// openLocked adds a user to a content.
+func (r *Replica) openLocked(n *tree.Node, write bool) (*opened, error) {
+	o := r.open[n.ID]
+	if o == nil {
+		w := content.Want{ID: n.ID, Version: n.Version, Size: n.Size, Whole: n.Has(tree.Local), Changed: n.Has(tree.Dirty) || n.Version == 0}
+		f, err := r.store.Acquire(w)
+		if err != nil {
+			r.log.Error("content cannot be opened", "node", n.ID, "err", err)
+			return nil, errnoOrIO(err)
+		}
+		if w.Whole && !n.Has(tree.Dirty) && !n.Has(tree.Writing) && n.Version != 0 {
+			if size, _, ctime, err := f.Stat(); err == nil && (ctime != n.Stamp || size != n.Size) && !n.Has(tree.Mapped) {
+				// Nobody was to write to it, and somebody did: check it against its hashes.
+				r.log.Warn("a cached file was changed behind our back; checking it", "node", n.ID)
+				r.store.Release(f)
+				w.Whole, w.Doubt = false, true
+				if f, err = r.store.Acquire(w); err != nil {
+					return nil, errnoOrIO(err)
+				}
+			}
+		}
+		if _, _, ctime, err := f.Stat(); err == nil && n.Size == 0 && n.Stamp == 0 {
+			n.Stamp = ctime // its backing file was made just now
+		}
+		o = &opened{file: f, flushed: n.Stamp, recorded: n.Stamp}
+		if n.Flags&(tree.Local|tree.Partial) == 0 {
+			n.Flags |= tree.Partial // in the journal with the next change; Walk finds it anyway
+		}
+		r.open[n.ID] = o
+	}
+	o.users++
+	if write {
+		o.writers++
+	}
+	r.lru.use(n.ID)
+	return o, nil
+}
+
+func errnoOrIO(err error) error {
+	var errno syscall.Errno
+	if errors.As(err, &errno) && (errno == syscall.ENOSPC || errno == syscall.EDQUOT || errno == syscall.EMFILE || errno == syscall.ENFILE) {
+		return errno
+	}
+	return syscall.EIO
+}
+
+// closeLocked takes a user from a content.
+func (r *Replica) closeLocked(id uint64, o *opened) {
+	if o.users--; o.users > 0 || r.open[id] != o {
+		return
+	}
+	if n := r.s.Node(id); n != nil && n.Type == tree.File {
+		r.wholeLocked(n, o)
+		r.lru.add(id, int64(o.file.Blocks())*512)
+	}
+	delete(r.open, id)
+	r.store.Release(o.file)
+	if r.stale[id] {
+		r.wakeUploader()
+	}
+}
+
+// wholeLocked notes that a content has become whole.
+func (r *Replica) wholeLocked(n *tree.Node, o *opened) {
+	if n.Has(tree.Local) || !o.file.Whole() {
+		return
+	}
+	c := n.Clone()
+	c.Flags = c.Flags&^tree.Partial | tree.Local
+	if !c.Has(tree.Dirty) && !c.Has(tree.Writing) {
+		if _, _, ctime, err := o.file.Stat(); err == nil {
+			c.Stamp = ctime
+			o.flushed, o.recorded = ctime, ctime
+		}
+	}
+	if r.reserveLocked(1024) != nil {
+		return
+	}
+	b := r.s.Batch()
+	b.Put(c)
+	_ = r.commitLocked(b) //nolint:errcheck // it was logged; the content is fetched again
+}
+
+// Opened is what Open tells.
+type Opened struct {
+	// FD is the backing file's, valid until Release.
+	FD int
+	// Whole: the kernel may read and write FD directly.
+	Whole bool
+	Size  uint64
+	// Cached: handles of before are not passed through, so this one must not be.
+	Cached bool
+}
+
+// Open opens a file. Each Open must be followed by one Release.
+func (r *Replica) Open(ctx context.Context, id uint64, write, truncate bool) (Opened, error) {
+	if truncate {
+		if err := r.truncate(ctx, id, 0); err != nil {
+			return Opened{}, err
+		}
+	}
+	r.mu.Lock()
+	n := r.s.Node(id)
+	switch {
+	case n == nil:
+		r.mu.Unlock()
+		return Opened{}, syscall.ESTALE
+	case n.Type != tree.File:
+		r.mu.Unlock()
+		return Opened{}, syscall.EISDIR
+	}
+	if write {
+		if err := r.beginLocked(1024); err != nil {
+			r.mu.Unlock()
+			return Opened{}, err
+		}
+		if err := r.unsentLocked(); err != nil {
+			r.mu.Unlock()
+			return Opened{}, err
+		}
+	}
+	o, err := r.openLocked(n, write)
+	r.mu.Unlock()
+	if err != nil {
+		return Opened{}, err
+	}
+	if !o.file.Whole() && (n.Size <= filechunk.Size || write && n.Size <= fetchToWrite) {
+		// Small: it is wanted whole anyway.
+		ctx, cancel := r.wait(ctx)
+		err := o.file.EnsureAll(ctx)
+		cancel()
+		if err != nil {
+			r.mu.Lock()
+			if write {
+				o.writers--
+			}
+			r.closeLocked(id, o)
+			r.mu.Unlock()
+			return Opened{}, r.fetchErrno(ctx, id, err)
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n = r.s.Node(id); n == nil {
+		return Opened{}, syscall.ESTALE
+	}
+	r.wholeLocked(n, o)
+	n = r.s.Node(id)
+	return Opened{FD: o.file.FD(), Whole: o.file.Whole(), Size: n.Size, Cached: n.Has(tree.Cached) && r.inherited}, nil
+}
+
+// Mode says how a file that was opened will be read and written, before the kernel hears
+// that it is open: through the daemon, or passed through.
+func (r *Replica) Mode(id uint64, write, through bool) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := r.s.Node(id)
+	if n == nil {
+		return syscall.ESTALE
+	}
+	flags := n.Flags
+	if write {
+		flags |= tree.Writing
+		if through {
+			flags |= tree.Mapped
+		}
+	}
+	if !through {
+		flags |= tree.Cached
+	}
+	if flags == n.Flags {
+		return nil
+	}
+	c := n.Clone()
+	c.Flags = flags
+	if err := r.reserveLocked(1024); err != nil {
+		return err
+	}
+	b := r.s.Batch()
+	b.Put(c)
+	return r.commitLocked(b)
+}
+
+// fetchErrno is what a reader gets when content did not come.
+func (r *Replica) fetchErrno(ctx context.Context, id uint64, err error) error {
+	if ctx.Err() != nil && errors.Is(context.Cause(ctx), context.Canceled) {
+		return syscall.EINTR
+	}
+	r.log.Warn("content cannot be fetched", "node", id, "err", err)
+	var errno syscall.Errno
+	if errors.As(err, &errno) && errno == syscall.ENOSPC {
+		return errno
+	}
+	return syscall.EIO
+}
+
+// Release gives back what Open gave. A file that was written to since its last Flush is
+// recorded, but nobody waits for the disk.
+func (r *Replica) Release(id uint64, write bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	o := r.open[id]
+	if o == nil || o.lost && o.users == 0 {
+		return // a handle of before a takeover
+	}
+	n := r.s.Node(id)
+	if n != nil && write && n.Type == tree.File {
+		if o.writers > 0 {
+			o.writers--
+		}
+		r.releaseWriterLocked(n, o)
+	}
+	n = r.s.Node(id)
+	if n != nil && o.users == 1 && n.Has(tree.Cached) && !r.inherited {
+		c := n.Clone()
+		c.Flags &^= tree.Cached
+		b := r.s.Batch()
+		b.Put(c)
+		_ = r.commitLocked(b) //nolint:errcheck // it was logged, and nobody waits
+	}
+	r.closeLocked(id, o)
+}
+
+func (r *Replica) releaseWriterLocked(n *tree.Node, o *opened) {
+	o2 := *o
+	o2.writers = 1
+	if err := r.absorbLocked(n, &o2); err != nil {
+		return
+	}
+	c := n.Clone()
+	b := r.s.Batch()
+	if n.Stamp != o.recorded {
+		r.dirtyLocked(b, c)
+		o.recorded = n.Stamp
+	}
+	if o.writers == 0 && !r.inherited {
+		c.Flags &^= tree.Writing
+		if c.Has(tree.Mapped) {
+			r.closed[c.ID] = time.Now()
+		}
+		if o.users == 1 {
+			c.Flags &^= tree.Cached
+		}
+	}
+	if r.reserveLocked(2048) != nil {
+		return
+	}
+	b.Put(c)
+	_ = r.commitLocked(b) //nolint:errcheck // it was logged, and nobody waits
+}
+
+// dirtyLocked marks a content as newer than its version, and queues it unless it is
+// queued already. c is not in the state yet.
+func (r *Replica) dirtyLocked(b *tree.Batch, c *tree.Node) {
+	if !c.Has(tree.Dirty) {
+		c.Flags |= tree.Dirty
+		r.unsent += int64(c.Size)
+	}
+	if c.Links == 0 {
+		return // it goes with its name, or never
+	}
+	if number, ok := r.queued[c.ID]; ok && number > r.sent {
+		return
+	}
+	op := tree.Op{ID: c.ID, Content: true}
+	r.queued[c.ID] = r.s.Meta().NextOp
+	r.enqueueLocked(b, op, &posternv1.FileOp{Op: &posternv1.FileOp_SetContent_{SetContent: &posternv1.FileOp_SetContent{Id: c.ID}}})
+}
+
+// useLocked finds the content of an open file; of one that was opened before a takeover,
+// too.
+func (r *Replica) use(id uint64) (*opened, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	o := r.open[id]
+	if o == nil {
+		n := r.s.Node(id)
+		if n == nil {
+			return nil, syscall.ESTALE
+		}
+		if n.Type != tree.File {
+			return nil, syscall.EISDIR
+		}
+		var err error
+		if o, err = r.openLocked(n, false); err != nil {
+			return nil, err
+		}
+		o.users--
+		o.lost = true
+	}
+	o.users++
+	return o, nil
+}
+
+func (r *Replica) unuse(id uint64, o *opened) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if o.lost && o.users == 1 {
+		o.users-- // stays open for handles that nobody counts, until the kernel forgets the node
+		return
+	}
+	r.closeLocked(id, o)
+}
+
+// Read returns the descriptor to read n bytes at off from, when they are there. done
+// must be called after reading.
+func (r *Replica) Read(ctx context.Context, id uint64, off int64, n int) (fd int, done func(), err error) {
+	o, err := r.use(id)
+	if err != nil {
+		return 0, nil, err
+	}
+	if !o.file.Whole() {
+		ctx, cancel := r.wait(ctx)
+		err := o.file.Ensure(ctx, off, int64(n))
+		cancel()
+		if err != nil {
+			r.unuse(id, o)
+			return 0, nil, r.fetchErrno(ctx, id, err)
+		}
+	}
+	return o.file.FD(), func() { r.unuse(id, o) }, nil
+}
+
+// Write writes to an open file.
+func (r *Replica) Write(ctx context.Context, id uint64, off int64, data []byte) (int, error) {
+	if off < 0 || uint64(off)+uint64(len(data)) > filechunk.MaxFile {
+		return 0, syscall.EFBIG
+	}
+	o, err := r.use(id)
+	if err != nil {
+		return 0, err
+	}
+	defer r.unuse(id, o)
+	if err := r.change(ctx, id, o, off, int64(len(data))); err != nil {
+		return 0, err
+	}
+	n, err := o.file.WriteAt(data, off)
+	if err != nil {
+		return n, errnoOrIO(err)
+	}
+	r.notes.otherData(id)
+	return n, nil
+}
+
+// change prepares a content for being written to.
+func (r *Replica) change(ctx context.Context, id uint64, o *opened, off, n int64) error {
+	r.mu.Lock()
+	err := r.unsentLocked()
+	if err == nil {
+		err = r.quotaLocked(uint64(n), 0)
+	}
+	if node := r.s.Node(id); err == nil && node != nil && !node.Has(tree.Writing) {
+		// A handle of before a takeover, or one that only allocates.
+		c := node.Clone()
+		c.Flags |= tree.Writing
+		b := r.s.Batch()
+		b.Put(c)
+		if err = r.reserveLocked(1024); err == nil {
+			err = r.commitLocked(b)
+		}
+	}
+	r.mu.Unlock()
+	if err != nil || o.file.Whole() {
+		return err
+	}
+	ctx, cancel := r.wait(ctx)
+	defer cancel()
+	if err := o.file.Change(ctx, off, n); err != nil {
+		return r.fetchErrno(ctx, id, err)
+	}
+	return nil
+}
+
+// Flush records what was written to a file, and returns when it is durable; at once if
+// nothing was.
+func (r *Replica) Flush(id uint64) error { return r.flush(id, false) }
+
+// Fsync is Flush, and makes everything else about the file durable.
+func (r *Replica) Fsync(id uint64) error { return r.flush(id, true) }
+
+// FsyncDir makes every change of names and attributes durable.
+func (r *Replica) FsyncDir() error { return r.sync() }
+
+func (r *Replica) flush(id uint64, always bool) error {
+	r.mu.Lock()
+	n := r.s.Node(id)
+	o := r.open[id]
+	if n == nil || n.Type != tree.File || o == nil {
+		r.mu.Unlock()
+		if always {
+			return r.sync()
+		}
+		return nil
+	}
+	if err := r.absorbLocked(n, o); err != nil {
+		r.mu.Unlock()
+		return err
+	}
+	if n.Stamp == o.flushed {
+		r.mu.Unlock()
+		if always {
+			return r.sync()
+		}
+		return nil
+	}
+	small := n.Size <= smallContent && o.file.Whole()
+	if small {
+		err := r.recordLocked(n, o, true)
+		r.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		return r.sync()
+	}
+	o.users++
+	r.mu.Unlock()
+	defer r.unuse(id, o)
+	if err := o.file.Sync(); err != nil {
+		r.log.Error("content cannot be synced", "node", id, "err", err)
+		return errnoOrIO(err)
+	}
+	r.mu.Lock()
+	if n = r.s.Node(id); n == nil {
+		r.mu.Unlock()
+		return nil
+	}
+	err := r.recordLocked(n, o, false)
+	r.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return r.sync()
+}
+
+// recordLocked writes to the journal what a file is now, with its content or without.
+func (r *Replica) recordLocked(n *tree.Node, o *opened, small bool) error {
+	if err := r.reserveLocked(smallContent + 4096); err != nil {
+		return err
+	}
+	c := n.Clone()
+	b := r.s.Batch()
+	if n.Stamp != o.recorded {
+		r.dirtyLocked(b, c)
+	}
+	if small {
+		data := make([]byte, n.Size)
+		if _, err := o.file.ReadAt(data, 0); err != nil && n.Size > 0 {
+			return syscall.EIO
+		}
+		c.Flags |= tree.Redo
+		r.redo[n.ID] = true
+		b.Content(n.ID, data)
+	} else {
+		c.Flags &^= tree.Redo
+		delete(r.redo, n.ID)
+	}
+	b.Put(c)
+	o.flushed, o.recorded = c.Stamp, c.Stamp
+	return r.commitLocked(b)
+}
+
+// truncate sets the size of a file.
+func (r *Replica) truncate(ctx context.Context, id, size uint64) error {
+	if size > filechunk.MaxFile {
+		return syscall.EFBIG
+	}
+	r.mu.Lock()
+	n := r.s.Node(id)
+	switch {
+	case n == nil:
+		r.mu.Unlock()
+		return syscall.ESTALE
+	case n.Type == tree.Directory:
+		r.mu.Unlock()
+		return syscall.EISDIR
+	case n.Type != tree.File:
+		r.mu.Unlock()
+		return syscall.EINVAL
+	}
+	if err := r.beginLocked(2048); err != nil {
+		r.mu.Unlock()
+		return err
+	}
+	if size > n.Size {
+		if err := r.quotaLocked(size-n.Size, 0); err != nil {
+			r.mu.Unlock()
+			return err
+		}
+	}
+	o, err := r.openLocked(n, true)
+	if err == nil && !n.Has(tree.Writing) {
+		c := n.Clone()
+		c.Flags |= tree.Writing
+		b := r.s.Batch()
+		b.Put(c)
+		err = r.commitLocked(b)
+	}
+	r.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	wctx, cancel := r.wait(ctx)
+	defer cancel()
+	err = o.file.Truncate(wctx, int64(size))
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	o.writers--
+	if n := r.s.Node(id); n != nil {
+		if err == nil {
+			// truncate(2) to the same size changes the times, too.
+			if s, _, ctime, serr := o.file.Stat(); serr == nil && s == n.Size && ctime == n.Stamp {
+				now := r.now(n.Ctime)
+				n.Mtime, n.Ctime = now, now
+			}
+		}
+		r.releaseWriterLocked(n, o)
+	}
+	r.closeLocked(id, o)
+	if err != nil {
+		return r.fetchErrno(wctx, id, err)
+	}
+	r.notes.node(id)
+	return nil
+}
+
+// Fallocate is fallocate(2) of an open file: allocation, punching holes and zeroing.
+func (r *Replica) Fallocate(ctx context.Context, id uint64, mode uint32, off, n int64) error {
+	const known = unix.FALLOC_FL_KEEP_SIZE | unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_ZERO_RANGE
+	if mode&^known != 0 {
+		return syscall.EOPNOTSUPP
+	}
+	if uint64(off)+uint64(n) > filechunk.MaxFile {
+		return syscall.EFBIG
+	}
+	o, err := r.use(id)
+	if err != nil {
+		return err
+	}
+	defer r.unuse(id, o)
+	if err := r.change(ctx, id, o, off, n); err != nil {
+		return err
+	}
+	if err := unix.Fallocate(o.file.FD(), mode, off, n); err != nil {
+		return err
+	}
+	r.notes.otherData(id)
+	return nil
+}
+
+// Seek finds data or a hole behind off, as lseek(2) does. What is not here counts as data.
+func (r *Replica) Seek(id uint64, off int64, whence int) (int64, error) {
+	o, err := r.use(id)
+	if err != nil {
+		return 0, err
+	}
+	defer r.unuse(id, o)
+	if o.file.Whole() {
+		return unix.Seek(o.file.FD(), off, whence)
+	}
+	size, _, _, err := o.file.Stat()
+	switch {
+	case err != nil:
+		return 0, syscall.EIO
+	case off < 0 || uint64(off) >= size:
+		return 0, syscall.ENXIO
+	case whence == unix.SEEK_HOLE:
+		return int64(size), nil
+	}
+	return off, nil
+}
+
+// quotaLocked refuses what would go beyond the workspace's quota, as far as is known.
+func (r *Replica) quotaLocked(bytes, nodes uint64) error {
+	m := r.s.Meta()
+	if m.QuotaBytes > 0 && bytes > 0 && m.UsedBytes+uint64(max(r.unsent, 0))+bytes > m.QuotaBytes {
+		return syscall.EDQUOT
+	}
+	if m.QuotaNodes > 0 && nodes > 0 && m.UsedNodes+nodes > m.QuotaNodes {
+		return syscall.EDQUOT
+	}
+	return nil
+}
+
+// unsentLocked refuses to write more than may wait for the control plane.
+func (r *Replica) unsentLocked() error {
+	if r.unsent > r.cfg.MaxUnsent {
+		return syscall.ENOSPC
+	}
+	return nil
+}
+
+// StatFs is what statfs(2) tells: of the quota, or of the disk if there is none.
+type StatFs struct {
+	Bytes, FreeBytes uint64
+	Nodes, FreeNodes uint64
+}
+
+// StatFs tells how much room there is.
+func (r *Replica) StatFs() (StatFs, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(r.cfg.Dir, &st); err != nil {
+		return StatFs{}, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m := r.s.Meta()
+	s := StatFs{
+		Bytes: st.Blocks * uint64(st.Bsize), FreeBytes: st.Bavail * uint64(st.Bsize),
+		Nodes: maxQueue + m.UsedNodes, FreeNodes: uint64(maxQueue - len(r.s.Queue())),
+	}
+	if m.QuotaBytes > 0 {
+		used := m.UsedBytes + uint64(max(r.unsent, 0))
+		s.Bytes = m.QuotaBytes
+		s.FreeBytes = min(s.FreeBytes, m.QuotaBytes-min(used, m.QuotaBytes))
+	}
+	if m.QuotaNodes > 0 {
+		s.Nodes, s.FreeNodes = m.QuotaNodes, m.QuotaNodes-min(m.UsedNodes, m.QuotaNodes)
+	}
+	return s, nil
+}

@@ -1,0 +1,139 @@
+package replica
+
+import (
+	"errors"
+	"os"
+	"syscall"
+
+	"github.com/postern-dev/postern/agentd/attach/journal"
+	"github.com/postern-dev/postern/agentd/attach/tree"
+)
+
+// redoAt is where the journal has the content of a file.
+type redoAt struct {
+	at             journal.Place
+	offset, length int
+}
+
+// recover makes files and tree agree after the process before this one ended, or the host did.
+func (r *Replica) recover(redo map[uint64]redoAt) error {
+	m := r.s.Meta()
+	crashed := m.Boot != "" && m.Boot != r.cfg.Boot
+	b := r.s.Batch()
+	if m.Boot != r.cfg.Boot && m.WorkspaceID != "" {
+		m.Boot = r.cfg.Boot
+		b.Meta(m)
+	}
+	var look []*tree.Node
+	r.s.Each(func(n *tree.Node) {
+		if n.Type == tree.File && n.Flags&(tree.Writing|tree.Redo|tree.Mapped) != 0 {
+			look = append(look, n)
+		}
+	})
+	for _, n := range look {
+		c := n.Clone()
+		if at, ok := redo[n.ID]; ok && n.Has(tree.Redo) {
+			if crashed {
+				// Not for sure in the file: its last sync was of the journal only.
+				if err := r.rewrite(c, at); err != nil {
+					return err
+				}
+			}
+			r.redo[n.ID] = true
+		}
+		if crashed {
+			c.Flags &^= tree.Mapped
+		}
+		if err := r.settle(b, c); err != nil {
+			return err
+		}
+		b.Put(c)
+	}
+	for _, op := range r.s.Queue() {
+		if op.Content {
+			r.queued[op.ID] = op.Number
+		}
+	}
+	known := map[uint64]bool{}
+	err := r.store.Walk(func(id uint64, bytes int64) error {
+		n := r.s.Node(id)
+		if n == nil || n.Type != tree.File {
+			return r.store.Remove(id)
+		}
+		known[id] = true
+		r.lru.add(id, bytes)
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	r.s.Each(func(n *tree.Node) {
+		if n.Type != tree.File {
+			return
+		}
+		if n.Has(tree.Dirty) {
+			r.unsent += int64(n.Size)
+		}
+		if n.Has(tree.Local) && !known[n.ID] && n.Size > 0 && !n.Has(tree.Dirty) && n.Version != 0 {
+			n.Flags &^= tree.Local // fetched again when it is read
+		}
+	})
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	// A dirty file without an operation: the process ended between the two.
+	r.s.Each(func(n *tree.Node) {
+		if n.Has(tree.Dirty) && n.Links > 0 && r.queued[n.ID] == 0 {
+			r.dirtyLocked(b, n)
+		}
+	})
+	if err := r.reserveLocked(len(b.Bytes()) + 4096); err != nil {
+		return err
+	}
+	return r.commitLocked(b)
+}
+
+// rewrite puts the content that the journal has into the file.
+func (r *Replica) rewrite(c *tree.Node, at redoAt) error {
+	entry, err := r.journal.ReadAt(at.at)
+	if err != nil {
+		return err
+	}
+	data := entry[at.offset : at.offset+at.length]
+	if err := os.WriteFile(r.store.Path(c.ID), data, 0o600); err != nil {
+		return err
+	}
+	c.Size = uint64(len(data))
+	c.Stamp = 0
+	var st syscall.Stat_t
+	if err := syscall.Stat(r.store.Path(c.ID), &st); err != nil {
+		return err
+	}
+	c.Stamp = st.Ctim.Nano()
+	return nil
+}
+
+// settle takes over what was written to a file that nobody closed.
+func (r *Replica) settle(b *tree.Batch, c *tree.Node) error {
+	if !c.Has(tree.Local) && !c.Has(tree.Partial) {
+		return nil
+	}
+	var st syscall.Stat_t
+	err := syscall.Stat(r.store.Path(c.ID), &st)
+	switch {
+	case errors.Is(err, syscall.ENOENT):
+		if c.Size > 0 && (c.Has(tree.Dirty) || c.Version == 0) {
+			// It was made since the last sync, and the host crashed: nobody was promised it.
+			r.log.Warn("content that was not synced is gone", "node", c.ID, "bytes", c.Size)
+			c.Size = 0
+		}
+		return nil
+	case err != nil:
+		return err
+	}
+	if st.Ctim.Nano() != c.Stamp || uint64(st.Size) != c.Size {
+		c.Size, c.Mtime, c.Stamp = uint64(st.Size), st.Mtim.Nano(), st.Ctim.Nano()
+		c.Ctime = max(c.Ctime, c.Stamp)
+		c.Flags |= tree.Dirty
+	}
+	return nil
+}

@@ -1,0 +1,422 @@
+package replica
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand"
+	"os"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/postern-dev/postern/agentd/attach/remote/simulatedremote"
+	"github.com/postern-dev/postern/agentd/attach/tree"
+)
+
+var ctx = context.Background()
+
+// open opens a replica of r in dir, as host name.
+func open(t *testing.T, r *simulatedremote.Remote, dir, name string, change ...func(*Config)) *Replica {
+	t.Helper()
+	cfg := Config{
+		Dir: dir, Workspace: "w", MountID: name, Remote: r, Deadline: 2 * time.Second,
+		Log: slog.New(slog.NewTextHandler(logTo{t}, nil)).With("host", name),
+	}
+	for _, c := range change {
+		c(&cfg)
+	}
+	rep, err := Open(ctx, cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := rep.Close(); err != nil && !errors.Is(err, errClosedForTest) {
+			t.Logf("close: %v", err)
+		}
+	})
+	return rep
+}
+
+var errClosedForTest = errors.New("closed before")
+
+type logTo struct{ t *testing.T }
+
+func (l logTo) Write(p []byte) (int, error) {
+	l.t.Log(strings.TrimSpace(string(p)))
+	return len(p), nil
+}
+
+// put makes or replaces a file as a program would: open, write, close.
+func put(t *testing.T, r *Replica, path string, data []byte) uint64 {
+	t.Helper()
+	dir, name := walk(t, r, path)
+	a, err := r.Lookup(ctx, dir, name)
+	if errors.Is(err, syscall.ENOENT) {
+		a, err = r.Make(ctx, Caller{}, dir, name, Make{Type: tree.File, Mode: 0o644, Open: true})
+	} else if err == nil {
+		if _, err = r.Open(ctx, a.ID, true, true); err == nil {
+			err = r.Mode(a.ID, true, false)
+		}
+	}
+	if err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	for off := 0; off < len(data); off += 1 << 20 {
+		if _, err := r.Write(ctx, a.ID, int64(off), data[off:min(len(data), off+1<<20)]); err != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+	}
+	if err := r.Flush(a.ID); err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	r.Release(a.ID, true)
+	return a.ID
+}
+
+func walk(t *testing.T, r *Replica, path string) (dir uint64, name string) {
+	t.Helper()
+	dir = tree.Root
+	parts := strings.Split(path, "/")
+	for _, p := range parts[:len(parts)-1] {
+		a, err := r.Lookup(ctx, dir, p)
+		if err != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+		dir = a.ID
+	}
+	return dir, parts[len(parts)-1]
+}
+
+func mkdir(t *testing.T, r *Replica, path string) uint64 {
+	t.Helper()
+	dir, name := walk(t, r, path)
+	a, err := r.Make(ctx, Caller{}, dir, name, Make{Type: tree.Directory, Mode: 0o755})
+	if err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	return a.ID
+}
+
+// get reads a file whole.
+func get(r *Replica, dir uint64, name string) ([]byte, error) {
+	a, err := r.Lookup(ctx, dir, name)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := r.Open(ctx, a.ID, false, false); err != nil {
+		return nil, err
+	}
+	defer r.Release(a.ID, false)
+	var all []byte
+	for off := int64(0); ; {
+		buf := make([]byte, 1<<17)
+		fd, done, err := r.Read(ctx, a.ID, off, len(buf))
+		if err != nil {
+			return all, err
+		}
+		n, err := syscall.Pread(fd, buf, off)
+		done()
+		if err != nil || n == 0 {
+			return all, err
+		}
+		all = append(all, buf[:n]...)
+		off += int64(n)
+	}
+}
+
+func wantContent(t *testing.T, r *Replica, path string, want []byte) {
+	t.Helper()
+	dir, name := walk(t, r, path)
+	got, err := get(r, dir, name)
+	if err != nil {
+		t.Fatalf("%s: %v", path, err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Fatalf("%s: %d bytes, want %d; first difference at %d", path, len(got), len(want), difference(got, want))
+	}
+}
+
+func difference(a, b []byte) int {
+	for i := range min(len(a), len(b)) {
+		if a[i] != b[i] {
+			return i
+		}
+	}
+	return min(len(a), len(b))
+}
+
+func drain(t *testing.T, r *Replica) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	defer cancel()
+	if err := r.Drain(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func names(t *testing.T, r *Replica, dir uint64) []string {
+	t.Helper()
+	var all []string
+	err := r.ReadDir(ctx, dir, 0, func(n Name) bool {
+		all = append(all, n.Name)
+		return true
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	slices.Sort(all)
+	return all
+}
+
+func eventually(t *testing.T, what string, f func() bool) {
+	t.Helper()
+	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("never: " + what)
+		}
+	}
+}
+
+func noise(n int, seed int64) []byte {
+	b := make([]byte, n)
+	rand.New(rand.NewSource(seed)).Read(b)
+	return b
+}
+
+// TestTwoHosts: what one host makes another sees, and the reverse, without asking again.
+func TestTwoHosts(t *testing.T) {
+	r := simulatedremote.New()
+	a, b := open(t, r, t.TempDir(), "a"), open(t, r, t.TempDir(), "b")
+	mkdir(t, a, "d")
+	big := noise(5<<20+17, 1)
+	put(t, a, "d/big", big)
+	put(t, a, "d/small", []byte("hello"))
+	put(t, a, "d/empty", nil)
+	drain(t, a)
+	eventually(t, "d on b", func() bool { _, err := b.Lookup(ctx, tree.Root, "d"); return err == nil })
+	wantContent(t, b, "d/big", big)
+	wantContent(t, b, "d/small", []byte("hello"))
+	wantContent(t, b, "d/empty", nil)
+
+	copy(big[3<<20:], "changed")
+	put(t, b, "d/big", big)
+	drain(t, b)
+	eventually(t, "the change on a", func() bool {
+		got, err := get(a, mustDir(t, a, "d"), "big")
+		return err == nil && bytes.Equal(got, big)
+	})
+	dir, _ := walk(t, b, "d/x")
+	if err := b.Rename(ctx, Caller{}, dir, "small", tree.Root, "moved", 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Remove(ctx, Caller{}, dir, "empty", false); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "rename and removal on a", func() bool {
+		return fmt.Sprint(names(t, a, tree.Root)) == "[d moved]" && fmt.Sprint(names(t, a, mustDir(t, a, "d"))) == "[big]"
+	})
+	wantContent(t, a, "moved", []byte("hello"))
+}
+
+func mustDir(t *testing.T, r *Replica, path string) uint64 {
+	t.Helper()
+	dir, _ := walk(t, r, path+"/x")
+	return dir
+}
+
+// TestOffline: days without a link, a restart in between; then everything arrives in order.
+func TestOffline(t *testing.T) {
+	r := simulatedremote.New()
+	dir := t.TempDir()
+	a := open(t, r, dir, "a")
+	put(t, a, "known", []byte("before"))
+	drain(t, a)
+	eventually(t, "ids", func() bool { a.mu.Lock(); defer a.mu.Unlock(); return a.s.Meta().FreeIDs() > 100 })
+	r.Cut(true)
+	mkdir(t, a, "d")
+	put(t, a, "d/new", noise(3<<20, 2))
+	put(t, a, "known", []byte("after"))
+	wantContent(t, a, "known", []byte("after"))
+	if s := a.Status(); s.Ops == 0 || s.Bytes < 3<<20 || s.Oldest.IsZero() {
+		t.Errorf("status offline: %+v", s)
+	}
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	a = open(t, r, dir, "a")
+	wantContent(t, a, "d/new", noise(3<<20, 2))
+	wantContent(t, a, "known", []byte("after"))
+	b := func() *Replica { r.Cut(false); return open(t, r, t.TempDir(), "b") }()
+	drain(t, a)
+	eventually(t, "everything on b", func() bool { return fmt.Sprint(names(t, b, tree.Root)) == "[d known]" })
+	wantContent(t, b, "d/new", noise(3<<20, 2))
+	wantContent(t, b, "known", []byte("after"))
+	if s := a.Status(); s.Ops != 0 || s.Bytes != 0 {
+		t.Errorf("status after draining: %+v", s)
+	}
+}
+
+// TestConflict: two hosts change one file, and make one name, without knowing of each other.
+// Both contents are there afterwards, on both.
+func TestConflict(t *testing.T) {
+	r := simulatedremote.New()
+	a, b := open(t, r, t.TempDir(), "a"), open(t, r, t.TempDir(), "b")
+	put(t, a, "file", []byte("base"))
+	drain(t, a)
+	eventually(t, "file on b", func() bool { _, err := b.Lookup(ctx, tree.Root, "file"); return err == nil })
+	wantContent(t, b, "file", []byte("base"))
+	for _, x := range []*Replica{a, b} {
+		x := x
+		eventually(t, "ids", func() bool { x.mu.Lock(); defer x.mu.Unlock(); return x.s.Meta().FreeIDs() > 100 })
+	}
+	r.Cut(true)
+	put(t, a, "file", []byte("of a"))
+	put(t, b, "file", []byte("of b"))
+	put(t, a, "made", []byte("made by a"))
+	put(t, b, "made", []byte("made by b"))
+	r.Cut(false)
+	drain(t, a)
+	drain(t, b)
+	for name, x := range map[string]*Replica{"a": a, "b": b} {
+		eventually(t, "both on "+name, func() bool {
+			var contents []string
+			for _, n := range names(t, x, tree.Root) {
+				c, err := get(x, tree.Root, n)
+				if err != nil {
+					return false
+				}
+				contents = append(contents, string(c))
+			}
+			slices.Sort(contents)
+			return fmt.Sprint(contents) == "[made by a made by b of a of b]"
+		})
+	}
+	if a.Status().Conflicts+b.Status().Conflicts != 2 {
+		t.Errorf("conflicts: %d and %d", a.Status().Conflicts, b.Status().Conflicts)
+	}
+}
+
+// TestLostReply: a commit whose answer was lost is not made twice.
+func TestLostReply(t *testing.T) {
+	r := simulatedremote.New()
+	fail := 0
+	r.OnCommit = func() (error, bool) {
+		fail++
+		if fail%2 == 1 {
+			return errors.New("answer lost"), fail%4 == 1
+		}
+		return nil, false
+	}
+	a := open(t, r, t.TempDir(), "a")
+	for i := range 20 {
+		put(t, a, fmt.Sprint("f", i), fmt.Appendf(nil, "content %d", i))
+	}
+	drain(t, a)
+	b := open(t, r, t.TempDir(), "b")
+	if got := names(t, b, tree.Root); len(got) != 20 {
+		t.Fatalf("%d names: %q", len(got), got)
+	}
+	wantContent(t, b, "f7", []byte("content 7"))
+}
+
+// TestDamagedCache: what was changed behind our back is fetched again.
+func TestDamagedCache(t *testing.T) {
+	r := simulatedremote.New()
+	a := open(t, r, t.TempDir(), "a")
+	data := noise(3<<20+5, 3)
+	put(t, a, "f", data)
+	drain(t, a)
+	dir := t.TempDir()
+	b := open(t, r, dir, "b")
+	wantContent(t, b, "f", data)
+	at, err := b.Lookup(ctx, tree.Root, "f")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Close(); err != nil {
+		t.Fatal(err)
+	}
+	path := b.store.Path(at.ID)
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("damage"), 1<<20+7); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	b = open(t, r, dir, "b")
+	before := r.Fetched()
+	wantContent(t, b, "f", data)
+	if n := r.Fetched() - before; n != 1 {
+		t.Errorf("%d chunks were fetched again, want the damaged one", n)
+	}
+}
+
+// TestDeadLink: what is not here is EIO within the deadline; what is here is served.
+func TestDeadLink(t *testing.T) {
+	r := simulatedremote.New()
+	a := open(t, r, t.TempDir(), "a")
+	data := noise(3<<20, 4)
+	put(t, a, "f", data)
+	put(t, a, "g", data[:100])
+	drain(t, a)
+	b := open(t, r, t.TempDir(), "b", func(c *Config) { c.Deadline = 200 * time.Millisecond })
+	wantContent(t, b, "g", data[:100])
+	r.Silence(true)
+	defer r.Silence(false)
+	wantContent(t, b, "g", data[:100])
+	if _, err := get(b, tree.Root, "f"); !errors.Is(err, syscall.EIO) {
+		t.Errorf("without a link: %v, want EIO", err)
+	}
+	r.Silence(false)
+	wantContent(t, b, "f", data)
+}
+
+// TestEviction: contents that can be fetched again go when there are too many; those that
+// are not uploaded never do.
+func TestEviction(t *testing.T) {
+	r := simulatedremote.New()
+	a := open(t, r, t.TempDir(), "a", func(c *Config) { c.CacheBytes = 2 << 20 })
+	for i := range 6 {
+		put(t, a, fmt.Sprint("f", i), noise(1<<20, int64(i)))
+	}
+	drain(t, a)
+	r.Cut(true)
+	put(t, a, "unsent", noise(3<<20, 100))
+	eventually(t, "eviction", func() bool { return a.Status().CacheBytes <= 4<<20 })
+	wantContent(t, a, "unsent", noise(3<<20, 100))
+	r.Cut(false)
+	for i := range 6 {
+		wantContent(t, a, fmt.Sprint("f", i), noise(1<<20, int64(i)))
+	}
+}
+
+// TestCompact: the journal begun anew is the same replica.
+func TestCompact(t *testing.T) {
+	r := simulatedremote.New()
+	dir := t.TempDir()
+	a := open(t, r, dir, "a")
+	mkdir(t, a, "d")
+	for i := range 50 {
+		put(t, a, fmt.Sprint("d/f", i), noise(100*i, int64(i)))
+	}
+	if err := a.Compact(); err != nil {
+		t.Fatal(err)
+	}
+	put(t, a, "d/after", []byte("x"))
+	if err := a.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r.Cut(true)
+	a = open(t, r, dir, "a")
+	for i := range 50 {
+		wantContent(t, a, fmt.Sprint("d/f", i), noise(100*i, int64(i)))
+	}
+	wantContent(t, a, "d/after", []byte("x"))
+}

@@ -1,0 +1,453 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	gproto "google.golang.org/protobuf/proto"
+
+	"github.com/postern-dev/postern/agentd/attach/content"
+	"github.com/postern-dev/postern/agentd/attach/tree"
+	"github.com/postern-dev/postern/proto/filechunk"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+)
+
+// A Commit has at most maxOps operations, of which the bodies are at most maxBatch bytes,
+// and is sent when maxContent bytes of contents are stored for it.
+const (
+	maxOps     = 500
+	maxBatch   = 2 << 20
+	maxContent = 64 << 20
+)
+
+func opTime(op tree.Op) time.Time {
+	var f posternv1.FileOp
+	if gproto.Unmarshal(op.Body, &f) != nil {
+		return time.Time{}
+	}
+	return time.Unix(0, f.TimeNs)
+}
+
+// uploadLoop sends the queue to the control plane, in order.
+func (r *Replica) uploadLoop() {
+	wait := time.Duration(0)
+	for {
+		if wait > 0 {
+			pause(r.ctx, wait)
+		} else {
+			select {
+			case <-r.ctx.Done():
+			case <-r.kick:
+			}
+		}
+		if r.ctx.Err() != nil {
+			return
+		}
+		more, err := r.uploadSome(r.ctx)
+		switch {
+		case r.ctx.Err() != nil:
+			return
+		case errors.Is(err, errBusy):
+			wait = 200 * time.Millisecond
+		case err != nil:
+			wait = min(max(2*wait, 250*time.Millisecond), 30*time.Second)
+			r.failed(err)
+			continue
+		case more:
+			wait = time.Nanosecond
+		default:
+			wait = 0
+		}
+		r.failed(nil)
+	}
+}
+
+// failed notes why uploading stands still, and says it once.
+func (r *Replica) failed(err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	line := ""
+	if err != nil {
+		line = err.Error()
+	}
+	if (line == "") != (r.status.LastError == "") {
+		if err != nil {
+			r.log.Warn("changes cannot be uploaded; trying again", "err", err)
+		} else {
+			r.log.Info("changes are uploaded again")
+		}
+	}
+	r.status.LastError = line
+}
+
+// errBusy is returned while a file that should be sent is being written to.
+var errBusy = errors.New("file is being written to")
+
+// sentContent is what was sent of a file.
+type sentContent struct {
+	id    uint64
+	stamp int64
+	skip  bool
+}
+
+// uploadSome sends one Commit; more tells whether there is more to send.
+func (r *Replica) uploadSome(ctx context.Context) (more bool, err error) {
+	r.mu.Lock()
+	queue := r.s.Queue()
+	if len(r.stale) > 0 {
+		stale := r.takeStaleLocked()
+		r.mu.Unlock()
+		if err := r.refresh(ctx, stale); err != nil {
+			return false, err
+		}
+		r.mu.Lock()
+		queue = r.s.Queue()
+	}
+	if len(queue) == 0 {
+		r.mu.Unlock()
+		return false, nil
+	}
+	take := append([]tree.Op(nil), queue[:min(len(queue), maxOps)]...)
+	ws := r.s.Meta().WorkspaceID
+	r.mu.Unlock()
+
+	// What is sent must not be forgotten by this host: the control plane remembers
+	// numbers of operations.
+	if err := r.sync(); err != nil {
+		return false, err
+	}
+	req := &posternv1.CommitRequest{WorkspaceId: ws, MountId: r.cfg.MountID}
+	sent := map[uint64]sentContent{}
+	size, stored := 0, int64(0)
+	up := &uploader{r: r, ws: ws}
+	for _, op := range take {
+		var f posternv1.FileOp
+		if err := gproto.Unmarshal(op.Body, &f); err != nil {
+			return false, fmt.Errorf("operation %d: %w", op.Number, err)
+		}
+		if op.Content {
+			r.mu.Lock()
+			r.sent = max(r.sent, op.Number)
+			r.mu.Unlock()
+			s, n, err := up.content(ctx, op.ID, &f)
+			if errors.Is(err, errBusy) && len(req.Ops) > 0 {
+				break
+			}
+			if err != nil {
+				return false, err
+			}
+			sent[op.Number] = s
+			stored += n
+		}
+		size += gproto.Size(&f)
+		if size > maxBatch && len(req.Ops) > 0 {
+			break
+		}
+		req.Ops = append(req.Ops, &f)
+		if stored > maxContent {
+			break
+		}
+	}
+	if err := up.flush(ctx); err != nil {
+		return false, err
+	}
+	cctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+	defer cancel()
+	resp, err := r.cfg.Remote.Commit(cctx, req)
+	if err != nil {
+		return false, err
+	}
+	if len(resp.Results) != len(req.Ops) {
+		return false, fmt.Errorf("the control plane answered %d of %d operations", len(resp.Results), len(req.Ops))
+	}
+	for i, res := range resp.Results {
+		if res.Number != req.Ops[i].Number {
+			return false, fmt.Errorf("the control plane answered operation %d instead of %d", res.Number, req.Ops[i].Number)
+		}
+	}
+	return r.confirm(req.Ops, resp, sent)
+}
+
+// confirm takes over the control plane's answers.
+func (r *Replica) confirm(ops []*posternv1.FileOp, resp *posternv1.CommitResponse, sent map[uint64]sentContent) (more bool, err error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err := r.reserveLocked(1024 * len(ops)); err != nil {
+		return false, err
+	}
+	b := r.s.Batch()
+	for i, res := range resp.Results {
+		r.confirmOneLocked(b, ops[i], res, sent)
+	}
+	b.Confirm(ops[len(ops)-1].Number)
+	m := r.s.Meta()
+	m.UsedBytes = resp.UsedBytes
+	b.Meta(m)
+	if err := r.commitLocked(b); err != nil {
+		return false, err
+	}
+	r.movedLocked()
+	return len(r.s.Queue()) > 0 || len(r.stale) > 0, nil
+}
+
+func (r *Replica) confirmOneLocked(b *tree.Batch, op *posternv1.FileOp, res *posternv1.FileOpResult, sent map[uint64]sentContent) {
+	id := opNode(op)
+	if res.Refused != "" || res.RefusedCode != "" {
+		r.log.Error("the control plane refused a change; it stays on this host only until the file is fetched again", "node", id, "code", res.RefusedCode, "why", res.Refused)
+		r.status.Conflicts++
+		r.stale[id] = true
+	}
+	if c := res.Conflict; c != nil {
+		r.log.Warn("changed here and elsewhere; both are kept", "path", fmt.Sprintf("%.1000q", c.Path), "kept_as", fmt.Sprintf("%.1000q", c.KeptAs))
+		r.status.Conflicts++
+		r.stale[id] = true
+		r.stale[c.KeptId] = true
+		for _, at := range opDirs(op) {
+			r.stale[at] = true
+		}
+	}
+	s, isContent := sent[op.Number]
+	if !isContent || s.skip {
+		return
+	}
+	if r.queued[id] == op.Number {
+		delete(r.queued, id)
+	}
+	n := r.s.Node(id)
+	if n == nil {
+		return
+	}
+	c := n.Clone()
+	refused := res.Refused != "" || res.RefusedCode != ""
+	if res.Conflict != nil || refused {
+		// The control plane keeps what was sent somewhere else, or not at all; the node
+		// is what it says.
+		if n.Stamp == s.stamp && !refused {
+			r.cleanLocked(c)
+			c.Flags &^= tree.Local | tree.Partial | tree.Redo
+			c.Version, c.Seq = ^uint64(0), 0
+			delete(r.redo, id)
+			if r.open[id] == nil {
+				if err := r.store.Remove(id); err != nil {
+					r.log.Warn("content cannot be removed", "node", id, "err", err)
+				}
+				r.lru.remove(id)
+			}
+		}
+		b.Put(c)
+		return
+	}
+	c.Version = res.Version
+	c.Seq = max(c.Seq, res.Seq)
+	if o := r.open[id]; o != nil {
+		if r.absorbLocked(n, o) == nil {
+			c.Size, c.Mtime, c.Ctime, c.Stamp = n.Size, n.Mtime, n.Ctime, n.Stamp
+		}
+	}
+	if c.Stamp == s.stamp {
+		r.cleanLocked(c)
+	}
+	b.Put(c)
+}
+
+func (r *Replica) cleanLocked(c *tree.Node) {
+	if c.Has(tree.Dirty) {
+		c.Flags &^= tree.Dirty
+		r.unsent -= int64(c.Size)
+	}
+}
+
+func opNode(op *posternv1.FileOp) uint64 {
+	switch o := op.Op.(type) {
+	case *posternv1.FileOp_Create_:
+		return o.Create.GetNode().GetId()
+	case *posternv1.FileOp_SetContent_:
+		return o.SetContent.Id
+	case *posternv1.FileOp_SetAttr_:
+		return o.SetAttr.Id
+	case *posternv1.FileOp_SetXattr_:
+		return o.SetXattr.Id
+	case *posternv1.FileOp_MakeLink_:
+		return o.MakeLink.Id
+	case *posternv1.FileOp_Rename_:
+		return o.Rename.Id
+	case *posternv1.FileOp_Remove_:
+		return o.Remove.Id
+	}
+	return 0
+}
+
+func opDirs(op *posternv1.FileOp) []uint64 {
+	switch o := op.Op.(type) {
+	case *posternv1.FileOp_Create_:
+		return []uint64{o.Create.Parent}
+	case *posternv1.FileOp_MakeLink_:
+		return []uint64{o.MakeLink.Parent}
+	case *posternv1.FileOp_Rename_:
+		return []uint64{o.Rename.Parent, o.Rename.NewParent}
+	case *posternv1.FileOp_Remove_:
+		return []uint64{o.Remove.Parent}
+	}
+	return nil
+}
+
+// noOp is an operation that changes nothing: the place of one that is not needed any more, because numbers
+// have no gaps.
+func noOp() *posternv1.FileOp_SetAttr_ {
+	return &posternv1.FileOp_SetAttr_{SetAttr: &posternv1.FileOp_SetAttr{Id: tree.Root}}
+}
+
+// uploader stores chunks, some at a time.
+type uploader struct {
+	r      *Replica
+	ws     string
+	chunks [][]byte
+	hashes [][]byte
+	bytes  int
+}
+
+// storeAt is how many bytes of chunks are stored at once: what a Replica keeps of contents in memory.
+const storeAt = 4 << 20
+
+// busyFor is how long a file that is written to without pause is waited for; then it is sent as it
+// is found, and again when it is closed.
+const busyFor = time.Minute
+
+// content makes f the operation that sends a file's content as it is now, and tells how many bytes
+// were stored for it.
+func (u *uploader) content(ctx context.Context, id uint64, f *posternv1.FileOp) (sentContent, int64, error) {
+	r := u.r
+	r.mu.Lock()
+	n := r.s.Node(id)
+	if n == nil || n.Links == 0 || n.Type != tree.File || !n.Has(tree.Dirty) {
+		r.mu.Unlock()
+		f.Op = noOp()
+		return sentContent{id: id, skip: true}, 0, nil
+	}
+	o, err := r.openLocked(n, false)
+	if err != nil {
+		size := n.Size
+		r.mu.Unlock()
+		if errors.Is(err, syscall.EIO) {
+			// Nothing can bring it back; the rest must go on.
+			r.log.Error("content that was not uploaded is gone", "node", id, "bytes", size)
+			f.Op = noOp()
+			return sentContent{id: id, skip: true}, 0, nil
+		}
+		return sentContent{}, 0, err
+	}
+	base, mtime := n.Version, n.Mtime
+	r.mu.Unlock()
+	defer r.unuse(id, o)
+
+	set := &posternv1.FileOp_SetContent{Id: id, BaseVersion: base, MtimeNs: mtime}
+	for begun := time.Now(); ; {
+		// Writes through a mapping are seen by their first fault after a sync.
+		if err := syscall.Fdatasync(o.file.FD()); err != nil {
+			return sentContent{}, 0, err
+		}
+		size, _, stamp, err := o.file.Stat()
+		if err != nil {
+			return sentContent{}, 0, err
+		}
+		stored, err := u.read(ctx, o.file, set, size)
+		if err != nil {
+			return sentContent{}, 0, err
+		}
+		size2, _, stamp2, err := o.file.Stat()
+		if err != nil {
+			return sentContent{}, 0, err
+		}
+		if size2 == size && stamp2 == stamp || time.Since(begun) > busyFor {
+			r.mu.Lock()
+			if n := r.s.Node(id); n != nil && n.Stamp == stamp {
+				set.MtimeNs = n.Mtime
+			}
+			r.mu.Unlock()
+			f.Op = &posternv1.FileOp_SetContent_{SetContent: set}
+			return sentContent{id: id, stamp: stamp}, stored, nil
+		}
+		pause(ctx, 100*time.Millisecond)
+		if ctx.Err() != nil {
+			return sentContent{}, 0, ctx.Err()
+		}
+	}
+}
+
+func (u *uploader) read(ctx context.Context, f *content.File, set *posternv1.FileOp_SetContent, size uint64) (int64, error) {
+	set.Size, set.Chunks, set.Inline = size, nil, nil
+	if size <= filechunk.MaxInline {
+		set.Inline = make([]byte, size)
+		if size > 0 {
+			if _, err := f.ReadAt(set.Inline, 0); err != nil {
+				return 0, errBusy // it became shorter
+			}
+		}
+		return int64(size), nil
+	}
+	stored := int64(0)
+	for i := range filechunk.Count(size) {
+		if name, ok, err := f.Known(int(i), size); err != nil {
+			return 0, err
+		} else if ok {
+			set.Chunks = append(set.Chunks, name)
+			continue
+		}
+		chunk := make([]byte, filechunk.Length(size, i))
+		if _, err := f.ReadAt(chunk, int64(i)*filechunk.Size); err != nil {
+			return 0, errBusy
+		}
+		name := filechunk.Name(chunk)
+		set.Chunks = append(set.Chunks, name)
+		if name == nil {
+			continue
+		}
+		if err := u.add(ctx, name, chunk); err != nil {
+			return 0, err
+		}
+		stored += int64(len(chunk))
+	}
+	return stored, nil
+}
+
+func (u *uploader) add(ctx context.Context, name, chunk []byte) error {
+	u.hashes, u.chunks, u.bytes = append(u.hashes, name), append(u.chunks, chunk), u.bytes+len(chunk)
+	if u.bytes < storeAt {
+		return nil
+	}
+	return u.flush(ctx)
+}
+
+// flush stores the chunks that the control plane has not got.
+func (u *uploader) flush(ctx context.Context) error {
+	if len(u.chunks) == 0 {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	resp, err := u.r.cfg.Remote.MissingChunks(ctx, &posternv1.MissingChunksRequest{WorkspaceId: u.ws, Hashes: u.hashes})
+	if err != nil {
+		return err
+	}
+	missing := map[string]bool{}
+	for _, h := range resp.Hashes {
+		missing[string(h)] = true
+	}
+	var store [][]byte
+	for i, h := range u.hashes {
+		if missing[string(h)] {
+			store = append(store, u.chunks[i])
+			delete(missing, string(h))
+		}
+	}
+	if len(store) > 0 {
+		if err := u.r.cfg.Remote.StoreChunks(ctx, u.ws, store); err != nil {
+			return err
+		}
+	}
+	u.hashes, u.chunks, u.bytes = nil, nil, 0
+	return nil
+}
