@@ -80,6 +80,7 @@ func (d *Daemon) newKernels() *kernel.Manager {
 	m := kernel.New(kernel.Config{
 		Dir: dir, Executable: d.Executable, Logger: d.logger, Metrics: metrics,
 		SQL: kernelSQL{d}, ModuleDir: filepath.Join(filepath.Dir(dir), modulesDir),
+		SecretsKeyFile: filepath.Join(filepath.Dir(dir), secretsKeyFile), ReadSecret: kernelSecrets{d}.ReadSecret, SecretsChanged: d.noteSecrets,
 	})
 	metrics.Register(m)
 	return m
@@ -92,7 +93,7 @@ func (d *Daemon) setKernels(c *config.Config) {
 		Enabled: k.Enabled, SpecDirs: k.SpecDirs, Offered: func(spec string) bool { return k.Allowed(spec) == "" },
 		Max: k.Max, Memory: int64(k.Memory), Disk: int64(k.Disk), CPUs: k.CPUs, PIDs: k.PIDs, Network: k.Network, NetworkAllow: k.NetworkAllow,
 		Visible: k.Visible, IdleAfter: k.IdleAfter, IdleSuspend: k.IdleSuspend, Warm: k.Warm, JournalBytes: int64(k.Journal),
-		UIDBase: d.kernelUIDs, UIDs: config.KernelUIDs - 1, // the last one is doctor's
+		SecretAllowed: k.KernelSecret, UIDBase: d.kernelUIDs, UIDs: config.KernelUIDs - 1, // the last one is doctor's
 	})
 }
 

@@ -74,7 +74,7 @@ func TestSecretCommand(t *testing.T) {
 		{"in argv", []string{"set", "X", value}, "", "", "postern: accepts 1 arg(s), received 2: see", 2},
 		{"grant", []string{"grant", "API_TOKEN", l.kernel}, "", "secret API_TOKEN (own) is granted\n", "kernel " + l.kernel + " on edge has it\n", 0},
 		{"rotate", []string{"set", "API_TOKEN", "--file", file}, "", "secret API_TOKEN (own) is set\n", "kernel " + l.kernel + " on edge has the new value\n", 0},
-		{"of nobody", []string{"grant", "OTHER", l.kernel}, "", "", "postern: secret OTHER is none of yours here, and the host says: this host has no secret of that name\n", 4},
+		{"of nobody", []string{"grant", "OTHER", l.kernel}, "", "", "postern: secret OTHER is none of yours here, and the host says: this host has no secret of that name\n", 3},
 		{"the host's", []string{"grant", simulatedkernels.HostSecret, l.kernel}, "", "secret FROM_VAULT (host) is granted\n", "kernel " + l.kernel + " on edge has it\n", 0},
 		{"no target", []string{"grant", "API_TOKEN"}, "", "", "postern: name one: a kernel, --all or --token TOKEN: see", 2},
 		{"not an operator", []string{"set", "SHARED", "--organization"}, value, "", "postern: token ana has the role analyst: secrets of workspaces and of the organization are operators' to set, remove and grant\n", 3},

@@ -13,6 +13,8 @@ import (
 	"gopkg.in/yaml.v3"
 
 	"github.com/postern-dev/postern/agentd/policy"
+	"github.com/postern-dev/postern/agentd/secret"
+	"github.com/postern-dev/postern/proto/kernelsecret"
 )
 
 // DefaultKernelUIDBase is the first of the user ids that kernels run as.
@@ -61,6 +63,13 @@ type kernelsFile struct {
 	Journal string   `yaml:"journal"`
 	UIDBase *uint32  `yaml:"uid_base"`
 	Sources []string `yaml:"sources"`
+	Secrets struct {
+		ControlPlane string `yaml:"control_plane"`
+		Vault        map[string]struct {
+			Path string `yaml:"path"`
+			Key  string `yaml:"key"`
+		} `yaml:"vault"`
+	} `yaml:"secrets"`
 }
 
 var (
@@ -190,6 +199,7 @@ func (p *problems) kernels(in file, c *Config, at func(...any) int, there bool) 
 	} else if k.Idle.Then == "stop" || k.Idle.Then == "suspend" {
 		p.add(line("idle"), "kernels.idle: it does not say after what time: set after: 8h")
 	}
+	p.kernelSecrets(k, in.Vault.Address != "", out, line)
 	ck := k.Checkpoints
 	if ck.CRIU != "" && (!filepath.IsAbs(ck.CRIU) || filepath.Clean(ck.CRIU) != ck.CRIU) {
 		p.add(line("checkpoints", "criu"), "kernels.checkpoints.criu: %q is no clean absolute path", ck.CRIU)
@@ -217,6 +227,36 @@ func (p *problems) kernels(in file, c *Config, at func(...any) int, there bool) 
 	}
 	if a, b := int64(c.SQL.UIDBase), int64(out.UIDBase); a < b+KernelUIDs && b < a+sqlUIDs {
 		p.add(line("uid_base"), "kernels.uid_base: the %d users from %d on meet the %d of sql.uid_base: kernels and SQL sessions must not share users", KernelUIDs, out.UIDBase, sqlUIDs)
+	}
+}
+
+// kernelSecrets reads kernels.secrets.
+func (p *problems) kernelSecrets(k kernelsFile, vault bool, out *Kernels, line func(...any) int) {
+	switch k.Secrets.ControlPlane {
+	case "", "deny":
+	case "allow":
+		out.Secrets.ControlPlane = true
+	default:
+		p.add(line("secrets", "control_plane"), "kernels.secrets.control_plane: %q is none of allow, deny", k.Secrets.ControlPlane)
+	}
+	if len(k.Secrets.Vault) > 0 && !vault {
+		p.add(line("secrets", "vault"), "kernels.secrets.vault: there is no vault in this configuration: add vault: {address: ..., ...}")
+	}
+	for name, v := range k.Secrets.Vault {
+		if err := kernelsecret.CheckName(name); err != nil {
+			p.add(line("secrets", "vault", name), "kernels.secrets.vault: %v", err)
+		}
+		if v.Key == "" {
+			v.Key = "value"
+		}
+		ref := secret.Ref{Vault: &secret.VaultRef{KV: v.Path, Field: v.Key}}
+		if err := ref.Validate(); err != nil {
+			p.add(line("secrets", "vault", name), "kernels.secrets.vault.%s: %q is no path of Vault's KV engine such as secret/team/token", name, v.Path)
+		}
+		if out.Secrets.Vault == nil {
+			out.Secrets.Vault = map[string]policy.VaultSecret{}
+		}
+		out.Secrets.Vault[name] = policy.VaultSecret{Path: v.Path, Key: v.Key}
 	}
 }
 

@@ -38,12 +38,17 @@ kernels:
   warm: 2
   journal: 32MiB
   uid_base: 70000
+  secrets:
+    control_plane: allow
+    vault: {TOKEN: {path: secret/team/token}, DB: {path: kv/db, key: password}}
+vault: {address: 'https://vault:8200', token: {file: /etc/token}}
 `), nil)
 	want := Kernels{UIDBase: 70000, Kernels: policy.Kernels{
 		Enabled: true, Specs: []string{"python3"}, SpecDirs: []string{"/srv/kernels"}, Max: 3, Memory: 1 << 30, CPUs: 1.5, PIDs: 100, Disk: 1 << 30,
 		Network: "allowed", NetworkAllow: []string{"10.1.2.3:443", "10.0.0.0/8:8080", "[2001:db8::1]:443"}, Environment: []string{"REGION"},
 		Visible: []string{"/srv/venv"}, IdleAfter: 8 * time.Hour, IdleSuspend: true, Warm: 2, Journal: 32 << 20,
 		Moves: "out", Checkpoints: policy.Checkpoints{CRIU: "/opt/x/criu", MaxBytes: 1 << 30, Keep: 7, MaxAge: 48 * time.Hour},
+		Secrets: policy.KernelSecrets{ControlPlane: true, Vault: map[string]policy.VaultSecret{"TOKEN": {Path: "secret/team/token", Key: "value"}, "DB": {Path: "kv/db", Key: "password"}}},
 	}}
 	if err != nil || !reflect.DeepEqual(c.Kernels, want) {
 		t.Errorf("got %+v, %v, want %+v", c, err, want)
@@ -76,8 +81,13 @@ kernels:
 		"{checkpoints: {keep: 0}}":               "kernels.checkpoints.keep: 0",
 		"{checkpoints: {max_age: 3w}}":           "kernels.checkpoints.max_age",
 		"{checkpoints: {max_bytes: 1KiB}}":       "kernels.max_bytes: 1KiB",
-		"{uid_base: 0}":                          "kernels.uid_base: 0",
-		"{uid_base: 1900000000}":                 "must not share users",
+		"{secrets: {control_plane: yes}}":        `kernels.secrets.control_plane: "yes" is none of allow, deny`,
+		"{secrets: {control_plan: allow}}":       "unknown key kernels.secrets.control_plan",
+		"{secrets: {vault: {T: {path: kv/t}}}}":  "kernels.secrets.vault: there is no vault in this configuration",
+		"{secrets: {vault: {PATH: {path: kv/t}}}}\nvault: {address: 'https://vault:8200', token: {file: /etc/token}}": "kernels.secrets.vault: PATH is no name for a secret",
+		"{secrets: {vault: {T: {path: ../t}}}}\nvault: {address: 'https://vault:8200', token: {file: /etc/token}}":    "kernels.secrets.vault.T: \"../t\" is no path",
+		"{uid_base: 0}":          "kernels.uid_base: 0",
+		"{uid_base: 1900000000}": "must not share users",
 	} {
 		if _, err := Parse("f.yaml", []byte("kernels: "+in+"\n"), nil); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want %s", in, err, want)

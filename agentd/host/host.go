@@ -113,6 +113,8 @@ type Config struct {
 	// whether one may be started.
 	Kernels      Kernels
 	DecideKernel func(*posternv1.StartKernelRequest) KernelVerdict
+	// Secrets gives kernels secrets; nil: that is not served. It needs Kernels.
+	Secrets KernelSecrets
 	// Checkpoints saves kernels; nil: that is not served. It needs Kernels.
 	Checkpoints Checkpoints
 	// Moves moves kernels to other hosts; nil: that is not served. It needs Kernels.
@@ -208,6 +210,10 @@ func New(cfg Config) *Host {
 		h.mux.HandleFunc("POST "+kernelstream.Path, h.serveChannels)
 		if cfg.Moves != nil {
 			h.serveMoves()
+		}
+		if cfg.Secrets != nil {
+			path, handler := posternv1connect.NewSecretHostServiceHandler(secretRPC{h}, connect.WithReadMaxBytes(4<<20))
+			h.mux.Handle(path, handler)
 		}
 		if cfg.Checkpoints != nil {
 			path, handler := posternv1connect.NewCheckpointHostServiceHandler(checkpointRPC{h}, connect.WithReadMaxBytes(1<<20))

@@ -4,18 +4,16 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net"
-	"os"
 	"strings"
 	"sync"
 	"time"
 
-	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 
 	"github.com/postern-dev/postern/agentd/kernel/internal/localsql"
+	"github.com/postern-dev/postern/agentd/kernel/internal/runsock"
 	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
 	"github.com/postern-dev/postern/agentd/kernel/python"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -68,7 +66,7 @@ func (m *Manager) bringModule(sp spec, s *sandbox.Spec, env map[string]string) {
 // that the kernel may write; what it does to it harms the kernel alone.
 func (m *Manager) serveSQL(ctx context.Context, k *kernel) {
 	uid := k.spec.Sandbox.UID
-	l, err := listenFor(k.spec.Sandbox.RunDir, uid)
+	l, err := runsock.Listen(k.spec.Sandbox.RunDir, sqlSocket, uid)
 	if err != nil {
 		m.logger.Error("a kernel cannot ask for SQL", "dir", k.dir, "err", err)
 		return
@@ -100,7 +98,7 @@ func (m *Manager) serveSQL(ctx context.Context, k *kernel) {
 		}
 		open.Go(func() {
 			defer func() { <-places }()
-			if peer, err := peerUID(conn); err != nil || peer != uid {
+			if peer, err := runsock.PeerUID(conn); err != nil || peer != uid {
 				_ = conn.Close()
 				return
 			}
@@ -155,67 +153,3 @@ func (nobody) RunLocal(context.Context, *posternv1.SQLRequest, string, io.Writer
 }
 
 func (nobody) LocalSources() []LocalSource { return nil }
-
-// listenFor listens on a socket in a directory that belongs to a user, for that user
-// alone. Nothing that the user puts in the socket's place is followed or changed.
-func listenFor(dir string, uid uint32) (*net.UnixListener, error) {
-	// Through the directory's descriptor: the path may be longer than a socket's may be.
-	at, err := unix.Open(dir, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", dir, err)
-	}
-	defer unix.Close(at)
-	if err := unix.Unlinkat(at, sqlSocket, 0); err != nil && !errors.Is(err, unix.ENOENT) {
-		return nil, fmt.Errorf("%s: remove the old %s: %w", dir, sqlSocket, err)
-	}
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: fmt.Sprintf("/proc/self/fd/%d/%s", at, sqlSocket), Net: "unix"})
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", dir, err)
-	}
-	// The directory's descriptor is not kept; the next life of agentd removes the file.
-	l.SetUnlinkOnClose(false)
-	if err := giveSocket(at, uid); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", dir, err), l.Close())
-	}
-	return l, nil
-}
-
-// giveSocket makes the socket a user's, if it is a socket still.
-func giveSocket(at int, uid uint32) error {
-	fd, err := unix.Openat(at, sqlSocket, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil {
-		return err
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFSOCK || st.Uid != uint32(os.Geteuid()) || st.Nlink != 1 {
-		return fmt.Errorf("%s was put in another's place", sqlSocket)
-	}
-	if os.Geteuid() != 0 {
-		return nil
-	}
-	if err := unix.Fchownat(fd, "", int(uid), int(uid), unix.AT_EMPTY_PATH); err != nil {
-		return err
-	}
-	return os.Chmod(fmt.Sprintf("/proc/self/fd/%d", fd), 0o600)
-}
-
-// peerUID is whose process is at the other end.
-func peerUID(conn *net.UnixConn) (uint32, error) {
-	raw, err := conn.SyscallConn()
-	if err != nil {
-		return 0, err
-	}
-	var cred *unix.Ucred
-	var failed error
-	if err := raw.Control(func(fd uintptr) { cred, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); err != nil {
-		return 0, err
-	}
-	if failed != nil {
-		return 0, failed
-	}
-	return cred.Uid, nil
-}

@@ -35,6 +35,13 @@ type Config struct {
 	SQL SQL
 	// ModuleDir is where the Python module for that is put, for all to read.
 	ModuleDir string
+	// SecretsKeyFile seals what kernels have of secrets, in their directories; it is made
+	// (0600) when it is needed first. Empty: kernels can't have any.
+	SecretsKeyFile string
+	// ReadSecret reads one of the host's own secrets; nil: there are none.
+	ReadSecret func(ctx context.Context, name string) ([]byte, error)
+	// SecretsChanged is told of what the host changed by itself; nil: nobody is.
+	SecretsChanged SecretsChanged
 }
 
 // Settings are what of the host's configuration new kernels follow; those that run keep
@@ -66,6 +73,9 @@ type Settings struct {
 	JournalBytes int64
 	// UIDBase is the first user id, of UIDs.
 	UIDBase, UIDs uint32
+	// SecretAllowed returns why kernels may not have a secret, empty if they may; nil: all
+	// may be had. What it forbids is taken from kernels that have it.
+	SecretAllowed func(name string, fromHost bool) string
 }
 
 // Manager starts, finds and stops kernels. It may be used by several goroutines. Close
@@ -77,6 +87,9 @@ type Manager struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	refill chan struct{}
+	revise chan struct{} // has keepSecrets look now
+	// secretsKey guards the key's file.
+	secretsKey sync.Mutex
 
 	// mu guards the following; held for memory alone.
 	mu       sync.Mutex
@@ -103,6 +116,8 @@ type kernel struct {
 	// revoked ends when its owner may ask for nothing any more; revoke ends it, with why.
 	revoked context.Context
 	revoke  context.CancelCauseFunc
+	// secrets is taken before Manager.mu.
+	secrets secretsLock
 
 	// Guarded by Manager.mu.
 	spec     shim.Spec
@@ -110,6 +125,7 @@ type kernel struct {
 	lost     string // why its shim does not answer
 	stopping bool
 	process  *os.Process
+	owed     bool // its shim was not told of its newest secrets
 }
 
 // New makes a Manager; Open comes next.
@@ -123,7 +139,7 @@ func New(cfg Config) *Manager {
 	if cfg.Metrics == nil {
 		cfg.Metrics = NewMetrics(nil)
 	}
-	m := &Manager{cfg: cfg, logger: cfg.Logger, kernels: map[string]*kernel{}, uids: map[uint32]bool{}, refill: make(chan struct{}, 1)}
+	m := &Manager{cfg: cfg, logger: cfg.Logger, kernels: map[string]*kernel{}, uids: map[uint32]bool{}, refill: make(chan struct{}, 1), revise: make(chan struct{}, 1)}
 	m.ctx, m.cancel = context.WithCancel(context.Background())
 	return m
 }
@@ -143,6 +159,10 @@ func (m *Manager) Set(s Settings) {
 	m.settings = s
 	m.mu.Unlock()
 	m.wake()
+	select {
+	case m.revise <- struct{}{}:
+	default:
+	}
 }
 
 func (m *Manager) wake() {
@@ -218,6 +238,9 @@ func (m *Manager) Open(ctx context.Context) error {
 		}
 	})
 	m.wg.Go(m.keep)
+	if m.cfg.SecretsKeyFile != "" {
+		m.wg.Go(m.keepSecrets)
+	}
 	return nil
 }
 

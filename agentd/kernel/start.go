@@ -216,7 +216,11 @@ func (m *Manager) launch(ctx context.Context, k *kernel, s shim.Spec) error {
 func (m *Manager) spawn(ctx context.Context, k *kernel) error {
 	ctx, cancel := context.WithTimeout(ctx, spawnTime)
 	defer cancel()
-	p, err := shim.Spawn(ctx, m.cfg.Executable, k.dir)
+	secrets, err := m.secretsOf(k)
+	if err != nil {
+		return err
+	}
+	p, err := shim.SpawnWith(ctx, m.cfg.Executable, k.dir, secrets)
 	if err != nil {
 		return err
 	}

@@ -65,6 +65,8 @@ type Kernels struct {
 	Journal uint64
 	// Sources are the data sources that kernels may query; nil: none.
 	Sources []string
+	// Secrets is what kernels may have of them.
+	Secrets KernelSecrets
 	// Checkpoints is what is kept of them, and CRIU's path.
 	Checkpoints Checkpoints
 	// Moves is which way kernels may move between this host and others: both, in, out or
@@ -83,6 +85,36 @@ func (k Kernels) MayMove(out bool) (reason string) {
 	default:
 		return "this host takes no kernels of other hosts: see kernels.moves in agentd.yaml"
 	}
+}
+
+// KernelSecrets says which secrets kernels may have. The zero value allows none.
+type KernelSecrets struct {
+	// ControlPlane: those that users keep at the control plane.
+	ControlPlane bool
+	// Vault are the host's own, by the names of the variables.
+	Vault map[string]VaultSecret
+}
+
+// VaultSecret is where in Vault's KV v2 engine a value is: Path is MOUNT/PATH.
+type VaultSecret struct{ Path, Key string }
+
+// KernelSecret returns why a kernel may not have a secret: one line, empty if it may.
+// fromHost: the host is to read it itself.
+func (k Kernels) KernelSecret(name string, fromHost bool) string {
+	_, own := k.Secrets.Vault[name]
+	switch {
+	case !k.Enabled:
+		return "kernels are off on this host: add kernels: to agentd.yaml"
+	case fromHost && !own:
+		return "this host has no secret of that name: add it to kernels.secrets.vault in agentd.yaml"
+	case fromHost:
+		return ""
+	case own:
+		return "this host reads that one from Vault (kernels.secrets.vault in agentd.yaml): grant it with --host, or use another name"
+	case !k.Secrets.ControlPlane:
+		return "this host takes no secrets from the control plane: set kernels.secrets.control_plane: allow in agentd.yaml"
+	}
+	return ""
 }
 
 // Checkpoints is what a host keeps of its kernels' checkpoints.

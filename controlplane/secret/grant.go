@@ -34,15 +34,34 @@ func (s *Service) Grant(ctx context.Context, c Caller, r *posternv1.GrantSecretR
 	if err != nil {
 		return nil, err
 	}
-	out := &posternv1.GrantSecretResponse{Ref: ref, Kernels: s.pushAll(ctx, c, kernels, nameIf(!r.Remove, grant.Name))}
-	if d := out.Kernels; !r.Remove && r.KernelId != "" && len(d) == 1 && d[0].Problem != "" && grant.Secret == "" {
-		// A name that nobody has is no grant to keep.
-		if err := s.cfg.Store.DeleteSecretGrant(ctx, c.Organization, grant); err != nil {
-			return nil, err
-		}
-		return nil, proto.Errorf(proto.CodeNotFound, "secret %s is none of yours here, and the host says: %s", grant.Name, d[0].Problem)
+	if !r.Remove && r.KernelId != "" {
+		return s.grantOne(ctx, c, grant, kernels[0], ref)
 	}
-	return out, nil
+	return &posternv1.GrantSecretResponse{Ref: ref, Kernels: s.pushAll(ctx, c, kernels, nameIf(!r.Remove, grant.Name))}, nil
+}
+
+// grantOne gives a kernel what it was granted. A grant that its host refuses is none to
+// keep; one to a kernel that can't be reached is.
+func (s *Service) grantOne(ctx context.Context, c Caller, g Grant, k Kernel, ref *posternv1.SecretRef) (*posternv1.GrantSecretResponse, error) {
+	ctx = context.WithoutCancel(ctx)
+	resp, _, err := s.push(ctx, c, k, false)
+	why := problem(resp, err, g.Name)
+	refused := proto.CodeOf(err) == proto.CodePolicyDenied || proto.CodeOf(err) == proto.CodeInvalid
+	for _, r := range resp.GetRefused() {
+		refused = refused || r.Name == g.Name
+	}
+	if !refused {
+		return &posternv1.GrantSecretResponse{Ref: ref, Kernels: []*posternv1.SecretDelivery{
+			{KernelId: k.ID, Agent: s.cfg.Store.AgentName(ctx, c.Organization, k.Agent), Problem: why},
+		}}, nil
+	}
+	if err := s.cfg.Store.DeleteSecretGrant(ctx, c.Organization, g); err != nil && proto.CodeOf(err) != proto.CodeNotFound {
+		return nil, err
+	}
+	if g.Secret == "" {
+		return nil, proto.Errorf(proto.CodePolicyDenied, "secret %s is none of yours here, and the host says: %s", g.Name, why)
+	}
+	return nil, proto.Errorf(proto.CodePolicyDenied, "secret %s: %s", g.Name, why)
 }
 
 func nameIf(yes bool, name string) string {

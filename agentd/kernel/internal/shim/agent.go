@@ -15,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -186,25 +187,52 @@ func (a *Agent) Watch(ctx context.Context, tell func(*posternv1.Kernel)) error {
 // Spawn starts a shim for a kernel's directory and waits until it serves. It outlives
 // the caller; a caller that stays reaps it. executable is agentd.
 func Spawn(ctx context.Context, executable, dir string) (*os.Process, error) {
+	return SpawnWith(ctx, executable, dir, Secrets{})
+}
+
+// SpawnWith is Spawn for a kernel that has secrets: the shim knows them, over a pipe,
+// before it takes the kernel's first message.
+func SpawnWith(ctx context.Context, executable, dir string, secrets Secrets) (*os.Process, error) {
 	ready, theirs, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
-	defer ready.Close() //nolint:errcheck // it was read
+	defer ready.Close()                  //nolint:errcheck // it was read
+	var stdin io.Reader                  // nil: /dev/null
+	given := func() error { return nil } // lets go of what the shim has
+	if len(secrets.Current)+len(secrets.Old) > 0 {
+		text, err := json.Marshal(secrets)
+		if err != nil {
+			return nil, errors.Join(err, theirs.Close())
+		}
+		defer clear(text)
+		r, w, err := os.Pipe()
+		if err != nil {
+			return nil, errors.Join(err, theirs.Close())
+		}
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			_, _ = w.Write(text) // a shim that ends instead says why
+			_ = w.Close()
+		})
+		defer wg.Wait()
+		stdin, given = r, r.Close
+	}
 	log, err := os.OpenFile(filepath.Join(dir, logFile), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
-		return nil, errors.Join(err, theirs.Close())
+		return nil, errors.Join(err, theirs.Close(), given())
 	}
 	c := exec.Command(executable, Arg, dir)
 	c.Dir = "/"
 	c.Stdout, c.Stderr = log, log
 	c.ExtraFiles = []*os.File{theirs}
+	c.Stdin = stdin
 	// Nothing of agentd's environment is a kernel's business: it may hold secrets.
 	c.Env = []string{"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8"}
 	c.Env = append(c.Env, testEnvironment()...)
 	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	err = c.Start()
-	err = errors.Join(err, theirs.Close(), log.Close())
+	err = errors.Join(err, theirs.Close(), log.Close(), given())
 	if err != nil {
 		return nil, fmt.Errorf("start the kernel's shim: %w", err)
 	}

@@ -197,7 +197,7 @@ func (s *Shim) Restore(ctx context.Context, o RestoreOrder) error {
 	}
 	defer s.restoring.Unlock()
 	if s.Sandbox() != nil {
-		if _, err := s.Quiesce(ctx, 0); err != nil {
+		if _, err := s.quiesce(ctx, 0, false); err != nil {
 			return err
 		}
 	}

@@ -52,8 +52,10 @@ type link struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	conns  map[string]*zmtp.Conn // guarded by s.mu
-	probe  atomic.Pointer[probe]
-	beat   atomic.Int64 // unix nanoseconds of the last heartbeat's answer
+	// asked are our requests about secrets that await an answer, by id; guarded by s.mu.
+	asked map[string]chan []byte
+	probe atomic.Pointer[probe]
+	beat  atomic.Int64 // unix nanoseconds of the last heartbeat's answer
 }
 
 // probe is whether the kernel has answered our questions on one set of sockets.
@@ -74,6 +76,7 @@ func (s *Shim) connect(box *sandbox.Sandbox) {
 		s: s, box: box, signer: signer,
 	}
 	l.ctx, l.cancel = context.WithCancel(s.ctx)
+	s.AfterRestore()
 	s.mu.Lock()
 	l.epoch = s.state.Epoch
 	s.link = l
@@ -207,8 +210,11 @@ func (l *link) once() (err error) {
 	}
 	wg.Go(func() { broken <- l.beats(set["hb"]) })
 	ready := make(chan struct{})
+	gone := make(chan struct{})
+	defer close(gone)
 	wg.Go(func() {
 		if l.ready(set) {
+			l.bringFirst(&wg, gone)
 			close(ready)
 		}
 	})

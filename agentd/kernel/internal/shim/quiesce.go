@@ -2,9 +2,11 @@ package shim
 
 import (
 	"context"
+	"maps"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
+	"github.com/postern-dev/postern/agentd/kernel/internal/zmtp"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/jupyter"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -27,7 +29,15 @@ type Quiesced struct {
 // sent, wait at most, and closes all sockets to it. Clients stay attached; their
 // messages wait. Resume, TakeOver or Restart ends it; the journal is on the disk when it
 // returns.
+//
+// What the kernel was given of secrets it has erased then (BeforeCheckpoint); they are put
+// back with the next connection. A kernel that does not erase them is not quiesced.
 func (s *Shim) Quiesce(ctx context.Context, wait time.Duration) (Quiesced, error) {
+	return s.quiesce(ctx, wait, true)
+}
+
+// quiesce: without erase the processes are not to be saved.
+func (s *Shim) quiesce(ctx context.Context, wait time.Duration, erase bool) (Quiesced, error) {
 	s.life.Lock()
 	defer s.life.Unlock()
 	if err := s.usable(); err != nil {
@@ -51,6 +61,12 @@ func (s *Shim) Quiesce(ctx context.Context, wait time.Duration) (Quiesced, error
 	for s.hasRequests() && time.Now().Before(deadline) && ctx.Err() == nil {
 		time.Sleep(2 * time.Millisecond)
 	}
+	if erase {
+		if err := s.BeforeCheckpoint(ctx); err != nil {
+			s.reopen()
+			return Quiesced{}, err
+		}
+	}
 	out := Quiesced{InitPID: box.PID()}
 	s.mu.Lock()
 	for _, r := range s.requests {
@@ -68,6 +84,21 @@ func (s *Shim) Quiesce(ctx context.Context, wait time.Duration) (Quiesced, error
 		s.logger.Error("journal not synced", "err", err)
 	}
 	return out, nil
+}
+
+// reopen lets clients' messages go to the kernel again.
+func (s *Shim) reopen() {
+	s.mu.Lock()
+	var conns map[string]*zmtp.Conn
+	if s.link != nil {
+		conns = maps.Clone(s.link.conns)
+	}
+	s.mu.Unlock()
+	for name, q := range s.queues {
+		if conn := conns[name]; conn != nil {
+			q.open(conn)
+		}
+	}
 }
 
 // Resume connects to the kernel again, which went on running or goes on now.

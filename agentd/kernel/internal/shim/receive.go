@@ -112,8 +112,13 @@ func (s *Shim) received(l *link, m *posternv1.KernelMessage) error {
 	}
 	switch m.Channel {
 	case jupyter.IOPub:
+		out := s.clean(m, h.Type)
 		s.heard(h, parent, m)
-		_, err = s.journal.Append("", m)
+		for _, m := range out {
+			if _, err = s.journal.Append("", m); err != nil {
+				break
+			}
+		}
 		return s.journaled(err)
 	case jupyter.Stdin:
 		name := s.ownerOf(parent)
@@ -121,7 +126,15 @@ func (s *Shim) received(l *link, m *posternv1.KernelMessage) error {
 			s.dropped(m.Channel, errors.New("a question to nobody"))
 			return nil
 		}
-		_, err = s.journal.Append(name, m)
+		for _, m := range s.clean(m, h.Type) {
+			to := name
+			if m.Channel == jupyter.IOPub {
+				to = ""
+			}
+			if _, err = s.journal.Append(to, m); err != nil {
+				break
+			}
+		}
 		return s.journaled(err)
 	default:
 		name := s.ownerOf(parent)
@@ -129,6 +142,7 @@ func (s *Shim) received(l *link, m *posternv1.KernelMessage) error {
 			s.dropped(m.Channel, errors.New("a reply to nobody"))
 			return nil
 		}
+		s.clean(m, h.Type)
 		_, err = s.journal.Append(name, m)
 		s.answered(parent.ID)
 		return s.journaled(err)
@@ -147,6 +161,10 @@ func (s *Shim) journaled(err error) error {
 
 // ours takes what the kernel says about our own messages: nobody else is told.
 func (s *Shim) ours(l *link, m *posternv1.KernelMessage, h jupyter.Header) {
+	if m.Channel == jupyter.Control && h.Type == secretsReply {
+		l.replied(m)
+		return
+	}
 	p := l.probe.Load()
 	if p == nil {
 		return

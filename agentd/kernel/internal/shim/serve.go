@@ -67,7 +67,11 @@ func Main(args []string, criu CRIU) int {
 		<-stop
 		cancel()
 	}()
-	s, err := OpenWith(ctx, dir, logger, criu)
+	secrets, err := readSecrets(os.Stdin)
+	var s *Shim
+	if err == nil {
+		s, err = openWith(ctx, dir, logger, criu, secrets)
+	}
 	if err != nil {
 		logger.Error("shim not started", "err", err)
 		say(oneLine(err.Error()))
@@ -80,6 +84,31 @@ func Main(args []string, criu CRIU) int {
 		return proto.ExitFailed
 	}
 	return proto.ExitDone
+}
+
+// readSecrets reads what SpawnWith wrote, and puts /dev/null in its place.
+func readSecrets(f *os.File) (Secrets, error) {
+	var all Secrets
+	text, err := io.ReadAll(io.LimitReader(f, maxSpec))
+	if err != nil {
+		return all, fmt.Errorf("read the kernel's secrets: %w", err)
+	}
+	defer clear(text)
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return all, err
+	}
+	defer null.Close() //nolint:errcheck // there is a copy
+	if err := unix.Dup3(int(null.Fd()), int(f.Fd()), 0); err != nil {
+		return all, err
+	}
+	if len(text) == 0 {
+		return all, nil
+	}
+	if err := json.Unmarshal(text, &all); err != nil {
+		return all, errors.New("the kernel's secrets can't be read")
+	}
+	return all, nil
 }
 
 // Serve answers at the socket until the kernel is stopped or ctx ends. ready is called
@@ -130,6 +159,7 @@ func (s *Shim) Serve(ctx context.Context, ready func()) error {
 	})
 	s.serveCheckpoints(mux)
 	s.serveMoves(mux)
+	s.serveSecrets(mux)
 	server := &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, ErrorLog: slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug)}
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()

@@ -51,6 +51,9 @@ type Shim struct {
 	cancel context.CancelCauseFunc
 	wg     sync.WaitGroup
 
+	secrets keeper
+	cleaner cleaner
+
 	queues map[string]*queue // shell, control, stdin
 
 	// restoring is held while processes are restored; taken before life.
@@ -90,6 +93,11 @@ func Open(ctx context.Context, dir string, logger *slog.Logger) (*Shim, error) {
 
 // OpenWith is Open with what checkpoints need; nil means none are made.
 func OpenWith(ctx context.Context, dir string, logger *slog.Logger, criu CRIU) (*Shim, error) {
+	return openWith(ctx, dir, logger, criu, Secrets{})
+}
+
+// openWith is OpenWith for a kernel that has secrets.
+func openWith(ctx context.Context, dir string, logger *slog.Logger, criu CRIU, secrets Secrets) (*Shim, error) {
 	spec, err := ReadSpec(dir)
 	if err != nil {
 		return nil, err
@@ -98,6 +106,10 @@ func OpenWith(ctx context.Context, dir string, logger *slog.Logger, criu CRIU) (
 		criu: criu, dir: dir, logger: logger, spec: spec, self: ownPrefix + jupyter.NewID(), queues: map[string]*queue{},
 		clients: map[string]*client{}, known: map[string]struct{}{}, requests: map[string]*request{}, changed: make(chan struct{}), finished: make(chan struct{}),
 		active: time.Now(), phase: posternv1.KernelState_KERNEL_STATE_STARTING,
+	}
+	if len(secrets.Current)+len(secrets.Old) > 0 {
+		protect()
+		s.secrets.put(secrets)
 	}
 	s.ctx, s.cancel = context.WithCancelCause(context.Background())
 	if s.lock, err = os.OpenFile(filepath.Join(dir, lockFile), os.O_RDWR|os.O_CREATE, 0o600); err != nil {
@@ -265,6 +277,7 @@ func (s *Shim) died(box *sandbox.Sandbox, reason string) error {
 		box.Close()
 	}
 	err := s.saveState()
+	s.flushHeld()
 	s.refuseAll("the kernel died: " + reason)
 	s.say("status", map[string]string{"execution_state": "dead"})
 	s.setPhase(posternv1.KernelState_KERNEL_STATE_DEAD, reason)
@@ -309,6 +322,7 @@ func (s *Shim) Restart(ctx context.Context) error {
 	if err := s.end(ctx); err != nil {
 		return err
 	}
+	s.flushHeld()
 	s.refuseAll("the kernel was restarted")
 	s.mu.Lock()
 	s.quiet = false
@@ -332,6 +346,7 @@ func (s *Shim) Stop(ctx context.Context) error {
 		return fmt.Errorf("clean up after the kernel: %w", err)
 	}
 	if first {
+		s.flushHeld()
 		s.say("status", map[string]string{"execution_state": "dead"})
 		s.setPhase(posternv1.KernelState_KERNEL_STATE_DEAD, "stopped")
 		close(s.finished)

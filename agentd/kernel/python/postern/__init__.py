@@ -29,8 +29,9 @@ __all__ = ["sql", "sources", "on_restore", "Restored", "Result", "Error", "Unava
 
 
 def load_ipython_extension(shell):
-    """Registers %sql and %%sql; done at the kernel's start."""
-    from . import _magic, _restored
+    """Registers %sql and %%sql, and what secrets and restores come by; done at the kernel's start."""
+    from . import _magic, _restored, _secrets
 
     _magic.register(shell)
     _restored.register(shell)
+    _secrets.register(shell)

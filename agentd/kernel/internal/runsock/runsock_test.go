@@ -1,4 +1,4 @@
-package kernel
+package runsock
 
 import (
 	"net"
@@ -21,11 +21,11 @@ func TestSocketForKernel(t *testing.T) {
 	if err := os.WriteFile(secret, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	place := filepath.Join(dir, sqlSocket)
+	place := filepath.Join(dir, "s.sock")
 	if err := os.Symlink(secret, place); err != nil { // of an earlier life
 		t.Fatal(err)
 	}
-	l, err := listenFor(dir, 1_980_000_001)
+	l, err := Listen(dir, "s.sock", 1_980_000_001)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -51,7 +51,7 @@ func TestSocketForKernel(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer peer.Close()
-	if uid, err := peerUID(peer); err != nil || uid != 0 {
+	if uid, err := PeerUID(peer); err != nil || uid != 0 {
 		t.Errorf("the peer is %d, %v", uid, err)
 	}
 
@@ -71,7 +71,7 @@ func TestSocketForKernel(t *testing.T) {
 		if err := put(); err != nil {
 			t.Fatal(err)
 		}
-		if err := giveSocket(at, 1_980_000_001); err == nil {
+		if err := give(at, "s.sock", 1_980_000_001); err == nil {
 			t.Errorf("%s was given away", name)
 		}
 		if uid, _ := owner(place); uid != 0 {
