@@ -71,6 +71,7 @@ type Daemon struct {
 	checkpoints engineBox
 	// kernelUIDs is the first of kernels' user ids; it stays until the next start.
 	kernelUIDs uint32
+	attach     *attachments
 	host       *host.Host
 	reports    *report.Reporter
 	link       *link.Keeper
@@ -212,7 +213,10 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if err := d.newLink(wake); err != nil {
 		return err
 	}
-	if d.control, err = control.Listen(d.runtimeDir(), control.Config{Status: d.status, Check: d.checkSource, Candidate: d.checkCandidate}); err != nil {
+	if err := d.openAttachments(); err != nil {
+		return fmt.Errorf("attachments: %w", err)
+	}
+	if d.control, err = control.Listen(d.runtimeDir(), control.Config{Status: d.status, Check: d.checkSource, Candidate: d.checkCandidate, Mount: d.mount}); err != nil {
 		return err
 	}
 	d.registerMetrics()
@@ -296,7 +300,7 @@ func (d *Daemon) close() (errs []error) {
 	if d.control != nil {
 		errs = append(errs, d.control.Close())
 	}
-	errs = append(errs, d.checkpoints.close())
+	errs = append(errs, d.attach.close(), d.checkpoints.close())
 	if d.kernels != nil {
 		d.kernels.Close() // they go on without us
 	}

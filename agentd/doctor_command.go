@@ -120,6 +120,7 @@ func examine(ctx context.Context, r *doctor.Report, p *places) {
 	r.Sandbox(c.SQL.UIDBase, uidCount)
 	examineKernels(ctx, r, c.Kernels)
 	examineCheckpoints(ctx, r, c.Kernels.Checkpoints.CRIU)
+	examineAttachments(r, c, status, running)
 	examineSources(ctx, r, p, c, running)
 }
 

@@ -40,6 +40,12 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == kernel.ShimArg {
 		os.Exit(kernel.ShimMain(os.Args[2:], checkpoint.NewDriver("")))
 	}
+	if len(os.Args) > 1 && os.Args[1] == keeperArg {
+		os.Exit(keeperMain(os.Args[2:]))
+	}
+	if len(os.Args) > 1 && os.Args[1] == mountdArg {
+		os.Exit(mountdMain(os.Args[2:]))
+	}
 	os.Exit(run(os.Args[1:]))
 }
 
@@ -113,7 +119,7 @@ func newRoot() *cobra.Command {
 		}
 		return usagef("%s: see %s --help", oneLine(text), cmd.CommandPath())
 	})
-	root.AddCommand(newRegister(), newRun(), newStatus(), newDoctor(), newSource(), newAudit(), newVersion(), clidoc.ManCommand(root, "8", proto.Software()))
+	root.AddCommand(newRegister(), newRun(), newStatus(), newMount(), newUmount(), newDoctor(), newSource(), newAudit(), newVersion(), clidoc.ManCommand(root, "8", proto.Software()))
 	return root
 }
 

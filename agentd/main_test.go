@@ -25,6 +25,12 @@ func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == kernel.InitArg {
 		os.Exit(kernel.InitMain())
 	}
+	if len(os.Args) > 1 && os.Args[1] == keeperArg {
+		os.Exit(keeperMain(os.Args[2:]))
+	}
+	if len(os.Args) > 1 && os.Args[1] == mountdArg {
+		os.Exit(mountdMain(os.Args[2:]))
+	}
 	if len(os.Args) > 1 && os.Args[1] == kernel.ShimArg {
 		library, err := criutest.Library()
 		if err != nil {

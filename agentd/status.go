@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -160,7 +161,36 @@ func printStatus(w io.Writer, s control.Status) error {
 		}
 		row(key, "%s of %s for token %s since %s, %s, %d clients", k.ID, k.Spec, k.Token, k.Started.Format(time.RFC3339), state, k.Connections)
 	}
+	printAttachments(row, s.Attachments)
 	return t.Flush()
+}
+
+// printAttachments tells of mounts, and of what is not uploaded yet.
+func printAttachments(row func(key, format string, args ...any), a control.Attachments) {
+	if a.Enabled && a.Error != "" {
+		row("mounts", "NOT SERVED: %s", a.Error)
+	}
+	for i, w := range a.Workspaces {
+		key := ""
+		if i == 0 {
+			key = "mounts"
+		}
+		mode, where := "", "not mounted any more"
+		if w.ReadOnly {
+			mode = ", read-only"
+		}
+		if len(w.Mounts) > 0 {
+			where = "on " + strings.Join(w.Mounts, ", ")
+		}
+		state := "all sent"
+		if w.UnsentChanges > 0 {
+			state = fmt.Sprintf("UNSENT: %d changes, %d bytes, since %s", w.UnsentChanges, w.UnsentBytes, w.OldestUnsent.Format(time.RFC3339))
+		}
+		row(key, "%s %s%s, %s, %d bytes cached", w.Workspace, where, mode, state, w.CacheBytes)
+		if w.LastError != "" {
+			row("", "%s: %s", w.Workspace, w.LastError)
+		}
+	}
 }
 
 func seconds(s float64) string {

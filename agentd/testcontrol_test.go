@@ -60,6 +60,7 @@ type testControl struct {
 	current   *tunnel.Tunnel
 	asking    map[*tunnel.Tunnel]int
 	conns     map[net.Conn]struct{}
+	attach    http.Handler  // AttachService and the bodies of chunks; may be nil
 	changed   chan struct{} // closed at each change
 	handlers  sync.WaitGroup
 }
@@ -182,6 +183,9 @@ func (c *testControl) handle(t *tunnel.Tunnel) {
 	defer c.handlers.Done()
 	mux := http.NewServeMux()
 	mux.Handle(posternv1connect.NewLinkServiceHandler(testLink{c: c}))
+	if c.attach != nil {
+		mux.Handle("/", c.attach)
+	}
 	server := &http.Server{
 		Handler: mux, ReadHeaderTimeout: 10 * time.Second,
 		BaseContext: func(net.Listener) context.Context { return context.WithValue(context.Background(), tunnelKey{}, t) },

@@ -398,7 +398,7 @@ func (d *Daemon) status() control.Status {
 			ID: a.AgentID, Name: a.Name, Organization: a.Organization, URL: c.URL,
 			CertificateSerial: d.identity.Serial(), CertificateExpires: expires.UTC(),
 		},
-		Kernels: d.kernelStatus(),
+		Kernels: d.kernelStatus(), Attachments: d.attachmentStatus(),
 		Sources: []control.Source{}, Queries: []control.Query{}, Sessions: []control.Session{},
 	}
 	if d.stopping.Load() {

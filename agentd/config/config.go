@@ -58,6 +58,8 @@ type Config struct {
 	MaskKey secret.Ref
 	Sources []Source
 	Kernels Kernels
+	// Attachments are mounts of workspaces.
+	Attachments policy.Attachments
 
 	proxy, noProxy string // as written; proxy may hold a password
 }
@@ -146,10 +148,11 @@ type file struct {
 		IdleTimeout string  `yaml:"idle_timeout"`
 		UIDBase     *uint32 `yaml:"uid_base"`
 	} `yaml:"sql"`
-	Vault   vaultFile   `yaml:"vault"`
-	MaskKey secret.Ref  `yaml:"mask_key"`
-	Sources []source    `yaml:"sources"`
-	Kernels kernelsFile `yaml:"kernels"`
+	Vault       vaultFile       `yaml:"vault"`
+	MaskKey     secret.Ref      `yaml:"mask_key"`
+	Sources     []source        `yaml:"sources"`
+	Kernels     kernelsFile     `yaml:"kernels"`
+	Attachments attachmentsFile `yaml:"attachments"`
 }
 
 type source struct {
@@ -245,6 +248,7 @@ func Parse(path string, raw []byte, checkDSN func(engine, dsn string) error) (*C
 	}
 	p.sources(in, c, at, checkDSN)
 	p.kernels(in, c, at, hasKey(root, "kernels"))
+	p.attachments(in, c, at, hasKey(root, "attachments"))
 	if err := p.err(); err != nil {
 		return nil, err
 	}

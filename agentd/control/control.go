@@ -38,6 +38,8 @@ type Config struct {
 	Check func(ctx context.Context, source string) []Check
 	// Candidate looks at a data source that is not saved.
 	Candidate func(ctx context.Context, c Candidate) CandidateAnswer
+	// Mount does what a command that mounts or unmounts a workspace on this host asks for.
+	Mount func(ctx context.Context, m Mount) MountAnswer
 }
 
 // MaxCandidate bounds the text of a candidate, in bytes.
@@ -104,6 +106,14 @@ func Listen(runtimeDir string, cfg Config) (*Server, error) {
 			return
 		}
 		write(w, cfg.Candidate(r.Context(), c))
+	})
+	mux.HandleFunc("POST /mount", func(w http.ResponseWriter, r *http.Request) {
+		var m Mount
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(&m); err != nil {
+			http.Error(w, "not a mount", http.StatusBadRequest)
+			return
+		}
+		write(w, cfg.Mount(r.Context(), m))
 	})
 	s := &Server{path: path, http: &http.Server{Handler: mux, ReadHeaderTimeout: 5 * time.Second, IdleTimeout: 5 * time.Second}}
 	s.wg.Go(func() {
@@ -188,6 +198,16 @@ func AskCandidate(ctx context.Context, runtimeDir string, c Candidate) (Candidat
 	}
 	var a CandidateAnswer
 	return a, ask(ctx, runtimeDir, http.MethodPost, "/candidate", body, &a)
+}
+
+// AskMount has the agentd of this runtime directory prepare or end a mount.
+func AskMount(ctx context.Context, runtimeDir string, m Mount) (MountAnswer, error) {
+	body, err := json.Marshal(m)
+	if err != nil {
+		return MountAnswer{}, err
+	}
+	var a MountAnswer
+	return a, ask(ctx, runtimeDir, http.MethodPost, "/mount", body, &a)
 }
 
 func ask(ctx context.Context, runtimeDir, method, path string, question []byte, answer any) error {

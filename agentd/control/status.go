@@ -16,7 +16,9 @@ type Status struct {
 	Queries  []Query   `json:"queries"`
 	Sessions []Session `json:"sessions"`
 	Kernels  []Kernel  `json:"kernels"`
-	Audit    Audit     `json:"audit"`
+	// Attachments are mounts of workspaces, with what is not uploaded yet.
+	Attachments Attachments `json:"attachments"`
+	Audit       Audit       `json:"audit"`
 }
 
 // Agent is who the host is.

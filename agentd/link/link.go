@@ -357,6 +357,21 @@ func (k *Keeper) ClientFor(size int) (posternv1connect.LinkServiceClient, error)
 	return client(k.current.t), nil
 }
 
+// Transport is the way to the control plane by the tunnel that is up, for bodies large or
+// small; AGENT_OFFLINE if there is none. It serves one request: the next one may have to
+// take another tunnel.
+func (k *Keeper) Transport(bulk bool) (http.RoundTripper, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.current == nil || k.current.t.Err() != nil {
+		return nil, proto.Errorf(proto.CodeAgentOffline, "the link to the control plane is down")
+	}
+	if bulk {
+		return k.current.t.Transport(tunnel.Bulk), nil
+	}
+	return k.current.t.Transport(tunnel.Control), nil
+}
+
 func client(t *tunnel.Tunnel) posternv1connect.LinkServiceClient {
 	return clientOn(t, tunnel.Control)
 }

@@ -96,9 +96,12 @@ type Keeper struct {
 	renew   bool // start a server although one runs
 }
 
+// ErrTaken is returned when another keeper has the directory already.
+var ErrTaken = errors.New("another keeper of mounts runs")
+
 // Run keeps connections until ctx ends, or until the server has ended by its own will
 // (exit code 0) and nothing is kept. ready is called when the keeper can be dialed. It
-// returns nil at once if another keeper has the directory already.
+// returns ErrTaken at once if another keeper has the directory.
 func Run(ctx context.Context, cfg Config, ready func()) error {
 	if cfg.Patience == 0 {
 		cfg.Patience = Patience
@@ -111,8 +114,7 @@ func Run(ctx context.Context, cfg Config, ready func()) error {
 		return err
 	}
 	if lock == nil {
-		ready()
-		return nil
+		return ErrTaken
 	}
 	defer lock.Close() //nolint:errcheck // the lock ends with it
 	ns, err := newNamespace(cfg.Dir)

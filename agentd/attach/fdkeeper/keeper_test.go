@@ -267,6 +267,7 @@ func TestNobodyServes(t *testing.T) {
 // TestDeafServer wants a server that hangs to be killed and replaced.
 func TestDeafServer(t *testing.T) {
 	k := start(t)
+	k.wantRead()
 	server := k.server()
 	if err := syscall.Kill(server, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)

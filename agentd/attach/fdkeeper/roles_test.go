@@ -38,6 +38,10 @@ func keeperMain() int {
 		Dir: dir, Command: command, Env: env, Control: control, Patience: 700 * time.Millisecond, Silence: 1500 * time.Millisecond,
 		Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 	}, func() { say(sayReady) })
+	if errors.Is(err, ErrTaken) {
+		say(sayReady)
+		return 0
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1

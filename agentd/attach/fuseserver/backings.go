@@ -115,6 +115,15 @@ func (b *backings) id(node uint64) (int32, bool) {
 	return n.id, true
 }
 
+func (b *backings) any(node uint64) (key uint64, ok bool) {
+	if n := b.nodes[node]; n != nil {
+		for key := range n.keys {
+			return key, true
+		}
+	}
+	return 0, false
+}
+
 func (b *backings) add(node, key uint64, id int32) error {
 	if n := b.nodes[node]; n != nil && n.keys[key] {
 		return nil

@@ -3,6 +3,7 @@ package fuseserver
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"sync"
 	"syscall"
@@ -124,6 +125,24 @@ func (c *Conn) CloseBacking(node, key uint64) error {
 		return fmt.Errorf("release a backing file: %w", err)
 	}
 	return nil
+}
+
+// CountBacking is OpenBacking for a file system that counts opens itself; ReleaseBacking
+// takes one back. An OPEN that is sent again after a takeover may count twice: its file
+// then has a backing until the mount ends.
+func (c *Conn) CountBacking(node uint64, fd int) (int32, error) {
+	return c.OpenBacking(node, rand.Uint64(), fd)
+}
+
+// ReleaseBacking ends one open of a node, whichever.
+func (c *Conn) ReleaseBacking(node uint64) error {
+	c.mu.Lock()
+	key, ok := c.backings.any(node)
+	c.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	return c.CloseBacking(node, key)
 }
 
 // Backings tells the nodes that have a backing, with the number of their opens: after a

@@ -10,6 +10,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Subtype is what /proc/mounts shows of our mounts: fuse.postern.
+const Subtype = "postern"
+
 // MountConfig is what the kernel is told when a superblock is made. The zero value is
 // a file system for root alone, without permission checks of the kernel's.
 type MountConfig struct {
@@ -76,7 +79,7 @@ func makeTree(dev int, c MountConfig) (*os.File, uint32, error) {
 		}
 	}
 	set("source", orDefault(c.Source, "postern"))
-	set("subtype", orDefault(c.Subtype, "postern"))
+	set("subtype", orDefault(c.Subtype, Subtype))
 	set("fd", strconv.Itoa(dev))
 	set("rootmode", "40000")
 	set("user_id", "0")

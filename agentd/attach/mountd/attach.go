@@ -73,7 +73,11 @@ func (d *Daemon) attach(ctx context.Context, want Holder) (Holder, error) {
 		s.state.Holders = append(s.state.Holders, want)
 	}
 	d.mu.Unlock()
-	if err := d.keep(s); err != nil {
+	err = d.keep(s)
+	if err == nil {
+		err = d.note()
+	}
+	if err != nil {
 		return want, errors.Join(err, d.release(o, s, want.Name))
 	}
 	return want, nil
@@ -94,16 +98,22 @@ func checkHolder(h Holder) error {
 // mount makes a superblock: first the keeper has it, then it is served.
 func (d *Daemon) mount(o *opened, squash bool) (*superblock, error) {
 	name := connection(o.name, squash)
+	fs, err := o.ws.Mount(squash)
+	if err != nil {
+		return nil, err
+	}
 	m, err := fuseserver.NewMount(fuseserver.MountConfig{
-		Source: "postern:" + o.name, AllowOther: true, DefaultPermissions: !squash, ReadOnly: o.readOnly,
+		Source: "postern:" + o.name, AllowOther: true, DefaultPermissions: fs.DefaultPermissions, ReadOnly: o.readOnly, MaxRead: fs.Options.MaxWrite,
 	})
 	if err != nil {
+		fs.end()
 		return nil, proto.Errorf(proto.CodeUnavailable, "mount workspace %s: %v (see agentd doctor)", o.name, err)
 	}
 	defer m.Tree.Close() //nolint:errcheck // the keeper has moved it
 	s := &superblock{name: name, minor: m.Minor, dev: m.Dev, state: blob{Workspace: o.name, Squash: squash, ReadOnly: o.readOnly}}
 	text, err := d.blob(s)
 	if err != nil {
+		fs.end()
 		return nil, errors.Join(err, m.Dev.Close())
 	}
 	err = d.atKeeper(func(k *fdkeeper.Client) error {
@@ -114,12 +124,13 @@ func (d *Daemon) mount(o *opened, squash bool) (*superblock, error) {
 		return k.Put(name, m.Minor, text, m.Dev, m.Tree)
 	})
 	if err != nil {
+		fs.end()
 		return nil, errors.Join(err, m.Dev.Close())
 	}
 	d.mu.Lock()
 	delete(d.failed, name)
 	d.mu.Unlock()
-	if err := d.begin(o, s); err != nil {
+	if err := d.begin(o, s, fs); err != nil {
 		return nil, errors.Join(fmt.Errorf("serve workspace %s: %w", o.name, err),
 			d.atKeeper(func(k *fdkeeper.Client) error { return k.Drop(name) }))
 	}
@@ -179,7 +190,7 @@ func (d *Daemon) detach(workspace, holder string) error {
 	if o == nil {
 		return nil
 	}
-	return d.release(o, s, holder)
+	return errors.Join(d.release(o, s, holder), d.note())
 }
 
 // release takes a holder off a superblock and drops it if that was the last one. The

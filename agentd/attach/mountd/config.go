@@ -32,10 +32,19 @@ var ErrUnsent = errors.New("writes are not yet at the control plane")
 type Mount struct {
 	FS      fuse.RawFileSystem
 	Options fuse.MountOptions
-	// SetKernel is called before the first request.
-	SetKernel func(*fuseserver.Conn)
-	// Ended is called when the superblock has gone; optional.
+	// DefaultPermissions: the kernel checks modes and owners.
+	DefaultPermissions bool
+	// SetKernel is called before the first request. inherited says that the kernel knows
+	// nodes, and has handles, of a process before this one. Optional.
+	SetKernel func(k *fuseserver.Conn, inherited bool)
+	// Ended is called when the superblock has gone, or was never served; optional.
 	Ended func()
+}
+
+func (m Mount) end() {
+	if m.Ended != nil {
+		m.Ended()
+	}
 }
 
 // Workspace is an open replica. It is safe for concurrent use.

@@ -134,6 +134,7 @@ func (d *Daemon) takeOver(ctx context.Context) error {
 		})
 	}
 	wg.Wait()
+	d.clean()
 	if len(names) > 0 {
 		d.cfg.Logger.Info("mounts taken over", "connections", len(names), "duration_seconds", time.Since(began).Seconds())
 	}
@@ -179,23 +180,33 @@ func (d *Daemon) inherit(ctx context.Context, workspace string, supers []*superb
 	d.open[workspace] = o
 	d.mu.Unlock()
 	for _, s := range supers {
-		if err := d.begin(o, s); err != nil {
+		m, err := ws.Mount(s.state.Squash)
+		if err != nil {
+			err = errors.Join(err, s.dev.Close())
+		} else {
+			err = d.begin(o, s, m)
+		}
+		if err != nil {
 			d.refuse(s.name, err)
 		}
 	}
 	return nil
 }
 
-// begin serves a superblock that the keeper has. A failure closes its descriptor.
-func (d *Daemon) begin(o *opened, s *superblock) error {
-	m, err := o.ws.Mount(s.state.Squash)
-	if err != nil {
-		return errors.Join(err, s.dev.Close())
-	}
+// begin serves a superblock that the keeper has. A failure closes its descriptor, and the
+// file system.
+func (d *Daemon) begin(o *opened, s *superblock, m Mount) (err error) {
+	defer func() {
+		if err != nil {
+			m.end()
+			err = errors.Join(err, s.dev.Close())
+		}
+	}()
+	inherited := s.state.Saved != nil
 	// The server's own copy; s.dev stays for another keeper.
 	dev, err := duplicate(s.dev)
 	if err != nil {
-		return errors.Join(err, s.dev.Close())
+		return err
 	}
 	s.mount, s.done = m, make(chan struct{})
 	server, err := fuseserver.New(fuseserver.Config{
@@ -206,19 +217,24 @@ func (d *Daemon) begin(o *opened, s *superblock) error {
 			d.mu.Unlock()
 			return d.keep(s)
 		},
-		Conn: m.SetKernel, Logger: d.cfg.Logger.With("workspace", o.name),
+		Conn: func(k *fuseserver.Conn) {
+			if m.SetKernel != nil {
+				m.SetKernel(k, inherited)
+			}
+		},
+		Logger: d.cfg.Logger.With("workspace", o.name),
 	})
 	if err != nil {
-		return errors.Join(err, s.dev.Close())
+		return err
 	}
 	s.server = server
 	d.wg.Go(func() { d.run(o, s) })
 	if err := d.atKeeper(func(k *fdkeeper.Client) error { return k.Serving(s.name) }); err != nil {
 		d.cfg.Logger.Warn("keeper not told of a mount", "err", err)
 	}
-	spare, err := d.tree(s.name, false)
-	if err != nil {
-		d.cfg.Logger.Warn("no spare of a mount: it would end with the keeper", "err", err)
+	spare, terr := d.tree(s.name, false)
+	if terr != nil {
+		d.cfg.Logger.Warn("no spare of a mount: it would end with the keeper", "err", terr)
 	}
 	d.mu.Lock()
 	s.spare = spare
@@ -250,9 +266,7 @@ func (d *Daemon) run(o *opened, s *superblock) {
 	spare := s.spare
 	s.spare = nil
 	d.mu.Unlock()
-	if s.mount.Ended != nil {
-		s.mount.Ended()
-	}
+	s.mount.end()
 	if len(holders) > 0 {
 		d.cfg.Logger.Warn("mount has ended although it was in use: aborted, or unmounted by hand", "workspace", o.name, "holders", len(holders))
 		_ = d.atKeeper(func(k *fdkeeper.Client) error { return k.Drop(s.name) })

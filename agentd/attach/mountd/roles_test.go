@@ -38,6 +38,10 @@ func keeperMain() int {
 	err = fdkeeper.Run(ctx, fdkeeper.Config{
 		Dir: dir, Command: command, Env: env, Control: control, Logger: slog.New(slog.NewTextHandler(os.Stderr, nil)),
 	}, func() { _, _ = ready.WriteString("ready"); _ = ready.Close() })
+	if errors.Is(err, fdkeeper.ErrTaken) {
+		_, _ = ready.WriteString("ready")
+		return 0
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1

@@ -1,0 +1,65 @@
+package policy
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/postern-dev/postern/proto/glob"
+)
+
+// What holds for attachments where the configuration is silent, in bytes.
+const (
+	DefaultAttachmentCache  uint64 = 20 << 30
+	DefaultAttachmentUnsent uint64 = 50 << 30
+)
+
+// Attachments is the checked policy of a host's mounts of workspaces. The zero value
+// allows none.
+type Attachments struct {
+	// Enabled: the configuration has attachments.
+	Enabled bool
+	// Workspaces are patterns of the names that may be mounted; nil: all.
+	Workspaces []string
+	// ReadOnly are patterns of those, of which nothing may be changed here.
+	ReadOnly []string
+	// HostMounts are the directories below which the host itself may mount one; nil: none.
+	HostMounts []string
+	// Cache bounds what is kept of contents that can be fetched again, Unsent what the
+	// control plane has not got yet, in bytes, each for one workspace.
+	Cache, Unsent uint64
+}
+
+// Mount decides whether a workspace may be mounted on this host, and whether only to be
+// read. A reason, one line, refuses it.
+func (a Attachments) Mount(workspace string) (readOnly bool, reason string) {
+	if !a.Enabled {
+		return false, "attachments are off on this host: add attachments: to agentd.yaml"
+	}
+	if a.Workspaces != nil && !matchAny(a.Workspaces, workspace) {
+		return false, fmt.Sprintf("workspace %.64q may not be mounted on this host: see attachments.workspaces in agentd.yaml", workspace)
+	}
+	return matchAny(a.ReadOnly, workspace), ""
+}
+
+// HostMount decides whether the host itself may mount something on a directory, a clean
+// absolute path.
+func (a Attachments) HostMount(dir string) (reason string) {
+	for _, root := range a.HostMounts {
+		if rest, below := strings.CutPrefix(dir, root+"/"); below && rest != "" {
+			return ""
+		}
+	}
+	if len(a.HostMounts) == 0 {
+		return "this host mounts workspaces for kernels alone: name a directory in attachments.host_mounts in agentd.yaml"
+	}
+	return fmt.Sprintf("workspaces may only be mounted below %s on this host: see attachments.host_mounts in agentd.yaml", strings.Join(a.HostMounts, ", "))
+}
+
+func matchAny(patterns []string, name string) bool {
+	for _, p := range patterns {
+		if glob.Match(p, name) {
+			return true
+		}
+	}
+	return false
+}
