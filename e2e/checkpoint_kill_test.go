@@ -286,20 +286,26 @@ var victims = []string{"criu", "helper", "shim", "agentd"}
 
 // victim finds who is to be killed once CRIU is at work; 0: it is not.
 func (k *savedKernel) victim(who string) int {
-	shim := 0
-	list, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, path := range list {
-		line, err := os.ReadFile(path)
-		if err == nil && strings.Contains(string(line), "kernel-shim\x00"+filepath.Join(k.a.StateDir(), "kernels", k.id)) {
-			shim, _ = strconv.Atoi(filepath.Base(filepath.Dir(path)))
-		}
-	}
+	shim := k.shim()
 	helper := child(shim, "criu-helper")
 	criu := child(helper, "swrk")
 	if shim == 0 || helper == 0 || criu == 0 {
 		return 0
 	}
 	return map[string]int{"criu": criu, "helper": helper, "shim": shim, "agentd": k.a.Process.PID()}[who]
+}
+
+// shim is the process id of the kernel's; 0: it has none.
+func (k *savedKernel) shim() int {
+	list, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, path := range list {
+		line, err := os.ReadFile(path)
+		if err == nil && strings.Contains(string(line), "kernel-shim\x00"+filepath.Join(k.a.StateDir(), "kernels", k.id)) {
+			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+			return pid
+		}
+	}
+	return 0
 }
 
 // during runs an operation and kills who, a while after CRIU came to work for it; after is

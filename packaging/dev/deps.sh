@@ -81,7 +81,8 @@ for name in "$@"; do
 		command -v nft >/dev/null 2>&1 || [ -x /usr/sbin/nft ] || install nftables
 		;;
 	criu) # checkpoints: a CRIU that works on this kernel, and what the tests' trees are made with
-		command -v setpriv >/dev/null 2>&1 || install util-linux
+		command -v setpriv >/dev/null 2>&1 && command -v losetup >/dev/null 2>&1 || install util-linux mount
+		command -v mkfs.ext4 >/dev/null 2>&1 || [ -x /usr/sbin/mkfs.ext4 ] || install e2fsprogs
 		[ -x /usr/bin/python3 ] || install python3
 		packaging/dev/criu.sh || die "no CRIU that works here: see above"
 		;;

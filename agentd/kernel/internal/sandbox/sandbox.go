@@ -295,8 +295,10 @@ func Find(stateDir string) (pid, mainPID int, err error) {
 		return 0, 0, err
 	}
 	var st state
-	if err := json.Unmarshal(data, &st); err != nil {
-		return 0, 0, fmt.Errorf("%s/sandbox.json: %w", stateDir, err)
+	if json.Unmarshal(data, &st) != nil {
+		// It is not synced, and renamed when it is whole: only a power cut leaves a part of
+		// it, and no process.
+		return 0, 0, ErrGone
 	}
 	start, err := startTime(st.PID)
 	if err != nil || start != st.Start || st.Boot != bootID() {

@@ -1,6 +1,7 @@
 package sandbox
 
 import (
+	"errors"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -323,5 +324,18 @@ while True:
 	}
 	if _, err := Adopt(context30(t), spec, 0); err == nil {
 		t.Error("a kernel that ended was adopted")
+	}
+}
+
+// A power cut may leave a part of sandbox.json; then no process of the kernel runs.
+func TestACutStateFileIsNoKernel(t *testing.T) {
+	for _, text := range []string{"", `{"pid": 1, "sta`, "\x00\x00\x00"} {
+		dir := t.TempDir()
+		if err := os.WriteFile(dir+"/sandbox.json", []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if pid, _, err := Find(dir); !errors.Is(err, ErrGone) {
+			t.Errorf("%q: process %d, %v; want ErrGone", text, pid, err)
+		}
 	}
 }

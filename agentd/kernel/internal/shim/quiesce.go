@@ -120,8 +120,9 @@ func (s *Shim) again(box *sandbox.Sandbox) error {
 	s.quiet = false
 	s.state.Epoch++
 	s.mu.Unlock()
+	// A full disk must not keep a kernel from going on: see open for an epoch unsaved.
 	if err := s.saveState(); err != nil {
-		return err
+		s.logger.Error("state not saved", "err", err)
 	}
 	s.connect(box)
 	return nil

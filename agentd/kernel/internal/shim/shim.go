@@ -138,6 +138,7 @@ func (s *Shim) open(ctx context.Context) error {
 	}
 	for _, r := range found.Requests {
 		s.requests[r.ID] = &request{Request: r}
+		s.state.Epoch = max(s.state.Epoch, r.Epoch) // a disk that was full may have kept it from the state
 	}
 	for _, name := range []string{jupyter.Shell, jupyter.Control, jupyter.Stdin} {
 		q := newQueue()
@@ -186,8 +187,17 @@ func (s *Shim) adopt(ctx context.Context) error {
 	if s.criu != nil { // a shim that ended in the midst of a suspend left it stopped
 		s.criu.Continue(box.PID())
 	}
+	now := box.Spec()
+	s.mu.Lock()
+	s.box = box
+	s.state.Sandbox = &now
 	s.state.Epoch++
-	return s.run(box)
+	s.mu.Unlock()
+	if err := s.saveState(); err != nil { // a full disk must not keep it from being used
+		s.logger.Error("state not saved", "err", err)
+	}
+	s.follow(box)
+	return nil
 }
 
 // start starts the kernel's processes. The caller has life.
@@ -228,9 +238,14 @@ func (s *Shim) run(box *sandbox.Sandbox) error {
 	if err := s.saveState(); err != nil {
 		return err
 	}
+	s.follow(box)
+	return nil
+}
+
+// follow watches a sandbox's end and connects to it.
+func (s *Shim) follow(box *sandbox.Sandbox) {
 	s.wg.Go(func() { s.watch(box) })
 	s.connect(box)
-	return nil
 }
 
 // watch waits for the kernel's end.
