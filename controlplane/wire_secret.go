@@ -165,6 +165,11 @@ func (k kernelSecrets) Forked(ctx context.Context, c kernel.Caller, from string,
 	return k.Service.Forked(ctx, secret.Caller(c), from, secret.Kernel{ID: fork.ID, Agent: fork.Agent, Owner: fork.Owner})
 }
 
+// Moved implements kernel.Secrets.
+func (k kernelSecrets) Moved(ctx context.Context, r kernel.Row) {
+	k.Service.Moved(ctx, secret.Kernel{ID: r.ID, Agent: r.Agent, Owner: r.Owner})
+}
+
 // secretAPI is the secrets for the API.
 type secretAPI struct{ s *secret.Service }
 

@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -82,9 +83,17 @@ sources:
     password: {vault: {role: database/creds/reader}}
 `, server.url, caFile, server.roleID, filepath.Join(dir, "secret-id"), pg.DSN("vaulted", "postgres"),
 		strings.ReplaceAll(pg.DSN("nobody", "postgres"), "user=nobody", ""))
+	root := os.Geteuid() == 0 // kernels need it; the project's machines have it
+	if root {
+		server.put("team/token", map[string]any{"value": "marked-secret-one", "other": "x"})
+		config += "kernels: {specs: [python3], warm: 0, secrets: {vault: {TEAM_TOKEN: {path: secret/team/token}, NO_TOKEN: {path: secret/team/nothing}}}}\n"
+	}
 	a, err := s.Join(t.Context(), "a", config)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if root {
+		kernelSecretFromVault(t, s, a, server)
 	}
 	ask := func(source string) ended {
 		return postern(t, s, "sql", "a/"+source, "-f", "csv", "SELECT current_user")
@@ -113,9 +122,34 @@ sources:
 	if n := server.users(); n != 0 {
 		t.Errorf("%d users are left", n)
 	}
-	for _, secret := range []string{"marked-password", server.secret, "hvs_", "hvs."} {
+	for _, secret := range []string{"marked-password", "marked-secret", server.secret, "hvs_", "hvs."} {
 		if strings.Contains(a.Process.Log(), secret) {
 			t.Errorf("agentd's log holds %s", secret)
 		}
 	}
+}
+
+// kernelSecretFromVault gives a kernel what the host reads from Vault, by its name alone.
+func kernelSecretFromVault(t *testing.T, s *stack.Stack, a *stack.Agent, server vaultServer) {
+	t.Helper()
+	t.Cleanup(func() { stopKernels(t, s) }) // should it fail
+	if e := postern(t, s, "kernel", "start", "a", "--secret", "NO_TOKEN"); e.code != 3 || !strings.Contains(e.stderr, "secret NO_TOKEN: ") {
+		t.Errorf("what Vault does not have: %+v", e)
+	}
+	id := strings.TrimSpace(must(t, s, "kernel", "start", "a", "--secret", "TEAM_TOKEN"))
+	if got := must(t, s, "kernel", "exec", id, "import os; print(os.environ['TEAM_TOKEN'], os.environ['TEAM_TOKEN'][-3:])"); got != "[secret TEAM_TOKEN] one" {
+		t.Errorf("the kernel printed %q", got)
+	}
+	if got := must(t, s, "secret", "list"); !strings.Contains(got, "TEAM_TOKEN  host") {
+		t.Errorf("list:\n%s", got)
+	}
+	server.put("team/token", map[string]any{"value": "marked-secret-two"})
+	a.Process.Signal(syscall.SIGHUP) // else it is read again within a minute
+	for deadline := time.Now().Add(30 * time.Second); must(t, s, "kernel", "exec", id, "print(os.environ['TEAM_TOKEN'][-3:])") != "two"; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the kernel has not got what was set anew in Vault")
+		}
+	}
+	findCanaries(t, s.Dir, "marked-secret-one", "marked-secret-two")
+	must(t, s, "kernel", "stop", id)
 }

@@ -70,6 +70,9 @@ type Secrets interface {
 	Started(ctx context.Context, c Caller, r Row, wanted, workspaces []string) (warnings []string, err error)
 	// Forked gives a fork what its original has.
 	Forked(ctx context.Context, c Caller, from string, fork Row) error
+	// Moved gives them to a kernel that has come to another host; what that refuses, or
+	// can't take at present, is not there.
+	Moved(ctx context.Context, r Row)
 }
 
 // Config is what a Service needs; all fields are required.

@@ -315,6 +315,8 @@ func (s *Service) settle(ctx context.Context, row Row, move *posternv1.MoveReque
 	if err := s.cfg.Store.MoveKernel(ctx, row.Owner.Organization, row.ID, to.Id); err != nil {
 		return true, "", err
 	}
+	row.Agent = to.Id
+	s.cfg.Secrets.Moved(ctx, row)
 	if _, err := la.EndMove(ctx, &posternv1.EndMoveRequest{Move: move, Gone: true}); err != nil {
 		// It is held there, and forgotten when somebody sees it.
 		s.cfg.Logger.Warn("a kernel that was moved is still held where it was", "kernel", row.ID, "err", err)

@@ -206,6 +206,18 @@ func (s *Service) Started(ctx context.Context, c Caller, k Kernel, wanted, works
 	return warnings, nil
 }
 
+// Moved gives a kernel that has come to another host its secrets there.
+func (s *Service) Moved(ctx context.Context, k Kernel) {
+	c := Caller{Principal: &posternv1.Principal{Organization: k.Owner.GetOrganization(), TokenId: k.Owner.GetTokenId(), TokenName: k.Owner.GetTokenName()}}
+	resp, names, err := s.push(context.WithoutCancel(ctx), c, k, true)
+	for _, r := range resp.GetRefused() {
+		s.cfg.Logger.Info("a kernel that was moved does not get a secret", "kernel", k.ID, "secret", r.Name, "reason", r.Reason)
+	}
+	if err != nil && len(names) > 0 {
+		s.cfg.Logger.Warn("a kernel that was moved has no secrets yet", "kernel", k.ID, "err", err)
+	}
+}
+
 // Forked gives a fork what its original has.
 func (s *Service) Forked(ctx context.Context, c Caller, from string, k Kernel) error {
 	if err := s.cfg.Store.CopyKernelGrants(ctx, c.Organization, from, k.ID, time.Now()); err != nil {

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
 	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
 	module "github.com/postern-dev/postern/agentd/kernel/python"
 	"github.com/postern-dev/postern/proto/jupyter"
@@ -145,7 +146,8 @@ func TestSecretsReachTheKernel(t *testing.T) {
 			t.Errorf("%s: printed %q", code, got)
 		}
 	}
-	_, reply := p.result(p.execute("raise ValueError(os.environ['TOKEN'])"))
+	// (A cell that fails makes ipykernel drop what comes right after it, unless told not to.)
+	_, reply := p.result(p.send(jupyter.Shell, "execute_request", map[string]any{"code": "raise ValueError(os.environ['TOKEN'])", "silent": false, "stop_on_error": false}))
 	if text := fmt.Sprint(reply.content); strings.Contains(text, first) || !strings.Contains(text, "[secret TOKEN]") {
 		t.Errorf("traceback: %s", text)
 	}
@@ -282,6 +284,51 @@ func TestSecretsAreErased(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("the kernel has not got its secrets again")
 		}
+	}
+}
+
+// TestSecretsAreNotInImages looks for values in CRIU's images and all that goes with them,
+// and restores the kernel from them.
+func TestSecretsAreNotInImages(t *testing.T) {
+	criutest.Path(t)
+	dir, _ := newSpec(t, withModule(t))
+	a, _ := spawn(t, dir)
+	p := attach(t, a, "one")
+	value, copied := canary("secret"), canary("copied")
+	if _, err := a.SetSecrets(soon(t), secretsOf("TOKEN", value, "COPIED", copied)); err != nil {
+		t.Fatal(err)
+	}
+	p.run("import os; n = len(os.environ['TOKEN']); mine = os.environ['COPIED']")
+	d, o := dump(t, a, false)
+	nowhere(t, o.Images, value)
+	nowhere(t, o.Private, value)
+	if bytes.Contains(d.Kernel, []byte(value)) || bytes.Contains(d.Kernel, []byte(copied)) {
+		t.Error("what is saved beside the images has a value")
+	}
+	// The search finds what the notebook keeps.
+	found := false
+	pages, err := filepath.Glob(filepath.Join(o.Images, "pages-*.img"))
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("no images: %v", err)
+	}
+	for _, path := range pages {
+		text, err := os.ReadFile(path)
+		found = found || err == nil && bytes.Contains(text, []byte(copied))
+	}
+	if !found {
+		t.Error("what a variable holds is not in the images: is the search of any use?")
+	}
+	rotated := canary("rotated")
+	all := secretsOf("TOKEN", rotated)
+	all.Old = []Secret{{Name: "TOKEN", Value: []byte(value)}, {Name: "COPIED", Value: []byte(copied)}}
+	if _, err := a.SetSecrets(soon(t), all); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Restore(soon(t), RestoreOrder{Images: o.Images, Private: o.Private, Kernel: d.Kernel, Checkpoint: "ckp_s"}); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := p.run("print(len(os.environ['TOKEN']), os.environ['TOKEN'][-9:], 'COPIED' in os.environ, mine, n)"), fmt.Sprintf("%d %s False [secret COPIED] %d\n", len(rotated), rotated[len(rotated)-9:], len(value)); got != want {
+		t.Errorf("after the restore: %q, want %q", got, want)
 	}
 }
 
