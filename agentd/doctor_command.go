@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net/url"
+	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -20,8 +22,10 @@ import (
 	"github.com/postern-dev/postern/agentd/doctor"
 	"github.com/postern-dev/postern/agentd/identity"
 	"github.com/postern-dev/postern/agentd/kernel"
+	"github.com/postern-dev/postern/agentd/secret"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/kernelsecret"
 	"github.com/postern-dev/postern/tunnel"
 )
 
@@ -122,6 +126,7 @@ func examine(ctx context.Context, r *doctor.Report, p *places) {
 	examineCheckpoints(ctx, r, c.Kernels.Checkpoints.CRIU)
 	examineAttachments(r, c, status, running)
 	examineSources(ctx, r, p, c, running)
+	examineSecrets(ctx, r, c)
 }
 
 // examineKernels says whether kernels can run here. A host for SQL alone needs none
@@ -224,6 +229,36 @@ func examineAudit(r *doctor.Report, p *places, status control.Status, running bo
 		return
 	}
 	r.Add("audit log", doctor.OK, fmt.Sprintf("%d entries, the chain is whole", head.Sequence), "")
+}
+
+// examineSecrets reads what kernels may have of Vault, each once, and tells nothing of it.
+func examineSecrets(ctx context.Context, r *doctor.Report, c *config.Config) {
+	names := slices.Sorted(maps.Keys(c.Kernels.Secrets.Vault))
+	if len(names) == 0 {
+		return
+	}
+	if c.Vault.Token.Env+c.Vault.SecretID.Env != "" {
+		r.Add("kernels' secrets", doctor.Warning, "what opens Vault is in agentd's environment, which this command does not have", "they are looked at when a kernel asks for them")
+		return
+	}
+	client := newVault(c, nil, slog.New(slog.DiscardHandler))
+	if client == nil {
+		return // refused by the configuration
+	}
+	defer client.Close() //nolint:errcheck // what is left of it ends by itself
+	for _, name := range names {
+		v := c.Kernels.Secrets.Vault[name]
+		mount, path := secret.VaultRef{KV: v.Path}.Split()
+		value, err := client.KV(ctx, mount, path, v.Key)
+		if err == nil {
+			err = kernelsecret.CheckValue(name, []byte(value.Reveal()))
+		}
+		if err != nil {
+			r.Add("kernels' secret "+name, doctor.Failed, err.Error(), "kernels are refused this secret until then")
+			continue
+		}
+		r.Add("kernels' secret "+name, doctor.OK, "Vault has it", "")
+	}
 }
 
 func examineSources(ctx context.Context, r *doctor.Report, p *places, c *config.Config, running bool) {

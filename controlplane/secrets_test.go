@@ -182,6 +182,11 @@ func TestSecretsByRole(t *testing.T) {
 	if got := lists(operator); len(got) != 4 {
 		t.Errorf("the operator sees %v", got)
 	}
+	// What a token gave ends with it.
+	if _, err := posternv1connect.NewTokenServiceClient(as(l.token0()), l.url).RevokeToken(t.Context(), connect.NewRequest(&posternv1.RevokeTokenRequest{Token: "ana"})); err != nil {
+		t.Fatal(err)
+	}
+	l.given(t, "KEY", "")
 }
 
 // token0 is the admin's.

@@ -18,6 +18,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/query"
 	"github.com/postern-dev/postern/controlplane/registration"
+	"github.com/postern-dev/postern/controlplane/secret"
 	"github.com/postern-dev/postern/controlplane/store"
 	"github.com/postern-dev/postern/controlplane/token"
 	"github.com/postern-dev/postern/proto"
@@ -160,6 +161,7 @@ type tokens struct {
 	pg        *pgwire.Server
 	jupyter   *jupyter.Server
 	notebooks *notebook.Service
+	secrets   *secret.Service
 }
 
 // Revoke revokes a token and ends what its clients have open.
@@ -169,6 +171,7 @@ func (t tokens) Revoke(ctx context.Context, organization, idOrName string) (*pos
 		t.pg.CutToken(revoked.Id)
 		t.jupyter.CutToken(revoked.Id)
 		t.notebooks.CutToken(revoked.Id)
+		t.secrets.TokenRevoked(organization, revoked.Id)
 	}
 	return revoked, err
 }

@@ -223,6 +223,35 @@ func (s *Service) Forked(ctx context.Context, c Caller, from string, k Kernel) e
 	if err := s.cfg.Store.CopyKernelGrants(ctx, c.Organization, from, k.ID, time.Now()); err != nil {
 		return err
 	}
-	_, _, err := s.push(ctx, c, k, true)
-	return err
+	if _, names, err := s.push(ctx, c, k, true); err != nil && (len(names) == 0 || proto.CodeOf(err) == proto.CodeInternal) {
+		return err
+	}
+	return nil // what the host refuses keeps nobody from forking
+}
+
+// TokenRevoked takes from kernels what a token gave them that is no more, in the
+// background.
+func (s *Service) TokenRevoked(organization, token string) {
+	if s.ctx.Err() != nil {
+		return
+	}
+	s.wg.Go(func() {
+		kernels, err := s.cfg.Store.KernelsWithSecrets(s.ctx, organization, "")
+		if err != nil {
+			if s.ctx.Err() == nil {
+				s.cfg.Logger.Warn("kernels of a revoked token not looked up for their secrets", "err", err)
+			}
+			return
+		}
+		for _, k := range kernels {
+			if k.Owner.GetTokenId() != token {
+				continue
+			}
+			c := Caller{Principal: k.Owner}
+			c.Organization = organization
+			if _, _, err := s.push(s.ctx, c, k, false); err != nil && s.ctx.Err() == nil {
+				s.cfg.Logger.Warn("secrets of a revoked token not taken from a kernel yet", "kernel", k.ID, "err", err)
+			}
+		}
+	})
 }

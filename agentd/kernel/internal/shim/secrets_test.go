@@ -2,9 +2,12 @@ package shim
 
 import (
 	"bytes"
+	"context"
 	"encoding/base64"
 	"fmt"
+	"io"
 	"io/fs"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +15,7 @@ import (
 	"time"
 
 	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
+	"github.com/postern-dev/postern/agentd/kernel/internal/runsock"
 	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
 	module "github.com/postern-dev/postern/agentd/kernel/python"
 	"github.com/postern-dev/postern/proto/jupyter"
@@ -353,5 +357,44 @@ func TestSecretsForADeadKernel(t *testing.T) {
 	nowhere(t, dir, value)
 	if _, err := os.Lstat(filepath.Join(dir, runDir, secretsSocket)); err == nil {
 		t.Error("the socket for secrets is there still")
+	}
+}
+
+// TestSecretsSocketIsTheKernels shows that the socket that values come by answers the
+// kernel's user alone, and whoever else comes first does not take its place.
+func TestSecretsSocketIsTheKernels(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to give a socket away")
+	}
+	dir := t.TempDir()
+	uid := uint32(os.Geteuid()) // stands for the kernel's
+	for name, test := range map[string]struct {
+		uid  uint32
+		want int
+	}{"its user": {uid, 4 + 6 + len("TOKEN") + len("a value of it")}, "another": {1_970_000_001, 0}} {
+		t.Run(name, func(t *testing.T) {
+			listener, err := runsock.Listen(dir, secretsSocket, test.uid)
+			if err != nil {
+				t.Fatal(err)
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				(&link{}).hand(ctx, listener, test.uid, secretsOf("TOKEN", "a value of it").Current)
+			}()
+			conn, err := net.Dial("unix", filepath.Join(dir, secretsSocket))
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, _ := io.ReadAll(conn)
+			if len(got) != test.want {
+				t.Errorf("%d bytes came, want %d", len(got), test.want)
+			}
+			conn.Close()
+			listener.Close()
+			<-done
+		})
 	}
 }

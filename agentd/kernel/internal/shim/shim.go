@@ -512,6 +512,7 @@ func (s *Shim) Close() {
 		q.close()
 	}
 	if s.journal != nil {
+		s.flushHeld()
 		if err := s.journal.Close(); err != nil {
 			s.logger.Error("journal not closed", "err", err)
 		}
