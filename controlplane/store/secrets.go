@@ -20,6 +20,8 @@ const (
 	// maxSecrets and maxSecretGrants bound those of an organization.
 	maxSecrets      = 10_000
 	maxSecretGrants = 100_000
+	// maxSecretsOfOne bounds those of a token or a workspace.
+	maxSecretsOfOne = 500
 )
 
 // SecretRow is a secret as it is stored: its value is sealed by the caller.
@@ -69,6 +71,12 @@ func (s *Store) PutSecret(ctx context.Context, r SecretRow) (out SecretRow, err 
 		if changed == 0 {
 			if n >= maxSecrets {
 				return posternproto.Errorf(posternproto.CodeOverloaded, "the organization has %d secrets: remove some", n)
+			}
+			if err := tx.row(ctx, "SELECT count(*) FROM secrets WHERE organization = ? AND scope = ? AND owner = ?", r.Organization, r.Scope, plainText(r.Owner)).Scan(&n); err != nil {
+				return err
+			}
+			if n >= maxSecretsOfOne && r.Scope != SecretOrganization {
+				return posternproto.Errorf(posternproto.CodeOverloaded, "%s has %d secrets: remove some", r.OwnerName, n)
 			}
 			if _, err := tx.exec(ctx, `INSERT INTO secrets (id, organization, scope, owner, owner_name, name, sealed, created, changed, changed_by)
 				VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,

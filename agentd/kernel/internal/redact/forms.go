@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"html"
 	"net/url"
-	"slices"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -18,14 +17,18 @@ const (
 	minForm = 8
 	// minLine is the shortest line of a value of several lines that counts by itself.
 	minLine = 16
+	// maxLines is how many lines of a value count by themselves, from its first.
+	maxLines = 256
 )
 
 // forms are the texts that a value may appear as, each once.
 func forms(value string) []string {
 	var out []string
+	seen := map[string]bool{}
 	add := func(list ...string) {
 		for _, f := range list {
-			if len(f) >= minForm && !slices.Contains(out, f) {
+			if len(f) >= minForm && !seen[f] {
+				seen[f] = true
 				out = append(out, f)
 			}
 		}
@@ -34,7 +37,7 @@ func forms(value string) []string {
 	if strings.ContainsAny(value, "\r\n") {
 		for line := range strings.Lines(value) {
 			line = strings.TrimRight(line, "\r\n")
-			if len(line) >= minLine && !strings.HasPrefix(line, "-----") { // PEM's own words are no secret
+			if len(line) >= minLine && len(plain) <= maxLines && !strings.HasPrefix(line, "-----") { // PEM's own words are no secret
 				plain = append(plain, line)
 			}
 		}

@@ -23,14 +23,16 @@ type Set struct {
 	filter [1 << 10]uint64
 	// table has the forms by their first eight bytes, the longest first.
 	table map[uint64][]form
-	// byFirst has the forms by their first byte.
-	byFirst [256][]string
+	// sorted has all forms in order, first their first bytes.
+	sorted  []string
+	first   [256]bool
 	longest int
 }
 
 // New returns a Set; values of less than eight bytes are left out. It is nil without any.
 func New(values []Value) *Set {
 	s := &Set{table: map[uint64][]form{}}
+	seen := map[string]bool{}
 	for _, v := range values {
 		mark := "[secret " + v.Name + "]"
 		if len(v.Value) < minForm {
@@ -38,19 +40,21 @@ func New(values []Value) *Set {
 		}
 		for _, text := range forms(string(v.Value)) {
 			key := binary.LittleEndian.Uint64([]byte(text[:minForm]))
-			if slices.ContainsFunc(s.table[key], func(f form) bool { return f.text == text }) {
+			if seen[text] {
 				continue
 			}
+			seen[text] = true
 			s.table[key] = append(s.table[key], form{text, mark})
 			h := hash(key)
 			s.filter[h>>6] |= 1 << (h & 63)
-			s.byFirst[text[0]] = append(s.byFirst[text[0]], text)
+			s.sorted, s.first[text[0]] = append(s.sorted, text), true
 			s.longest = max(s.longest, len(text))
 		}
 	}
 	if s.longest == 0 {
 		return nil
 	}
+	slices.Sort(s.sorted)
 	for _, list := range s.table {
 		slices.SortFunc(list, func(a, b form) int { return len(b.text) - len(a.text) })
 	}
@@ -174,6 +178,15 @@ func literalEnd(text []byte, start int) (end int, escaped bool) {
 	return -1, escaped
 }
 
+// begins reports whether a form begins with text and goes on.
+func (s *Set) begins(text string) bool {
+	at, there := slices.BinarySearch(s.sorted, text)
+	if there {
+		at++
+	}
+	return at < len(s.sorted) && strings.HasPrefix(s.sorted[at], text)
+}
+
 // Stream is one output stream of a kernel. Its zero value is ready.
 type Stream struct{ held string }
 
@@ -186,12 +199,9 @@ func (t *Stream) Add(s *Set, text string) string {
 	}
 	text, _ = s.Text(text)
 	for i := max(0, len(text)-s.longest+1); i < len(text); i++ {
-		rest := text[i:]
-		for _, f := range s.byFirst[rest[0]] {
-			if len(f) > len(rest) && strings.HasPrefix(f, rest) {
-				t.held = strings.Clone(rest)
-				return text[:i]
-			}
+		if rest := text[i:]; s.first[rest[0]] && s.begins(rest) {
+			t.held = strings.Clone(rest)
+			return text[:i]
 		}
 	}
 	return text

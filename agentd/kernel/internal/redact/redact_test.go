@@ -163,6 +163,20 @@ func FuzzSet(f *testing.F) {
 	})
 }
 
+// A value of the largest size, of lines that begin alike, costs no more than some
+// milliseconds to prepare and to look for.
+func BenchmarkLargest(b *testing.B) {
+	var lines strings.Builder
+	for i := 0; lines.Len() < 32<<10-64; i++ {
+		fmt.Fprintf(&lines, "    \"entry\": \"%040d\",\n", i)
+	}
+	text := strings.Repeat("    \"entry\": \"another\"\n", 1000)
+	for b.Loop() {
+		var stream Stream
+		stream.Add(set(lines.String()), text)
+	}
+}
+
 func BenchmarkText(b *testing.B) {
 	var values []string
 	for i := range 64 {
