@@ -62,7 +62,7 @@ mysql-test:
 
 clients:
 	@packaging/dev/deps.sh go postgresql bigclients
-	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestPgxSuite' ./e2e
+	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestJDBCMetadata|TestPgxSuite' ./e2e
 
 race:
 	$(GO) test -race ./...

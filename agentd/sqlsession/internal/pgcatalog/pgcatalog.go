@@ -6,6 +6,7 @@ import (
 	"strings"
 
 	pgquery "github.com/pganalyze/pg_query_go/v6"
+	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
@@ -50,6 +51,10 @@ func Judge(tree *pgtree.Tree) Verdict {
 			continue // or, out of its reach, a relation that the server says is ours or not
 		}
 		r, known := find(t)
+		if !known && asksLimit(tree, t) {
+			v.Catalog = true
+			continue
+		}
 		if !known {
 			if system(t) {
 				v.Catalog = true
@@ -96,6 +101,29 @@ func Judge(tree *pgtree.Tree) Verdict {
 		}
 	}
 	return v
+}
+
+// asksLimit tells whether the statement is SELECT setting FROM pg_settings WHERE name =
+// 'one of limits', and nothing more: so JDBC asks what the server can.
+func asksLimit(tree *pgtree.Tree, t *pgquery.RangeVar) bool {
+	if t.Relname != "pg_settings" || t.Alias != nil || t.Catalogname != "" || t.Schemaname != "" && t.Schemaname != "pg_catalog" {
+		return false
+	}
+	s := tree.GetStmts()[0].GetStmt().GetSelectStmt()
+	where := s.GetWhereClause().GetAExpr()
+	if s == nil || where == nil || len(s.FromClause) != 1 || s.FromClause[0].GetRangeVar() != t || len(s.TargetList) != 1 {
+		return false
+	}
+	// Nothing else is in it: what is left when its parts are taken out is an empty one.
+	rest := &pgquery.SelectStmt{TargetList: s.TargetList, FromClause: s.FromClause, WhereClause: s.WhereClause, LimitOption: s.LimitOption, Op: s.Op}
+	return proto.Equal(rest, s) && s.Op == pgquery.SetOperation_SETOP_NONE && isColumn(s.TargetList[0].GetResTarget().GetVal(), "setting") &&
+		where.Kind == pgquery.A_Expr_Kind_AEXPR_OP && len(where.Name) == 1 && where.Name[0].GetString_().GetSval() == "=" &&
+		isColumn(where.Lexpr, "name") && limits[where.Rexpr.GetAConst().GetSval().GetSval()]
+}
+
+func isColumn(n *pgquery.Node, name string) bool {
+	f := n.GetColumnRef().GetFields()
+	return len(f) == 1 && f[0].GetString_().GetSval() == name
 }
 
 func (v *Verdict) refuse(offset int, format string, args ...any) {

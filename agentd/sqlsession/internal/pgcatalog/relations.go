@@ -135,8 +135,20 @@ var told = func() map[string]bool {
 		pg_partition_ancestors pg_partition_root getdatabaseencoding pg_char_to_encoding
 		current_schemas pg_encoding_to_char pg_relation_is_publishable pg_my_temp_schema pg_is_other_temp_schema
 		pg_index_column_has_property pg_index_has_property pg_indexam_has_property pg_get_serial_sequence
-		regclass regtype regproc regprocedure regnamespace`) {
+		regclass regtype regproc regprocedure regnamespace
+		pg_get_keywords`) {
 		all[f] = true
+	}
+	return all
+}()
+
+// limits are settings that the server was built with, or that belong to its protocol:
+// drivers ask for them. Others may hold paths, commands or secrets.
+var limits = func() map[string]bool {
+	all := make(map[string]bool)
+	for _, s := range strings.Fields(`max_index_keys max_identifier_length max_function_args block_size segment_size wal_block_size
+		server_version server_version_num server_encoding integer_datetimes standard_conforming_strings`) {
+		all[s] = true
 	}
 	return all
 }()
