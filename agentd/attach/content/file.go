@@ -48,14 +48,16 @@ func (f *File) open(w Want) error {
 	name := f.store.Path(w.ID)
 	fd, err := os.OpenFile(name, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
-		if w.Changed && w.Size > 0 {
+		if w.Size == 0 {
+			f.whole = true // and it has no backing file until somebody writes to it
+			return nil
+		}
+		if w.Changed {
 			return fmt.Errorf("%w: %s", ErrLost, name)
 		}
 		fd, err = os.OpenFile(name, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 		f.newName = true
-		if err == nil && w.Size > 0 {
-			f.whole = false
-		}
+		f.whole = false
 	}
 	if err != nil {
 		return err
@@ -63,8 +65,8 @@ func (f *File) open(w Want) error {
 	f.fd = fd
 	if w.Size == 0 {
 		f.whole = true
-		if w.Changed {
-			return nil
+		if info, err := fd.Stat(); w.Changed || err == nil && info.Size() == 0 {
+			return err
 		}
 		return fd.Truncate(0)
 	}
@@ -103,23 +105,74 @@ func (f *File) open(w Want) error {
 }
 
 func (f *File) close() {
-	f.fd.Close()
+	if f.fd != nil {
+		f.fd.Close()
+	}
 	if f.chunks != nil {
 		f.chunks.file.Close()
 	}
 }
 
-// FD is the descriptor of the backing file, valid until the File is released.
-func (f *File) FD() int { return int(f.fd.Fd()) }
+// Untouched tells whether there is no backing file yet: the content is empty.
+func (f *File) Untouched() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.fd == nil
+}
+
+// backing returns the backing file, which it makes if needed.
+func (f *File) backing() (*os.File, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.fd == nil {
+		fd, err := os.OpenFile(f.store.Path(f.id), os.O_RDWR|os.O_CREATE, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		f.fd, f.newName = fd, true
+	}
+	return f.fd, nil
+}
+
+// FD is the descriptor of the backing file, valid until the File is released. It must not be
+// Untouched.
+func (f *File) FD() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return int(f.fd.Fd())
+}
 
 // ReadAt and WriteAt reach the backing file; see Ensure and Change.
-func (f *File) ReadAt(p []byte, off int64) (int, error) { return f.fd.ReadAt(p, off) }
+func (f *File) ReadAt(p []byte, off int64) (int, error) {
+	if f.Untouched() {
+		return 0, io.EOF
+	}
+	return f.fd.ReadAt(p, off)
+}
 
 // WriteAt writes to the backing file.
-func (f *File) WriteAt(p []byte, off int64) (int, error) { return f.fd.WriteAt(p, off) }
+func (f *File) WriteAt(p []byte, off int64) (int, error) {
+	fd, err := f.backing()
+	if err != nil {
+		return 0, err
+	}
+	return fd.WriteAt(p, off)
+}
 
-// Stat is the backing file's.
+// Allocate is fallocate(2).
+func (f *File) Allocate(mode uint32, off, n int64) error {
+	fd, err := f.backing()
+	if err != nil {
+		return err
+	}
+	return unix.Fallocate(int(fd.Fd()), mode, off, n)
+}
+
+// Stat is the backing file's. All is 0 for one that is Untouched.
 func (f *File) Stat() (size uint64, mtime, ctime int64, err error) {
+	if f.Untouched() {
+		return 0, 0, 0, nil
+	}
 	var st unix.Stat_t
 	if err := unix.Fstat(f.FD(), &st); err != nil {
 		return 0, 0, 0, err
@@ -130,7 +183,7 @@ func (f *File) Stat() (size uint64, mtime, ctime int64, err error) {
 // Blocks is what the content takes on disk, in units of 512 bytes.
 func (f *File) Blocks() uint64 {
 	var st unix.Stat_t
-	if unix.Fstat(f.FD(), &st) != nil {
+	if f.Untouched() || unix.Fstat(f.FD(), &st) != nil {
 		return 0
 	}
 	return uint64(st.Blocks)
@@ -145,6 +198,9 @@ func (f *File) Whole() bool {
 
 // Sync makes the content durable, and its name.
 func (f *File) Sync() error {
+	if f.Untouched() {
+		return nil
+	}
 	if err := unix.Fdatasync(f.FD()); err != nil {
 		return err
 	}
@@ -165,6 +221,12 @@ func (f *File) Sync() error {
 			return err
 		}
 		f.newName = false
+	}
+	if tell := f.store.cfg.SyncedForTest; tell != nil {
+		tell(f.fd.Name())
+		if f.chunks != nil {
+			tell(f.store.mapPath(f.id))
+		}
 	}
 	return nil
 }
@@ -602,6 +664,14 @@ func (f *File) Change(ctx context.Context, off, n int64) error {
 
 // Truncate sets the size.
 func (f *File) Truncate(ctx context.Context, size int64) error {
+	if f.Untouched() {
+		if size == 0 {
+			return nil
+		}
+		if _, err := f.backing(); err != nil {
+			return err
+		}
+	}
 	old, _, _, err := f.Stat()
 	if err != nil {
 		return err

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"os"
 )
 
@@ -66,7 +67,11 @@ func (m *chunkMap) commit(name string) error {
 	binary.LittleEndian.PutUint64(head[8:], m.version)
 	binary.LittleEndian.PutUint64(head[16:], m.size)
 	binary.LittleEndian.PutUint64(head[24:], uint64(m.chunks))
-	binary.LittleEndian.PutUint32(head[32:], crc32.ChecksumIEEE(head[:32]))
+	sum, err := m.sum(head[:32])
+	if err != nil {
+		return err
+	}
+	binary.LittleEndian.PutUint32(head[32:], sum)
 	if _, err := m.file.WriteAt(head, 0); err != nil {
 		return err
 	}
@@ -74,6 +79,14 @@ func (m *chunkMap) commit(name string) error {
 		return err
 	}
 	return os.Rename(name+".new", name)
+}
+
+// sum is over the header and all hashes: after a loss of power a map may be anything.
+func (m *chunkMap) sum(head []byte) (uint32, error) {
+	sum := crc32.NewIEEE()
+	sum.Write(head)
+	_, err := io.Copy(sum, io.NewSectionReader(m.file, mapHeader, int64(m.chunks)*hashSize))
+	return sum.Sum32(), err
 }
 
 func openMap(name string) (*chunkMap, error) {
@@ -95,13 +108,23 @@ func readMap(f *os.File) (*chunkMap, error) {
 		return nil, errMap
 	}
 	n := binary.LittleEndian.Uint64(head[24:])
-	if string(head[:8]) != mapMagic || crc32.ChecksumIEEE(head[:32]) != binary.LittleEndian.Uint32(head[32:]) || n > 1<<32 {
+	if string(head[:8]) != mapMagic || n > 1<<32 {
 		return nil, errMap
 	}
 	m := &chunkMap{file: f, version: binary.LittleEndian.Uint64(head[8:]), size: binary.LittleEndian.Uint64(head[16:]), chunks: int(n)}
 	info, err := f.Stat()
 	if err != nil {
 		return nil, err
+	}
+	if info.Size() < m.stateAt(0) || m.chunks != Chunks(m.size) {
+		return nil, errMap
+	}
+	sum, err := m.sum(head[:32])
+	if err != nil {
+		return nil, err
+	}
+	if sum != binary.LittleEndian.Uint32(head[32:]) {
+		return nil, errMap
 	}
 	states := info.Size() - m.stateAt(0)
 	if states < int64(n) || states > 1<<32 {
@@ -111,8 +134,8 @@ func readMap(f *os.File) (*chunkMap, error) {
 	if _, err := f.ReadAt(m.states, m.stateAt(0)); err != nil {
 		return nil, errMap
 	}
-	for _, s := range m.states {
-		if s > changed {
+	for i, s := range m.states {
+		if s > changed || i >= m.chunks && s != changed {
 			return nil, errMap
 		}
 	}

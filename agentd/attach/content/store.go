@@ -30,6 +30,8 @@ type Config struct {
 	Fetcher Fetcher
 	// ReadAhead is the most chunks that are fetched ahead of a reader; 0: 32.
 	ReadAhead int
+	// SyncedForTest is told which files are on disk as they are now.
+	SyncedForTest func(path string)
 }
 
 // streams is how many fetches are on their way at once in a store.
@@ -92,6 +94,9 @@ func (s *Store) Remove(id uint64) error {
 	return err
 }
 
+// ForgetMap forgets which chunks of a content are here.
+func (s *Store) ForgetMap(id uint64) { _ = os.Remove(s.mapPath(id)) }
+
 // Walk calls each for every content in the store, with the bytes it takes on disk.
 func (s *Store) Walk(each func(id uint64, bytes int64) error) error {
 	for i := range 256 {
@@ -137,7 +142,13 @@ func (s *Store) SyncAll() error {
 		return err
 	}
 	defer d.Close()
-	return unix.Syncfs(int(d.Fd()))
+	if err := unix.Syncfs(int(d.Fd())); err != nil || s.cfg.SyncedForTest == nil {
+		return err
+	}
+	return s.Walk(func(id uint64, _ int64) error {
+		s.cfg.SyncedForTest(s.Path(id))
+		return nil
+	})
 }
 
 // Want is what a replica knows of the content it asks for.

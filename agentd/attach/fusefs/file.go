@@ -174,9 +174,15 @@ func (f *FS) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.Rea
 		return nil, status(err)
 	}
 	defer release()
+	if fd < 0 {
+		return fuse.ReadResultData(nil), fuse.OK
+	}
 	n, err := syscall.Pread(fd, buf[:min(len(buf), int(in.Size))], int64(in.Offset))
 	if err != nil {
 		return nil, status(err)
+	}
+	if n < int(in.Size) && f.r.Short(in.NodeId, int64(in.Offset)+int64(n)) {
+		return nil, fuse.EIO
 	}
 	return fuse.ReadResultData(buf[:n]), fuse.OK
 }

@@ -4,12 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime/pprof"
 	"strings"
 	"sync"
 	"syscall"
@@ -45,7 +47,7 @@ type serving struct {
 	Options             Options
 	Config              testConfig
 	NoPassthrough       bool
-	Synced              string // directory for what is durable, for tests of power loss
+	Shadow              string // directory for what is durable, for tests of power loss
 	Debug               bool
 }
 
@@ -61,8 +63,13 @@ func serveForTest(arg string) error {
 	if err := json.Unmarshal([]byte(arg), &s); err != nil {
 		return err
 	}
+	var synced func(string, int64)
+	if s.Shadow != "" {
+		synced = shadow(s.Shadow)
+	}
 	r, err := replica.Open(context.Background(), replica.Config{
-		Dir: s.Dir, Workspace: "test", MountID: "mount of " + s.Dir, Remote: remote.Dial(s.Socket),
+		SyncedForTest: synced,
+		Dir:           s.Dir, Workspace: "test", MountID: "mount of " + s.Dir, Remote: remote.Dial(s.Socket),
 		Log:        slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		CacheBytes: s.Config.CacheBytes, MaxUnsent: s.Config.MaxUnsent, Deadline: s.Config.Deadline, Boot: s.Config.Boot, ReadOnly: s.Config.ReadOnly,
 	})
@@ -71,6 +78,16 @@ func serveForTest(arg string) error {
 	}
 	if err := r.Fresh(); err != nil {
 		return err
+	}
+	if name := os.Getenv("POSTERN_CPU_PROFILE"); name != "" {
+		f, err := os.Create(name)
+		if err != nil {
+			return err
+		}
+		if err := pprof.StartCPUProfile(f); err != nil {
+			return err
+		}
+		defer pprof.StopCPUProfile()
 	}
 	fs := New(r, s.Options)
 	opts := MountOptions(s.Options)
@@ -82,9 +99,15 @@ func serveForTest(arg string) error {
 	fs.SetKernel(&testKernel{Server: server, open: map[uint64]*backing{}, off: s.NoPassthrough}, false)
 	fmt.Println("mounted")
 	go func() {
-		// The parent closes our stdin when we are to end.
+		// The parent closes our stdin when we are to end, and says d to have everything sent.
 		var b [1]byte
-		_, _ = os.Stdin.Read(b[:])
+		for n, _ := os.Stdin.Read(b[:]); n > 0; n, _ = os.Stdin.Read(b[:]) {
+			if err := r.Drain(context.Background()); err != nil {
+				fmt.Println(err)
+			} else {
+				fmt.Println("drained")
+			}
+		}
 		for server.Unmount() != nil {
 			time.Sleep(50 * time.Millisecond)
 		}
@@ -179,7 +202,8 @@ type mounted struct {
 	dir  string // of the replica
 	path string
 	cmd  *exec.Cmd
-	in   interface{ Close() error }
+	in   io.WriteCloser
+	out  io.Reader
 	dev  uint64
 	done chan struct{}
 	err  error
@@ -218,6 +242,7 @@ func (w *world) mount(s serving) *mounted {
 	if err := m.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	m.out = out
 	line := make([]byte, 64)
 	n, _ := out.Read(line)
 	go func() {
@@ -241,6 +266,22 @@ func (m *mounted) abort() {
 	_ = os.WriteFile(fmt.Sprintf("/sys/fs/fuse/connections/%d/abort", m.dev), []byte("1"), 0)
 }
 
+// kill ends the server without a word; everything on the mount fails from then on.
+func (m *mounted) kill() {
+	m.t.Helper()
+	_ = m.cmd.Process.Kill()
+	<-m.done
+	m.abort()
+}
+
+// detach removes a mount whose server is gone.
+func (m *mounted) detach() {
+	m.t.Helper()
+	if err := syscall.Unmount(m.path, syscall.MNT_DETACH); err != nil {
+		m.t.Error(err)
+	}
+}
+
 // close unmounts and ends the server.
 func (m *mounted) close() {
 	m.in.Close()
@@ -258,8 +299,9 @@ func (m *mounted) close() {
 // watchdog aborts the mount when the test takes too long.
 func (m *mounted) watchdog(d time.Duration) {
 	t := time.AfterFunc(d, func() {
-		fmt.Fprintln(os.Stderr, "test hangs; aborting the mount")
+		fmt.Fprintln(os.Stderr, "test hangs; aborting the mount, and asking the server where it is")
 		m.abort()
+		_ = m.cmd.Process.Signal(syscall.SIGQUIT)
 	})
 	m.t.Cleanup(func() { t.Stop() })
 }

@@ -72,6 +72,9 @@ func (r *Replica) absorbLocked(n *tree.Node, o *opened) error {
 	if !n.Has(tree.Local) && !n.Has(tree.Partial) {
 		return nil
 	}
+	if o.file.Untouched() {
+		return nil
+	}
 	size, mtime, ctime, err := o.file.Stat()
 	if err != nil {
 		return syscall.EIO
@@ -154,6 +157,9 @@ func (r *Replica) SetAttr(ctx context.Context, id uint64, set SetAttr) (Attr, er
 	c.Ctime = r.now(c.Ctime)
 	b := r.s.Batch()
 	b.Put(c)
+	if op.MtimeNs != nil {
+		delete(r.queued, id) // what is written later is sent later, or its time would be lost
+	}
 	if op.Mode != nil || op.Uid != nil || op.Gid != nil || op.MtimeNs != nil {
 		r.enqueueLocked(b, tree.Op{ID: id}, &posternv1.FileOp{Op: &posternv1.FileOp_SetAttr_{SetAttr: op}})
 	}

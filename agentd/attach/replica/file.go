@@ -43,9 +43,6 @@ func (r *Replica) openLocked(n *tree.Node, write bool) (*opened, error) {
 				}
 			}
 		}
-		if _, _, ctime, err := f.Stat(); err == nil && n.Size == 0 && n.Stamp == 0 {
-			n.Stamp = ctime // its backing file was made just now
-		}
 		o = &opened{file: f, flushed: n.Stamp, recorded: n.Stamp}
 		if n.Flags&(tree.Local|tree.Partial) == 0 {
 			n.Flags |= tree.Partial // in the journal with the next change; Walk finds it anyway
@@ -107,7 +104,7 @@ func (r *Replica) wholeLocked(n *tree.Node, o *opened) {
 
 // Opened is what Open tells.
 type Opened struct {
-	// FD is the backing file's, valid until Release.
+	// FD is the backing file's, valid until Release; -1: it is empty and has none yet.
 	FD int
 	// Whole: the kernel may read and write FD directly.
 	Whole bool
@@ -144,6 +141,9 @@ func (r *Replica) Open(ctx context.Context, id uint64, write, truncate bool) (Op
 		}
 	}
 	o, err := r.openLocked(n, write)
+	if err == nil {
+		o.handles++
+	}
 	r.mu.Unlock()
 	if err != nil {
 		return Opened{}, err
@@ -158,6 +158,7 @@ func (r *Replica) Open(ctx context.Context, id uint64, write, truncate bool) (Op
 			if write {
 				o.writers--
 			}
+			o.handles--
 			r.closeLocked(id, o)
 			r.mu.Unlock()
 			return Opened{}, r.fetchErrno(ctx, id, err)
@@ -170,7 +171,11 @@ func (r *Replica) Open(ctx context.Context, id uint64, write, truncate bool) (Op
 	}
 	r.wholeLocked(n, o)
 	n = r.s.Node(id)
-	return Opened{FD: o.file.FD(), Whole: o.file.Whole(), Size: n.Size, Cached: n.Has(tree.Cached) && r.inherited}, nil
+	opened := Opened{FD: -1, Size: n.Size, Cached: n.Has(tree.Cached) && r.inherited}
+	if !o.file.Untouched() {
+		opened.FD, opened.Whole = o.file.FD(), o.file.Whole()
+	}
+	return opened, nil
 }
 
 // Mode says how a file that was opened will be read and written, before the kernel hears
@@ -227,6 +232,9 @@ func (r *Replica) Release(id uint64, write bool) {
 	if o == nil || o.lost && o.users == 0 {
 		return // a handle of before a takeover
 	}
+	if o.handles > 0 {
+		o.handles--
+	}
 	n := r.s.Node(id)
 	if n != nil && write && n.Type == tree.File {
 		if o.writers > 0 {
@@ -235,7 +243,7 @@ func (r *Replica) Release(id uint64, write bool) {
 		r.releaseWriterLocked(n, o)
 	}
 	n = r.s.Node(id)
-	if n != nil && o.users == 1 && n.Has(tree.Cached) && !r.inherited {
+	if n != nil && o.handles == 0 && n.Has(tree.Cached) && !r.inherited {
 		c := n.Clone()
 		c.Flags &^= tree.Cached
 		b := r.s.Batch()
@@ -262,7 +270,7 @@ func (r *Replica) releaseWriterLocked(n *tree.Node, o *opened) {
 		if c.Has(tree.Mapped) {
 			r.closed[c.ID] = time.Now()
 		}
-		if o.users == 1 {
+		if o.handles == 0 {
 			c.Flags &^= tree.Cached
 		}
 	}
@@ -326,8 +334,8 @@ func (r *Replica) unuse(id uint64, o *opened) {
 	r.closeLocked(id, o)
 }
 
-// Read returns the descriptor to read n bytes at off from, when they are there. done
-// must be called after reading.
+// Read returns the descriptor to read n bytes at off from, when they are there, or -1: the
+// file is empty. done must be called after reading.
 func (r *Replica) Read(ctx context.Context, id uint64, off int64, n int) (fd int, done func(), err error) {
 	o, err := r.use(id)
 	if err != nil {
@@ -342,7 +350,20 @@ func (r *Replica) Read(ctx context.Context, id uint64, off int64, n int) (fd int
 			return 0, nil, r.fetchErrno(ctx, id, err)
 		}
 	}
-	return o.file.FD(), func() { r.unuse(id, o) }, nil
+	fd = -1
+	if !o.file.Untouched() {
+		fd = o.file.FD()
+	}
+	return fd, func() { r.unuse(id, o) }, nil
+}
+
+// Short tells whether a file should have had bytes at off, where none were read: its content
+// was cut off behind our back. The kernel must get an error then, or it would ask for ever.
+func (r *Replica) Short(id uint64, off int64) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n, err := r.nodeLocked(id)
+	return err == nil && uint64(off) < n.Size
 }
 
 // Write writes to an open file.
@@ -564,7 +585,7 @@ func (r *Replica) Fallocate(ctx context.Context, id uint64, mode uint32, off, n 
 	if err := r.change(ctx, id, o, off, n); err != nil {
 		return err
 	}
-	if err := unix.Fallocate(o.file.FD(), mode, off, n); err != nil {
+	if err := o.file.Allocate(mode, off, n); err != nil {
 		return err
 	}
 	r.notes.otherData(id)
@@ -578,6 +599,9 @@ func (r *Replica) Seek(id uint64, off int64, whence int) (int64, error) {
 		return 0, err
 	}
 	defer r.unuse(id, o)
+	if o.file.Untouched() {
+		return 0, syscall.ENXIO
+	}
 	if o.file.Whole() {
 		return unix.Seek(o.file.FD(), off, whence)
 	}

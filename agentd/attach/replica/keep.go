@@ -120,7 +120,24 @@ func (r *Replica) sweepLoop() {
 	}
 }
 
+// bury removes the files of contents whose nodes are gone.
+func (r *Replica) bury() {
+	r.mu.Lock()
+	doomed := r.doomed
+	r.doomed = nil
+	r.mu.Unlock()
+	if len(doomed) == 0 || r.sync() != nil {
+		return // found again by the next Open
+	}
+	for _, id := range doomed {
+		if err := r.store.Remove(id); err != nil {
+			r.log.Warn("content cannot be removed", "node", id, "err", err)
+		}
+	}
+}
+
 func (r *Replica) sweep() {
+	r.bury()
 	r.lookAtMapped()
 	r.evict()
 	r.mu.Lock()

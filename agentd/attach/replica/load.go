@@ -176,6 +176,9 @@ func (r *Replica) mergeLocked(id uint64, entries []*posternv1.Entry, seq uint64)
 	for _, name := range gone {
 		r.takeAwayLocked(b, id, name)
 	}
+	if !dir.Dir.Loaded {
+		r.notes.always(id) // its number of links is known now
+	}
 	b.Loaded(id, true)
 	return r.commitLocked(b)
 }
@@ -336,9 +339,7 @@ func (r *Replica) dropLocked(b *tree.Batch, id uint64) {
 			r.unsent -= int64(n.Size)
 		}
 		if n.Has(tree.Local) || n.Has(tree.Partial) {
-			if err := r.store.Remove(id); err != nil {
-				r.log.Warn("content cannot be removed", "node", id, "err", err)
-			}
+			r.doomed = append(r.doomed, id)
 		}
 		r.lru.remove(id)
 		delete(r.redo, id)

@@ -217,9 +217,11 @@ func (r *Replica) Make(ctx context.Context, by Caller, dir uint64, name string, 
 		return Attr{}, err
 	}
 	if m.Open {
-		if _, err := r.openLocked(n, true); err != nil {
+		o, err := r.openLocked(n, true)
+		if err != nil {
 			return Attr{}, err
 		}
+		o.handles++
 	}
 	r.notes.entry(dir, name)
 	return r.attrLocked(n), nil
@@ -284,9 +286,11 @@ func (r *Replica) MakeUnnamed(ctx context.Context, by Caller, mode uint16) (Attr
 	if err := r.commitLocked(b); err != nil {
 		return Attr{}, err
 	}
-	if _, err := r.openLocked(n, true); err != nil {
+	o, err := r.openLocked(n, true)
+	if err != nil {
 		return Attr{}, err
 	}
+	o.handles++
 	return r.attrLocked(n), nil
 }
 
@@ -443,6 +447,16 @@ func (r *Replica) Forgotten(l Listener, id uint64) {
 	n := r.s.Node(id)
 	if n == nil {
 		return
+	}
+	if o := r.open[id]; o != nil && o.lost && o.users == 0 {
+		// Handles of before a takeover: there are none any more.
+		if n.Type == tree.File {
+			o.handles, o.writers = 0, 0
+			r.releaseWriterLocked(n, o)
+			n = r.s.Node(id)
+		}
+		o.users = 1
+		r.closeLocked(id, o)
 	}
 	if n.Has(tree.Cached) && r.open[id] == nil && !r.heldLocked(id, l) {
 		c := n.Clone()

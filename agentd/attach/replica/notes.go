@@ -66,6 +66,16 @@ func (n *notes) node(id uint64) {
 	}
 }
 
+// always notes that attributes changed of which no Listener can know. The replica's lock is held.
+func (n *notes) always(id uint64) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.cond != nil {
+		n.nodes[id] = true
+		n.cond.Signal()
+	}
+}
+
 // otherData notes that content was written to through one of many Listeners.
 func (n *notes) otherData(id uint64) {
 	n.r.mu.Lock()

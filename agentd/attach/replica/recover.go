@@ -26,6 +26,9 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 	}
 	var look []*tree.Node
 	r.s.Each(func(n *tree.Node) {
+		if crashed && n.Type == tree.File && n.Has(tree.Partial) && !n.Has(tree.Dirty) {
+			r.store.ForgetMap(n.ID) // which chunks are here was not synced
+		}
 		if n.Type == tree.File && n.Flags&(tree.Writing|tree.Redo|tree.Mapped) != 0 {
 			look = append(look, n)
 		}
@@ -44,8 +47,12 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 		if crashed {
 			c.Flags &^= tree.Mapped
 		}
-		if err := r.settle(b, c); err != nil {
-			return err
+		// After a crash of the host, what was not synced may be anything. Nobody was promised
+		// it, and what is clean is fetched again if its file is not what it was.
+		if !crashed || c.Has(tree.Dirty) || c.Version == 0 {
+			if err := r.settle(b, c); err != nil {
+				return err
+			}
 		}
 		b.Put(c)
 	}
@@ -58,7 +65,8 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 	err := r.store.Walk(func(id uint64, bytes int64) error {
 		n := r.s.Node(id)
 		if n == nil || n.Type != tree.File {
-			return r.store.Remove(id)
+			r.doomed = append(r.doomed, id)
+			return nil
 		}
 		known[id] = true
 		r.lru.add(id, bytes)

@@ -40,7 +40,8 @@ type Config struct {
 	Deadline time.Duration
 	// Boot names this life of the host; empty: the kernel's.
 	Boot string
-	// SyncedForTest is told what of the journal is on disk.
+	// SyncedForTest is told what is on disk for sure: so much of a journal, or, if length is
+	// negative, a whole file as it is now.
 	SyncedForTest func(path string, length int64)
 }
 
@@ -77,7 +78,10 @@ type Replica struct {
 	status    Status
 	changed   chan struct{} // closed and replaced when something in the queue moved
 	stale     map[uint64]bool
-	lru       lru
+	// Contents of nodes that are gone; their files go when the journal's word for it is
+	// durable, so that a node that a loss of power brings back has its content.
+	doomed []uint64
+	lru    lru
 
 	notes notes
 }
@@ -85,7 +89,8 @@ type Replica struct {
 // opened is a content that handles are open on.
 type opened struct {
 	file    *content.File
-	users   int // handles and requests
+	users   int // handles, requests and uploads
+	handles int
 	writers int
 	// Stamps of what was last made durable, and of what the journal knows.
 	flushed, recorded int64
@@ -129,7 +134,11 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 		readOnly: cfg.ReadOnly,
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	store, err := content.Open(content.Config{Dir: filepath.Join(cfg.Dir, "data"), Fetcher: fetcher{r}})
+	ccfg := content.Config{Dir: filepath.Join(cfg.Dir, "data"), Fetcher: fetcher{r}}
+	if cfg.SyncedForTest != nil {
+		ccfg.SyncedForTest = func(path string) { cfg.SyncedForTest(path, -1) }
+	}
+	store, err := content.Open(ccfg)
 	if err != nil {
 		return nil, err
 	}
@@ -271,6 +280,7 @@ func (r *Replica) Close() error {
 	}
 	r.open = map[uint64]*opened{}
 	r.mu.Unlock()
+	r.bury()
 	r.store.Close()
 	return r.journal.Close()
 }

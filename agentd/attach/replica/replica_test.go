@@ -119,7 +119,10 @@ func get(r *Replica, dir uint64, name string) ([]byte, error) {
 		if err != nil {
 			return all, err
 		}
-		n, err := syscall.Pread(fd, buf, off)
+		n := 0
+		if fd >= 0 {
+			n, err = syscall.Pread(fd, buf, off)
+		}
 		done()
 		if err != nil || n == 0 {
 			return all, err

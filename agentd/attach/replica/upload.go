@@ -120,7 +120,7 @@ func (r *Replica) uploadSome(ctx context.Context) (more bool, err error) {
 		return false, err
 	}
 	req := &posternv1.CommitRequest{WorkspaceId: ws, MountId: r.cfg.MountID}
-	sent := map[uint64]sentContent{}
+	sent, inBatch := map[uint64]sentContent{}, map[uint64]bool{}
 	size, stored := 0, int64(0)
 	up := &uploader{r: r, ws: ws}
 	for _, op := range take {
@@ -128,7 +128,11 @@ func (r *Replica) uploadSome(ctx context.Context) (more bool, err error) {
 		if err := gproto.Unmarshal(op.Body, &f); err != nil {
 			return false, fmt.Errorf("operation %d: %w", op.Number, err)
 		}
+		if op.Content && inBatch[op.ID] {
+			break // it is based on the version that the one before it makes
+		}
 		if op.Content {
+			inBatch[op.ID] = true
 			r.mu.Lock()
 			r.sent = max(r.sent, op.Number)
 			r.mu.Unlock()
@@ -323,8 +327,13 @@ func (u *uploader) content(ctx context.Context, id uint64, f *posternv1.FileOp) 
 	r.mu.Lock()
 	n := r.s.Node(id)
 	if n == nil || n.Links == 0 || n.Type != tree.File || !n.Has(tree.Dirty) {
-		r.mu.Unlock()
 		f.Op = noOp()
+		if n != nil && n.Links > 0 {
+			// An operation before it sent the content, and one between them may have set the time.
+			mtime := n.Mtime
+			f.Op = &posternv1.FileOp_SetAttr_{SetAttr: &posternv1.FileOp_SetAttr{Id: id, MtimeNs: &mtime}}
+		}
+		r.mu.Unlock()
 		return sentContent{id: id, skip: true}, 0, nil
 	}
 	o, err := r.openLocked(n, false)
@@ -346,7 +355,7 @@ func (u *uploader) content(ctx context.Context, id uint64, f *posternv1.FileOp) 
 	set := &posternv1.FileOp_SetContent{Id: id, BaseVersion: base, MtimeNs: mtime}
 	for begun := time.Now(); ; {
 		// Writes through a mapping are seen by their first fault after a sync.
-		if err := syscall.Fdatasync(o.file.FD()); err != nil {
+		if err := o.file.Sync(); err != nil {
 			return sentContent{}, 0, err
 		}
 		size, _, stamp, err := o.file.Stat()

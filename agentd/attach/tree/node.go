@@ -95,11 +95,15 @@ func (n *Node) WithXattr(name string, value []byte) map[string]string {
 }
 
 // Nlink is the number of links that stat shows: for a directory its own name, "." and
-// the ".." of each directory in it that is known.
+// the ".." of each directory in it; 1, which says that it is not known, before it was
+// listed.
 func (n *Node) Nlink() uint32 {
 	if n.Type == Directory {
 		if n.Links == 0 {
 			return 0
+		}
+		if !n.Dir.Loaded {
+			return 1
 		}
 		return 2 + n.Dir.subdirectories
 	}
