@@ -63,11 +63,16 @@ func (r *Replica) loaded(ctx context.Context, id uint64) error {
 		wait := r.loading[id]
 		if wait == nil {
 			wait = make(chan struct{})
-			r.loading[id] = wait
+			dirs := append([]uint64{id}, r.besidesLocked(n)...)
+			for _, d := range dirs {
+				r.loading[d] = wait
+			}
 			r.mu.Unlock()
-			err := r.load(ctx, id)
+			err := r.load(ctx, dirs...)
 			r.mu.Lock()
-			delete(r.loading, id)
+			for _, d := range dirs {
+				delete(r.loading, d)
+			}
 			close(wait)
 			r.mu.Unlock()
 			if err != nil {
@@ -95,40 +100,88 @@ func deadline(ctx context.Context) error {
 // maxDirectory is the most names that one directory may have here.
 const maxDirectory = 10_000_000
 
-// load lists a directory at the control plane and takes over what it says.
-func (r *Replica) load(ctx context.Context, id uint64) error {
+// besides is how many directories are listed with one that somebody looks into, if it looks
+// like going through all of them.
+const besides = 63
+
+// besidesLocked lists directories beside n that will be looked into next: if the one
+// that they are in was listed, and another one in it before n.
+func (r *Replica) besidesLocked(n *tree.Node) []uint64 {
+	parent := r.s.Node(n.Parent)
+	if n.ID == tree.Root || parent == nil || parent.Dir == nil || !parent.Dir.Loaded {
+		return nil
+	}
+	walking := r.lookedInto == parent.ID
+	r.lookedInto = parent.ID
+	if !walking {
+		return nil
+	}
+	var ids []uint64
+	parent.Dir.From(0, func(e tree.Entry) bool {
+		d := r.s.Node(e.ID)
+		if d != nil && d.Type == tree.Directory && d != n && !d.Dir.Loaded && r.loading[e.ID] == nil {
+			ids = append(ids, e.ID)
+		}
+		return len(ids) < besides
+	})
+	return ids
+}
+
+// enough is how many entries of directories that nobody asked for yet are taken.
+const enough = 50_000
+
+// load lists directories at the control plane and takes over what it says. Only the first
+// is sure to be loaded then.
+func (r *Replica) load(ctx context.Context, ids ...uint64) error {
 	ctx, cancel := r.wait(ctx)
 	defer cancel()
 	r.mu.Lock()
 	ws := r.s.Meta().WorkspaceID
 	r.mu.Unlock()
-	var entries []*posternv1.Entry
+	entries, complete := map[uint64][]*posternv1.Entry{}, map[uint64]bool{}
 	var seq uint64
 	var token []byte
-	for {
-		resp, err := r.cfg.Remote.ListNodes(ctx, &posternv1.ListNodesRequest{WorkspaceId: ws, Directories: []uint64{id}, PageToken: token})
+	for total := 0; ; {
+		resp, err := r.cfg.Remote.ListNodes(ctx, &posternv1.ListNodesRequest{WorkspaceId: ws, Directories: ids, PageToken: token})
 		if err != nil {
 			if ctx.Err() != nil {
 				return deadline(ctx)
 			}
-			r.log.Debug("directory cannot be listed", "node", id, "err", err)
+			r.log.Debug("directory cannot be listed", "node", ids[0], "err", err)
 			return errnoOf(err)
 		}
 		if len(token) == 0 {
 			seq = resp.Seq
 		}
 		seq = min(seq, resp.Seq)
-		entries = append(entries, resp.Entries...)
-		if len(entries) > maxDirectory {
+		for _, e := range resp.Entries {
+			entries[e.GetParent()] = append(entries[e.GetParent()], e)
+		}
+		for _, id := range resp.Complete {
+			complete[id] = true
+		}
+		if total += len(resp.Entries); total > maxDirectory {
 			return syscall.EIO
 		}
 		if token = resp.NextPageToken; len(token) == 0 {
+			complete[ids[0]] = true
+			break
+		}
+		if complete[ids[0]] && total > enough {
 			break
 		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.mergeLocked(id, entries, seq)
+	for i, id := range ids {
+		if !complete[id] {
+			continue
+		}
+		if err := r.mergeLocked(id, entries[id], seq); err != nil && i == 0 {
+			return err
+		}
+	}
+	return nil
 }
 
 // mergeLocked makes a directory what the control plane listed, except where operations are

@@ -62,22 +62,24 @@ type Replica struct {
 	kick    chan struct{} // the queue has something
 	compact chan struct{} // the journal has grown
 
-	mu        sync.Mutex
-	s         *tree.State
-	last      journal.Position
-	open      map[uint64]*opened
-	loading   map[uint64]chan struct{}
-	listeners []Listener
-	queued    map[uint64]uint64 // node → number of its last SetContent in the queue
-	sent      uint64            // operations up to this number are on their way
-	inherited bool
-	redo      map[uint64]bool // files whose content the journal has
-	closed    map[uint64]time.Time
-	unsent    int64 // bytes of dirty contents
-	readOnly  bool  // by the control plane or Config
-	status    Status
-	changed   chan struct{} // closed and replaced when something in the queue moved
-	stale     map[uint64]bool
+	mu      sync.Mutex
+	s       *tree.State
+	last    journal.Position
+	open    map[uint64]*opened
+	loading map[uint64]chan struct{}
+	// lookedInto is the directory of which another one was listed last.
+	lookedInto uint64
+	listeners  []Listener
+	queued     map[uint64]uint64 // node → number of its last SetContent in the queue
+	sent       uint64            // operations up to this number are on their way
+	inherited  bool
+	redo       map[uint64]bool // files whose content the journal has
+	closed     map[uint64]time.Time
+	unsent     int64 // bytes of dirty contents
+	readOnly   bool  // by the control plane or Config
+	status     Status
+	changed    chan struct{} // closed and replaced when something in the queue moved
+	stale      map[uint64]bool
 	// Contents of nodes that are gone; their files go when the journal's word for it is
 	// durable, so that a node that a loss of power brings back has its content.
 	doomed []uint64

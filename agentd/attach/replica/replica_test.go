@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math/rand"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -422,4 +423,35 @@ func TestCompact(t *testing.T) {
 		wantContent(t, a, fmt.Sprint("d/f", i), noise(100*i, int64(i)))
 	}
 	wantContent(t, a, "d/after", []byte("x"))
+}
+
+// TestManyEntries: a tree of 100,000 names is listed in large steps, and takes little memory.
+func TestManyEntries(t *testing.T) {
+	const dirs, files = 500, 200
+	r := simulatedremote.New()
+	r.Fill(dirs, files)
+	var before, after runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	a := open(t, r, t.TempDir(), "a")
+	total := 0
+	for _, d := range names(t, a, tree.Root) {
+		total += len(names(t, a, mustDir(t, a, d)))
+	}
+	if total != dirs*files {
+		t.Fatalf("%d names, want %d", total, dirs*files)
+	}
+	if n := r.Listed(); n > 100 {
+		t.Errorf("directories were listed %d times for %d", n, dirs)
+	}
+	runtime.GC()
+	runtime.ReadMemStats(&after)
+	per := (after.HeapAlloc - before.HeapAlloc) / (dirs * files)
+	t.Logf("%d bytes of memory for each entry", per)
+	if per > 600 {
+		t.Errorf("%d bytes of memory for each entry", per)
+	}
+	if err := a.Compact(); err != nil {
+		t.Fatal(err)
+	}
 }

@@ -278,3 +278,23 @@ func (r *Remote) putContent(n *posternv1.Node, v version, mtime int64) {
 	}
 	r.content[n.Id][n.Version] = v
 }
+
+// Fill makes so many directories with so many empty files each, as if they had always been there.
+func (r *Remote) Fill(dirs, files int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	add := func(parent uint64, name string, typ posternv1.NodeType) uint64 {
+		r.nextID++
+		r.nodes[r.nextID] = &posternv1.Node{Id: r.nextID, Type: typ, Mode: 0o755, Links: 1, MtimeNs: 1, CtimeNs: 1, BtimeNs: 1, Seq: 1}
+		r.names[parent][name] = r.nextID
+		return r.nextID
+	}
+	r.seq++
+	for d := range dirs {
+		dir := add(1, fmt.Sprintf("directory-%d", d), posternv1.NodeType_NODE_TYPE_DIRECTORY)
+		r.names[dir] = map[string]uint64{}
+		for f := range files {
+			add(dir, fmt.Sprintf("file-%d.data", f), posternv1.NodeType_NODE_TYPE_FILE)
+		}
+	}
+}

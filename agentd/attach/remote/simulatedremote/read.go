@@ -5,9 +5,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"sort"
+	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -41,6 +44,7 @@ type Remote struct {
 	changes []*posternv1.NodeChange
 	mounts  map[string]*mount
 	fetched int
+	listed  int
 	quota   uint64
 	delay   time.Duration
 }
@@ -148,22 +152,38 @@ func (r *Remote) ListNodes(ctx context.Context, req *posternv1.ListNodesRequest)
 		return nil, err
 	}
 	defer r.mu.Unlock()
-	resp := &posternv1.ListNodesResponse{Seq: r.seq, Complete: req.Directories}
-	for _, dir := range req.Directories {
-		names := slices.Sorted(maps.Keys(r.names[dir]))
-		from := 0
-		if len(req.PageToken) > 0 {
-			from = sort.SearchStrings(names, string(req.PageToken)+"\x00")
-		}
-		for i, name := range names[from:] {
-			if i == 2000 {
-				resp.NextPageToken = []byte(names[from+i-1])
-				break
+	resp := &posternv1.ListNodesResponse{Seq: r.seq}
+	r.listed++
+	// The token is the index of the directory and the last name of it that was told.
+	first, after := 0, ""
+	if token := string(req.PageToken); token != "" {
+		index, name, _ := strings.Cut(token, "/")
+		first, _ = strconv.Atoi(index)
+		after = name
+	}
+	for d, dir := range req.Directories[min(first, len(req.Directories)):] {
+		for _, name := range slices.Sorted(maps.Keys(r.names[dir])) {
+			if d == 0 && name <= after {
+				continue
+			}
+			if len(resp.Entries) == 2000 {
+				last := resp.Entries[1999]
+				at := slices.Index(req.Directories, last.Parent)
+				resp.NextPageToken = fmt.Appendf(nil, "%d/%s", at, last.Name)
+				return resp, nil
 			}
 			resp.Entries = append(resp.Entries, &posternv1.Entry{Parent: dir, Name: []byte(name), Node: clone(r.nodes[r.names[dir][name]])})
 		}
+		resp.Complete = append(resp.Complete, dir)
 	}
 	return resp, nil
+}
+
+// Listed is how many times directories were listed.
+func (r *Remote) Listed() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.listed
 }
 
 // GetNodes implements remote.Remote.
