@@ -54,7 +54,14 @@ func (r *Replica) nodeLocked(id uint64) (*tree.Node, error) {
 	if n == nil {
 		return nil, syscall.ENOENT
 	}
-	if o := r.open[id]; o != nil && n.Type == tree.File {
+	o := r.open[id]
+	if o == nil && r.unknown[id] {
+		var err error
+		if o, err = r.lostLocked(n); err != nil {
+			return nil, err
+		}
+	}
+	if o != nil && n.Type == tree.File {
 		if err := r.absorbLocked(n, o); err != nil {
 			return nil, err
 		}

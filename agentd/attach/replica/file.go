@@ -67,7 +67,7 @@ func errnoOrIO(err error) error {
 
 // closeLocked takes a user from a content.
 func (r *Replica) closeLocked(id uint64, o *opened) {
-	if o.users--; o.users > 0 || r.open[id] != o {
+	if o.users--; o.users > 0 || o.lost && r.unknown[id] || r.open[id] != o {
 		return
 	}
 	if n := r.s.Node(id); n != nil && n.Type == tree.File {
@@ -171,7 +171,7 @@ func (r *Replica) Open(ctx context.Context, id uint64, write, truncate bool) (Op
 	}
 	r.wholeLocked(n, o)
 	n = r.s.Node(id)
-	opened := Opened{FD: -1, Size: n.Size, Cached: n.Has(tree.Cached) && r.inherited}
+	opened := Opened{FD: -1, Size: n.Size, Cached: n.Has(tree.Cached) && r.unknown[id]}
 	if !o.file.Untouched() {
 		opened.FD, opened.Whole = o.file.FD(), o.file.Whole()
 	}
@@ -229,8 +229,14 @@ func (r *Replica) Release(id uint64, write bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	o := r.open[id]
-	if o == nil || o.lost && o.users == 0 {
-		return // a handle of before a takeover
+	if o == nil || o.handles == 0 {
+		// A handle of before a takeover, which is one of those that nobody counts.
+		if n := r.s.Node(id); write && n != nil && n.Type == tree.File && r.unknown[id] {
+			if o, err := r.lostLocked(n); err == nil {
+				r.releaseWriterLocked(n, o)
+			}
+		}
+		return
 	}
 	if o.handles > 0 {
 		o.handles--
@@ -243,7 +249,7 @@ func (r *Replica) Release(id uint64, write bool) {
 		r.releaseWriterLocked(n, o)
 	}
 	n = r.s.Node(id)
-	if n != nil && o.handles == 0 && n.Has(tree.Cached) && !r.inherited {
+	if n != nil && o.handles == 0 && n.Has(tree.Cached) && !r.unknown[id] {
 		c := n.Clone()
 		c.Flags &^= tree.Cached
 		b := r.s.Batch()
@@ -265,7 +271,7 @@ func (r *Replica) releaseWriterLocked(n *tree.Node, o *opened) {
 		r.dirtyLocked(b, c)
 		o.recorded = n.Stamp
 	}
-	if o.writers == 0 && !r.inherited {
+	if o.writers == 0 && !r.unknown[n.ID] {
 		c.Flags &^= tree.Writing
 		if c.Has(tree.Mapped) {
 			r.closed[c.ID] = time.Now()
@@ -304,33 +310,40 @@ func (r *Replica) dirtyLocked(b *tree.Batch, c *tree.Node) {
 func (r *Replica) use(id uint64) (*opened, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	o := r.open[id]
-	if o == nil {
-		n := r.s.Node(id)
-		if n == nil {
-			return nil, syscall.ESTALE
-		}
-		if n.Type != tree.File {
-			return nil, syscall.EISDIR
-		}
-		var err error
-		if o, err = r.openLocked(n, false); err != nil {
-			return nil, err
-		}
-		o.users--
-		o.lost = true
+	n := r.s.Node(id)
+	switch {
+	case n == nil:
+		return nil, syscall.ESTALE
+	case n.Type != tree.File:
+		return nil, syscall.EISDIR
+	}
+	o, err := r.lostLocked(n)
+	if err != nil {
+		return nil, err
 	}
 	o.users++
+	return o, nil
+}
+
+// lostLocked finds the content of a file, which it opens if only handles of before a takeover
+// are open on it. It stays open until the kernel forgets the node.
+func (r *Replica) lostLocked(n *tree.Node) (*opened, error) {
+	o := r.open[n.ID]
+	if o != nil {
+		return o, nil
+	}
+	o, err := r.openLocked(n, false)
+	if err != nil {
+		return nil, err
+	}
+	o.users--
+	o.lost = true
 	return o, nil
 }
 
 func (r *Replica) unuse(id uint64, o *opened) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if o.lost && o.users == 1 {
-		o.users-- // stays open for handles that nobody counts, until the kernel forgets the node
-		return
-	}
 	r.closeLocked(id, o)
 }
 
@@ -430,6 +443,13 @@ func (r *Replica) flush(id uint64, always bool) error {
 	r.mu.Lock()
 	n := r.s.Node(id)
 	o := r.open[id]
+	if n != nil && o == nil && r.unknown[id] {
+		var err error
+		if o, err = r.lostLocked(n); err != nil {
+			r.mu.Unlock()
+			return err
+		}
+	}
 	if n == nil || n.Type != tree.File || o == nil {
 		r.mu.Unlock()
 		if always {
@@ -554,8 +574,7 @@ func (r *Replica) truncate(ctx context.Context, id, size uint64) error {
 		if err == nil {
 			// truncate(2) to the same size changes the times, too.
 			if s, _, ctime, serr := o.file.Stat(); serr == nil && s == n.Size && ctime == n.Stamp {
-				now := r.now(n.Ctime)
-				n.Mtime, n.Ctime = now, now
+				r.modifiedLocked(n)
 			}
 		}
 		r.releaseWriterLocked(n, o)
@@ -566,6 +585,20 @@ func (r *Replica) truncate(ctx context.Context, id, size uint64) error {
 	}
 	r.notes.node(id)
 	return nil
+}
+
+// modifiedLocked gives a file new times whose content is what it was.
+func (r *Replica) modifiedLocked(n *tree.Node) {
+	now := r.now(n.Ctime)
+	n.Mtime, n.Ctime = now, now
+	if n.Links == 0 {
+		return
+	}
+	b := r.s.Batch()
+	b.Put(n)
+	delete(r.queued, n.ID)
+	r.enqueueLocked(b, tree.Op{ID: n.ID}, &posternv1.FileOp{Op: &posternv1.FileOp_SetAttr_{SetAttr: &posternv1.FileOp_SetAttr{Id: n.ID, MtimeNs: &now}}})
+	_ = r.commitLocked(b) //nolint:errcheck // it was logged, and the journal refuses what follows
 }
 
 // Fallocate is fallocate(2) of an open file: allocation, punching holes and zeroing.

@@ -226,7 +226,7 @@ func (r *Replica) evict() {
 }
 
 // heldOpenLocked tells whether handles of before a takeover may be open on a content.
-func (r *Replica) heldOpenLocked(id uint64) bool { return r.inherited && r.heldLocked(id, nil) }
+func (r *Replica) heldOpenLocked(id uint64) bool { return len(r.unknown) > 0 && r.heldLocked(id, nil) }
 
 // Status is what a replica has not sent, and what it keeps.
 type Status struct {

@@ -373,6 +373,10 @@ func (r *Replica) heldLocked(id uint64, not Listener) bool {
 	if r.open[id] != nil {
 		return true
 	}
+	return r.otherHoldsLocked(not, id)
+}
+
+func (r *Replica) otherHoldsLocked(not Listener, id uint64) bool {
 	for _, l := range r.listeners {
 		if l != not && l.Holds(id) {
 			return true

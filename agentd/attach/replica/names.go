@@ -435,7 +435,7 @@ func (r *Replica) removeNameLocked(b *tree.Batch, dir uint64, name string, n *tr
 	}
 	b.Put(c)
 	r.notes.node(n.ID)
-	if c.Links == 0 && !r.heldLocked(c.ID, nil) && !r.inherited {
+	if c.Links == 0 && !r.heldLocked(c.ID, nil) {
 		r.dropLocked(b, c.ID)
 	}
 }
@@ -448,19 +448,25 @@ func (r *Replica) Forgotten(l Listener, id uint64) {
 	if n == nil {
 		return
 	}
-	if o := r.open[id]; o != nil && o.lost && o.users == 0 {
+	held := r.unknown[id] && r.otherHoldsLocked(l, id)
+	if !held {
+		delete(r.unknown, id)
+	}
+	if o := r.open[id]; o != nil && o.lost && !held {
 		// Handles of before a takeover: there are none any more.
 		if n.Type == tree.File {
 			o.handles, o.writers = 0, 0
 			r.releaseWriterLocked(n, o)
 			n = r.s.Node(id)
 		}
-		o.users = 1
-		r.closeLocked(id, o)
+		if o.lost = false; o.users == 0 {
+			o.users = 1
+			r.closeLocked(id, o)
+		}
 	}
-	if n.Has(tree.Cached) && r.open[id] == nil && !r.heldLocked(id, l) {
+	if n.Flags&(tree.Cached|tree.Writing) != 0 && r.open[id] == nil && !r.heldLocked(id, l) {
 		c := n.Clone()
-		c.Flags &^= tree.Cached
+		c.Flags &^= tree.Cached | tree.Writing
 		b := r.s.Batch()
 		b.Put(c)
 		_ = r.commitLocked(b) //nolint:errcheck // it was logged, and nobody waits

@@ -72,14 +72,15 @@ type Replica struct {
 	listeners  []Listener
 	queued     map[uint64]uint64 // node → number of its last SetContent in the queue
 	sent       uint64            // operations up to this number are on their way
-	inherited  bool
-	redo       map[uint64]bool // files whose content the journal has
-	closed     map[uint64]time.Time
-	unsent     int64 // bytes of dirty contents
-	readOnly   bool  // by the control plane or Config
-	status     Status
-	changed    chan struct{} // closed and replaced when something in the queue moved
-	stale      map[uint64]bool
+	// Handles of before a takeover may be open on these; how many is not known.
+	unknown  map[uint64]bool
+	redo     map[uint64]bool // files whose content the journal has
+	closed   map[uint64]time.Time
+	unsent   int64 // bytes of dirty contents
+	readOnly bool  // by the control plane or Config
+	status   Status
+	changed  chan struct{} // closed and replaced when something in the queue moved
+	stale    map[uint64]bool
 	// Contents of nodes that are gone; their files go when the journal's word for it is
 	// durable, so that a node that a loss of power brings back has its content.
 	doomed []uint64
@@ -131,7 +132,7 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 	r := &Replica{
 		cfg: cfg, log: cfg.Log.With("workspace", cfg.Workspace), s: tree.New(),
 		open: map[uint64]*opened{}, loading: map[uint64]chan struct{}{}, queued: map[uint64]uint64{},
-		redo: map[uint64]bool{}, closed: map[uint64]time.Time{}, stale: map[uint64]bool{},
+		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, closed: map[uint64]time.Time{}, stale: map[uint64]bool{},
 		kick: make(chan struct{}, 1), compact: make(chan struct{}, 1), changed: make(chan struct{}),
 		readOnly: cfg.ReadOnly,
 	}
@@ -240,7 +241,11 @@ func (r *Replica) Unlisten(l Listener) {
 func (r *Replica) Inherit() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.inherited = true
+	r.s.Each(func(n *tree.Node) {
+		if n.Has(tree.Writing) || n.Has(tree.Cached) {
+			r.unknown[n.ID] = true
+		}
+	})
 }
 
 // Fresh says that no mount was taken over: removed files that were open, answers to

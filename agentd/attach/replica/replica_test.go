@@ -455,3 +455,103 @@ func TestManyEntries(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// heldByKernel is a Listener whose kernel knows everything.
+type heldByKernel struct{}
+
+func (heldByKernel) InvalEntry(uint64, string) {}
+func (heldByKernel) InvalInode(uint64)         {}
+func (heldByKernel) Holds(uint64) bool         { return true }
+
+// TestTakeover: a process takes a replica over while handles are open, through which the
+// kernel goes on writing to the backing files.
+func TestTakeover(t *testing.T) {
+	r := simulatedremote.New()
+	dir := t.TempDir()
+	a := open(t, r, dir, "a")
+	a.Listen(heldByKernel{})
+	made, err := a.Make(ctx, Caller{Unique: 77}, tree.Root, "made", Make{Type: tree.File, Mode: 0o644, Open: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Write(ctx, made.ID, 0, []byte("of the first")); err != nil {
+		t.Fatal(err)
+	}
+	through := put(t, a, "through", []byte("written by the kernel: "))
+	drain(t, a)
+	if _, err := a.Open(ctx, through, true, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Mode(through, true, true); err != nil {
+		t.Fatal(err)
+	}
+	gone := put(t, a, "gone", []byte("removed, and open"))
+	if _, err := a.Open(ctx, gone, false, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Remove(ctx, Caller{}, tree.Root, "gone", false); err != nil {
+		t.Fatal(err)
+	}
+	r.Cut(true) // the first process does nothing any more; it is as good as dead
+	appendTo := func(id uint64, text string) {
+		f, err := os.OpenFile(a.store.Path(id), os.O_WRONLY|os.O_APPEND, 0)
+		if err == nil {
+			_, err = f.WriteString(text)
+			f.Close()
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	appendTo(through, "before")
+
+	b := open(t, r, dir, "a")
+	l := heldByKernel{}
+	b.Inherit()
+	b.Listen(l)
+	if id, ok := b.Replied(77); !ok || id != made.ID {
+		t.Errorf("a request that is sent again: %d, %v; want %d", id, ok, made.ID)
+	}
+	if _, err := b.Write(ctx, made.ID, 12, []byte(", and of the second")); err != nil {
+		t.Fatal(err)
+	}
+	appendTo(through, " and after")
+	for id, want := range map[uint64]uint64{made.ID: 31, through: 23 + 6 + 10} {
+		if a, err := b.GetAttr(ctx, id); err != nil || a.Size != want {
+			t.Errorf("node %d has %d bytes, %v; want %d", id, a.Size, err, want)
+		}
+		if err := b.Flush(id); err != nil {
+			t.Fatal(err)
+		}
+		b.Release(id, true)
+		b.Forgotten(l, id)
+	}
+	fd, done, err := b.Read(ctx, gone, 0, 100)
+	if err != nil || fd < 0 {
+		t.Fatalf("a removed file that is open: %d, %v", fd, err)
+	}
+	done()
+	b.Release(gone, false)
+	b.Forgotten(l, gone)
+	if _, err := b.GetAttr(ctx, gone); !errors.Is(err, syscall.ESTALE) {
+		t.Errorf("a removed file that nobody has open any more: %v", err)
+	}
+	r.Cut(false)
+	drain(t, b)
+	c := open(t, r, t.TempDir(), "c")
+	wantContent(t, c, "made", []byte("of the first, and of the second"))
+	wantContent(t, c, "through", []byte("written by the kernel: before and after"))
+	if got := fmt.Sprint(names(t, c, tree.Root)); got != "[made through]" {
+		t.Errorf("names %s", got)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, id := range []uint64{made.ID, through} {
+		if n := b.s.Node(id); n.Flags&(tree.Writing|tree.Cached|tree.Dirty) != 0 {
+			t.Errorf("node %d still has flags %b", id, n.Flags)
+		}
+	}
+	if len(b.open) != 0 || len(b.unknown) != 0 {
+		t.Errorf("%d contents are open, %d unknown", len(b.open), len(b.unknown))
+	}
+}
