@@ -28,6 +28,8 @@ func (k movedKernels) CheckMove(id string, n checkpoint.MoveNeeds) error {
 	return k.d.kernels.CheckMove(id, kernel.MoveNeeds(n))
 }
 
+func (k movedKernels) CheckSaved(saved []byte) error { return k.d.kernels.CheckSaved(saved) }
+
 func (k movedKernels) Hold(ctx context.Context, id string, m checkpoint.HeldMove) error {
 	return k.d.kernels.Hold(ctx, id, kernel.Move(m))
 }
@@ -131,7 +133,7 @@ func (m moves) BeginMove(ctx context.Context, organization string, r *posternv1.
 }
 
 // Export implements host.Moves.
-func (m moves) Export(ctx context.Context, organization, id, move string, w io.Writer) error {
+func (m moves) Export(ctx context.Context, organization, id, move string, other io.ReadWriter) error {
 	e, err := m.d.checkpoints.engine()
 	if err == nil {
 		err = m.may(true)
@@ -139,11 +141,11 @@ func (m moves) Export(ctx context.Context, organization, id, move string, w io.W
 	if err != nil {
 		return err
 	}
-	return e.Export(ctx, organization, id, move, w)
+	return e.Export(ctx, organization, id, move, other)
 }
 
 // Receive implements host.Moves.
-func (m moves) Receive(ctx context.Context, organization, id, move string, r io.Reader) error {
+func (m moves) Receive(ctx context.Context, organization, id, move string, other io.ReadWriter) error {
 	e, err := m.d.checkpoints.engine()
 	if err == nil {
 		err = m.may(false)
@@ -151,7 +153,7 @@ func (m moves) Receive(ctx context.Context, organization, id, move string, r io.
 	if err != nil {
 		return err
 	}
-	return e.Receive(ctx, organization, id, move, r)
+	return e.Receive(ctx, organization, id, move, other)
 }
 
 // FinishMove implements host.Moves.

@@ -72,6 +72,9 @@ func TestKernelMoves(t *testing.T) {
 	s, _, _ := twoHosts(t)
 	id := startedKernel(t, s, "host")
 	must(t, s, "kernel", "exec", id, "n = 41; big = bytes(range(256)) * 4096; open('f', 'w').write('mine'); import socket; h = socket.socketpair(); h[0].send(b'in a pipe')")
+	old := strings.TrimSpace(must(t, s, "kernel", "checkpoint", id, "--label", "old"))
+	must(t, s, "kernel", "exec", id, "later = True")
+	newer := strings.TrimSpace(must(t, s, "kernel", "checkpoint", id, "--protect"))
 	e := postern(t, s, "kernel", "move", id, "other")
 	if e.code != 0 || !strings.Contains(e.stdout, "is on agent other") {
 		t.Fatalf("exit code %d: %s%s", e.code, e.stdout, e.stderr)
@@ -85,6 +88,18 @@ func TestKernelMoves(t *testing.T) {
 		t.Errorf("after the move: %s", line)
 	}
 	execIs(t, s, id, "n += 1; print(n, len(big), open('f').read(), h[1].recv(100))", "42 1048576 mine b'in a pipe'")
+	// Its checkpoints came along.
+	list := checkpointList(t, s, id)
+	if len(list) != 3 || list[0].ID != old || list[0].Label != "old" || list[1].ID != newer || list[1].Parent != old || !list[1].Protected || list[2].Parent != newer {
+		t.Errorf("checkpoints after the move: %+v", list)
+	}
+	must(t, s, "kernel", "rollback", id, old)
+	execIs(t, s, id, "print(n, 'later' in globals())", "41 False")
+	must(t, s, "kernel", "rollback", id, newer)
+	execIs(t, s, id, "n += 1; print(n, later)", "42 True")
+	fork := strings.TrimSpace(must(t, s, "kernel", "fork", id, old))
+	execIs(t, s, fork, "print(n, open('f').read())", "41 mine")
+	must(t, s, "kernel", "stop", fork)
 	if e := postern(t, s, "kernel", "move", id, "other"); e.code == 0 || !strings.Contains(e.stderr, "is on agent other already") {
 		t.Errorf("to where it is: exit code %d: %s", e.code, e.stderr)
 	}

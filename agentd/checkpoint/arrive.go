@@ -53,8 +53,10 @@ type intent struct {
 	Organization string          `json:"organization"`
 	From         string          `json:"from"`
 	Owner        json.RawMessage `json:"owner"`
-	Checkpoint   string          `json:"checkpoint"`
-	Ran          bool            `json:"ran,omitempty"`
+	// Checkpoint is what the kernel is now, Older the others.
+	Checkpoint string   `json:"checkpoint"`
+	Older      []string `json:"older,omitempty"`
+	Ran        bool     `json:"ran,omitempty"`
 	// Received: all of it is here, on stable storage.
 	Received bool `json:"received,omitempty"`
 }
@@ -141,12 +143,14 @@ func (e *Engine) abandon(ctx context.Context, in intent, move string) error {
 			return os.RemoveAll(e.moveDir(move))
 		}
 	}
-	if in.Checkpoint != "" {
-		e.spool.kept.dropCheckpoint(pagestore.ID(in.Checkpoint))
-		if err := e.store.Delete(pagestore.ID(in.Checkpoint)); err != nil && proto.CodeOf(err) != proto.CodeNotFound {
+	for _, id := range append(in.Older, in.Checkpoint) {
+		if id == "" {
+			continue
+		}
+		e.spool.kept.dropCheckpoint(pagestore.ID(id))
+		if err := e.store.Delete(pagestore.ID(id)); err != nil && proto.CodeOf(err) != proto.CodeNotFound {
 			return err
 		}
-		e.collectSoon()
 	}
 	return os.RemoveAll(e.moveDir(move))
 }
@@ -242,7 +246,7 @@ func (e *Engine) suits(ctx context.Context, id string, n *posternv1.KernelNeeds)
 // Receive takes what Export sends. When it returns nil all of it is on stable storage,
 // and waits for FinishMove; otherwise nothing is left of it. Cancelling ctx does not end a
 // Read of r: close what is behind it.
-func (e *Engine) Receive(ctx context.Context, organization, id, move string, r io.Reader) (err error) {
+func (e *Engine) Receive(ctx context.Context, organization, id, move string, other io.ReadWriter) (err error) {
 	if err := e.canMove(); err != nil {
 		return err
 	}
@@ -275,7 +279,11 @@ func (e *Engine) Receive(ctx context.Context, organization, id, move string, r i
 	if err := errors.Join(os.Mkdir(dir, 0o700), os.Mkdir(a.dir, 0o700), e.writeIntent(in)); err != nil {
 		return fmt.Errorf("receive kernel %s: %w", id, err)
 	}
-	err = convoy.Receive(r, e.cfg.Identity, c.party, a)
+	key, err := e.store.HashKey(organization)
+	if err != nil {
+		return err
+	}
+	err = convoy.Receive(other, e.cfg.Identity, c.party, key, a)
 	switch {
 	case errors.Is(err, convoy.ErrCut):
 		return &proto.Error{Code: proto.CodeUnavailable, Message: "the kernel did not arrive: the stream from the other host ended early or was altered", Err: err}
@@ -326,10 +334,11 @@ func (a *arriving) File(name string, size int64, r io.Reader) error {
 }
 
 // Checkpoint implements convoy.Parts.
-func (a *arriving) Checkpoint(r io.Reader) error {
-	if a.in.Checkpoint != "" {
-		return proto.Errorf(proto.CodeInvalid, "the other host sent two checkpoints")
+func (a *arriving) Checkpoint(r io.Reader, older bool, answer func([]byte) error) error {
+	if a.in.Checkpoint != "" || len(a.in.Older) >= maxOlder {
+		return proto.Errorf(proto.CodeInvalid, "the other host sent more checkpoints than a kernel has")
 	}
+	began := false
 	_, _, err := a.e.store.Import(a.ctx, r, func(m *pagestore.Meta) error {
 		if m.Organization != a.in.Organization || m.Kernel != a.in.Kernel {
 			return proto.Errorf(proto.CodeInvalid, "the other host sent a checkpoint of another kernel")
@@ -337,15 +346,37 @@ func (a *arriving) Checkpoint(r io.Reader) error {
 		if err := a.e.fits(a.ctx, Checkpoint{Meta: *m}); err != nil {
 			return err
 		}
-		m.Protected = true // there is no other copy of the kernel here
-		a.in.Checkpoint = string(m.ID)
+		// What was made on another host is looked at before each restore.
+		m.Attributes = map[string]string{"uid": m.Attributes["uid"], "gid": m.Attributes["gid"], fromAttribute: a.in.From}
+		began = true
+		if older {
+			a.in.Older = append(a.in.Older, string(m.ID))
+		} else {
+			m.Protected = true // there is no other copy of the kernel here
+			a.in.Checkpoint = string(m.ID)
+		}
 		return a.e.writeIntent(*a.in)
-	})
-	if proto.CodeOf(err) == proto.CodeAlreadyExists {
-		a.in.Checkpoint = "" // it is not this move's to delete
+	}, answer)
+	if proto.CodeOf(err) == proto.CodeAlreadyExists { // it is not this move's to delete
+		if older {
+			a.in.Older = a.in.Older[:len(a.in.Older)-1]
+		} else {
+			a.in.Checkpoint = ""
+		}
+	}
+	if older && began && proto.CodeOf(err) == proto.CodeInvalid {
+		a.e.cfg.Logger.Warn("an older checkpoint did not come with its kernel: it is damaged on its host", "kernel", a.in.Kernel, "err", err)
+		return convoy.ErrSkip
 	}
 	return err
 }
+
+// maxOlder bounds the older checkpoints that come with a kernel.
+const maxOlder = 10_000
+
+// fromAttribute is the agent that a checkpoint came from, in pagestore.Meta.Attributes;
+// those that were made here have none.
+const fromAttribute = "from"
 
 func (a *arriving) sync() error {
 	return filepath.WalkDir(a.dir, func(path string, entry fs.DirEntry, err error) error {
@@ -460,9 +491,6 @@ func (e *Engine) makeArrived(ctx context.Context, in intent, c Checkpoint) error
 		return err
 	}
 	defer u.done()
-	if err := images.Check(u.images, u.from); err != nil {
-		return proto.Errorf(proto.CodePolicyDenied, "the kernel's images are not those of a kernel: %v", err)
-	}
 	a := Arrival{
 		ID: in.Kernel, Owner: owner, Kernel: u.kernel, Checkpoint: string(c.ID), Files: filepath.Join(dir, "files"), Private: u.private,
 		Move: HeldMove{ID: in.Move, Ran: in.Ran},

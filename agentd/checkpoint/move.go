@@ -2,6 +2,7 @@ package checkpoint
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -65,6 +66,9 @@ type Moves interface {
 	MoveNeeds(ctx context.Context, id string) (MoveNeeds, error)
 	// CheckMove refuses a kernel that can't be on this host, in one line.
 	CheckMove(id string, n MoveNeeds) error
+	// CheckSaved refuses what was saved of a kernel on another host (Dumped.Kernel) if it
+	// would see what this host shows to no kernel.
+	CheckSaved(kernel []byte) error
 	// Hold keeps a kernel from everybody but its move, durably; Let ends that, and
 	// committed notes that it came here for good.
 	Hold(ctx context.Context, id string, m HeldMove) error
@@ -297,7 +301,7 @@ func (e *Engine) letGoOn(organization, id, move, why string) {
 
 // Export sends a kernel that BeginMove held. When it returns an error before all was
 // sent, the kernel goes on here.
-func (e *Engine) Export(ctx context.Context, organization, id, move string, w io.Writer) (err error) {
+func (e *Engine) Export(ctx context.Context, organization, id, move string, other io.ReadWriter) (err error) {
 	if err := e.canMove(); err != nil {
 		return err
 	}
@@ -327,7 +331,7 @@ func (e *Engine) Export(ctx context.Context, organization, id, move string, w io
 	if err != nil {
 		return err
 	}
-	out, err := convoy.Send(w, e.cfg.Identity, l.move, l.offer)
+	out, key, err := convoy.Send(other, e.cfg.Identity, l.move, l.offer)
 	if err != nil {
 		return err
 	}
@@ -336,7 +340,16 @@ func (e *Engine) Export(ctx context.Context, organization, id, move string, w io
 			return err
 		}
 	}
-	if err := out.Checkpoint(func(w io.Writer) error { return e.store.Export(ctx, l.checkpoint, w) }); err != nil {
+	history, _ := e.store.List(organization, id)
+	for _, c := range history {
+		if c.ID == l.checkpoint {
+			continue
+		}
+		if err := e.export(ctx, out, key, c.ID, true); err != nil {
+			return err
+		}
+	}
+	if err := e.export(ctx, out, key, l.checkpoint, false); err != nil {
 		return err
 	}
 	if err := ctx.Err(); err != nil {
@@ -347,6 +360,25 @@ func (e *Engine) Export(ctx context.Context, organization, id, move string, w io
 		return err
 	}
 	return out.End()
+}
+
+// export sends one checkpoint. An older one that is damaged is left out: nobody could bring
+// it back here either.
+func (e *Engine) export(ctx context.Context, out *convoy.Writer, key []byte, id pagestore.ID, older bool) error {
+	return out.Checkpoint(older, func(w io.Writer, flush func() error) error {
+		return e.store.Export(ctx, id, w, &pagestore.Known{Key: key, Ask: func() ([]byte, error) {
+			if err := flush(); err != nil {
+				return nil, err
+			}
+			return out.Answer()
+		}})
+	}, func(err error) bool {
+		damaged := errors.Is(err, pagestore.ErrDamaged)
+		if damaged {
+			e.cfg.Logger.Error("a damaged checkpoint does not move with its kernel", "checkpoint", id, "err", err)
+		}
+		return damaged
+	})
 }
 
 func sendFile(out *convoy.Writer, dir, name string) error {

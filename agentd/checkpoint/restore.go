@@ -171,6 +171,15 @@ func (e *Engine) unpack(ctx context.Context, c Checkpoint, private string) (u un
 		return u, fmt.Errorf("restore %s: its user: %w", c.ID, err)
 	}
 	u.from = images.Owners{UID: uint32(uid), GID: uint32(gid)}
+	// What was made on another host; kept images were looked at before.
+	if c.Attributes[fromAttribute] != "" && trees[treeImages] != "" && e.cfg.Moves != nil {
+		if err = images.Check(u.images, u.from); err == nil {
+			err = e.cfg.Moves.CheckSaved(u.kernel)
+		}
+		if err != nil {
+			return u, proto.Errorf(proto.CodePolicyDenied, "checkpoint %s, which came from another host, is not restored here: %v", c.ID, err)
+		}
+	}
 	return u, nil
 }
 

@@ -24,8 +24,9 @@ type Moves interface {
 	DescribeMove(ctx context.Context, organization, kernel string) (*posternv1.KernelNeeds, error)
 	OfferMove(ctx context.Context, owner *posternv1.Principal, r *posternv1.OfferMoveRequest) (*posternv1.MoveParty, error)
 	BeginMove(ctx context.Context, organization string, r *posternv1.BeginMoveRequest) (*posternv1.BeginMoveResponse, error)
-	Export(ctx context.Context, organization, kernel, move string, w io.Writer) error
-	Receive(ctx context.Context, organization, kernel, move string, r io.Reader) error
+	// Export sends, and reads the other host's answers; Receive the other way round.
+	Export(ctx context.Context, organization, kernel, move string, other io.ReadWriter) error
+	Receive(ctx context.Context, organization, kernel, move string, other io.ReadWriter) error
 	FinishMove(ctx context.Context, organization, kernel, move string, forward bool) (committed bool, reason string, err error)
 	EndMove(ctx context.Context, organization, kernel, move string, gone bool) error
 }
@@ -142,7 +143,11 @@ func (h *Host) serveExport(w http.ResponseWriter, r *http.Request) {
 // serveImport receives a kernel and answers when all of it is on stable storage.
 func (h *Host) serveImport(w http.ResponseWriter, r *http.Request) {
 	h.serveMove(w, r, kernelmove.Import, "received", func(ctx context.Context, m *posternv1.MoveRequest, c io.ReadWriter) error {
-		err := h.cfg.Moves.Receive(ctx, m.Principal.Organization, m.KernelId, m.MoveId, c)
+		other := struct {
+			io.Reader
+			io.Writer
+		}{c, kernelmove.Answers{W: c}}
+		err := h.cfg.Moves.Receive(ctx, m.Principal.Organization, m.KernelId, m.MoveId, other)
 		if werr := kernelmove.WriteResult(c, err); err == nil && werr != nil {
 			h.logger.Warn("a kernel was received, and who asked has gone", "kernel", m.KernelId, "err", werr)
 		}

@@ -107,13 +107,51 @@ func (m *Manager) CheckMove(id string, n MoveNeeds) error {
 	if err != nil {
 		return err
 	}
-	extra := append(sp.visible(), s.Visible...)
-	for _, path := range append(slices.Clone(n.Shown), n.Visible...) {
+	if err := shows(slices.Concat(n.Shown, n.Visible), append(sp.visible(), s.Visible...)); err != nil {
+		return err
+	}
+	for _, path := range n.Visible {
+		if _, err := os.Stat(path); err != nil {
+			return proto.Errorf(proto.CodeInvalid, "the kernel sees %.200q, which this host lacks", path)
+		}
+	}
+	return nil
+}
+
+// CheckSaved refuses what was saved of a kernel on another host (Dumped.Kernel) if it would
+// see here what kernels of its spec do not: paths, binds, workspaces.
+func (m *Manager) CheckSaved(kernel []byte) error {
+	saved, err := shim.ReadSaved(kernel)
+	if err != nil {
+		return proto.Errorf(proto.CodeInvalid, "%v", err)
+	}
+	if saved.Spec.Name == "" || len(saved.Spec.Mounts) > 0 {
+		return proto.Errorf(proto.CodeInvalid, "the kernel has workspaces mounted: it can't be moved")
+	}
+	m.mu.Lock()
+	s := m.settings
+	m.mu.Unlock()
+	sp, err := m.spec(s, saved.Spec.Name)
+	if err != nil {
+		return err
+	}
+	if err := shows(saved.Sandbox.Shown, append(sp.visible(), s.Visible...)); err != nil {
+		return err
+	}
+	own := m.build(s, sp, s.UIDBase, "check", nil).Sandbox
+	for _, b := range saved.Sandbox.Binds {
+		if !slices.ContainsFunc(own.Binds, func(o sandbox.Bind) bool { return o.Target == b.Target && o.ReadOnly == b.ReadOnly && o.Key == b.Key }) {
+			return proto.Errorf(proto.CodeInvalid, "the kernel has %.200q mounted, which kernels of spec %s have not on this host: are both agentds of one version?", b.Target, sp.name)
+		}
+	}
+	return nil
+}
+
+// shows refuses paths that kernels do not see here.
+func shows(paths, extra []string) error {
+	for _, path := range paths {
 		if !sandbox.Showable(path, extra) {
 			return proto.Errorf(proto.CodePolicyDenied, "the kernel sees %.200q, which this host shows to no kernel: add it to kernels.visible", path)
-		}
-		if _, err := os.Stat(path); err != nil && slices.Contains(n.Visible, path) {
-			return proto.Errorf(proto.CodeInvalid, "the kernel sees %.200q, which this host lacks", path)
 		}
 	}
 	return nil
@@ -208,12 +246,12 @@ func (m *Manager) Arrive(ctx context.Context, a Arrival, place func(uid, gid uin
 	if err != nil {
 		return err
 	}
+	if err := m.CheckSaved(a.Kernel); err != nil {
+		return err
+	}
 	saved, err := shim.ReadSaved(a.Kernel)
 	if err != nil {
 		return err
-	}
-	if saved.Spec.Name == "" || len(saved.Spec.Mounts) > 0 {
-		return proto.Errorf(proto.CodeInvalid, "the kernel has workspaces mounted: it can't be moved")
 	}
 	n := MoveNeeds{Spec: saved.Spec.Name, Shown: saved.Sandbox.Shown}
 	if err := m.CheckMove(a.ID, n); err != nil {
@@ -243,15 +281,6 @@ func (m *Manager) Arrive(ctx context.Context, a Arrival, place func(uid, gid uin
 		delete(m.uids, uid)
 		m.mu.Unlock()
 		return proto.Errorf(proto.CodeInvalid, "kernels of spec %s cannot run here: %v", sp.name, err)
-	}
-	for _, b := range saved.Sandbox.Binds {
-		if !slices.ContainsFunc(spec.Sandbox.Binds, func(own sandbox.Bind) bool {
-			return own.Target == b.Target && own.ReadOnly == b.ReadOnly && own.Key == b.Key
-		}) {
-			delete(m.uids, uid)
-			m.mu.Unlock()
-			return proto.Errorf(proto.CodeInvalid, "the kernel has %.200q mounted, which kernels of spec %s have not on this host: are both agentds of one version?", b.Target, sp.name)
-		}
 	}
 	k := m.newKernel(dir, spec)
 	m.kernels[a.ID] = k

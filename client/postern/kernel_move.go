@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 
 	"connectrpc.com/connect"
@@ -17,7 +18,7 @@ func (a *app) kernelMoveCommand() *cobra.Command {
 		Long: `Suspend a kernel, send it to another agent's host, encrypted between the two hosts, and bring it back there.
 It keeps its id, and clients that are attached stay so. The other host is asked first whether it takes the kernel;
 if anything fails, or this command is interrupted before the kernel has arrived, it goes on where it was.
-What lies on workspaces does not move, and neither do older checkpoints.`,
+Its checkpoints go along; what lies on workspaces does not.`,
 		Example: "  postern kernel move " + exampleKernel + " edge-2", Args: cobra.ExactArgs(2),
 		ValidArgsFunction: func(cmd *cobra.Command, args []string, toComplete string) ([]string, cobra.ShellCompDirective) {
 			if len(args) == 1 {
@@ -39,10 +40,12 @@ What lies on workspaces does not move, and neither do older checkpoints.`,
 					p.tell(last)
 				}
 				p.end()
-				if err := stream.Err(); err != nil {
+				var said *connect.Error
+				err = stream.Err()
+				if err != nil && (!errors.As(err, &said) || len(said.Details()) > 0 || cmd.Context().Err() != nil) {
 					return err
 				}
-				if last.GetKernel() == nil {
+				if err != nil || last.GetKernel() == nil {
 					return proto.Errorf(proto.CodeUnavailable, "the control plane went away before it said whether kernel %s was moved: see postern kernel list", args[0])
 				}
 				return a.done(last.Kernel, "kernel %s is on agent %s", args[0], args[1])

@@ -242,7 +242,7 @@ func (v *voyage) carry(ctx context.Context) error {
 		}
 		copied <- err
 	}()
-	err = kernelmove.ReadResult(in)
+	err = kernelmove.ReadResult(in, out)
 	hangUp()
 	cerr := <-copied
 	var told *proto.Error

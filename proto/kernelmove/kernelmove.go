@@ -18,8 +18,9 @@ import (
 const (
 	// IDPrefix begins every move's id.
 	IDPrefix = "mov_"
-	// MaxResult bounds the result in bytes.
+	// MaxResult bounds the result, MaxAnswer an answer, in bytes.
 	MaxResult = 64 << 10
+	MaxAnswer = 128 << 10
 )
 
 // The streams: Export is A's, Import B's. Both take a MoveRequest.
@@ -62,24 +63,55 @@ func WriteResult(w io.Writer, err error) error {
 			text = []byte(`{"code":"INTERNAL","message":"the import failed, and why can't be told"}`)
 		}
 	}
-	_, werr := w.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...))
+	_, werr := w.Write(frame('R', text))
 	return werr
 }
 
-// ReadResult reads B's answer: nil if it has the kernel, a *proto.Error if it has not,
-// and another error, which says nothing of what B has, if the stream broke.
-func ReadResult(r io.Reader) error {
-	var head [4]byte
-	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return fmt.Errorf("the other host's answer: %w", err)
+func frame(letter byte, text []byte) []byte {
+	return append(binary.BigEndian.AppendUint32([]byte{letter}, uint32(len(text))), text...)
+}
+
+// Answers is what B writes for A. Each Write is one answer.
+type Answers struct{ W io.Writer }
+
+// Write implements io.Writer.
+func (a Answers) Write(p []byte) (int, error) {
+	if len(p) > MaxAnswer {
+		return 0, fmt.Errorf("an answer of %d bytes", len(p))
 	}
-	n := binary.BigEndian.Uint32(head[:])
-	if n > MaxResult {
-		return fmt.Errorf("the other host's answer has %d bytes", n)
+	if _, err := a.W.Write(frame('A', p)); err != nil {
+		return 0, err
 	}
-	text := make([]byte, n)
-	if _, err := io.ReadFull(r, text); err != nil {
-		return fmt.Errorf("the other host's answer: %w", err)
+	return len(p), nil
+}
+
+// ReadResult passes answers on and reads B's result: nil if it has the kernel, a
+// *proto.Error if it has not, and another error, which says nothing of what B has, if the
+// stream broke.
+func ReadResult(r io.Reader, answers io.Writer) error {
+	var text []byte
+	for {
+		var head [5]byte
+		if _, err := io.ReadFull(r, head[:]); err != nil {
+			return fmt.Errorf("the other host's answer: %w", err)
+		}
+		n, most := binary.BigEndian.Uint32(head[1:]), uint32(MaxAnswer)
+		if head[0] == 'R' {
+			most = MaxResult
+		}
+		if n > most || head[0] != 'A' && head[0] != 'R' {
+			return fmt.Errorf("the other host's answer of kind %q has %d bytes", head[0], n)
+		}
+		text = append(text[:0], make([]byte, n)...)
+		if _, err := io.ReadFull(r, text); err != nil {
+			return fmt.Errorf("the other host's answer: %w", err)
+		}
+		if head[0] == 'R' {
+			break
+		}
+		if _, err := answers.Write(text); err != nil {
+			return fmt.Errorf("an answer to the first host: %w", err)
+		}
 	}
 	d := &posternv1.ErrorDetail{}
 	if err := (protojson.UnmarshalOptions{DiscardUnknown: true}).Unmarshal(text, d); err != nil {

@@ -146,7 +146,7 @@ func FuzzImport(f *testing.F) {
 	here := openStore(f, f.TempDir())
 	c, _ := mustPut(f, here, meta("k1"), tinyTree(f, "hello"))
 	var stream bytes.Buffer
-	if err := here.Export(f.Context(), c.ID, &stream); err != nil {
+	if err := here.Export(f.Context(), c.ID, &stream, nil); err != nil {
 		f.Fatal(err)
 	}
 	plain, err := unpackManifest(stream.Bytes())
@@ -156,7 +156,7 @@ func FuzzImport(f *testing.F) {
 	f.Add(plain)
 	there := openStore(f, f.TempDir())
 	f.Fuzz(func(t *testing.T, data []byte) {
-		c, _, err := there.Import(t.Context(), bytes.NewReader(rawZstd(data)), func(m *Meta) error { m.Kernel, m.Organization = "k", "o"; return nil })
+		c, _, err := there.Import(t.Context(), bytes.NewReader(rawZstd(data)), func(m *Meta) error { m.Kernel, m.Organization = "k", "o"; return nil }, nil)
 		if err != nil {
 			return
 		}

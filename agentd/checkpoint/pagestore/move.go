@@ -18,11 +18,13 @@ import (
 //
 //	"PSTMOVE1" | length, Checkpoint as JSON | trees
 //	'E' length, entry | 'Z' chunks of zeros | 'D' chunks, their bytes | ... | 'X' entries
+//	'Q' chunks, their hashes | 'K' chunks
 //
 // with uvarints for numbers, in the order of the list of files. It is plaintext: the
-// tunnel encrypts it, and the receiving host seals it under its own key. Chunk hashes
-// never travel, since each host has its own key for them; the receiver finds by its
-// own what it has already.
+// caller encrypts it, and the receiving host seals it under its own key. If the exporter
+// has the receiver's key for hashes, it asks for the chunks of large files before it sends
+// them: the receiver answers 'Q' with a bitmap of those that it has, which come as 'K' then,
+// the others as 'D', in the order of the question.
 
 const moveMagic = "PSTMOVE1"
 
@@ -30,10 +32,11 @@ const moveMagic = "PSTMOVE1"
 const moveMemory = 8 << 20
 
 // Export writes a checkpoint to w, for Import on another host of the organization.
-// The stream holds its memory in the clear: send it through the tunnel, keep it
-// nowhere. Everything is authenticated before it is written; after an error w holds a
-// stream that Import refuses. It takes about 16 MiB.
-func (s *Store) Export(ctx context.Context, id ID, w io.Writer) error {
+// The stream holds its memory in the clear: encrypt it, keep it nowhere. Everything is
+// authenticated before it is written; after an error w holds a stream that Import
+// refuses. known, if not nil, says what need not be sent. It takes about 16 MiB, and
+// another 16 MiB with known.
+func (s *Store) Export(ctx context.Context, id ID, w io.Writer, known *Known) error {
 	if err := s.enter(); err != nil {
 		return inCheckpoint("export", id, err)
 	}
@@ -53,6 +56,9 @@ func (s *Store) Export(ctx context.Context, id ID, w io.Writer) error {
 	}
 	x := &exporter{w: z, m: m, segs: newSegmentCache(o)}
 	defer x.segs.close()
+	if known != nil {
+		x.asker = newAsker(x, known, z.Flush)
+	}
 	if err := x.run(ctx, &rec.Checkpoint); err != nil {
 		// Without its end, the stream is refused: nothing more may be written.
 		z.Reset(io.Discard)
@@ -67,6 +73,8 @@ type exporter struct {
 	m    *manifest
 	segs *segmentCache
 	head []byte
+	// asker is nil if everything is sent.
+	asker *asker
 }
 
 // op writes a letter and a number, and then what follows them.
@@ -93,19 +101,14 @@ func (x *exporter) run(ctx context.Context, c *Checkpoint) error {
 		if err := x.op('E', uint64(len(b)), b); err != nil {
 			return err
 		}
-		for _, r := range e.runs {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if err := x.writeRun(r); err != nil {
-				return err
-			}
+		if err := x.writeRuns(ctx, e); err != nil {
+			return err
 		}
 	}
 	return x.op('X', uint64(len(x.m.entries)), nil)
 }
 
-func (x *exporter) writeRun(r run) error {
+func (x *exporter) writeRun(r run, write func(chunks []byte) error) error {
 	if r.pack == zeroPack {
 		return x.op('Z', uint64(r.count), nil)
 	}
@@ -116,7 +119,7 @@ func (x *exporter) writeRun(r run) error {
 		if err != nil {
 			return err
 		}
-		if err := x.op('D', uint64(n), chunks); err != nil {
+		if err := write(chunks); err != nil {
 			return err
 		}
 		first, left = first+n, left-n
@@ -191,13 +194,16 @@ func cut(b []byte, from, to int) ([]byte, error) {
 // Cancelling ctx does not end a Read of r: close what is behind it.
 // A malformed or cut stream is refused with INVALID. The peer can't make it take more
 // memory than a Put.
-func (s *Store) Import(ctx context.Context, r io.Reader, accept func(*Meta) error) (Checkpoint, PutStats, error) {
+//
+// answer, if not nil, takes what Known.Ask is to return on the other side; without it a
+// stream that asks is refused.
+func (s *Store) Import(ctx context.Context, r io.Reader, accept func(*Meta) error, answer func([]byte) error) (Checkpoint, PutStats, error) {
 	z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(moveMemory), zstd.WithDecoderMaxWindow(moveMemory))
 	if err != nil {
 		return Checkpoint{}, PutStats{}, notMoved(err)
 	}
 	defer z.Close()
-	i := &importer{r: bufio.NewReaderSize(z, 64<<10), dirs: map[string]bool{}}
+	i := &importer{r: bufio.NewReaderSize(z, 64<<10), dirs: map[string]bool{}, answer: answer}
 	meta, err := i.readHead()
 	if err != nil {
 		return Checkpoint{}, PutStats{}, notMoved(err)
@@ -226,6 +232,8 @@ type importer struct {
 	current *entry // a file that lacks left chunks
 	left    int64
 	block   *block
+	answer  func([]byte) error
+	asked   answered
 }
 
 var errStream = errors.New("malformed stream")
@@ -280,6 +288,8 @@ func (i *importer) readHead() (Meta, error) {
 // run feeds the stream into the pipeline.
 func (i *importer) run(ctx context.Context, p *putter) error {
 	p.manifest.trees = i.trees
+	// Not before the pipeline has taken them is anything let go that was said to be here.
+	defer func() { p.letGo = func() { i.unpin(p.o) } }()
 	for {
 		letter, err := i.r.ReadByte()
 		if err != nil {
@@ -292,6 +302,10 @@ func (i *importer) run(ctx context.Context, p *putter) error {
 			err = i.readZeros(ctx, p)
 		case 'D':
 			err = i.readChunks(ctx, p)
+		case 'Q':
+			err = i.question(p)
+		case 'K':
+			err = i.readKnown(ctx, p)
 		case 'X':
 			return i.readEnd(ctx, p)
 		default:
@@ -336,17 +350,23 @@ func (i *importer) readEntry(ctx context.Context, p *putter) error {
 	return p.begin(ctx, e)
 }
 
+// count reads a number between 1 and limit.
+func (i *importer) count(limit uint64) (int64, error) {
+	n, err := binary.ReadUvarint(i.r)
+	if err == nil && (n == 0 || n > limit) {
+		err = errStream
+	}
+	return int64(n), err
+}
+
 // take counts n chunks of the current file.
 func (i *importer) take(limit uint64) (int64, error) {
-	n, err := binary.ReadUvarint(i.r)
-	if err != nil {
-		return 0, err
+	n, err := i.count(limit)
+	if err == nil && n > i.left {
+		err = errStream
 	}
-	if n == 0 || n > limit || int64(n) > i.left {
-		return 0, errStream
-	}
-	i.left -= int64(n)
-	return int64(n), nil
+	i.left -= n
+	return n, err
 }
 
 func (i *importer) readZeros(ctx context.Context, p *putter) error {
@@ -364,6 +384,11 @@ func (i *importer) readChunks(ctx context.Context, p *putter) error {
 	n, err := i.take(blockChunks)
 	if err != nil {
 		return err
+	}
+	if i.asked.at < len(i.asked.places) {
+		if i.asked.at += int(n); i.asked.at > len(i.asked.places) {
+			return errStream
+		}
 	}
 	for ; n > 0; n-- {
 		if i.block == nil {

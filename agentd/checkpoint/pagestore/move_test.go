@@ -25,7 +25,7 @@ func TestMoveToAnotherHost(t *testing.T) {
 	m.Parent, m.Label, m.Protected, m.Host.Kernel = first.ID, "moved", true, "6.18"
 	second, _ := mustPut(t, here, m, images)
 	var stream bytes.Buffer
-	if err := here.Export(t.Context(), second.ID, &stream); err != nil {
+	if err := here.Export(t.Context(), second.ID, &stream, nil); err != nil {
 		t.Fatal(err)
 	}
 	whole := bytes.Clone(stream.Bytes())
@@ -39,10 +39,10 @@ func TestMoveToAnotherHost(t *testing.T) {
 			t.Errorf("accept saw %+v", m)
 		}
 		return refusal
-	}); !errors.Is(err, refusal) {
+	}, nil); !errors.Is(err, refusal) {
 		t.Errorf("got %v", err)
 	}
-	got, st, err := there.Import(t.Context(), bytes.NewReader(whole), func(m *Meta) error { m.Kernel = "k9"; return nil })
+	got, st, err := there.Import(t.Context(), bytes.NewReader(whole), func(m *Meta) error { m.Kernel = "k9"; return nil }, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -53,7 +53,7 @@ func TestMoveToAnotherHost(t *testing.T) {
 	if p, err := there.Verify(t.Context()); err != nil || len(p) > 0 {
 		t.Errorf("verify: %v %v", p, err)
 	}
-	if _, _, err := there.Import(t.Context(), bytes.NewReader(whole), acceptAll); proto.CodeOf(err) != proto.CodeAlreadyExists {
+	if _, _, err := there.Import(t.Context(), bytes.NewReader(whole), acceptAll, nil); proto.CodeOf(err) != proto.CodeAlreadyExists {
 		t.Errorf("twice: %v", err)
 	}
 	// What is there already is stored once, also by a move.
@@ -61,7 +61,7 @@ func TestMoveToAnotherHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustPut(t, there, meta("k9"), images)
-	_, st, err = there.Import(t.Context(), bytes.NewReader(whole), acceptAll)
+	_, st, err = there.Import(t.Context(), bytes.NewReader(whole), acceptAll, nil)
 	if err != nil || st.New != 0 {
 		t.Errorf("%d new bytes, %v", st.New, err)
 	}
@@ -77,10 +77,10 @@ func TestMoveOfRandomTrees(t *testing.T) {
 		randomTree(t, rand.New(rand.NewPCG(seed, 8)), dir)
 		c, _ := mustPut(t, here, meta("k1"), dir)
 		var stream bytes.Buffer
-		if err := here.Export(t.Context(), c.ID, &stream); err != nil {
+		if err := here.Export(t.Context(), c.ID, &stream, nil); err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := there.Import(t.Context(), &stream, acceptAll); err != nil {
+		if _, _, err := there.Import(t.Context(), &stream, acceptAll, nil); err != nil {
 			t.Fatal(err)
 		}
 		mustRestore(t, there, c.ID, dir)
@@ -91,14 +91,14 @@ func TestBadStreamsAreRefusedWhole(t *testing.T) {
 	here := openStore(t, t.TempDir())
 	c, _ := mustPut(t, here, meta("k1"), newSimulatedKernel(33, 1).dump(t))
 	var stream bytes.Buffer
-	if err := here.Export(t.Context(), c.ID, &stream); err != nil {
+	if err := here.Export(t.Context(), c.ID, &stream, nil); err != nil {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
 	there := openStore(t, dir)
 	check := func(what string, r io.Reader) {
 		t.Helper()
-		_, _, err := there.Import(t.Context(), r, acceptAll)
+		_, _, err := there.Import(t.Context(), r, acceptAll, nil)
 		if proto.CodeOf(err) != proto.CodeInvalid {
 			t.Errorf("%s: %v: %v", what, proto.CodeOf(err), err)
 		}

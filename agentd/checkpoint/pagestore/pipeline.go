@@ -21,8 +21,9 @@ const (
 // item is what the reader hands over: the start of an entry, some of its chunks, or
 // a hole in it.
 type item struct {
-	start bool   // entry begins
-	hole  uint32 // chunks of zeros
+	start bool       // entry begins
+	hole  uint32     // chunks of zeros
+	given []location // chunks that are stored already
 	*block
 	entry *entry
 }
@@ -191,6 +192,8 @@ func (p *putter) lookItems(ctx context.Context) error {
 		case it.hole > 0:
 			p.stats.Zero += int64(it.hole) * ChunkSize
 			it.entry.addRun(run{pack: zeroPack, count: it.hole})
+		case it.given != nil:
+			p.give(it.entry, it.given)
 		default:
 			if _, _, err := receive(ctx, it.hashed); err != nil {
 				return err

@@ -89,8 +89,9 @@ func (s *Store) put(ctx context.Context, m Meta, read func(context.Context, *put
 	if err := s.reserveID(o, m.ID); err != nil {
 		return Checkpoint{}, PutStats{}, err
 	}
-	p := &putter{o: o, meta: m, local: map[chunkHash]location{}, inManifest: map[uint32]uint32{}, manifest: &manifest{}}
+	p := &putter{o: o, meta: m, letGo: func() {}, local: map[chunkHash]location{}, inManifest: map[uint32]uint32{}, manifest: &manifest{}}
 	cp, err := p.run(ctx, read)
+	p.letGo()
 	if err != nil {
 		p.abort()
 		return Checkpoint{}, PutStats{}, inCheckpoint("store", m.ID, err)
@@ -123,8 +124,9 @@ type putter struct {
 	meta     Meta
 	manifest *manifest
 	stats    PutStats
-	reserved int64 // bytes added to Store.used
-	visible  bool  // the .meta file may be there
+	reserved int64  // bytes added to Store.used
+	visible  bool   // the .meta file may be there
+	letGo    func() // of what an Import holds
 	pipes    *pipes
 
 	// Of the goroutine that looks chunks up.

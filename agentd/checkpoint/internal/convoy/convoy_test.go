@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"slices"
 	"strings"
 	"testing"
@@ -50,8 +51,11 @@ func (t *taken) File(name string, size int64, r io.Reader) error {
 	return err
 }
 
-func (t *taken) Checkpoint(r io.Reader) error {
+func (t *taken) Checkpoint(r io.Reader, older bool, answer func([]byte) error) error {
 	b, err := io.ReadAll(r)
+	if older {
+		return errors.Join(answer([]byte("answer")), ErrSkip)
+	}
 	t.parts = append(t.parts, fmt.Sprintf("checkpoint %d", len(b)))
 	return err
 }
@@ -74,18 +78,85 @@ func sent(t testing.TB, big int) (stream []byte, b simulatedIdentity, p *Party) 
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	w, err := Send(&out, a, move, offer)
+	frames, answers, err := send(&out, a, move, offer)
 	if err != nil {
 		t.Fatal(err)
 	}
+	w := &Writer{frames, answers}
 	cargo := bytes.Repeat([]byte("secret memory "), big)
 	if err := errors.Join(
 		w.File("journal/x", int64(len(cargo)), bytes.NewReader(cargo)), w.File("empty", 0, strings.NewReader("")),
-		w.Checkpoint(func(w io.Writer) error { _, err := w.Write(cargo); return err }), w.End(),
+		w.Checkpoint(false, func(w io.Writer, _ func() error) error { _, err := w.Write(cargo); return err }, nil), w.End(),
 	); err != nil {
 		t.Fatal(err)
 	}
 	return out.Bytes(), b, p
+}
+
+// from is a stream whose answers nobody reads.
+func from(stream []byte) io.ReadWriter {
+	return struct {
+		io.Reader
+		io.Writer
+	}{bytes.NewReader(stream), io.Discard}
+}
+
+// TestAnswers: both sides speak with each other, and what is left out does not end it.
+func TestAnswers(t *testing.T) {
+	a, b := newIdentity(t, "agt_a"), newIdentity(t, "agt_b")
+	p, err := NewParty(move)
+	if err != nil {
+		t.Fatal(err)
+	}
+	offer, err := p.Offer(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	here, there := net.Pipe()
+	defer here.Close()  //nolint:errcheck // a test's
+	defer there.Close() //nolint:errcheck // a test's
+	var got taken
+	received := make(chan error, 1)
+	go func() { received <- Receive(there, b, p, []byte("greeting"), &got) }()
+	w, greeting, err := Send(here, a, move, offer)
+	if err != nil || string(greeting) != "greeting" {
+		t.Fatalf("%q, %v", greeting, err)
+	}
+	failed := errors.New("damaged")
+	for range 3 {
+		answered := make(chan string, 1)
+		err := w.Checkpoint(true, func(w io.Writer, flush func() error) error {
+			if _, err := w.Write(make([]byte, 200_000)); err != nil {
+				return err
+			}
+			return errors.Join(flush(), failed)
+		}, func(err error) bool {
+			go func() { // it comes when all of the checkpoint has arrived
+				text, err := w.Answer()
+				answered <- fmt.Sprint(string(text), err)
+			}()
+			return errors.Is(err, failed)
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := w.s.flush(0); err != nil {
+			t.Fatal(err)
+		}
+		if text := <-answered; text != "answer<nil>" {
+			t.Errorf("answered %q", text)
+		}
+	}
+	if err := w.Checkpoint(false, func(io.Writer, func() error) error { return failed }, nil); !errors.Is(err, failed) {
+		t.Errorf("the newest checkpoint failed: %v", err)
+	}
+	if err := w.File("after", 0, strings.NewReader("")); err != nil {
+		t.Fatal(err)
+	}
+	here.Close() //nolint:errcheck // the other side must notice
+	if err := <-received; err == nil {
+		t.Error("a stream without an end was taken")
+	}
 }
 
 func TestArrives(t *testing.T) {
@@ -95,7 +166,7 @@ func TestArrives(t *testing.T) {
 			t.Error("what is sent can be read")
 		}
 		var got taken
-		if err := Receive(bytes.NewReader(stream), b, p, &got); err != nil {
+		if err := Receive(from(stream), b, p, nil, &got); err != nil {
 			t.Fatal(err)
 		}
 		if len(got.parts) != 3 || !strings.HasPrefix(got.parts[0], fmt.Sprintf("journal/x %d", 14*n)) || got.parts[1] != "empty 0 " || got.parts[2] != fmt.Sprintf("checkpoint %d", 14*n) {
@@ -108,7 +179,7 @@ func TestArrives(t *testing.T) {
 func TestAlteredIsRefused(t *testing.T) {
 	stream, b, p := sent(t, 20)
 	for n := range stream {
-		if err := Receive(bytes.NewReader(stream[:n]), b, p, &taken{}); err == nil {
+		if err := Receive(from(stream[:n]), b, p, nil, &taken{}); err == nil {
 			t.Fatalf("a stream of %d of %d bytes was taken", n, len(stream))
 		}
 	}
@@ -117,7 +188,7 @@ func TestAlteredIsRefused(t *testing.T) {
 		other := slices.Clone(stream)
 		other[n] ^= 1
 		var got taken
-		if err := Receive(bytes.NewReader(other), b, p, &got); err == nil {
+		if err := Receive(from(other), b, p, nil, &got); err == nil {
 			t.Fatalf("a stream with byte %d altered was taken (the hello has %d): %q", n, hello, got.parts)
 		}
 	}
@@ -141,7 +212,7 @@ func TestTheWrongHostIsRefused(t *testing.T) {
 	if err := CheckOffer(a, other, offer); err == nil {
 		t.Error("an offer for another kernel was taken")
 	}
-	if _, err := Send(io.Discard, a, other, offer); err == nil {
+	if _, _, err := Send(&bytes.Buffer{}, a, other, offer); err == nil {
 		t.Error("an offer for another kernel was sent to")
 	}
 	// The stream of one offer, for another one of the same move.
@@ -149,7 +220,7 @@ func TestTheWrongHostIsRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := Receive(bytes.NewReader(stream), b, again, &taken{}); !errors.Is(err, ErrCut) {
+	if err := Receive(from(stream), b, again, nil, &taken{}); !errors.Is(err, ErrCut) {
 		t.Errorf("a stream that was kept: %v", err)
 	}
 	// Somebody else sends.
@@ -157,14 +228,14 @@ func TestTheWrongHostIsRefused(t *testing.T) {
 		t.Fatal(err)
 	}
 	var out bytes.Buffer
-	w, err := Send(&out, evil, move, offer)
+	w, _, err := send(&out, evil, move, offer)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := w.End(); err != nil {
+	if err := w.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if err := Receive(&out, b, p, &taken{}); err == nil || !strings.Contains(err.Error(), "agt_evil") {
+	if err := Receive(from(out.Bytes()), b, p, nil, &taken{}); err == nil || !strings.Contains(err.Error(), "agt_evil") {
 		t.Errorf("another host's stream: %v", err)
 	}
 }
@@ -185,7 +256,7 @@ func FuzzParts(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, inside []byte) {
 		var out bytes.Buffer
-		s, err := send(&out, a, move, offer)
+		s, _, err := send(&out, a, move, offer)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -195,7 +266,7 @@ func FuzzParts(f *testing.F) {
 		if err := s.Close(); err != nil {
 			t.Fatal(err)
 		}
-		if err := Receive(&out, b, p, &taken{}); err == nil && !bytes.HasSuffix(inside, []byte("E")) {
+		if err := Receive(from(out.Bytes()), b, p, nil, &taken{}); err == nil && !bytes.HasSuffix(inside, []byte("E")) {
 			t.Errorf("%q was taken", inside)
 		}
 	})

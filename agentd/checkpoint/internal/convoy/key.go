@@ -88,14 +88,22 @@ func CheckOffer(i Identity, m Move, offer *posternv1.MoveParty) error {
 	return err
 }
 
-// seal makes the cipher that both sides share.
-func (p *Party) seal(other *ecdh.PublicKey, from, to []byte) (cipher.AEAD, error) {
+// seal makes the ciphers that both sides share: of what the sender sends, and of answers.
+func (p *Party) seal(other *ecdh.PublicKey, from, to []byte) (cargo, answers cipher.AEAD, err error) {
 	secret, err := p.key.ECDH(other)
 	if err != nil { // a key of low order
-		return nil, proto.Errorf(proto.CodeInvalid, "the other host's key is malformed")
+		return nil, nil, proto.Errorf(proto.CodeInvalid, "the other host's key is malformed")
 	}
 	salt := sha256.Sum256(append(p.move.statement("both", from), to...))
-	key, err := hkdf.Key(sha256.New, secret, salt[:], "postern move cargo 1", 32)
+	if cargo, err = derive(secret, salt[:], "postern move cargo 1"); err != nil {
+		return nil, nil, err
+	}
+	answers, err = derive(secret, salt[:], "postern move answers 1")
+	return cargo, answers, err
+}
+
+func derive(secret, salt []byte, what string) (cipher.AEAD, error) {
+	key, err := hkdf.Key(sha256.New, secret, salt, what, 32)
 	if err != nil {
 		return nil, err
 	}

@@ -2,7 +2,9 @@ package convoy
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 
@@ -17,15 +19,28 @@ const (
 )
 
 // Writer sends a kernel's parts.
-type Writer struct{ s *sealed }
+type Writer struct {
+	s *sealed
+	o *opened
+}
 
-// Send begins a stream to the host that made the offer.
-func Send(w io.Writer, i Identity, m Move, offer *posternv1.MoveParty) (*Writer, error) {
-	s, err := send(w, i, m, offer)
+// Send begins a stream to the host that made the offer, and returns that host's greeting.
+func Send(w io.ReadWriter, i Identity, m Move, offer *posternv1.MoveParty) (*Writer, []byte, error) {
+	s, o, err := send(w, i, m, offer)
 	if err != nil {
+		return nil, nil, err
+	}
+	out := &Writer{s, o}
+	greeting, err := out.Answer()
+	return out, greeting, err
+}
+
+// Answer waits for the other host's next answer, at most 64 KiB.
+func (w *Writer) Answer() ([]byte, error) {
+	if err := w.o.next(); err != nil {
 		return nil, err
 	}
-	return &Writer{s}, nil
+	return bytes.Clone(w.o.plain), nil
 }
 
 // File sends a file of exactly size bytes; what r has beyond them stays.
@@ -45,19 +60,31 @@ func (w *Writer) File(name string, size int64, r io.Reader) error {
 	return err
 }
 
-// Checkpoint sends what export writes.
-func (w *Writer) Checkpoint(export func(io.Writer) error) error {
-	if _, err := w.s.Write([]byte{'C'}); err != nil {
+// Checkpoint sends what export writes; flush has all of that sent so far. older: it is not
+// what the kernel is now. An older one whose export fails with an error that skip knows is
+// cut short, which the other side notices; what follows is not.
+func (w *Writer) Checkpoint(older bool, export func(w io.Writer, flush func() error) error, skip func(error) bool) error {
+	letter := byte('C')
+	if older {
+		letter = 'H'
+	}
+	if _, err := w.s.Write([]byte{letter}); err != nil {
 		return err
 	}
 	b := bufio.NewWriterSize(blocks{w.s}, frameSize-16)
-	if err := export(b); err != nil {
+	err := export(b, func() error {
+		if err := b.Flush(); err != nil {
+			return err
+		}
+		return w.s.flush(0)
+	})
+	if err != nil && (!older || !skip(err)) {
 		return err
 	}
 	if err := b.Flush(); err != nil {
 		return err
 	}
-	_, err := w.s.Write([]byte{0})
+	_, err = w.s.Write([]byte{0})
 	return err
 }
 
@@ -78,9 +105,6 @@ func (b blocks) Write(p []byte) (int, error) {
 	return n, nil
 }
 
-// Flush sends what was gathered so far.
-func (w *Writer) Flush() error { return w.s.flush(0) }
-
 // End ends the stream: only now the other side may take what it got.
 func (w *Writer) End() error {
 	if _, err := w.s.Write([]byte{'E'}); err != nil {
@@ -93,15 +117,29 @@ func (w *Writer) End() error {
 type Parts interface {
 	// File must read all of r, which has size bytes.
 	File(name string, size int64, r io.Reader) error
-	// Checkpoint must read all of r.
-	Checkpoint(r io.Reader) error
+	// Checkpoint must read all of r; answer answers what is in it. older: it is not what the
+	// kernel is now. An older one for which it returns ErrSkip is passed over.
+	Checkpoint(r io.Reader, older bool, answer func([]byte) error) error
 }
 
+// ErrSkip is what Parts.Checkpoint returns for an older checkpoint that is left out.
+var ErrSkip = errors.New("left out")
+
 // Receive reads a stream for the offer that p made: offered is its public key. It
-// returns nil when all of it arrived, and was the sender's.
-func Receive(r io.Reader, i Identity, p *Party, take Parts) error {
-	o, err := receive(r, i, p, p.key.PublicKey().Bytes())
+// returns nil when all of it arrived, and was the sender's. greeting is the first answer.
+func Receive(r io.ReadWriter, i Identity, p *Party, greeting []byte, take Parts) error {
+	o, s, err := receive(r, i, p, p.key.PublicKey().Bytes())
 	if err != nil {
+		return err
+	}
+	answer := func(b []byte) error {
+		if len(b) > frameSize {
+			return fmt.Errorf("an answer of %d bytes", len(b))
+		}
+		s.plain = append(s.plain[:0], b...)
+		return s.flush(0)
+	}
+	if err := answer(greeting); err != nil {
 		return err
 	}
 	in := bufio.NewReaderSize(o, 4<<10)
@@ -113,9 +151,13 @@ func Receive(r io.Reader, i Identity, p *Party, take Parts) error {
 		switch letter {
 		case 'F':
 			err = file(in, take)
-		case 'C':
+		case 'C', 'H':
 			b := &unblock{r: in}
-			if err = take.Checkpoint(b); err == nil {
+			err = take.Checkpoint(b, letter == 'H', answer)
+			if letter == 'H' && errors.Is(err, ErrSkip) {
+				_, err = io.Copy(io.Discard, b)
+			}
+			if err == nil {
 				err = b.drained()
 			}
 		case 'E':

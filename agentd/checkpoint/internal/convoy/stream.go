@@ -32,30 +32,30 @@ type sealed struct {
 	out   []byte
 }
 
-// send writes the sender's hello and returns what seals the rest.
-func send(w io.Writer, i Identity, m Move, offer *posternv1.MoveParty) (*sealed, error) {
+// send writes the sender's hello and returns what seals the rest, and opens answers.
+func send(w io.ReadWriter, i Identity, m Move, offer *posternv1.MoveParty) (*sealed, *opened, error) {
 	other, err := m.check(i, receiver, offer)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	p, err := NewParty(m)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	hello, err := p.hello(i, sender)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	text, err := gproto.Marshal(hello)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	aead, err := p.seal(other, hello.PublicKey, offer.PublicKey)
+	cargo, answers, err := p.seal(other, hello.PublicKey, offer.PublicKey)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	_, err = w.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(text))), text...))
-	return &sealed{w: w, aead: aead, plain: make([]byte, 0, frameSize)}, err
+	return &sealed{w: w, aead: cargo, plain: make([]byte, 0, frameSize)}, &opened{r: w, aead: answers}, err
 }
 
 func (s *sealed) Write(p []byte) (int, error) {
@@ -99,30 +99,30 @@ type opened struct {
 	ended bool
 }
 
-// receive reads the sender's hello and returns what opens the rest.
-func receive(r io.Reader, i Identity, p *Party, offered []byte) (*opened, error) {
+// receive reads the sender's hello and returns what opens the rest, and seals answers.
+func receive(r io.ReadWriter, i Identity, p *Party, offered []byte) (*opened, *sealed, error) {
 	var head [4]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCut, err)
+		return nil, nil, fmt.Errorf("%w: %w", ErrCut, err)
 	}
 	n := binary.BigEndian.Uint32(head[:])
 	if n > maxHello {
-		return nil, proto.Errorf(proto.CodeInvalid, "the other host's hello has %d bytes", n)
+		return nil, nil, proto.Errorf(proto.CodeInvalid, "the other host's hello has %d bytes", n)
 	}
 	text := make([]byte, n)
 	if _, err := io.ReadFull(r, text); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrCut, err)
+		return nil, nil, fmt.Errorf("%w: %w", ErrCut, err)
 	}
 	hello := &posternv1.MoveParty{}
 	if err := gproto.Unmarshal(text, hello); err != nil {
-		return nil, proto.Errorf(proto.CodeInvalid, "the other host's hello is malformed")
+		return nil, nil, proto.Errorf(proto.CodeInvalid, "the other host's hello is malformed")
 	}
 	other, err := p.move.check(i, sender, hello)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	aead, err := p.seal(other, hello.PublicKey, offered)
-	return &opened{r: r, aead: aead}, err
+	cargo, answers, err := p.seal(other, hello.PublicKey, offered)
+	return &opened{r: r, aead: cargo}, &sealed{w: r, aead: answers, plain: make([]byte, 0, frameSize)}, err
 }
 
 func (o *opened) Read(p []byte) (int, error) {
