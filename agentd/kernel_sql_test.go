@@ -2,7 +2,9 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"strings"
 	"syscall"
@@ -11,9 +13,12 @@ import (
 
 	"connectrpc.com/connect"
 
+	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
 	"github.com/postern-dev/postern/proto/jupyter"
 	"github.com/postern-dev/postern/proto/kernelstream"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
+	"github.com/postern-dev/postern/tunnel"
 )
 
 // TestKernelsAskForSQL runs statements from a notebook's cells on a real database,
@@ -22,6 +27,7 @@ func TestKernelsAskForSQL(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root for kernels' namespaces")
 	}
+	criutest.Path(t)
 	pg, source := database(t, "    policy: {mode: read-only, max_rows: 1000, mask: [{columns: ['*.card'], with: redact}]}\n")
 	if err := pg.SQLIn(t.Context(), "shop", "create table orders as select n, 'o' || n as name, '4111' as card from generate_series(1, 50) n", "grant select on orders to reader"); err != nil {
 		t.Fatal(err)
@@ -63,6 +69,9 @@ func TestKernelsAskForSQL(t *testing.T) {
 	run("try: postern.sql('delete from orders')\nexcept postern.Error as e: print(e.code, e.position)", "POLICY_DENIED 1")
 	run("try: postern.sql('select nix')\nexcept postern.Error as e: print(e.sqlstate, e.position)", "42703 8")
 	run("try: postern.sql('select generate_series(1, 2000)')\nexcept postern.Error as e: print(e.code)", "ROW_LIMIT")
+	// A statement under way stands in the way of a checkpoint, and is named.
+	run("import threading; threading.Thread(target=lambda: postern.sql('select pg_sleep(600)'), daemon=True).start()", "")
+	statementInTheWay(t, ctx, up, id)
 	// The credential is nowhere in the kernel's process.
 	// The pattern does not hold the text itself.
 	run(`
@@ -105,7 +114,40 @@ print(f'found {found}')`, `found 0`)
 			}
 		}
 	}
-	if statements != 6 {
-		t.Errorf("the log has %d statements, want 6", statements)
+	if statements != 7 {
+		t.Errorf("the log has %d statements, want 7", statements)
+	}
+}
+
+// statementInTheWay waits until the dry check names the statement that runs in a kernel, and
+// cancels it.
+func statementInTheWay(t *testing.T, ctx context.Context, up *tunnel.Tunnel, id string) {
+	t.Helper()
+	doer := &http.Client{Transport: up.Transport(tunnel.Control)}
+	host := posternv1connect.NewHostServiceClient(doer, "http://agent")
+	saved := posternv1connect.NewCheckpointHostServiceClient(doer, "http://agent")
+	var said string
+	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+		check, err := saved.CheckKernel(ctx, connect.NewRequest(&posternv1.KernelCheckpointRequest{KernelId: id, Principal: ana}))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if said = fmt.Sprint(check.Msg.Obstacles); strings.Contains(said, "a statement of %%sql or postern.sql that is under way") {
+			break
+		}
+	}
+	if !strings.Contains(said, "interrupt the cell") {
+		t.Errorf("the dry check says %s", said)
+	}
+	_, err := saved.CheckpointKernel(ctx, connect.NewRequest(&posternv1.CheckpointKernelRequest{KernelId: id, Principal: ana}))
+	if err == nil || !strings.Contains(err.Error(), "a statement of %%sql") {
+		t.Errorf("a checkpoint in the midst of a statement: %v", err)
+	}
+	status, err := host.HostStatus(ctx, connect.NewRequest(&posternv1.HostStatusRequest{}))
+	if err != nil || len(status.Msg.Queries) != 1 {
+		t.Fatalf("the host runs %v, %v", status, err)
+	}
+	if _, err := host.CancelQuery(ctx, connect.NewRequest(&posternv1.CancelQueryRequest{QueryId: status.Msg.Queries[0].QueryId, Principal: ana})); err != nil {
+		t.Error(err)
 	}
 }

@@ -85,7 +85,8 @@ type finder struct {
 	sockets    map[uint64]socket
 	peers      map[uint64]unixSocket
 	peersErr   error
-	inodes     map[uint64]bool // sockets that the tree holds
+	host       map[uint64]unixSocket // of the host's network namespace; nil: not read yet
+	inodes     map[uint64]bool       // sockets that the tree holds
 	files      int
 	seen       map[string]bool
 	found      []Obstacle

@@ -1,6 +1,7 @@
 package obstacle
 
 import (
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -55,20 +56,34 @@ func TestWhatStandsInTheWayIsNamed(t *testing.T) {
 	defer l.Close()
 	port := strings.TrimPrefix(l.Addr().String(), "127.0.0.1:")
 	path := filepath.Join(t.TempDir(), "s")
+	// As agentd listens for a kernel's statements; seen from another network namespace.
+	run, err := os.Open(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer run.Close()
+	statements, err := net.Listen("unix", fmt.Sprintf("/proc/self/fd/%d/sql.sock", run.Fd()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer statements.Close()
 	u, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer u.Close()
-	go func() {
-		for {
-			c, err := u.Accept()
-			if err != nil {
-				return
+	for _, l := range []net.Listener{u, statements} {
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				defer c.Close()
+				_, _ = c.Write([]byte("a")) // accepted: until then it has no other end
 			}
-			defer c.Close()
-		}
-	}()
+		}()
+	}
 	for _, test := range []struct {
 		name, code string
 		want       string // a part of the one obstacle's text; empty: none
@@ -79,8 +94,11 @@ func TestWhatStandsInTheWayIsNamed(t *testing.T) {
 		{"TCP with itself", "l = socket.socket(); l.bind(('127.0.0.1', 0)); l.listen(); s = socket.create_connection(l.getsockname()); c, _ = l.accept()", "", nil},
 		{"IPv6 with itself", "l = socket.socket(socket.AF_INET6); l.bind(('::1', 0)); l.listen(); s = socket.create_connection(l.getsockname()[:2]); c, _ = l.accept()", "", nil},
 		{"listener", "l = socket.socket(); l.bind(('127.0.0.1', 0)); l.listen()", "", nil},
-		{"outside unix", "s = socket.socket(socket.AF_UNIX); s.connect('" + path + "')", "a unix socket (" + path + ") connected to a process outside", nil},
-		{"own unix", "s = socket.socket(socket.AF_UNIX); s.connect('" + path + "')", "", []string{filepath.Dir(path)}},
+		{"outside unix", "s = socket.socket(socket.AF_UNIX); s.connect('" + path + "'); s.recv(1)", "a unix socket (" + path + ") connected to a process outside", nil},
+		{"a statement", "s = socket.socket(socket.AF_UNIX); s.connect('" + filepath.Join(run.Name(), "sql.sock") + "'); s.recv(1)", "a statement of %%sql or postern.sql that is under way", nil},
+		{"a statement, from a network namespace of its own", "ctypes.CDLL(None).unshare(0x40000000)\ns = socket.socket(socket.AF_UNIX); s.connect('" + filepath.Join(run.Name(), "sql.sock") + "'); s.recv(1)", "a statement of %%sql or postern.sql that is under way", nil},
+		{"outside unix, from a network namespace of its own", "ctypes.CDLL(None).unshare(0x40000000)\ns = socket.socket(socket.AF_UNIX); s.connect('" + path + "'); s.recv(1)", "a unix socket (" + path + ") connected to a process outside", nil},
+		{"own unix", "s = socket.socket(socket.AF_UNIX); s.connect('" + path + "'); s.recv(1)", "", []string{filepath.Dir(path)}},
 		{"socketpair", "a, b = socket.socketpair()", "", nil},
 		{"device", "f = open('/dev/kmsg')", "the device /dev/kmsg", nil},
 		{"GPU by its path", "os.mkdir('/dev/dri') if not os.path.exists('/dev/dri') else None\np='/dev/dri/postern-test'\nf = open(p, 'w'); os.unlink(p)\nos.listdir('/dev/dri') or os.rmdir('/dev/dri')", "the GPU device /dev/dri/postern-test", nil},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path"
 	"runtime"
 	"strconv"
 	"strings"
@@ -98,10 +99,39 @@ func (f *finder) socket(p *process, d descriptor, inode uint64) {
 	if name == "" {
 		name = other.name
 	}
+	if name == "" { // the other end is of the host's network namespace
+		name = f.outside(u.peer)
+	}
+	if statement(name) {
+		f.add(p, "socket", "a statement of %%sql or postern.sql that is under way", "wait for its end, or interrupt the cell")
+		return
+	}
 	if name == "" {
 		name = fmt.Sprintf("descriptor %d", d.fd)
 	}
 	f.add(p, "socket", "a unix socket ("+name+") connected to a process outside the kernel", "close it")
+}
+
+// outside is the name of a socket of this process's own network namespace, the host's; ""
+// if it has none.
+func (f *finder) outside(inode uint32) string {
+	if f.host == nil {
+		f.host, _ = unixPeers(os.Getpid()) // without it the obstacle is named by its descriptor
+		if f.host == nil {
+			f.host = map[uint64]unixSocket{}
+		}
+	}
+	return f.host[uint64(inode)].name
+}
+
+// sqlSocket is what agentd calls the socket that it answers kernels' statements on. It is
+// bound through the descriptor of a kernel's run directory.
+const sqlSocket = "sql.sock"
+
+// statement reports whether a socket's name is that of agentd's for statements. A connection is
+// there for as long as a statement runs, and no longer.
+func statement(name string) bool {
+	return path.Base(name) == sqlSocket && (path.Dir(name) == "/run/postern" || strings.HasPrefix(name, "/proc/self/fd/"))
 }
 
 func under(name, dir string) bool {
