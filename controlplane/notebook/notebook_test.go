@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -113,7 +114,13 @@ func TestSyncFollowsEdits(t *testing.T) {
 	// The host's limits took checkpoints away that are known here.
 	h.kernels["k1"].kept = h.kernels["k1"].kept[:2]
 	want(s, "k1", "began(4,1) back(1,c2) start(1) done(1,ax) kept(2,c11) start(2) done(2,axz) kept(3,c12) start(3) done(3,axzq) kept(4,c13) start(4) done(4,axzqm) kept(5,c14) ended(true,false)", "add a", "add x", "add z", "add q", "add m")
-	if h.kernels["k1"].text != "axzqm" {
+	// It was moved to another host: the checkpoints stayed, but for the one that it came of.
+	k1 := h.kernels["k1"]
+	moved := &posternv1.KernelCheckpoint{Id: "m1", Parent: k1.at, Kind: "suspend", Time: timestamppb.Now()}
+	k1.kept, k1.at, k1.from, k1.texts["m1"] = []*posternv1.KernelCheckpoint{moved}, "m1", "m1", k1.text
+	k1.generation++
+	want(s, "k1", "began(5,1) back(5,m1) start(5) done(5,axzqmo) kept(6,c15) ended(true,false)", "add a", "add x", "add z", "add q", "add m", "add o")
+	if h.kernels["k1"].text != "axzqmo" {
 		t.Errorf("the kernel has %q", h.kernels["k1"].text)
 	}
 	if len(h.audited) < 10 || strings.Contains(strings.Join(h.audited, ""), `"code":""`) {

@@ -41,6 +41,7 @@ type simulatedKernel struct {
 	from       string
 	generation uint64
 	started    int64
+	made       int
 	count      int
 	ran        []string
 	kept       []*posternv1.KernelCheckpoint
@@ -160,7 +161,8 @@ func (h *simulated) CheckpointKernel(_ context.Context, _ Caller, r *posternv1.C
 	if err != nil {
 		return nil, err
 	}
-	p := &posternv1.KernelCheckpoint{Id: fmt.Sprintf("c%d", len(k.texts)+1), Parent: k.at, Label: r.Label}
+	k.made++
+	p := &posternv1.KernelCheckpoint{Id: fmt.Sprintf("c%d", k.made), Parent: k.at, Label: r.Label}
 	h.clock++
 	p.Time = timestamppb.New(time.Unix(h.clock, 0))
 	k.kept, k.at = append(k.kept, p), p.Id

@@ -219,13 +219,18 @@ func (s *Service) open(r *run, b *book, k *kernel, found *posternv1.AgentKernel,
 	}
 	// What another client went back to makes what is known here worthless.
 	if b.session == nil || b.owner != r.caller.TokenId || b.session.Spec != d.Spec || markOf(found) != b.mark {
+		before := b.session
+		if b.owner != r.caller.TokenId {
+			before = nil
+		}
 		b.owner, b.session = r.caller.TokenId, &notebook.Session{Spec: d.Spec}
 		if !fresh && !k.plain {
-			kept, err := s.kept(r.ctx, r.caller, k.id)
+			list, err := s.cfg.Kernels.ListCheckpoints(r.ctx, r.caller, &posternv1.KernelCheckpointRequest{KernelId: k.id})
 			if err != nil {
 				return err
 			}
-			b.session.Recall(d, kept)
+			b.session.Recall(d, kept(list.Checkpoints))
+			carryOver(b.session, before, found.Kernel, list.Checkpoints)
 		}
 		b.session.Dirty = !fresh
 	}
@@ -256,19 +261,41 @@ func (s *Service) open(r *run, b *book, k *kernel, found *posternv1.AgentKernel,
 	return nil
 }
 
-// kept are a kernel's checkpoints of notebooks, by their states; the newest of each.
-func (s *Service) kept(ctx context.Context, c Caller, id string) (map[string]string, error) {
-	list, err := s.cfg.Kernels.ListCheckpoints(ctx, c, &posternv1.KernelCheckpointRequest{KernelId: id})
-	if err != nil {
-		return nil, err
+// carryOver gives a session what an earlier one knew of a kernel that was moved to another
+// host since: its checkpoints stayed behind, but for the one that it came of, which is the
+// state after the last step.
+func carryOver(now, before *notebook.Session, k *posternv1.Kernel, list []*posternv1.KernelCheckpoint) {
+	if before == nil || before.Dirty || before.Spec != now.Spec || len(before.Steps) == 0 {
+		return
 	}
+	last := before.Steps[len(before.Steps)-1].Checkpoint
+	stayed := last != ""
+	var came *posternv1.KernelCheckpoint
+	for _, p := range list {
+		stayed = stayed && p.Id != last
+		if p.Id == k.GetCheckpoint() {
+			came = p
+		}
+	}
+	if !stayed || came == nil || came.Kind != "suspend" || came.Parent != last {
+		return
+	}
+	now.Steps = nil
+	for _, step := range before.Steps {
+		now.Steps = append(now.Steps, notebook.Step{State: step.State})
+	}
+	now.Steps[len(now.Steps)-1].Checkpoint = came.Id
+}
+
+// kept are a kernel's checkpoints of notebooks, by their states; the newest of each.
+func kept(list []*posternv1.KernelCheckpoint) map[string]string {
 	kept := map[string]string{}
-	for _, p := range list.Checkpoints { // oldest first
+	for _, p := range list { // oldest first
 		if state, ok := stateOf(p); ok {
 			kept[state] = p.Id
 		}
 	}
-	return kept, nil
+	return kept
 }
 
 // follow takes a session step by step to a document.
@@ -288,11 +315,11 @@ func (s *Service) follow(r *run, b *book, d *notebook.Document) error {
 		case proto.CodeOf(err) == proto.CodeNotFound && !recalled && r.ctx.Err() == nil:
 			// A checkpoint that the host's limits removed since: with what there is.
 			recalled = true
-			kept, kerr := s.kept(r.ctx, r.caller, b.session.Kernel.(*kernel).id)
-			if kerr != nil {
+			list, lerr := s.cfg.Kernels.ListCheckpoints(r.ctx, r.caller, &posternv1.KernelCheckpointRequest{KernelId: b.session.Kernel.(*kernel).id})
+			if lerr != nil {
 				return err
 			}
-			b.session.Recall(d, kept)
+			b.session.Recall(d, kept(list.Checkpoints))
 		default:
 			return err
 		}
