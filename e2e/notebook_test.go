@@ -120,6 +120,95 @@ func TestNotebookRun(t *testing.T) {
 	}
 }
 
+// startWatch starts postern notebook watch; stop ends it with Ctrl-C. home is the user's.
+func startWatch(t *testing.T, s *stack.Stack, file, home, token string, args ...string) (stop func()) {
+	t.Helper()
+	cmd := exec.Command(filepath.Join(s.Bin, "postern"), append([]string{"notebook", "watch", file, "--agent", "host", "--url", s.URL, "--token-file", token}, args...)...)
+	cmd.Env = append(os.Environ(), "HOME="+home, "XDG_STATE_HOME="+filepath.Join(home, "state"))
+	said := &strings.Builder{}
+	cmd.Stderr = said
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := false
+	stop = func() {
+		if ended {
+			return
+		}
+		ended = true
+		if err := cmd.Process.Signal(syscall.SIGINT); err != nil && !errors.Is(err, os.ErrProcessDone) {
+			t.Error(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("the watch ended with %v: %s", err, said)
+		}
+		t.Logf("the watch said:\n%s", said)
+	}
+	t.Cleanup(stop)
+	return stop
+}
+
+// awaitOutputs waits until the outputs of a notebook's cells have these texts in them.
+func awaitOutputs(t *testing.T, file, what string, want ...string) []string {
+	t.Helper()
+	var got []string
+	deadline := time.Now().Add(90 * time.Second)
+	for time.Now().Before(deadline) {
+		got = outputsOf(t, file)
+		good := len(got) == len(want)
+		for i := range want {
+			good = good && strings.Contains(got[i], want[i])
+		}
+		if good {
+			return got
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	t.Fatalf("%s: the outputs are %q, want %q", what, got, want)
+	return nil
+}
+
+// TestNotebookWatchInPlace edits a notebook as editors do that do not put another file
+// over it: they truncate and write, at once, slowly, or within the old text, and keep
+// their descriptor open.
+func TestNotebookWatchInPlace(t *testing.T) {
+	s, _ := withKernels(t)
+	dir := t.TempDir()
+	file, next := filepath.Join(dir, "n.ipynb"), filepath.Join(dir, "next")
+	notebookOf(t, file, "x = 'one'", "print(x)")
+	info, err := os.Stat(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := startWatch(t, s, file, dir, s.TokenFile, "--no-checkpoints", "--stop")
+	awaitOutputs(t, file, "first", "[]", `"one\n"`)
+	for _, way := range []struct{ name, script string }{
+		{"truncate and write", `cat next > n.ipynb`},
+		{"truncate, wait, and write in pieces", `n=$(($(wc -c < next) / 2)); { sleep 0.4; head -c $n next; sleep 0.4; tail -c +$(($n + 1)) next; } > n.ipynb`},
+		{"write over the old text, then cut", `dd if=next of=n.ipynb conv=notrunc status=none; sleep 0.2; truncate -s $(wc -c < next) n.ipynb`},
+		{"a descriptor that stays open", `exec 3<> n.ipynb; truncate -s 0 n.ipynb; cat next >&3; sleep 1`},
+		{"many saves", `for i in 1 2 3 4 5 6 7 8 9 10; do cat next > n.ipynb; sleep 0.03; done`},
+		{"a copy over it", `cp next n.ipynb; sync n.ipynb`},
+	} {
+		t.Run(way.name, func(t *testing.T) {
+			notebookOf(t, next, "x = '"+way.name+"'", "print(x)", "print(x.upper())")
+			cmd := exec.Command("sh", "-ec", way.script)
+			cmd.Dir = dir
+			if out, err := cmd.CombinedOutput(); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+			awaitOutputs(t, file, way.name, "[]", `"`+way.name+`\n"`, `"`+strings.ToUpper(way.name)+`\n"`)
+		})
+	}
+	stop()
+	if now, err := os.Stat(file); err != nil || now.Mode() != info.Mode() {
+		t.Errorf("the file's mode is %v, %v, want %v", now.Mode(), err, info.Mode())
+	}
+	if rest, err := filepath.Glob(filepath.Join(dir, ".*.tmp")); err != nil || len(rest) > 0 {
+		t.Errorf("left behind: %v, %v", rest, err)
+	}
+}
+
 // TestNotebookWatch edits a notebook while it is watched: only what an edit makes stale
 // runs again, from the state before it; and the next watch goes on where this one was,
 // after agentd was killed.
@@ -133,47 +222,11 @@ func TestNotebookWatch(t *testing.T) {
 	notebookOf(t, file, cells...)
 	watch := func() (stop func()) {
 		t.Helper()
-		cmd := exec.Command(filepath.Join(s.Bin, "postern"), "notebook", "watch", file, "--agent", "host", "--url", s.URL, "--token-file", token)
-		cmd.Env = append(os.Environ(), "HOME="+dir, "XDG_STATE_HOME="+filepath.Join(dir, "state"))
-		said := &strings.Builder{}
-		cmd.Stderr = said
-		if err := cmd.Start(); err != nil {
-			t.Fatal(err)
-		}
-		ended := false
-		stop = func() {
-			if ended {
-				return
-			}
-			ended = true
-			if err := cmd.Process.Signal(syscall.SIGINT); err != nil && !errors.Is(err, os.ErrProcessDone) {
-				t.Error(err)
-			}
-			if err := cmd.Wait(); err != nil {
-				t.Errorf("the watch ended with %v: %s", err, said)
-			}
-			t.Logf("the watch said:\n%s", said)
-		}
-		t.Cleanup(stop)
-		return stop
+		return startWatch(t, s, file, dir, token)
 	}
 	await := func(what string, want ...string) []string {
 		t.Helper()
-		var got []string
-		deadline := time.Now().Add(90 * time.Second)
-		for time.Now().Before(deadline) {
-			got = outputsOf(t, file)
-			good := len(got) == len(want)
-			for i := range want {
-				good = good && strings.Contains(got[i], want[i])
-			}
-			if good {
-				return got
-			}
-			time.Sleep(50 * time.Millisecond)
-		}
-		t.Fatalf("%s: the outputs are %q, want %q", what, got, want)
-		return nil
+		return awaitOutputs(t, file, what, want...)
 	}
 	stop := watch()
 	first := await("first", "text", "['b']", "['b', 'c']")[0]
