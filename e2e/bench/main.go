@@ -60,6 +60,7 @@ var measurements = append(tunnelMeasurements,
 	measurement{"pgwire", measurePGWire},
 	measurement{"fleet", measureFleet},
 	measurement{"kernels", measureKernels},
+	measurement{"kernel-sql", measureKernelSQL},
 	measurement{"checkpoints", measureCheckpoints},
 )
 
