@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"log/slog"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	gproto "google.golang.org/protobuf/proto"
@@ -22,8 +23,11 @@ const (
 	// which the control plane takes 1 MiB.
 	maxBatch = 100
 	maxBytes = 900 << 10
-	// pageEntries is how many entries of the log are read at once.
-	pageEntries = 500
+	// pageEntries is how many entries of the log are read at once: the log has a bound of its
+	// own in bytes, and looks for the first of them from the beginning of its file.
+	pageEntries = 20_000
+	// gatherTime is how long a statement that has ended waits for others.
+	gatherTime = 100 * time.Millisecond
 	// tellAnyway is after how many entries without a statement the control plane is told
 	// that there was none, so that nobody reads them again.
 	tellAnyway = 2000
@@ -46,8 +50,8 @@ const (
 
 // Log is the host's log.
 type Log interface {
-	// Read returns entries in their order, at most limit, from a sequence number on, all
-	// of them on stable storage.
+	// Read returns entries in their order, at most limit and some MiB, from a sequence
+	// number on, all of them on stable storage.
 	Read(from uint64, limit int) ([][]byte, error)
 	// Head is the last entry on stable storage.
 	Head() auditchain.Head
@@ -66,6 +70,10 @@ type Reporter struct {
 	cfg     Config
 	details *details
 	kick    chan struct{}
+	ask     atomic.Bool // the control plane may know something else now
+	// at is up to where all was told, when known; both are Run's.
+	at    auditchain.Head
+	known bool
 }
 
 // New makes a Reporter; Run makes it work.
@@ -82,11 +90,16 @@ func (r *Reporter) Began(id string) { r.details.begin(id) }
 // Ended notes how a statement ended, when the log has it: what of it the log has not.
 func (r *Reporter) Ended(id string, err *posternv1.ErrorDetail, kept *posternv1.KeptRows) {
 	r.details.end(id, err, kept)
-	r.Wake()
+	r.look()
 }
 
-// Wake has the log looked at: the link came up.
+// Wake has the log looked at, from where the control plane says: the link came up.
 func (r *Reporter) Wake() {
+	r.ask.Store(true)
+	r.look()
+}
+
+func (r *Reporter) look() {
 	select {
 	case r.kick <- struct{}{}:
 	default:
@@ -116,6 +129,11 @@ func (r *Reporter) Run(ctx context.Context) {
 		}
 		select {
 		case <-r.kick:
+			select {
+			case <-time.After(gatherTime):
+			case <-ctx.Done():
+				return
+			}
 		case <-again:
 		case <-ctx.Done():
 			return
@@ -128,13 +146,17 @@ func (r *Reporter) catchUp(ctx context.Context) error {
 	if r.cfg.Log.Head().Sequence == 0 {
 		return nil
 	}
-	at, err := r.send(ctx, &posternv1.ReportStatementsRequest{})
-	if err != nil {
-		return err
-	}
-	from, err := r.begin(at)
-	if err != nil {
-		return err
+	at, from := r.at, r.at.Sequence+1
+	if ask := r.ask.Swap(false); ask || !r.known {
+		r.known = false
+		var err error
+		if at, err = r.send(ctx, &posternv1.ReportStatementsRequest{}); err != nil {
+			return err
+		}
+		if from, err = r.begin(at); err != nil {
+			return err
+		}
+		r.at, r.known = at, at.Sequence > 0
 	}
 	for ctx.Err() == nil {
 		batch, more, err := r.gather(from)
@@ -151,10 +173,9 @@ func (r *Reporter) catchUp(ctx context.Context) error {
 				return proto.Errorf(proto.CodeUnavailable, "the control plane did not take them")
 			}
 			// It was restored, or another tunnel of ours was faster: go on from there.
-			if at, from = now, 0; now.Sequence > 0 {
-				if from, err = r.begin(now); err != nil {
-					return err
-				}
+			at = now
+			if from, err = r.begin(now); err != nil {
+				return err
 			}
 			continue
 		}
@@ -162,6 +183,7 @@ func (r *Reporter) catchUp(ctx context.Context) error {
 			r.details.forget(s.QueryId)
 		}
 		at, from = now, now.Sequence+1
+		r.at, r.known = now, true
 		if !more {
 			return nil
 		}
@@ -213,21 +235,32 @@ func (r *Reporter) begin(at auditchain.Head) (uint64, error) {
 	}
 }
 
+// remoteMark is in the line of each entry of a kernel's statement; quotes within texts
+// are escaped, so that it is in no other.
+var remoteMark = []byte(`"remote":"` + KernelRemote)
+
 // gather makes the next report of what the log has from an entry on; nil if there is
 // nothing to tell. more: there may be another one.
 func (r *Reporter) gather(from uint64) (batch *posternv1.ReportStatementsRequest, more bool, err error) {
 	batch = &posternv1.ReportStatementsRequest{}
-	var last auditchain.Entry // the last entry that the report covers
-	size, first := 0, from
+	var last []byte // the line of the last entry that the report covers
+	size, covered := 0, 0
 	done := func(more bool) (*posternv1.ReportStatementsRequest, bool, error) {
-		if len(batch.Statements) == 0 && (last.Sequence == 0 || last.Sequence-first < tellAnyway) {
+		if len(batch.Statements) == 0 && covered < tellAnyway {
 			return nil, false, nil
 		}
-		head, err := headOf(last)
+		e, err := auditchain.Decode(last)
+		if err != nil {
+			return nil, false, err
+		}
+		head, err := headOf(e)
 		batch.Through = head.Proto()
 		return batch, more, err
 	}
 	for {
+		if from > r.cfg.Log.Head().Sequence {
+			return done(false)
+		}
 		page, err := r.cfg.Log.Read(from, pageEntries)
 		if err != nil {
 			return nil, false, err
@@ -236,30 +269,48 @@ func (r *Reporter) gather(from uint64) (batch *posternv1.ReportStatementsRequest
 			return done(false)
 		}
 		for _, line := range page {
-			e, err := auditchain.Decode(line)
-			if err != nil {
-				return nil, false, err
-			}
-			if kernel, ok := strings.CutPrefix(e.Remote, KernelRemote); ok && (e.Action == actionRun || e.Action == actionLost) {
-				detail, kept, wait := r.details.of(e.QueryID)
+			if bytes.Contains(line, remoteMark) {
+				s, wait, err := r.statement(line)
+				if err != nil {
+					return nil, false, err
+				}
 				if wait {
 					return done(false) // its end wakes us
 				}
-				s := statement(e, kernel, detail, kept)
-				n := gproto.Size(s) + 16
-				if n > maxBytes {
-					s.Kept = nil
-					n = gproto.Size(s) + 16
+				if s != nil {
+					n := gproto.Size(s) + 16
+					if n > maxBytes {
+						s.Kept = nil
+						n = gproto.Size(s) + 16
+					}
+					if len(batch.Statements) == maxBatch || len(batch.Statements) > 0 && size+n > maxBytes {
+						return done(true)
+					}
+					batch.Statements, size = append(batch.Statements, s), size+n
 				}
-				if len(batch.Statements) == maxBatch || len(batch.Statements) > 0 && size+n > maxBytes {
-					return done(true)
-				}
-				batch.Statements, size = append(batch.Statements, s), size+n
 			}
-			last = e
+			last, covered = line, covered+1
 		}
 		from += uint64(len(page))
 	}
+}
+
+// statement is what an entry says of a kernel's statement; nil: it is not of its end. wait:
+// the rest of it is not there yet.
+func (r *Reporter) statement(line []byte) (s *posternv1.KernelStatement, wait bool, err error) {
+	e, err := auditchain.Decode(line)
+	if err != nil {
+		return nil, false, err
+	}
+	kernel, ok := strings.CutPrefix(e.Remote, KernelRemote)
+	if !ok || e.Action != actionRun && e.Action != actionLost {
+		return nil, false, nil
+	}
+	detail, kept, wait := r.details.of(e.QueryID)
+	if wait {
+		return nil, true, nil
+	}
+	return statement(e, kernel, detail, kept), false, nil
 }
 
 func headOf(e auditchain.Entry) (auditchain.Head, error) {
