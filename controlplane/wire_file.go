@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"connectrpc.com/connect"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/postern-dev/postern/controlplane/api"
@@ -15,6 +16,9 @@ import (
 	"github.com/postern-dev/postern/controlplane/ratelimit"
 	"github.com/postern-dev/postern/controlplane/store"
 	"github.com/postern-dev/postern/controlplane/workspace"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
+	"github.com/postern-dev/postern/tunnel"
 )
 
 var (
@@ -62,10 +66,26 @@ func (s *Server) wireFiles(ctx context.Context, registry prometheus.Registerer) 
 			m := hub.MemberOf(ctx)
 			return workspace.Agent{Organization: m.Organization, ID: m.Agent, Name: m.Name}
 		},
+		Ask: s.askAttachments,
 		Ops: ratelimit.New(fileRate, fileBurst), Poll: poll, Metrics: workspace.NewMetrics(registry),
 	})
 	return nil
 }
+
+// askAttachments asks an agent for the status of its mounts.
+func (s *Server) askAttachments(ctx context.Context, agent string, r *posternv1.GetAttachStatusRequest) (*posternv1.GetAttachStatusResponse, error) {
+	l, err := s.hub.Agent(agent)
+	if err != nil {
+		return nil, err
+	}
+	client := posternv1connect.NewAttachHostServiceClient(l.HTTP(tunnel.Control), "http://agent", connect.WithReadMaxBytes(maxAttachStatus))
+	return unwrap(l, func() (*connect.Response[posternv1.GetAttachStatusResponse], error) {
+		return client.GetAttachStatus(ctx, connect.NewRequest(r))
+	})
+}
+
+// maxAttachStatus bounds an agent's answer, in bytes.
+const maxAttachStatus = 8 << 20
 
 // members serves files to agents on their tunnels.
 type members struct{ http.Handler }
@@ -77,6 +97,9 @@ func (s *Server) collectFiles(ctx context.Context) {
 	ticker := time.NewTicker(collectEvery)
 	defer ticker.Stop()
 	for {
+		if err := s.files.Keep(ctx); err != nil && ctx.Err() == nil {
+			s.log.Warn("workspaces not tidied up", "err", err)
+		}
 		n, err := s.blobs.Collect(ctx)
 		switch {
 		case err != nil && !errors.Is(err, context.Canceled) && ctx.Err() == nil:

@@ -16,6 +16,8 @@ type Files interface {
 	ServeFile(http.ResponseWriter, *http.Request)
 	// ServeChunks serves POST /api/v1/chunks/{workspace}.
 	ServeChunks(http.ResponseWriter, *http.Request)
+	// ServeArchive serves GET /api/v1/archive/{workspace}/{path...}.
+	ServeArchive(http.ResponseWriter, *http.Request)
 }
 
 // CallerOf is who asks, within a handler that this package called.
@@ -43,11 +45,12 @@ func (a *API) routeFiles(mux *http.ServeMux) {
 			serve(w, r)
 		}, writeError)
 	}
-	const one, chunks = "/api/v1/files/{workspace}/{path...}", "/api/v1/chunks/{workspace}"
+	const one, chunks, archive = "/api/v1/files/{workspace}/{path...}", "/api/v1/chunks/{workspace}", "/api/v1/archive/{workspace}/{path...}"
+	mux.Handle("GET "+archive, plainly(readFiles, a.cfg.Files.ServeArchive))
 	mux.Handle("GET "+one, plainly(readFiles, a.cfg.Files.ServeFile))
 	mux.Handle("PUT "+one, plainly(writeFiles, a.cfg.Files.ServeFile))
 	mux.Handle("POST "+chunks, plainly(writeFiles, a.cfg.Files.ServeChunks))
-	for path, methods := range map[string]string{one: "GET, HEAD, PUT", chunks: "POST"} {
+	for path, methods := range map[string]string{one: "GET, HEAD, PUT", chunks: "POST", archive: "GET"} {
 		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Allow", methods)
 			writeError(w, r, proto.Errorf(proto.CodeInvalid, "%s is not understood here: use %s", r.Method, methods))

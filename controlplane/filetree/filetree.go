@@ -144,12 +144,30 @@ type Trashed struct {
 	Files, Bytes uint64
 }
 
+// Snapshot is a name for the state of a workspace after the change Seq.
+type Snapshot struct {
+	ID, Name     string
+	Seq          uint64
+	Created      time.Time
+	By           string
+	Nodes, Bytes uint64
+}
+
 // Mount is a workspace that a host has mounted.
 type Mount struct {
 	Agent, ID string
 	ReadOnly  bool
 	LastOp    uint64
 	Opened    time.Time
+}
+
+// MountReport is what an agent said last of a mount.
+type MountReport struct {
+	// Workspace is the workspace's name, Agent the agent's id.
+	Workspace, Agent, Mount string
+	// Status is an encoded MountStatus; nil: it never said anything.
+	Status   []byte
+	Reported time.Time
 }
 
 // Tx is a transaction on one workspace. It is used by one goroutine, and not after the
@@ -220,6 +238,28 @@ type Tx interface {
 	Subtree(ctx context.Context, id uint64) (nodes, files, stored uint64, err error)
 	// Linked are the nodes below a directory that have several names.
 	Linked(ctx context.Context, id uint64) ([]uint64, error)
+
+	// MarkPurging takes an entry off the trash's list, and Purging are those that were.
+	MarkPurging(ctx context.Context, id uint64) error
+	Purging(ctx context.Context, limit int) ([]Trashed, error)
+	// ExpiredTrash are entries that were removed before a time, the oldest first.
+	ExpiredTrash(ctx context.Context, before time.Time, limit int) ([]Trashed, error)
+
+	PutSnapshot(ctx context.Context, s *Snapshot) error
+	DeleteSnapshot(ctx context.Context, id string) error
+	// Snapshots are all, the newest first.
+	Snapshots(ctx context.Context) ([]Snapshot, error)
+	// EntriesAt are entries that were there after the change seq and are not now, or have
+	// been written again; EntriesSince those that were written after it. Neither are of the trash.
+	EntriesAt(ctx context.Context, seq uint64) ([]Entry, error)
+	EntriesSince(ctx context.Context, seq uint64) ([]Entry, error)
+	// NodesAt are nodes, as they were after the change seq, that have changed since.
+	NodesAt(ctx context.Context, seq uint64) (map[uint64]*Node, error)
+	// DropHistory removes at most limit rows that no snapshot needs, with the versions of
+	// nodes that are gone, and returns how many.
+	DropHistory(ctx context.Context, limit int) (int, error)
+	// DropChanges removes changes before seq from the log, at most limit.
+	DropChanges(ctx context.Context, before uint64, limit int) (int, error)
 
 	PutChanges(ctx context.Context, changes []Change) error
 	Changes(ctx context.Context, after uint64, limit int) ([]Change, error)

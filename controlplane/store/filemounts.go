@@ -129,3 +129,34 @@ func (t *fileTx) Conflicts(ctx context.Context, limit int) ([]filetree.Conflict,
 	}, "SELECT seq, path, kept_as, kept_id, time, agent FROM file_conflicts WHERE workspace = ? ORDER BY seq DESC LIMIT ?", t.w.Number, limit)
 	return all, err
 }
+
+// SetMountStatus keeps what an agent says of its mounts, by mount, where they are mounts of
+// workspaces of its organization.
+func (s *Store) SetMountStatus(ctx context.Context, organization, agent string, statuses map[string][]byte, now time.Time) error {
+	return s.writeRelaxed(ctx, "keep the status of mounts", func(tx handle) error {
+		for mount, status := range statuses {
+			if _, err := tx.exec(ctx, `UPDATE file_mounts SET status = ?, reported = ? WHERE agent = ? AND mount = ?
+				AND workspace IN (SELECT number FROM workspaces WHERE organization = ?)`, status, millis(now), agent, plainText(mount), organization); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// MountReports are the mounts of an organization's live workspaces; workspace narrows
+// them to one, by its name, agent to one, by its id.
+func (s *Store) MountReports(ctx context.Context, organization, workspace, agent string) ([]filetree.MountReport, error) {
+	rows, err := s.reader().query(ctx, `SELECT w.name, m.agent, m.mount, m.status, m.reported FROM workspaces w JOIN file_mounts m ON m.workspace = w.number
+		WHERE w.organization = ? AND w.deleted IS NULL AND (? = '' OR w.name = ?) AND (? = '' OR m.agent = ?) ORDER BY w.name, m.agent, m.mount`,
+		organization, plainText(workspace), plainText(workspace), agent, agent)
+	return collect(ctx, s, "list mounts", rows, err, func(rows *sql.Rows) (filetree.MountReport, error) {
+		var r filetree.MountReport
+		var reported sql.NullInt64
+		err := rows.Scan(&r.Workspace, &r.Agent, &r.Mount, &r.Status, &reported)
+		if reported.Valid {
+			r.Reported = time.UnixMilli(reported.Int64).UTC()
+		}
+		return r, err
+	})
+}

@@ -83,3 +83,31 @@ func (t *fileTx) Linked(ctx context.Context, id uint64) ([]uint64, error) {
 	}, below+"SELECT n.id FROM below b JOIN file_nodes n ON n.workspace = ? AND n.id = b.node AND n.links > 1", t.w.Number, id, t.w.Number, t.w.Number)
 	return all, err
 }
+
+// MarkPurging implements filetree.Tx.
+func (t *fileTx) MarkPurging(ctx context.Context, id uint64) error {
+	_, err := t.h.exec(ctx, "UPDATE file_trash SET purging = 1 WHERE workspace = ? AND id = ?", t.w.Number, id)
+	return err
+}
+
+func (t *fileTx) trashed(ctx context.Context, where string, args ...any) ([]filetree.Trashed, error) {
+	var all []filetree.Trashed
+	err := t.h.each(ctx, func(scan func(...any) error) error {
+		r, err := scanTrashed(scan)
+		if err == nil {
+			all = append(all, *r)
+		}
+		return err
+	}, "SELECT "+trashColumns+" FROM file_trash WHERE workspace = ? "+where, append([]any{t.w.Number}, args...)...)
+	return all, err
+}
+
+// Purging implements filetree.Tx.
+func (t *fileTx) Purging(ctx context.Context, limit int) ([]filetree.Trashed, error) {
+	return t.trashed(ctx, "AND purging = 1 ORDER BY id LIMIT ?", limit)
+}
+
+// ExpiredTrash implements filetree.Tx.
+func (t *fileTx) ExpiredTrash(ctx context.Context, before time.Time, limit int) ([]filetree.Trashed, error) {
+	return t.trashed(ctx, "AND purging = 0 AND removed < ? ORDER BY removed LIMIT ?", millis(before), limit)
+}

@@ -47,6 +47,14 @@ type kit struct {
 	server *httptest.Server
 	org    string
 
+	// grace is how long chunks wait that nothing refers to; 0: a day.
+	grace time.Duration
+	// ask answers for agents; nil: they are offline.
+	ask func(agent string) (*posternv1.GetAttachStatusResponse, error)
+
+	// agents are registered agents' names by id, as the store does not know ours.
+	agents map[string]string
+
 	mu    sync.Mutex
 	audit []auditchain.Entry
 }
@@ -77,12 +85,18 @@ func (k *kit) open(where string) {
 		where = k.dir
 	}
 	log := slog.New(slog.DiscardHandler)
-	k.blobs, err = blob.Open(ctx, where, blob.Config{Logger: log, Index: k.store, Sealer: func(org string) (blob.Sealer, error) { return ca.Box("files of " + org) }})
+	k.blobs, err = blob.Open(ctx, where, blob.Config{Logger: log, Index: k.store, Grace: k.grace, Sealer: func(org string) (blob.Sealer, error) { return ca.Box("files of " + org) }})
 	if err != nil {
 		t.Fatal(err)
 	}
 	k.s = workspace.New(workspace.Config{
-		Logger: slog.New(slog.NewTextHandler(testWriter{t}, nil)), Store: k.store, Chunks: k.blobs, Ops: always{}, SignOfLife: 200 * time.Millisecond,
+		Logger: slog.New(slog.NewTextHandler(testWriter{t}, nil)), Store: kitStore{k.store, k}, Chunks: k.blobs, Ops: always{}, SignOfLife: 200 * time.Millisecond,
+		Ask: func(_ context.Context, agent string, _ *posternv1.GetAttachStatusRequest) (*posternv1.GetAttachStatusResponse, error) {
+			if k.ask == nil {
+				return nil, proto.Errorf(proto.CodeAgentOffline, "offline")
+			}
+			return k.ask(agent)
+		},
 		Append: func(_ context.Context, entries []auditchain.Entry) error {
 			k.mu.Lock()
 			defer k.mu.Unlock()
@@ -95,6 +109,7 @@ func (k *kit) open(where string) {
 	mux := http.NewServeMux()
 	mux.Handle(k.s.FileHandler())
 	mux.HandleFunc("/api/v1/files/{workspace}/{path...}", k.s.ServeFile)
+	mux.HandleFunc("/api/v1/archive/{workspace}/{path...}", k.s.ServeArchive)
 	mux.HandleFunc("POST /api/v1/chunks/{workspace}", k.s.ServeChunks)
 	agents := k.s.AgentHandler()
 	k.server = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -122,6 +137,19 @@ func (k *kit) close() {
 	if err := k.blobs.Close(); err != nil {
 		k.t.Error(err)
 	}
+}
+
+// kitStore is the store with other agents.
+type kitStore struct {
+	*store.Store
+	k *kit
+}
+
+func (s kitStore) FindAgent(_ context.Context, _, id string) (*posternv1.Agent, error) {
+	if name, ok := s.k.agents[id]; ok {
+		return &posternv1.Agent{Id: id, Name: name}, nil
+	}
+	return nil, proto.Errorf(proto.CodeNotFound, "no agent %s", id)
 }
 
 type testWriter struct{ t testing.TB }

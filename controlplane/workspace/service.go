@@ -25,6 +25,12 @@ type Store interface {
 	UpdateFiles(ctx context.Context, organization, id string, f func(filetree.Tx) error) error
 	ReadFiles(ctx context.Context, organization, id string, f func(filetree.Tx) error) error
 	MissingChunks(ctx context.Context, organization string, workspace int64, hashes []filetree.Hash, now time.Time) ([]filetree.Hash, error)
+	SetMountStatus(ctx context.Context, organization, agent string, statuses map[string][]byte, now time.Time) error
+	MountReports(ctx context.Context, organization, workspace, agent string) ([]filetree.MountReport, error)
+	LiveWorkspaces(ctx context.Context) ([]*filetree.Workspace, error)
+	PurgeWorkspaces(ctx context.Context, limit int) (int, error)
+	// FindAgent finds an agent by its id or name, or NOT_FOUND.
+	FindAgent(ctx context.Context, organization, idOrName string) (*posternv1.Agent, error)
 }
 
 // Chunks keeps the chunks of contents. See package blob.
@@ -60,6 +66,8 @@ type Config struct {
 	// Caller tells who calls the API, and Agent who calls on a tunnel.
 	Caller func(ctx context.Context) Caller
 	Agent  func(ctx context.Context) Agent
+	// Ask asks an agent for the status of its mounts; AGENT_OFFLINE if it is.
+	Ask func(ctx context.Context, agent string, r *posternv1.GetAttachStatusRequest) (*posternv1.GetAttachStatusResponse, error)
 	// Ops bounds the requests of each agent that read or change trees, by its id.
 	Ops Limiter
 	// Poll is how often other replicas' changes are looked for; 0: there are none.

@@ -25,6 +25,8 @@ type tree struct {
 	now time.Time
 	// by is "token NAME" or "agent NAME"; mount is the mount that does it, if one does.
 	by, mount string
+	// quiet: changes get numbers, but are not in the log.
+	quiet bool
 
 	nodes   map[uint64]*node
 	entries map[place]*entry
@@ -345,8 +347,10 @@ func (t *tree) done() (uint64, error) {
 				return 0, err
 			}
 		}
+		if n.bumped = false; t.quiet {
+			continue
+		}
 		t.changes = append(t.changes, filetree.Change{Seq: t.ws.Seq, Mount: t.mount, Node: n.ID, Names: names})
-		n.bumped = false
 	}
 	for _, n := range bumped {
 		n.Seq, n.bumped = t.ws.Seq, false
@@ -517,11 +521,16 @@ func trashName(id uint64) []byte { return fmt.Appendf(nil, "%d", id) }
 
 // drop removes a node that has no name.
 func (t *tree) drop(n *node) error {
-	t.touch(n)
-	n.gone = true
 	if err := t.charge(-1, -int64(n.Stored), true); err != nil {
 		return err
 	}
+	return t.dropUncounted(n)
+}
+
+// dropUncounted is drop for what is not counted, since it was in the trash.
+func (t *tree) dropUncounted(n *node) error {
+	t.touch(n)
+	n.gone = true
 	if n.Type != filetree.File || n.Version == 0 {
 		return nil
 	}

@@ -18,6 +18,8 @@ const hashSize = sha256.Size
 
 var zeroTime time.Time
 
+func now() time.Time { return time.Now() }
+
 func chunkCount(size uint64) uint64 { return filechunk.Count(size) }
 
 // changesPage bounds the changes in one answer of WatchChanges.
