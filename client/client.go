@@ -46,6 +46,7 @@ type Client struct {
 	Notebooks     posternv1connect.NotebookServiceClient
 	Secrets       posternv1connect.SecretServiceClient
 	Moves         posternv1connect.KernelMoveServiceClient
+	Files         posternv1connect.FileServiceClient
 	Audit         posternv1connect.AuditServiceClient
 	Organizations posternv1connect.OrganizationServiceClient
 	CA            posternv1connect.CAServiceClient
@@ -97,6 +98,7 @@ func New(cfg Config) (*Client, error) {
 		Notebooks:     posternv1connect.NewNotebookServiceClient(hc, address, option),
 		Secrets:       posternv1connect.NewSecretServiceClient(hc, address, option),
 		Moves:         posternv1connect.NewKernelMoveServiceClient(hc, address, option),
+		Files:         posternv1connect.NewFileServiceClient(hc, address, option),
 		Audit:         posternv1connect.NewAuditServiceClient(hc, address, option),
 		Organizations: posternv1connect.NewOrganizationServiceClient(hc, address, option),
 		CA:            posternv1connect.NewCAServiceClient(hc, address, option),

@@ -229,6 +229,7 @@ func (s *Server) wire(ctx context.Context) error {
 	s.http.Handler = api.New(api.Config{
 		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks, s.secrets}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
 		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter, Files: s.files,
+		DAV:      s.newDAV(requests),
 		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
 	})
 	return nil

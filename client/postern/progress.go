@@ -14,11 +14,13 @@ const (
 	progressEvery = 200 * time.Millisecond
 )
 
-// progress is the line on stderr that says how far a long result is. It is shown
-// on a terminal alone, and never while rows appear on a terminal themselves.
+// progress is the line on stderr that says how far a long result or a transfer is. It is
+// shown on a terminal alone, and never while rows appear on a terminal themselves.
 type progress struct {
 	app   *app
 	start time.Time
+	// line is what is shown after that time.
+	line func(*progress, time.Duration) string
 	// onTerminal: the rows go to a terminal.
 	onTerminal bool
 	rowCount   atomic.Int64
@@ -33,7 +35,13 @@ type progress struct {
 }
 
 func startProgress(a *app, dst *destination) *progress {
-	p := &progress{app: a, start: time.Now(), onTerminal: isTerminal(dst.f), done: make(chan struct{}), ended: make(chan struct{})}
+	return beginProgress(a, isTerminal(dst.f), func(p *progress, d time.Duration) string {
+		return progressLine(p.rowCount.Load(), p.byteCount.Load(), d)
+	})
+}
+
+func beginProgress(a *app, onTerminal bool, line func(*progress, time.Duration) string) *progress {
+	p := &progress{app: a, start: time.Now(), line: line, onTerminal: onTerminal, done: make(chan struct{}), ended: make(chan struct{})}
 	if !isTerminal(a.stderr) {
 		close(p.ended)
 		return p
@@ -64,8 +72,7 @@ func (p *progress) show() {
 		return
 	}
 	p.shown = true
-	line := progressLine(p.rowCount.Load(), p.byteCount.Load(), time.Since(p.start))
-	fmt.Fprintf(p.app.stderr, "\r\x1b[K%s", line) //nolint:errcheck // nobody is left to tell
+	fmt.Fprintf(p.app.stderr, "\r\x1b[K%s", p.line(p, time.Since(p.start))) //nolint:errcheck // nobody is left to tell
 }
 
 // progressLine is rows, volume, rate and time; without rows (arrow does not
@@ -93,6 +100,14 @@ func (p *progress) eraseLocked() {
 		fmt.Fprint(p.app.stderr, "\r\x1b[K") //nolint:errcheck // nobody is left to tell
 		p.shown = false
 	}
+}
+
+// say prints a line on stderr above the line of progress.
+func (p *progress) say(format string, args ...any) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.eraseLocked()
+	p.app.info(format, args...)
 }
 
 // stop erases the line; it may be called again.

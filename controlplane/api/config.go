@@ -34,6 +34,8 @@ type Config struct {
 	Gatherer prometheus.Gatherer
 	// Tunnel serves the WebSocket endpoint, /tunnel.
 	Tunnel http.Handler
+	// DAV serves WebDAV's clients, below /dav/; it knows callers by itself.
+	DAV http.Handler
 	// Jupyter serves Jupyter's clients, below /jupyter/; it knows callers by itself.
 	Jupyter http.Handler
 	// Ready returns nil when this process can serve, else why not.

@@ -57,3 +57,9 @@ func (a *API) routeFiles(mux *http.ServeMux) {
 		})
 	}
 }
+
+// WithCaller makes c the caller of what is called with the context: for protocols that know callers
+// by themselves.
+func WithCaller(ctx context.Context, c Caller) context.Context {
+	return context.WithValue(ctx, callerKey{}, c)
+}

@@ -87,7 +87,7 @@ func (r *slowResult) Finish(broke error) *posternv1.QueryOutcome {
 func ask(t *testing.T, q Queries, accept string) (*http.Response, []byte) {
 	t.Helper()
 	a := New(Config{
-		Tokens: analysts{}, Queries: q, Gatherer: prometheus.NewRegistry(), Tunnel: http.NotFoundHandler(), Jupyter: http.NotFoundHandler(), SignOfLife: 20 * time.Millisecond, Requests: unlimited{},
+		Tokens: analysts{}, Queries: q, Gatherer: prometheus.NewRegistry(), Tunnel: http.NotFoundHandler(), Jupyter: http.NotFoundHandler(), DAV: http.NotFoundHandler(), SignOfLife: 20 * time.Millisecond, Requests: unlimited{},
 	})
 	server := httptest.NewServer(a)
 	t.Cleanup(server.Close)
@@ -171,7 +171,7 @@ func TestResultStreamStopsWhenTheClientHangsUp(t *testing.T) {
 	finished := make(chan error, 1)
 	q := finishing{slowQueries{after: time.Minute}, finished}
 	server := httptest.NewServer(New(Config{
-		Tokens: analysts{}, Queries: q, Gatherer: prometheus.NewRegistry(), Tunnel: http.NotFoundHandler(), Jupyter: http.NotFoundHandler(), SignOfLife: 20 * time.Millisecond, Requests: unlimited{},
+		Tokens: analysts{}, Queries: q, Gatherer: prometheus.NewRegistry(), Tunnel: http.NotFoundHandler(), Jupyter: http.NotFoundHandler(), DAV: http.NotFoundHandler(), SignOfLife: 20 * time.Millisecond, Requests: unlimited{},
 	}))
 	defer server.Close()
 	ctx, cancel := context.WithCancel(t.Context())

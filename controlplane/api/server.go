@@ -84,6 +84,7 @@ func New(cfg Config) *API {
 	a.routeFiles(mux)
 	mux.Handle("/tunnel", cfg.Tunnel)
 	mux.Handle("/jupyter/", cfg.Jupyter)
+	mux.Handle("/dav/", cfg.DAV)
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { plain(w, http.StatusOK, "ok") })
 	mux.HandleFunc("GET /readyz", a.serveReady)
 	mux.Handle("GET /metrics", a.metricsHandler())
