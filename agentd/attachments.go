@@ -48,6 +48,10 @@ type attachments struct {
 	wg      sync.WaitGroup
 	mu      sync.Mutex
 	failure string // why the keeper does not run
+	// starting are kernels that are not listed yet, and have mounts already.
+	starting map[string]int
+	// showing makes changes of agentd's own mounts wait for each other.
+	showing sync.Mutex
 }
 
 // openAttachments begins; the link need not be up.
@@ -56,7 +60,7 @@ func (d *Daemon) openAttachments() error {
 	if err != nil {
 		return err
 	}
-	a := &attachments{daemon: d, client: mountd.Client{Dir: dir}}
+	a := &attachments{daemon: d, client: mountd.Client{Dir: dir}, starting: map[string]int{}}
 	d.attach = a
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel = cancel
@@ -160,6 +164,9 @@ func (a *attachments) look(ctx context.Context) error {
 		// Not while something is mounted or unsent: mountd refuses.
 		_ = a.client.Shutdown(ask)
 		return nil
+	}
+	if err := a.tend(ctx, status); err != nil {
+		return err
 	}
 	if status.Software != proto.Version().Software {
 		program, file, err := a.program()

@@ -58,9 +58,13 @@ func (m *mounts) clean() {
 		log, _ := os.ReadFile(m.path("state/attach/" + attachLog))
 		m.t.Logf("mountd's log:\n%s", log)
 	}
-	entries, _ := os.ReadDir(m.dir)
-	for _, e := range entries {
-		_ = unix.Unmount(filepath.Join(m.dir, e.Name()), unix.MNT_DETACH)
+	for _, dir := range []string{m.dir, m.path("state/attach/kernels")} {
+		entries, _ := os.ReadDir(dir)
+		for _, e := range entries {
+			if ours, _ := mountd.Mounted(filepath.Join(dir, e.Name())); ours {
+				_ = unix.Unmount(filepath.Join(dir, e.Name()), unix.MNT_DETACH)
+			}
+		}
 	}
 	m.eventually("the end of mountd and its keeper", func() error {
 		left := m.processes()

@@ -18,13 +18,19 @@ import (
 type kernelRunner struct {
 	*kernel.Manager
 	checkpoints *engineBox
+	daemon      *Daemon
 }
 
 var _ host.Kernels = kernelRunner{}
 
 // StartKernel implements host.Kernels.
 func (r kernelRunner) StartKernel(ctx context.Context, m *posternv1.StartKernelRequest, environment map[string]string) (*posternv1.Kernel, error) {
-	return r.Manager.Start(ctx, kernel.Start{ID: m.Id, Spec: m.Spec, Owner: m.Principal, Environment: environment})
+	mounts, done, err := r.daemon.attach.toKernel(ctx, m.Id, m.Mounts)
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	return r.Manager.Start(ctx, kernel.Start{ID: m.Id, Spec: m.Spec, Owner: m.Principal, Environment: environment, Mounts: mounts})
 }
 
 // Stop implements host.Kernels: a kernel's checkpoints go with it.
@@ -103,7 +109,11 @@ func (d *Daemon) decideKernel(r *posternv1.StartKernelRequest) host.KernelVerdic
 	if spec == "" {
 		spec = "python3"
 	}
-	env, reason := d.config.Load().Kernels.StartKernel(spec, r.Environment)
+	c := d.config.Load()
+	env, reason := c.Kernels.StartKernel(spec, r.Environment)
+	for i := 0; i < len(r.Mounts) && reason == ""; i++ {
+		reason = decideKernelMount(c.Attachments, r.Mounts, i)
+	}
 	return host.KernelVerdict{Allowed: reason == "", Reason: reason, Environment: env}
 }
 

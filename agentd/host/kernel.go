@@ -135,8 +135,8 @@ func (h *Host) startKernel(ctx context.Context, m *posternv1.StartKernelRequest,
 		return nil, proto.Errorf(proto.CodeInvalid, "the request has no good kernel id")
 	case m.Principal.GetTokenId() == "":
 		return nil, proto.Errorf(proto.CodeInvalid, "the request names no principal")
-	case len(m.Mounts) > 0:
-		return nil, proto.Errorf(proto.CodePolicyDenied, "this host mounts no workspaces into kernels")
+	case len(m.Mounts) > maxKernelMounts:
+		return nil, proto.Errorf(proto.CodeInvalid, "a kernel has at most %d mounts", maxKernelMounts)
 	}
 	verdict := h.cfg.DecideKernel(m)
 	if !verdict.Allowed {
@@ -145,11 +145,29 @@ func (h *Host) startKernel(ctx context.Context, m *posternv1.StartKernelRequest,
 	if err := h.settle(); err != nil {
 		return nil, err
 	}
-	entry.Action, entry.Outcome, entry.Statement = actionKernelStart, "begun", "spec "+clip(m.Spec)
+	entry.Action, entry.Outcome, entry.Statement = actionKernelStart, "begun", clip("spec "+m.Spec+mountsText(m.Mounts))
 	if err := h.record(entry); err != nil {
 		return nil, err
 	}
 	return h.cfg.Kernels.StartKernel(ctx, m, verdict.Environment)
+}
+
+// maxKernelMounts bounds the workspaces of a kernel.
+const maxKernelMounts = 16
+
+// mountsText names a kernel's workspaces for the log.
+func mountsText(mounts []*posternv1.KernelMount) string {
+	text := ""
+	for i, m := range mounts {
+		if text += ", "; i == 0 {
+			text = ", mounts "
+		}
+		text += m.Workspace
+		if m.ReadOnly {
+			text += ":ro"
+		}
+	}
+	return text
 }
 
 // ListKernels lists the kernels of who asks; all for operators.

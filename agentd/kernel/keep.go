@@ -161,7 +161,7 @@ func (m *Manager) fill(failures map[string]time.Time) {
 				return
 			}
 			slot := jupyter.NewID()
-			k := m.newKernel(filepath.Join(m.cfg.Dir, slot), m.build(s, sp, uid, slot, nil))
+			k := m.newKernel(filepath.Join(m.cfg.Dir, slot), m.build(s, sp, uid, slot, nil, nil))
 			err := m.launch(m.ctx, k, k.spec)
 			close(k.ready)
 			if err != nil {

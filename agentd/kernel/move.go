@@ -138,9 +138,12 @@ func (m *Manager) CheckSaved(kernel []byte) error {
 	if err := shows(saved.Sandbox.Shown, append(sp.visible(), s.Visible...)); err != nil {
 		return err
 	}
-	own := m.build(s, sp, s.UIDBase, "check", nil).Sandbox
+	own := m.build(s, sp, s.UIDBase, "check", nil, nil).Sandbox
 	for _, b := range saved.Sandbox.Binds {
 		if !slices.ContainsFunc(own.Binds, func(o sandbox.Bind) bool { return o.Target == b.Target && o.ReadOnly == b.ReadOnly && o.Key == b.Key }) {
+			if workspace, ok := strings.CutPrefix(b.Target, shim.WorkInside); ok {
+				return proto.Errorf(proto.CodeInvalid, "the kernel has workspace %.80q mounted: kernels with mounts cannot move to another host", workspace)
+			}
 			return proto.Errorf(proto.CodeInvalid, "the kernel has %.200q mounted, which kernels of spec %s have not on this host: are both agentds of one version?", b.Target, sp.name)
 		}
 	}
@@ -275,7 +278,7 @@ func (m *Manager) Arrive(ctx context.Context, a Arrival, place func(uid, gid uin
 	// on one machine would else have two with the same cgroups.
 	slot := jupyter.NewID()
 	dir := filepath.Join(m.cfg.Dir, slot)
-	spec := m.build(s, sp, uid, slot, env)
+	spec := m.build(s, sp, uid, slot, env, nil)
 	spec.ID, spec.Owner, spec.Created = a.ID, owner, saved.Spec.Created
 	if err := spec.Sandbox.Validate(); err != nil {
 		delete(m.uids, uid)

@@ -2,6 +2,8 @@ package kernel
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -24,6 +26,16 @@ type Start struct {
 	Spec        string
 	Owner       *posternv1.Principal
 	Environment map[string]string
+	// Mounts are workspaces that it sees at /work/NAME; the first is its working directory.
+	Mounts []Mount
+}
+
+// Mount is a workspace in a kernel.
+type Mount struct {
+	Workspace string
+	// Source is where the host has it; it must be there again for every restore.
+	Source   string
+	ReadOnly bool
 }
 
 var idForm = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$`)
@@ -49,7 +61,7 @@ func (m *Manager) Start(ctx context.Context, r Start) (*posternv1.Kernel, error)
 	if err != nil {
 		return nil, err
 	}
-	trial := m.build(s, sp, s.UIDBase, r.ID, r.Environment).Sandbox
+	trial := m.build(s, sp, s.UIDBase, r.ID, r.Environment, r.Mounts).Sandbox
 	if err := trial.Validate(); err != nil {
 		return nil, proto.Errorf(proto.CodeInvalid, "kernels of spec %s cannot run here: %v", sp.name, err)
 	}
@@ -64,7 +76,7 @@ func (m *Manager) Start(ctx context.Context, r Start) (*posternv1.Kernel, error)
 	}
 	var k *kernel
 	warm := false
-	if len(r.Environment) == 0 {
+	if len(r.Environment) == 0 && len(r.Mounts) == 0 {
 		for i, w := range m.pool {
 			if w.spec.Name == sp.name && w.last != nil && w.last.State == posternv1.KernelState_KERNEL_STATE_IDLE && w.lost == "" && !w.stopping {
 				k, warm = w, true
@@ -79,7 +91,7 @@ func (m *Manager) Start(ctx context.Context, r Start) (*posternv1.Kernel, error)
 			m.mu.Unlock()
 			return nil, proto.Errorf(proto.CodeOverloaded, "no user id is left for a kernel: raise kernels.max's range")
 		}
-		k = m.newKernel(filepath.Join(m.cfg.Dir, r.ID), m.build(s, sp, uid, r.ID, r.Environment))
+		k = m.newKernel(filepath.Join(m.cfg.Dir, r.ID), m.build(s, sp, uid, r.ID, r.Environment, r.Mounts))
 	}
 	k.spec.ID, k.spec.Owner, k.spec.Created = r.ID, owner, time.Now().UTC()
 	spec := k.spec
@@ -148,7 +160,7 @@ func (m *Manager) spec(s Settings, name string) (spec, error) {
 }
 
 // build is what a new kernel is.
-func (m *Manager) build(s Settings, sp spec, uid uint32, slot string, env map[string]string) shim.Spec {
+func (m *Manager) build(s Settings, sp spec, uid uint32, slot string, env map[string]string, mounts []Mount) shim.Spec {
 	out := shim.Spec{
 		Name: sp.name, Language: sp.file.Language, InterruptMode: sp.file.InterruptMode, JournalBytes: s.JournalBytes, Created: time.Now().UTC(),
 		Sandbox: sandbox.Spec{
@@ -163,6 +175,16 @@ func (m *Manager) build(s Settings, sp spec, uid uint32, slot string, env map[st
 	}
 	for name, value := range env {
 		all[name] = value
+	}
+	for _, w := range mounts {
+		sum := sha256.Sum256([]byte(w.Workspace))
+		out.Sandbox.Binds = append(out.Sandbox.Binds, sandbox.Bind{
+			Source: w.Source, Target: shim.WorkInside + w.Workspace, ReadOnly: w.ReadOnly, Key: "work-" + hex.EncodeToString(sum[:8]),
+		})
+	}
+	if _, own := all["GIT_CONFIG_COUNT"]; len(mounts) > 0 && !own {
+		// A workspace is not of one user: git would refuse it.
+		all["GIT_CONFIG_COUNT"], all["GIT_CONFIG_KEY_0"], all["GIT_CONFIG_VALUE_0"] = "1", "safe.directory", "*"
 	}
 	m.bringModule(sp, &out.Sandbox, all)
 	for name, value := range all {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/attach/packet"
@@ -94,7 +95,8 @@ func (d *Daemon) answer(ctx context.Context, q question, idle func()) (answer, [
 			break
 		}
 		var tree *os.File
-		if tree, err = d.tree(s.name, found.ReadOnly); err == nil {
+		// A kernel's sandbox makes its own copy read-only; the source is for all kernels.
+		if tree, err = d.tree(s.name, found.ReadOnly && strings.HasPrefix(h.Name, hostHolder)); err == nil {
 			return answer{Holder: found}, []*os.File{tree}
 		}
 	case opSettle:

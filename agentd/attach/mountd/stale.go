@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -106,9 +107,15 @@ func (d *Daemon) clean() {
 // symbolic links, is one of ours. It asks the kernel alone, for the namespace of the
 // caller.
 func Mounted(dir string) (bool, error) {
+	_, ours, err := MountedMinor(dir)
+	return ours, err
+}
+
+// MountedMinor is Mounted with the number of the mount's connection.
+func MountedMinor(dir string) (minor uint32, ours bool, err error) {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {
-		return false, err
+		return 0, false, err
 	}
 	defer f.Close() //nolint:errcheck // it was read
 	last := ""
@@ -123,10 +130,15 @@ func Mounted(dir string) (bool, error) {
 			break
 		}
 		if err != nil {
-			return false, err
+			return 0, false, err
 		}
 	}
-	return strings.Contains(last, " - fuse."+fuseserver.Subtype+" "), nil
+	if !strings.Contains(last, " - fuse."+fuseserver.Subtype+" ") {
+		return 0, false, nil
+	}
+	_, number, _ := strings.Cut(strings.Fields(last)[2], ":")
+	n, err := strconv.ParseUint(number, 10, 32)
+	return uint32(n), true, err
 }
 
 // unescape undoes what the kernel does to spaces in mountinfo.

@@ -11,6 +11,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -457,6 +458,11 @@ func (s *Shim) Kernel() (*posternv1.Kernel, <-chan struct{}) {
 	k := &posternv1.Kernel{
 		Id: s.spec.ID, Spec: s.spec.Name, Language: s.spec.Language, State: s.phase, Reason: s.reason,
 		LastActivity: timestamppb.New(s.active), Sequence: last, Generation: s.state.Generation, Checkpoint: s.state.Checkpoint,
+	}
+	for _, b := range s.spec.Sandbox.Binds {
+		if workspace, ok := strings.CutPrefix(b.Target, WorkInside); ok {
+			k.Mounts = append(k.Mounts, &posternv1.KernelMount{Workspace: workspace, ReadOnly: b.ReadOnly})
+		}
 	}
 	if m := s.state.Move; m != nil {
 		k.Move = &posternv1.KernelMove{Id: m.ID, To: m.To, Sent: m.Sent}

@@ -33,6 +33,9 @@ const (
 // {connection_file} stands for in a kernelspec.
 const ConnectionInside = sandbox.RunInside + "/" + connectFile
 
+// WorkInside is where kernels see workspaces, followed by the name.
+const WorkInside = "/work/"
+
 // Spec says everything to start, adopt or restore a kernel. agentd writes it; it is
 // durable before the kernel's first process.
 type Spec struct {
