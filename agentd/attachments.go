@@ -50,6 +50,9 @@ type attachments struct {
 	failure string // why the keeper does not run
 	// starting are kernels that are not listed yet, and have mounts already.
 	starting map[string]int
+	// What the control plane was told last; of keep alone.
+	reported, unsent bool
+	told             time.Time
 	// showing makes changes of agentd's own mounts wait for each other.
 	showing sync.Mutex
 }
@@ -165,6 +168,7 @@ func (a *attachments) look(ctx context.Context) error {
 		_ = a.client.Shutdown(ask)
 		return nil
 	}
+	a.report(ctx, status)
 	if err := a.tend(ctx, status); err != nil {
 		return err
 	}

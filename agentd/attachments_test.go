@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,11 +15,15 @@ import (
 	"testing"
 	"time"
 
+	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
 	"github.com/postern-dev/postern/agentd/attach/mountd"
 	"github.com/postern-dev/postern/agentd/attach/remote/simulatedremote"
 	"github.com/postern-dev/postern/proto"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/postern/v1/posternv1connect"
+	"github.com/postern-dev/postern/tunnel"
 )
 
 // mounts is a lab whose control plane has workspaces.
@@ -235,6 +240,15 @@ func TestUnsentWrites(t *testing.T) {
 	}
 	if s := m.d.attachmentStatus(); len(s.Workspaces) != 1 || s.Workspaces[0].UnsentChanges == 0 {
 		t.Errorf("status: %+v", s)
+	}
+	up := m.c.awaitHello(1)
+	host := posternv1connect.NewAttachHostServiceClient(&http.Client{Transport: up.Transport(tunnel.Control)}, "http://agent")
+	told, err := host.GetAttachStatus(t.Context(), connect.NewRequest(&posternv1.GetAttachStatusRequest{Workspace: "lab"}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s := told.Msg.Mounts; len(s) != 1 || s[0].UnsentOps == 0 || !s[0].OldestUnsent.IsValid() || len(s[0].Targets) != 1 || s[0].Targets[0] != dir || len(s[0].MountId) != 36 {
+		t.Errorf("what the control plane is told: %v", s)
 	}
 	if err := umountHere(t.Context(), &m.d.places, dir, true); err != nil {
 		t.Fatal(err)

@@ -234,7 +234,7 @@ func guard(p policy.Source, key []byte) sqlsession.Guard {
 func (d *Daemon) newHost() *host.Host {
 	return host.New(host.Config{
 		Logger: d.logger, Metrics: host.NewMetrics(d.registry), SQL: sqlRunner{d.sessions, d.hidden}, Wire: sqlRunner{d.sessions, d.hidden}, Audit: d.log,
-		Kernels: kernelRunner{d.kernels, &d.checkpoints, d}, DecideKernel: d.decideKernel, Checkpoints: checkpoints{&d.checkpoints}, Moves: moves{d}, Secrets: kernelSecrets{d},
+		Kernels: kernelRunner{d.kernels, &d.checkpoints, d}, DecideKernel: d.decideKernel, Attachments: attachedHost{d}, Checkpoints: checkpoints{&d.checkpoints}, Moves: moves{d}, Secrets: kernelSecrets{d},
 		Decide: d.decide, DecideIntrospection: d.decideIntrospection, CheckOffered: d.checkOffered, Sources: d.inventory, Status: d.hostStatus, Report: link.ReportRows, Local: d.reports, MaskText: d.maskText,
 		Exposition: promhttp.HandlerFor(d.registry, promhttp.HandlerOpts{MaxRequestsInFlight: 4, Timeout: 10 * time.Second}),
 		Agent: func() (string, string) {

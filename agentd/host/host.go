@@ -119,6 +119,8 @@ type Config struct {
 	Checkpoints Checkpoints
 	// Moves moves kernels to other hosts; nil: that is not served. It needs Kernels.
 	Moves Moves
+	// Attachments are mounts of workspaces; nil: that is not served.
+	Attachments Attachments
 	// Decide asks the policy of the source that the request names.
 	Decide func(*posternv1.SQLRequest) Verdict
 	// CheckOffered checks a source that somebody on the host offered with a
@@ -219,6 +221,10 @@ func New(cfg Config) *Host {
 			path, handler := posternv1connect.NewCheckpointHostServiceHandler(checkpointRPC{h}, connect.WithReadMaxBytes(1<<20))
 			h.mux.Handle(path, handler)
 		}
+	}
+	if cfg.Attachments != nil {
+		path, handler := posternv1connect.NewAttachHostServiceHandler(attachRPC{h}, connect.WithReadMaxBytes(64<<10))
+		h.mux.Handle(path, handler)
 	}
 	if cfg.Exposition != nil {
 		h.mux.Handle("GET "+proto.MetricsPath, cfg.Exposition)
