@@ -42,6 +42,19 @@ func (c *Client) Close() error {
 	return c.conn.Close()
 }
 
+// Again reaches the keeper of now, when the one before has died. A server goes on holding
+// its lock meanwhile, so that the new keeper waits for it instead of starting another. c
+// is done with if it succeeds; it may be tried again if not.
+func (c *Client) Again() (*Client, error) {
+	_ = c.conn.Close()
+	next, err := Dial(c.dir)
+	if err != nil {
+		return nil, err
+	}
+	next.lock, c.lock = c.lock, nil
+	return next, nil
+}
+
 // call sends a message and waits for its answer, until the time is over.
 func (c *Client) call(until time.Time, m message, files ...*os.File) (answer message, got []*os.File, err error) {
 	got, err = c.conn.Call(until, m, &answer, files...)
@@ -77,6 +90,9 @@ func (c *Client) Claim(ctx context.Context) ([]string, error) {
 	packet.CloseAll(got)
 	if err != nil {
 		return nil, err
+	}
+	if c.lock != nil {
+		return answer.Names, nil
 	}
 	if c.lock, err = lockFile(filepath.Join(c.dir, serverLock)); err == nil && c.lock == nil {
 		err = fmt.Errorf("another server of mounts lives: %s is locked", filepath.Join(c.dir, serverLock))

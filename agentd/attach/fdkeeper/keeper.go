@@ -92,8 +92,10 @@ type Keeper struct {
 	mu      sync.Mutex
 	entries map[string]*entry
 	server  *session
-	command []string
-	renew   bool // start a server although one runs
+	// lastClaim is the process that claimed last.
+	lastClaim int
+	command   []string
+	renew     bool // start a server although one runs
 }
 
 // ErrTaken is returned when another keeper has the directory already.

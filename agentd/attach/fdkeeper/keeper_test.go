@@ -331,3 +331,29 @@ func TestClientsAreHeldToTheRules(t *testing.T) {
 		}
 	}
 }
+
+// TestSameServerClaimsAgain wants a server whose conversation broke to go on: it is not
+// told to end, and has what it had.
+func TestSameServerClaimsAgain(t *testing.T) {
+	k := start(t)
+	k.wantRead()
+	server := k.server()
+	// The server's role ends its conversation when this file is there, once.
+	if err := os.WriteFile(filepath.Join(k.state, "hangup"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	k.eventually("the server's new conversation", func() error {
+		if _, err := os.Stat(filepath.Join(k.state, "again")); err != nil {
+			return err
+		}
+		return nil
+	})
+	k.wantRead()
+	if got := k.server(); got != server {
+		t.Errorf("the server was replaced: %d, was %d", got, server)
+	}
+	if err := syscall.Kill(server, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	k.wantRead()
+}

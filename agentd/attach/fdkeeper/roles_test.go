@@ -154,11 +154,13 @@ func serverMain() int {
 		reserve, _ := c.Clone("one", false)
 		for ctx.Err() == nil {
 			time.Sleep(100 * time.Millisecond)
+			if os.Remove(filepath.Join(dir, "hangup")) == nil {
+				_ = c.conn.Close()
+			}
 			if c.Beat() == nil {
 				continue
 			}
 			// The keeper is gone: another one gets everything.
-			_ = c.Close()
 			command, env := role("keeper", dir)
 			p, err := Spawn(ctx, SpawnConfig{Command: command, Env: env, LogFile: filepath.Join(dir, "log")})
 			if err != nil {
@@ -166,8 +168,13 @@ func serverMain() int {
 				continue
 			}
 			_ = p.Release()
-			if c, err = Dial(dir); err == nil {
-				if _, err = c.Claim(ctx); err == nil {
+			if next, aerr := c.Again(); aerr == nil {
+				c = next
+				var kept []string
+				if kept, err = c.Claim(ctx); err == nil && len(kept) > 0 {
+					err = errors.Join(c.Update("one", blob), c.Serving("one"))
+					_ = os.WriteFile(filepath.Join(dir, "again"), nil, 0o600)
+				} else if err == nil {
 					err = errors.Join(c.Put("one", minor, blob, dev, reserve), c.Serving("one"))
 					reserve, _ = c.Clone("one", false)
 				}

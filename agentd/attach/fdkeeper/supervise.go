@@ -26,14 +26,14 @@ func (k *Keeper) claim(ctx context.Context, conn *net.UnixConn, pid int) (*sessi
 	k.mu.Lock()
 	before := k.server
 	k.mu.Unlock()
-	if before != nil {
+	if before != nil && before.pid != pid { // else it only talks on a new conversation
 		k.cfg.Logger.Info("server of mounts replaced", "pid", before.pid, "by", pid)
 		if err := before.end(ctx); err != nil {
 			return nil, errors.Join(err, s.pidfd.Close())
 		}
 	}
 	k.mu.Lock()
-	k.server = s
+	k.server, k.lastClaim = s, pid
 	k.mu.Unlock()
 	k.wg.Go(func() { k.follow(ctx, s) })
 	return s, nil
@@ -79,11 +79,9 @@ func (s *session) signal(number unix.Signal) error {
 func (k *Keeper) follow(ctx context.Context, s *session) {
 	gone := waitPidfd(ctx, s.pidfd)
 	k.mu.Lock()
-	if gone && k.server == s {
+	if gone && k.server != nil && k.server.pid == s.pid {
 		k.server = nil
-	}
-	for _, e := range k.entries {
-		if gone {
+		for _, e := range k.entries {
 			e.served = false
 		}
 	}
@@ -134,13 +132,12 @@ func (k *Keeper) supervise(ctx context.Context) {
 				return
 			}
 		}
-		began := time.Now()
-		k.start(ctx, command)
-		// At once the first time; then slower and slower while servers don't stay.
-		if time.Since(began) < 10*time.Second {
-			pause = min(max(2*pause, 25*time.Millisecond), 2*time.Second)
-		} else {
+		// At once after a server that came as far as to claim; slower and slower after one
+		// that did not.
+		if k.start(ctx, command) {
 			pause = 0
+		} else {
+			pause = min(max(2*pause, 25*time.Millisecond), time.Second)
 		}
 	}
 }
@@ -162,19 +159,25 @@ func (k *Keeper) await(ctx context.Context) {
 	}
 }
 
-// start runs a server until it ends, or until the next look at whether one is needed.
-func (k *Keeper) start(ctx context.Context, command []string) {
+// start runs a server until it ends, or until the next look at whether one is needed, and
+// tells whether it had claimed.
+func (k *Keeper) start(ctx context.Context, command []string) (claimed bool) {
 	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = "/", k.cfg.Env, os.Stdout, os.Stderr
 	cmd.SysProcAttr = newSession()
 	if err := cmd.Start(); err != nil {
 		k.cfg.Logger.Error("server of mounts not started", "err", err)
-		return
+		return false
 	}
 	ended := make(chan error, 1)
 	k.wg.Go(func() { ended <- cmd.Wait() })
 	late := time.NewTimer(startTime + endTime)
 	defer late.Stop()
+	defer func() {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		claimed = k.lastClaim == cmd.Process.Pid
+	}()
 	for {
 		select {
 		case err := <-ended:
@@ -185,15 +188,15 @@ func (k *Keeper) start(ctx context.Context, command []string) {
 			if err == nil && idle && !other {
 				k.cfg.Logger.Info("server of mounts has ended, nothing is kept")
 				k.cancel()
-				return
+				return claimed
 			}
 			k.cfg.Logger.Warn("server of mounts has ended", "pid", cmd.Process.Pid, "err", err)
-			return
+			return claimed
 		case <-late.C:
 			k.mu.Lock()
-			claimed := k.server != nil && k.server.pid == cmd.Process.Pid
+			serves := k.lastClaim == cmd.Process.Pid
 			k.mu.Unlock()
-			if !claimed {
+			if !serves {
 				k.cfg.Logger.Error("server of mounts killed: it did not claim in time", "pid", cmd.Process.Pid)
 				_ = cmd.Process.Kill()
 			}
@@ -202,7 +205,7 @@ func (k *Keeper) start(ctx context.Context, command []string) {
 			renew := k.renew
 			k.mu.Unlock()
 			if renew {
-				return // the next one ends this one
+				return claimed // the next one ends this one
 			}
 		case <-ctx.Done():
 			_ = cmd.Process.Signal(unix.SIGTERM)
@@ -212,7 +215,7 @@ func (k *Keeper) start(ctx context.Context, command []string) {
 				_ = cmd.Process.Kill()
 				<-ended
 			}
-			return
+			return claimed
 		}
 	}
 }

@@ -3,6 +3,7 @@ package mountd
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/attach/fdkeeper"
@@ -51,19 +52,22 @@ func (d *Daemon) another(ctx context.Context) error {
 	d.known = false
 	old := d.keeper
 	d.mu.Unlock()
-	_ = old.Close() // our lock goes with it
 	if err := d.cfg.SpawnKeeper(ctx); err != nil {
 		return err
 	}
-	k, err := fdkeeper.Dial(d.cfg.Dir)
+	k, err := old.Again()
 	if err != nil {
 		return err
 	}
-	if _, err := k.Claim(ctx); err != nil {
-		return errors.Join(err, k.Close())
+	d.mu.Lock()
+	d.keeper = k
+	d.mu.Unlock()
+	kept, err := k.Claim(ctx)
+	if err != nil {
+		return err
 	}
 	d.mu.Lock()
-	d.keeper, d.known = k, true
+	d.known = true
 	var all []*superblock
 	for _, o := range d.open {
 		for _, s := range o.supers {
@@ -72,7 +76,11 @@ func (d *Daemon) another(ctx context.Context) error {
 	}
 	d.mu.Unlock()
 	for _, s := range all {
-		if err := d.give(k, s); err != nil {
+		give := d.give
+		if slices.Contains(kept, s.name) { // the keeper lives, only the conversation had ended
+			give = d.confirm
+		}
+		if err := give(k, s); err != nil {
 			d.cfg.Logger.Error("mount not given to the new keeper", "workspace", s.state.Workspace, "err", err)
 		}
 	}
@@ -108,6 +116,15 @@ func (d *Daemon) give(k *fdkeeper.Client, s *superblock) error {
 	s.spare = next
 	d.mu.Unlock()
 	return nil
+}
+
+// confirm tells a keeper that has a superblock already how it is now.
+func (d *Daemon) confirm(k *fdkeeper.Client, s *superblock) error {
+	text, err := d.blob(s)
+	if err != nil {
+		return err
+	}
+	return errors.Join(k.Update(s.name, text), k.Serving(s.name))
 }
 
 // reopen opens the workspaces of earlier lives that have something to send.
