@@ -59,7 +59,7 @@ func (a *attachments) toKernel(ctx context.Context, id string, mounts []*postern
 	a.mu.Lock()
 	a.starting[id]++
 	a.mu.Unlock()
-	done = func() {
+	listed := func() {
 		a.mu.Lock()
 		if a.starting[id]--; a.starting[id] == 0 {
 			delete(a.starting, id)
@@ -68,11 +68,23 @@ func (a *attachments) toKernel(ctx context.Context, id string, mounts []*postern
 	}
 	defer func() {
 		if err != nil {
-			done() // what it holds is taken away by tend
+			listed() // what it holds is taken away by tend
 		}
 	}()
-	a.await(ctx)
+	c := a.daemon.config.Load().Attachments
+	waited := false
 	for _, m := range mounts {
+		if b, ok := c.Bind(m.Workspace); ok {
+			if st, err := os.Stat(b.Path); err != nil || !st.IsDir() {
+				return nil, nil, proto.Errorf(proto.CodeNotFound, "%s is no directory on this host: see attachments.binds in agentd.yaml", b.Path)
+			}
+			out = append(out, kernel.Mount{Workspace: b.Name, Source: b.Path, ReadOnly: m.ReadOnly || b.ReadOnly})
+			continue
+		}
+		if !waited {
+			a.await(ctx)
+			waited = true
+		}
 		h := mountd.Holder{Workspace: m.Workspace, Name: kernelHolder(id), ReadOnly: m.ReadOnly, Squash: true}
 		if _, err := a.client.Attach(ctx, h); err != nil {
 			return nil, nil, err
@@ -82,7 +94,7 @@ func (a *attachments) toKernel(ctx context.Context, id string, mounts []*postern
 		}
 		out = append(out, kernel.Mount{Workspace: m.Workspace, Source: a.kernelMount(m.Workspace), ReadOnly: m.ReadOnly})
 	}
-	return out, done, nil
+	return out, listed, nil
 }
 
 // await waits for a mountd that is just starting.
@@ -147,6 +159,7 @@ func (a *attachments) tend(ctx context.Context, status mountd.Status) error {
 	a.mu.Unlock()
 	var errs []error
 	held := map[string]bool{} // workspaces
+	bound := a.daemon.config.Load().Attachments
 	for _, h := range status.Holders {
 		id, ok := strings.CutPrefix(h.Name, "kernel:")
 		if !ok {
@@ -160,12 +173,19 @@ func (a *attachments) tend(ctx context.Context, status mountd.Status) error {
 	}
 	for id, mounts := range kernels {
 		for _, m := range mounts {
+			if _, ok := bound.Bind(m.Workspace); ok {
+				continue
+			}
 			holds := slices.ContainsFunc(status.Holders, func(h mountd.Holder) bool {
 				return h.Name == kernelHolder(id) && h.Workspace == m.Workspace
 			})
 			if !holds {
 				// A fork, or a kernel whose mount has ended: it is mounted anew for its next start.
 				_, err := a.client.Attach(ctx, mountd.Holder{Workspace: m.Workspace, Name: kernelHolder(id), ReadOnly: m.ReadOnly, Squash: true})
+				switch proto.CodeOf(err) {
+				case proto.CodePolicyDenied, proto.CodeNotFound:
+					continue // its configuration, or the workspace, has gone meanwhile
+				}
 				if err != nil {
 					errs = append(errs, fmt.Errorf("kernel %s: %w", id, err))
 					continue

@@ -33,9 +33,18 @@ func TestKernelMounts(t *testing.T) {
 		t.Skip("needs root for kernels' namespaces")
 	}
 	criutest.Path(t)
+	data, scratch := t.TempDir(), t.TempDir()
+	if err := os.WriteFile(filepath.Join(data, "table"), []byte("rows"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	for dir, mode := range map[string]os.FileMode{data: 0o755, scratch: 0o777} {
+		if err := os.Chmod(dir, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
 	c := newTestControl(t)
 	c.attach = simulatedremote.Handler(simulatedremote.New())
-	m := &mounts{lab: newLab(t, c, "sources: []\nkernels: {specs: [python3], warm: 0, uid_base: 1983000000}\nattachments: {workspaces: ['lab*'], read_only: [labro]}\n")}
+	m := &mounts{lab: newLab(t, c, "sources: []\nkernels: {specs: [python3], warm: 0, uid_base: 1983000000}\nattachments: {workspaces: ['lab*'], read_only: [labro], binds: [{name: data, path: "+data+", read_only: true}, {name: scratch, path: "+scratch+"}, {name: gone, path: "+data+"/gone}]}\n")}
 	t.Cleanup(m.clean)
 	p := startProcess(t, m.lab, unwatched)
 	up := c.awaitHello(1)
@@ -44,7 +53,7 @@ func TestKernelMounts(t *testing.T) {
 	saved := func(up *tunnel.Tunnel) posternv1connect.CheckpointHostServiceClient {
 		return posternv1connect.NewCheckpointHostServiceClient(&http.Client{Transport: up.Transport(tunnel.Control)}, "http://agent")
 	}
-	api, ck := kernels(up), saved(up)
+	api := kernels(up)
 	t.Cleanup(func() { endKernels(t, m.path("state/kernels")) }) // what a test that fails leaves
 
 	start := func(mounts ...*posternv1.KernelMount) (string, error) {
@@ -76,7 +85,13 @@ func TestKernelMounts(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	one, err := start(&posternv1.KernelMount{Workspace: "lab"}, &posternv1.KernelMount{Workspace: "labro", ReadOnly: true})
+	if _, err := start(&posternv1.KernelMount{Workspace: "data"}); proto.CodeOf(err) != proto.CodePolicyDenied {
+		t.Errorf("a directory that may only be read: %v", err)
+	}
+	if _, err := start(&posternv1.KernelMount{Workspace: "gone"}); proto.CodeOf(err) != proto.CodeNotFound {
+		t.Errorf("a directory that is not there: %v", err)
+	}
+	one, err := start(&posternv1.KernelMount{Workspace: "lab"}, &posternv1.KernelMount{Workspace: "data", ReadOnly: true}, &posternv1.KernelMount{Workspace: "scratch"}, &posternv1.KernelMount{Workspace: "labro", ReadOnly: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,6 +100,12 @@ func TestKernelMounts(t *testing.T) {
 	}
 	if got := run(one, "open('/work/labro/x', 'w')"); !strings.Contains(got, "Read-only file system") {
 		t.Errorf("a write where nothing may be changed: %s", got)
+	}
+	if got := run(one, "print(open('/work/data/table').read()); open('/work/scratch/out', 'w').write('made'); open('/work/data/x', 'w')"); !strings.Contains(got, "rows") || !strings.Contains(got, "Read-only file system") {
+		t.Errorf("directories of the host: %s", got)
+	}
+	if text, err := os.ReadFile(filepath.Join(scratch, "out")); err != nil || string(text) != "made" {
+		t.Errorf("what the kernel wrote into a directory of the host: %q, %v", text, err)
 	}
 	// Read-only for one kernel alone.
 	two, err := start(&posternv1.KernelMount{Workspace: "lab", ReadOnly: true})
@@ -110,7 +131,8 @@ func TestKernelMounts(t *testing.T) {
 	p.cmd.Wait() //nolint:errcheck // it was killed
 	p = startProcess(t, m.lab, unwatched)
 	up = c.awaitHello(2)
-	api, ck = kernels(up), saved(up)
+	api = kernels(up)
+	ck := saved(up)
 	if got := run(one, "f.write(' third'); f.flush(); f.seek(0); print(f.read())"); !strings.Contains(got, "first second third") {
 		t.Errorf("after kill -9 of agentd: %s", got)
 	}

@@ -155,6 +155,9 @@ func mountdMain(args []string) int {
 				return mountd.Permission{}, proto.Errorf(proto.CodePolicyDenied, "the configuration does not say whether workspaces may be mounted: %v", err)
 			}
 			readOnly, reason := c.Attachments.Mount(name)
+			if b, ok := c.Attachments.Bind(name); ok && reason == "" {
+				reason = fmt.Sprintf("%s is the directory %s of this host, not a workspace: it is for kernels alone", name, b.Path)
+			}
 			if reason != "" {
 				return mountd.Permission{}, proto.Errorf(proto.CodePolicyDenied, "%s", reason)
 			}

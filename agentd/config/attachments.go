@@ -3,6 +3,8 @@ package config
 import (
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strings"
 
 	"github.com/postern-dev/postern/agentd/policy"
 )
@@ -16,7 +18,17 @@ type attachmentsFile struct {
 		MaxBytes string `yaml:"max_bytes"`
 	} `yaml:"cache"`
 	MaxUnsent string `yaml:"max_unsent"`
+	Binds     []struct {
+		Name     string `yaml:"name"`
+		Path     string `yaml:"path"`
+		ReadOnly bool   `yaml:"read_only"`
+	} `yaml:"binds"`
 }
+
+var workspaceForm = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
+
+// neverShown are directories that are the kernel's of Linux, or agentd's.
+var neverShown = []string{"/proc", "/sys", "/dev", "/run", "/etc/postern", "/var/lib/postern-agentd"}
 
 // workspaceGlob is what a pattern of workspaces' names may be.
 var workspaceGlob = regexp.MustCompile(`^[a-z0-9*?][a-z0-9._*?-]{0,62}$`)
@@ -42,6 +54,19 @@ func (p *problems) attachments(in file, c *Config, at func(...any) int, there bo
 		if !filepath.IsAbs(path) || filepath.Clean(path) != path || path == "/" {
 			p.add(line("host_mounts", i), "attachments.host_mounts: %q is no clean absolute path", path)
 		}
+	}
+	for i, b := range a.Binds {
+		switch {
+		case !workspaceForm.MatchString(b.Name):
+			p.add(line("binds", i), "attachments.binds: %q is no name: 1 to 63 of a-z, 0-9, - _ and ., beginning with a letter or digit", b.Name)
+		case slices.ContainsFunc(out.Binds, func(other policy.AttachedBind) bool { return other.Name == b.Name }):
+			p.add(line("binds", i), "attachments.binds: %q is there twice", b.Name)
+		case !filepath.IsAbs(b.Path) || filepath.Clean(b.Path) != b.Path || b.Path == "/":
+			p.add(line("binds", i), "attachments.binds: %q is no clean absolute path", b.Path)
+		case slices.ContainsFunc(neverShown, func(dir string) bool { return b.Path == dir || strings.HasPrefix(b.Path, dir+"/") }):
+			p.add(line("binds", i), "attachments.binds: kernels may not see %s", b.Path)
+		}
+		out.Binds = append(out.Binds, policy.AttachedBind{Name: b.Name, Path: b.Path, ReadOnly: b.ReadOnly})
 	}
 	size := func(text string, into *uint64, keys ...any) {
 		if text == "" {

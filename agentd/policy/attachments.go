@@ -27,13 +27,36 @@ type Attachments struct {
 	// Cache bounds what is kept of contents that can be fetched again, Unsent what the
 	// control plane has not got yet, in bytes, each for one workspace.
 	Cache, Unsent uint64
+	// Binds are directories of the host that kernels may mount like workspaces. A name of
+	// one stands for it and never for a workspace.
+	Binds []AttachedBind
 }
 
-// Mount decides whether a workspace may be mounted on this host, and whether only to be
+// AttachedBind is a directory of the host under the name of a workspace.
+type AttachedBind struct {
+	Name, Path string
+	// ReadOnly: kernels may only read it.
+	ReadOnly bool
+}
+
+// Bind is the directory of this name, if it is one.
+func (a Attachments) Bind(name string) (AttachedBind, bool) {
+	for _, b := range a.Binds {
+		if b.Name == name {
+			return b, true
+		}
+	}
+	return AttachedBind{}, false
+}
+
+// Mount decides whether a workspace, or a directory of Binds, may be mounted on this host, and whether only to be
 // read. A reason, one line, refuses it.
 func (a Attachments) Mount(workspace string) (readOnly bool, reason string) {
 	if !a.Enabled {
 		return false, "attachments are off on this host: add attachments: to agentd.yaml"
+	}
+	if b, ok := a.Bind(workspace); ok {
+		return b.ReadOnly, ""
 	}
 	if a.Workspaces != nil && !matchAny(a.Workspaces, workspace) {
 		return false, fmt.Sprintf("workspace %.64q may not be mounted on this host: see attachments.workspaces in agentd.yaml", workspace)

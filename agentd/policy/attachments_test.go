@@ -6,7 +6,7 @@ import (
 )
 
 func TestAttachments(t *testing.T) {
-	some := Attachments{Enabled: true, Workspaces: []string{"lab-*", "shared"}, ReadOnly: []string{"shared", "lab-ro*"}, HostMounts: []string{"/srv/postern"}}
+	some := Attachments{Enabled: true, Workspaces: []string{"lab-*", "shared"}, ReadOnly: []string{"shared", "lab-ro*"}, HostMounts: []string{"/srv/postern"}, Binds: []AttachedBind{{Name: "data", Path: "/srv/data", ReadOnly: true}}}
 	for _, c := range []struct {
 		name, workspace string
 		policy          Attachments
@@ -18,6 +18,7 @@ func TestAttachments(t *testing.T) {
 		{"named", "lab-1", some, false, ""},
 		{"read-only", "shared", some, true, ""},
 		{"read-only by pattern", "lab-ro1", some, true, ""},
+		{"a directory of the host", "data", some, true, ""},
 		{"not named", "labs", some, false, "attachments.workspaces"},
 		{"none at all", "a", Attachments{Enabled: true, Workspaces: []string{}}, false, "attachments.workspaces"},
 	} {
