@@ -153,7 +153,20 @@ func TestKernelMounts(t *testing.T) {
 		t.Errorf("what the other kernel sees of it: %s", got)
 	}
 
+	// A fork holds the mounts itself: they outlive the kernel that it came from.
+	fork := jupyter.NewID()
+	if forked, err := ck.ForkKernel(ctx, connect.NewRequest(&posternv1.ForkKernelRequest{KernelId: one, NewKernelId: fork, Principal: ana})); err != nil || len(forked.Msg.Kernel.Mounts) != 4 {
+		t.Fatalf("%v, %v", forked, err)
+	}
 	for _, id := range []string{one, two} {
+		if _, err := api.StopKernel(ctx, connect.NewRequest(&posternv1.KernelRequest{Id: id, Principal: ana})); err != nil {
+			t.Error(err)
+		}
+	}
+	if got := run(fork, "f.write(' fork'); f.flush(); print(open('a').read(), open('/work/data/table').read())"); !strings.Contains(got, "fourth fork rows") {
+		t.Errorf("the fork: %s", got)
+	}
+	for _, id := range []string{fork} {
 		if _, err := api.StopKernel(ctx, connect.NewRequest(&posternv1.KernelRequest{Id: id, Principal: ana})); err != nil {
 			t.Error(err)
 		}

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -50,7 +51,11 @@ type attachments struct {
 	failure string // why the keeper does not run
 	// starting are kernels that are not listed yet, and have mounts already.
 	starting map[string]int
-	// What the control plane was told last; of keep alone.
+	// seen is what mountd said last; nil: it did not answer. For metrics.
+	seen atomic.Pointer[mountd.Status]
+	// looking makes looks wait for each other.
+	looking sync.Mutex
+	// What the control plane was told last; of looks alone.
 	reported, unsent bool
 	told             time.Time
 	// showing makes changes of agentd's own mounts wait for each other.
@@ -145,6 +150,8 @@ func (a *attachments) keep(ctx context.Context) {
 }
 
 func (a *attachments) look(ctx context.Context) error {
+	a.looking.Lock()
+	defer a.looking.Unlock()
 	enabled := a.daemon.config.Load().Attachments.Enabled
 	k, err := fdkeeper.Dial(a.client.Dir)
 	switch {
@@ -161,8 +168,10 @@ func (a *attachments) look(ctx context.Context) error {
 	defer cancel()
 	status, err := a.client.Status(ask)
 	if err != nil {
+		a.seen.Store(nil)
 		return nil //nolint:nilerr // the keeper starts it, or says why not
 	}
+	a.seen.Store(&status)
 	if !enabled {
 		// Not while something is mounted or unsent: mountd refuses.
 		_ = a.client.Shutdown(ask)

@@ -37,6 +37,9 @@ func (r kernelRunner) StartKernel(ctx context.Context, m *posternv1.StartKernelR
 func (r kernelRunner) Stop(ctx context.Context, id string) error {
 	k, err := r.Manager.Get(ctx, id)
 	if err == nil {
+		if len(k.Mounts) > 0 { // a fork of it may not hold its mounts yet
+			_ = r.daemon.attach.look(ctx)
+		}
 		err = r.Manager.Stop(ctx, id)
 	}
 	if err != nil {

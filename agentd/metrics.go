@@ -12,6 +12,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/postern-dev/postern/agentd/attach/mountd"
 	"github.com/postern-dev/postern/agentd/config"
 	"github.com/postern-dev/postern/proto"
 )
@@ -38,8 +39,51 @@ func (d *Daemon) registerMetrics() {
 			_, expires := d.identity.Validity()
 			return float64(expires.Unix())
 		}),
+		gauge("agentd_attachments_workspaces", "Workspaces that are open on this host.", func() float64 {
+			return d.attach.sum(func(mountd.MountedStatus) float64 { return 1 })
+		}),
+		gauge("agentd_attachments_unsent_changes", "Changes that the control plane has not got, of all workspaces.", func() float64 {
+			return d.attach.sum(func(w mountd.MountedStatus) float64 { return float64(w.UnsentOps) })
+		}),
+		gauge("agentd_attachments_unsent_bytes", "Bytes of contents that the control plane has not got, of all workspaces.", func() float64 {
+			return d.attach.sum(func(w mountd.MountedStatus) float64 { return float64(w.UnsentBytes) })
+		}),
+		gauge("agentd_attachments_oldest_unsent_timestamp_seconds", "When the oldest change that the control plane has not got was made; 0: there is none.", func() float64 {
+			return d.attach.oldest()
+		}),
+		gauge("agentd_attachments_cache_bytes", "What contents take on disk, of all workspaces.", func() float64 {
+			return d.attach.sum(func(w mountd.MountedStatus) float64 { return float64(w.CacheBytes) })
+		}),
+		gauge("agentd_mountd_up", "1 while the process that serves mounts answers.", func() float64 {
+			if d.attach.seen.Load() == nil {
+				return 0
+			}
+			return 1
+		}),
 		gauge("agentd_sources", "Data sources declared.", func() float64 { return float64(len(d.config.Load().Sources)) }),
 	)
+}
+
+// sum adds something up over the workspaces that mountd told of last.
+func (a *attachments) sum(of func(mountd.MountedStatus) float64) (n float64) {
+	if s := a.seen.Load(); s != nil {
+		for _, w := range s.Workspaces {
+			n += of(w)
+		}
+	}
+	return n
+}
+
+// oldest is when the oldest unsent change was made, in seconds since 1970; 0: there is none.
+func (a *attachments) oldest() (first float64) {
+	if s := a.seen.Load(); s != nil {
+		for _, w := range s.Workspaces {
+			if at := float64(w.Oldest.UnixNano()) / 1e9; !w.Oldest.IsZero() && (first == 0 || at < first) {
+				first = at
+			}
+		}
+	}
+	return first
 }
 
 // registerLinkMetrics adds those of the link.
