@@ -72,18 +72,36 @@ func (d *Daemon) openAttachments() error {
 	d.attach = a
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel = cancel
-	if err := os.MkdirAll(dir, 0o700); err != nil {
+	if err := a.lend(); err != nil {
 		return err
 	}
-	listener, err := listenShort(dir, proxySocket)
+	a.wg.Go(func() { a.keep(ctx) })
+	return nil
+}
+
+// lend begins to lend mountd the tunnel, on a host that mounts workspaces, or did: what is
+// unsent there is sent all the same. Others get no directory.
+func (a *attachments) lend() error {
+	if a.server != nil {
+		return nil
+	}
+	if !a.daemon.config.Load().Attachments.Enabled {
+		if _, err := os.Stat(a.client.Dir); errors.Is(err, os.ErrNotExist) {
+			return nil
+		}
+	}
+	if err := os.MkdirAll(a.client.Dir, 0o700); err != nil {
+		return err
+	}
+	listener, err := listenShort(a.client.Dir, proxySocket)
 	if err != nil {
 		return err
 	}
-	a.server = &http.Server{Handler: a.proxy(), ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(d.logger.Handler(), slog.LevelDebug)}
+	a.server = &http.Server{Handler: a.proxy(), ReadHeaderTimeout: 10 * time.Second, ErrorLog: slog.NewLogLogger(a.daemon.logger.Handler(), slog.LevelDebug)}
+	server := a.server
 	a.wg.Go(func() {
-		a.server.Serve(listener) //nolint:errcheck // it ends with close
+		server.Serve(listener) //nolint:errcheck // it ends with close
 	})
-	a.wg.Go(func() { a.keep(ctx) })
 	return nil
 }
 
@@ -115,10 +133,12 @@ func (a *attachments) close() error {
 		return nil
 	}
 	a.cancel()
+	a.looking.Lock() // what looks from now on sees that it is over
 	var err error
 	if a.server != nil {
-		err = a.server.Close()
+		err = errors.Join(a.server.Close(), os.Remove(filepath.Join(a.client.Dir, proxySocket)))
 	}
+	a.looking.Unlock()
 	a.wg.Wait()
 	return err
 }
@@ -152,6 +172,12 @@ func (a *attachments) keep(ctx context.Context) {
 func (a *attachments) look(ctx context.Context) error {
 	a.looking.Lock()
 	defer a.looking.Unlock()
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if err := a.lend(); err != nil {
+		return err
+	}
 	enabled := a.daemon.config.Load().Attachments.Enabled
 	k, err := fdkeeper.Dial(a.client.Dir)
 	switch {
