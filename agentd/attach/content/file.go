@@ -40,6 +40,11 @@ type File struct {
 	newName  bool          // the file was made since its directory was synced
 	doubt    bool          // without a map, there may be something good here
 
+	// A content that is not here whole changes when chunks arrive, so its times say nothing:
+	// while tracked, stamp is when it was last written to.
+	tracked bool
+	stamp   int64
+
 	next   int // the chunk that a reader in order reads next
 	window int
 }
@@ -75,15 +80,20 @@ func (f *File) open(w Want) error {
 	}
 	m, err := openMap(f.store.mapPath(w.ID))
 	switch {
+	case err == nil && w.Changed:
+		// Of whatever version it is: chunks that are not here are the same in all since.
+		f.chunks = m
 	case err == nil && m.version == w.Version:
+		for i, s := range m.states[:m.chunks] {
+			if s == changed {
+				m.states[i] = present // sent since; checked before it is used
+			}
+		}
+		m.states = m.states[:m.chunks]
 		f.chunks = m
 	case w.Changed:
 		fd.Close()
-		if err == nil {
-			m.file.Close()
-			err = fmt.Errorf("%w: its map is of version %d, not %d", ErrLost, m.version, w.Version)
-		}
-		return err
+		return fmt.Errorf("%w: %w", ErrLost, err)
 	case err == nil:
 		m.file.Close()
 		fallthrough
@@ -156,7 +166,31 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 	if err != nil {
 		return 0, err
 	}
+	defer f.written()
 	return fd.WriteAt(p, off)
+}
+
+// written notes that the content was changed here.
+func (f *File) written() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.stamp = max(time.Now().UnixNano(), f.stamp+1)
+}
+
+// Untrack returns the change time of the backing file of a content that has become whole,
+// which is what Stat tells from then on. ok is false if it was so before.
+func (f *File) Untrack() (ctime int64, ok bool, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if !f.tracked || !f.whole || f.fd == nil {
+		return 0, false, nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.fd.Fd()), &st); err != nil {
+		return 0, false, err
+	}
+	f.tracked = false
+	return st.Ctim.Nano(), true, nil
 }
 
 // Allocate is fallocate(2).
@@ -165,10 +199,12 @@ func (f *File) Allocate(mode uint32, off, n int64) error {
 	if err != nil {
 		return err
 	}
+	defer f.written()
 	return unix.Fallocate(int(fd.Fd()), mode, off, n)
 }
 
-// Stat is the backing file's. All is 0 for one that is Untouched.
+// Stat is the backing file's, or, for a content that is not here whole, when it was last written
+// to. All is 0 for one that is Untouched.
 func (f *File) Stat() (size uint64, mtime, ctime int64, err error) {
 	if f.Untouched() {
 		return 0, 0, 0, nil
@@ -176,6 +212,11 @@ func (f *File) Stat() (size uint64, mtime, ctime int64, err error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(f.FD(), &st); err != nil {
 		return 0, 0, 0, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.tracked {
+		return uint64(st.Size), f.stamp, f.stamp, nil
 	}
 	return uint64(st.Size), st.Mtim.Nano(), st.Ctim.Nano(), nil
 }
@@ -676,6 +717,7 @@ func (f *File) Truncate(ctx context.Context, size int64) error {
 	if err != nil {
 		return err
 	}
+	defer f.written()
 	f.mu.Lock()
 	whole := f.whole
 	f.mu.Unlock()
@@ -730,4 +772,33 @@ func (f *File) Known(i int, size uint64) (hash []byte, ok bool, err error) {
 	}
 	hash, err = f.chunks.hash(i)
 	return hash, err == nil, err
+}
+
+// Rebase says that the content as it is now is a version, of these chunks.
+func (f *File) Rebase(version, size uint64, hashes [][]byte) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.version = version; f.whole || f.chunks == nil {
+		return nil
+	}
+	old, name := f.chunks, f.store.mapPath(f.id)
+	m, err := createMap(name, version, size, len(hashes))
+	if err != nil {
+		return err
+	}
+	if err = m.putHashes(0, hashes); err == nil {
+		for i := range m.states {
+			if m.states[i] = present; old.state(i) == absent {
+				m.states[i] = absent
+			}
+		}
+		err = m.commit(name)
+	}
+	if err != nil {
+		m.file.Close()
+		return err
+	}
+	old.file.Close()
+	f.chunks, f.checked = m, nil
+	return nil
 }

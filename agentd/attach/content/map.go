@@ -165,10 +165,11 @@ func (m *chunkMap) state(i int) byte {
 }
 
 func (m *chunkMap) set(i int, s byte) error {
+	from := min(i, len(m.states))
 	for len(m.states) <= i {
 		m.states = append(m.states, changed)
 	}
 	m.states[i] = s
-	_, err := m.file.WriteAt(m.states[i:i+1], m.stateAt(i))
+	_, err := m.file.WriteAt(m.states[from:i+1], m.stateAt(from))
 	return err
 }

@@ -1,6 +1,7 @@
 package content
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -161,6 +162,8 @@ type Want struct {
 	// Changed: it is newer than Version. What is not here then is an error, not a
 	// reason to fetch.
 	Changed bool
+	// Stamp is where Stat begins to count for a content that is not here whole.
+	Stamp int64
 	// Doubt: what lies here must be checked before it is used.
 	Doubt bool
 }
@@ -176,11 +179,24 @@ func (s *Store) Acquire(w Want) (*File, error) {
 	}
 	f := &File{store: s, id: w.ID, version: w.Version, users: 1, whole: w.Whole}
 	f.cond = sync.NewCond(&f.mu)
+	f.stamp = w.Stamp
 	if err := f.open(w); err != nil {
 		return nil, err
 	}
+	f.tracked = !f.whole
 	s.files[w.ID] = f
 	return f, nil
+}
+
+// MapChanged tells whether chunks of a content that is not here whole were written to here.
+// It must not be in use.
+func (s *Store) MapChanged(id uint64) bool {
+	m, err := openMap(s.mapPath(id))
+	if err != nil {
+		return false
+	}
+	defer m.file.Close()
+	return bytes.IndexByte(m.states, changed) >= 0
 }
 
 // InUse finds a content that somebody uses; it adds no user.

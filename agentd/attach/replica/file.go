@@ -26,7 +26,7 @@ const fetchToWrite = 16 << 20
 func (r *Replica) openLocked(n *tree.Node, write bool) (*opened, error) {
 	o := r.open[n.ID]
 	if o == nil {
-		w := content.Want{ID: n.ID, Version: n.Version, Size: n.Size, Whole: n.Has(tree.Local), Changed: n.Has(tree.Dirty) || n.Version == 0}
+		w := content.Want{ID: n.ID, Version: n.Version, Size: n.Size, Whole: n.Has(tree.Local), Changed: n.Has(tree.Dirty) || n.Version == 0, Stamp: n.Stamp}
 		f, err := r.store.Acquire(w)
 		if err != nil {
 			r.log.Error("content cannot be opened", "node", n.ID, "err", err)
@@ -86,13 +86,28 @@ func (r *Replica) wholeLocked(n *tree.Node, o *opened) {
 	if n.Has(tree.Local) || !o.file.Whole() {
 		return
 	}
+	before, _, stamp, err := o.file.Stat()
+	if err != nil {
+		return
+	}
+	if stamp != n.Stamp || before != n.Size {
+		n.Size, n.Mtime, n.Stamp = before, stamp, stamp
+		n.Ctime = max(n.Ctime, stamp)
+	}
+	// From here on the backing file's times say when it was written to.
+	ctime, ok, err := o.file.Untrack()
+	if err != nil {
+		return
+	}
 	c := n.Clone()
 	c.Flags = c.Flags&^tree.Partial | tree.Local
-	if !c.Has(tree.Dirty) && !c.Has(tree.Writing) {
-		if _, _, ctime, err := o.file.Stat(); err == nil {
-			c.Stamp = ctime
-			o.flushed, o.recorded = ctime, ctime
+	if ok {
+		for _, at := range []*int64{&o.flushed, &o.recorded} {
+			if *at == n.Stamp {
+				*at = ctime
+			}
 		}
+		c.Stamp = ctime
 	}
 	if r.reserveLocked(1024) != nil {
 		return

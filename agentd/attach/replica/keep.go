@@ -138,6 +138,7 @@ func (r *Replica) bury() {
 
 func (r *Replica) sweep() {
 	r.bury()
+	r.offerAgain(time.Now())
 	r.lookAtMapped()
 	r.evict()
 	r.mu.Lock()

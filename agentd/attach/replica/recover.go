@@ -138,6 +138,9 @@ func (r *Replica) settle(b *tree.Batch, c *tree.Node) error {
 	case err != nil:
 		return err
 	}
+	if c.Has(tree.Partial) && uint64(st.Size) == c.Size && (c.Has(tree.Dirty) || !r.store.MapChanged(c.ID)) {
+		return nil // its times changed when chunks arrived
+	}
 	if st.Ctim.Nano() != c.Stamp || uint64(st.Size) != c.Size {
 		c.Size, c.Mtime, c.Stamp = uint64(st.Size), st.Mtim.Nano(), st.Ctim.Nano()
 		c.Ctime = max(c.Ctime, c.Stamp)

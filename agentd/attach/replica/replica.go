@@ -83,8 +83,9 @@ type Replica struct {
 	stale    map[uint64]bool
 	// Contents of nodes that are gone; their files go when the journal's word for it is
 	// durable, so that a node that a loss of power brings back has its content.
-	doomed []uint64
-	lru    lru
+	doomed  []uint64
+	refused map[uint64]time.Time // contents to offer again, and when
+	lru     lru
 
 	notes notes
 }
@@ -132,7 +133,7 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 	r := &Replica{
 		cfg: cfg, log: cfg.Log.With("workspace", cfg.Workspace), s: tree.New(),
 		open: map[uint64]*opened{}, loading: map[uint64]chan struct{}{}, queued: map[uint64]uint64{},
-		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, closed: map[uint64]time.Time{}, stale: map[uint64]bool{},
+		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, refused: map[uint64]time.Time{}, closed: map[uint64]time.Time{}, stale: map[uint64]bool{},
 		kick: make(chan struct{}, 1), compact: make(chan struct{}, 1), changed: make(chan struct{}),
 		readOnly: cfg.ReadOnly,
 	}

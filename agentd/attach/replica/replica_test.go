@@ -555,3 +555,125 @@ func TestTakeover(t *testing.T) {
 		t.Errorf("%d contents are open, %d unknown", len(b.open), len(b.unknown))
 	}
 }
+
+// TestPartial writes to a large file of which only some chunks are here, at random, with
+// restarts; the rest of it is fetched as it is needed, and only changed chunks are sent.
+func TestPartial(t *testing.T) {
+	r := simulatedremote.New()
+	model := noise(40<<20+333, 5)
+	{
+		a := open(t, r, t.TempDir(), "a")
+		put(t, a, "big", model)
+		drain(t, a)
+	}
+	dir := t.TempDir()
+	seed := time.Now().UnixNano()
+	t.Logf("seed %d", seed)
+	rnd := rand.New(rand.NewSource(seed))
+	b := open(t, r, dir, "b")
+	for round := range 4 {
+		at, err := b.Lookup(ctx, tree.Root, "big")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if at.Size != uint64(len(model)) {
+			t.Fatalf("round %d: %d bytes, want %d", round, at.Size, len(model))
+		}
+		before := r.Fetched()
+		o, err := b.Open(ctx, at.ID, true, false)
+		if err == nil {
+			err = b.Mode(at.ID, true, false)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		if o.Whole && round == 0 {
+			t.Fatal("opening fetched all of a large file")
+		}
+		for range 8 {
+			off := rnd.Intn(len(model))
+			switch rnd.Intn(5) {
+			case 0:
+				size := max(17<<20, off)
+				if rnd.Intn(2) == 0 {
+					size = len(model) + rnd.Intn(3<<20)
+				}
+				if err := b.truncate(ctx, at.ID, uint64(size)); err != nil {
+					t.Fatal(err)
+				}
+				if size < len(model) {
+					model = model[:size:size]
+				} else {
+					model = append(model, make([]byte, size-len(model))...)
+				}
+			case 1:
+				n := min(rnd.Intn(200_000)+1, len(model)-off)
+				fd, done, err := b.Read(ctx, at.ID, int64(off), n)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got := make([]byte, n)
+				_, err = syscall.Pread(fd, got, int64(off))
+				done()
+				if err != nil || !bytes.Equal(got, model[off:off+n]) {
+					t.Fatalf("round %d: read %d+%d differs at %d, %v", round, off, n, difference(got, model[off:off+n]), err)
+				}
+			case 2:
+				n := int64(rnd.Intn(3 << 20))
+				if err := b.Fallocate(ctx, at.ID, 3, int64(off), n+1); err != nil {
+					t.Fatal(err)
+				}
+				clear(model[off:min(len(model), off+int(n)+1)])
+			default:
+				data := noise(rnd.Intn(3<<20)+1, rnd.Int63())
+				if _, err := b.Write(ctx, at.ID, int64(off), data); err != nil {
+					t.Fatal(err)
+				}
+				if end := off + len(data); end > len(model) {
+					model = append(model, make([]byte, end-len(model))...)
+				}
+				copy(model[off:], data)
+			}
+		}
+		if err := b.Flush(at.ID); err != nil {
+			t.Fatal(err)
+		}
+		b.Release(at.ID, true)
+		if n := r.Fetched() - before; round == 0 && n >= 40 {
+			t.Errorf("%d chunks were fetched for a few changes", n)
+		}
+		if rnd.Intn(2) == 0 {
+			if err := b.Close(); err != nil {
+				t.Fatal(err)
+			}
+			b = open(t, r, dir, "b")
+		}
+		if rnd.Intn(2) == 0 {
+			drain(t, b)
+		}
+	}
+	drain(t, b)
+	wantContent(t, b, "big", model)
+	c := open(t, r, t.TempDir(), "c")
+	wantContent(t, c, "big", model)
+}
+
+// TestRefused: what the control plane has no room for stays here, and is sent when there is.
+func TestRefused(t *testing.T) {
+	r := simulatedremote.New()
+	a := open(t, r, t.TempDir(), "a")
+	r.Quota(100)
+	put(t, a, "large", noise(5000, 1))
+	put(t, a, "small", []byte("x"))
+	drain(t, a)
+	if s := a.Status(); s.Bytes != 5000 || s.Conflicts != 1 {
+		t.Errorf("status: %+v", s)
+	}
+	wantContent(t, a, "large", noise(5000, 1))
+	r.Quota(0)
+	a.offerAgain(time.Now().Add(2 * refusedFor))
+	drain(t, a)
+	b := open(t, r, t.TempDir(), "b")
+	wantContent(t, b, "large", noise(5000, 1))
+	wantContent(t, b, "small", []byte("x"))
+}

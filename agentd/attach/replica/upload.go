@@ -91,6 +91,9 @@ type sentContent struct {
 	id    uint64
 	stamp int64
 	skip  bool
+	// What was sent of a file that is not here whole.
+	size   uint64
+	chunks [][]byte
 }
 
 // uploadSome sends one Commit; more tells whether there is more to send.
@@ -200,7 +203,7 @@ func (r *Replica) confirm(ops []*posternv1.FileOp, resp *posternv1.CommitRespons
 func (r *Replica) confirmOneLocked(b *tree.Batch, op *posternv1.FileOp, res *posternv1.FileOpResult, sent map[uint64]sentContent) {
 	id := opNode(op)
 	if res.Refused != "" || res.RefusedCode != "" {
-		r.log.Error("the control plane refused a change; it stays on this host only until the file is fetched again", "node", id, "code", res.RefusedCode, "why", res.Refused)
+		r.log.Error("the control plane refused a change; it stays on this host", "node", id, "code", res.RefusedCode, "why", res.Refused)
 		r.status.Conflicts++
 		r.stale[id] = true
 	}
@@ -226,10 +229,16 @@ func (r *Replica) confirmOneLocked(b *tree.Batch, op *posternv1.FileOp, res *pos
 	}
 	c := n.Clone()
 	refused := res.Refused != "" || res.RefusedCode != ""
-	if res.Conflict != nil || refused {
+	if refused {
+		// Over quota, perhaps: it stays here, and is offered again.
+		delete(r.stale, id)
+		r.refused[id] = time.Now().Add(refusedFor)
+		return
+	}
+	if res.Conflict != nil {
 		// The control plane keeps what was sent somewhere else, or not at all; the node
 		// is what it says.
-		if n.Stamp == s.stamp && !refused {
+		if n.Stamp == s.stamp {
 			r.cleanLocked(c)
 			c.Flags &^= tree.Local | tree.Partial | tree.Redo
 			c.Version, c.Seq = ^uint64(0), 0
@@ -253,8 +262,46 @@ func (r *Replica) confirmOneLocked(b *tree.Batch, op *posternv1.FileOp, res *pos
 	}
 	if c.Stamp == s.stamp {
 		r.cleanLocked(c)
+		r.rebaseLocked(n, c.Version, s)
 	}
 	b.Put(c)
+}
+
+// refusedFor is how long after the control plane refused a content it is offered again.
+const refusedFor = time.Minute
+
+// offerAgain queues contents again that were refused.
+func (r *Replica) offerAgain(now time.Time) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for id, at := range r.refused {
+		if now.Before(at) {
+			continue
+		}
+		delete(r.refused, id)
+		n := r.s.Node(id)
+		if n == nil || !n.Has(tree.Dirty) || r.reserveLocked(1024) != nil {
+			continue
+		}
+		b := r.s.Batch()
+		r.dirtyLocked(b, n)
+		_ = r.commitLocked(b) //nolint:errcheck // it was logged, and Open queues it again
+	}
+}
+
+// rebaseLocked makes the map of a file that is not here whole one of the new version.
+func (r *Replica) rebaseLocked(n *tree.Node, version uint64, s sentContent) {
+	if s.chunks == nil || n.Has(tree.Local) {
+		return
+	}
+	o, err := r.openLocked(n, false)
+	if err != nil {
+		return // it was logged
+	}
+	if err := o.file.Rebase(version, s.size, s.chunks); err != nil {
+		r.log.Warn("map of chunks cannot be written; chunks are fetched again", "node", n.ID, "err", err)
+	}
+	r.closeLocked(n.ID, o)
 }
 
 func (r *Replica) cleanLocked(c *tree.Node) {
@@ -377,7 +424,11 @@ func (u *uploader) content(ctx context.Context, id uint64, f *posternv1.FileOp) 
 			}
 			r.mu.Unlock()
 			f.Op = &posternv1.FileOp_SetContent_{SetContent: set}
-			return sentContent{id: id, stamp: stamp}, stored, nil
+			s := sentContent{id: id, stamp: stamp}
+			if !o.file.Whole() {
+				s.size, s.chunks = size, set.Chunks
+			}
+			return s, stored, nil
 		}
 		pause(ctx, 100*time.Millisecond)
 		if ctx.Err() != nil {

@@ -244,6 +244,9 @@ func (r *Remote) setContent(mount string, s *posternv1.FileOp_SetContent, res *p
 			}
 		}
 	}
+	if r.quota > 0 && s.Size > r.quota {
+		return "over quota"
+	}
 	if n.Version == s.BaseVersion {
 		r.putContent(n, v, s.MtimeNs)
 		res.Version = n.Version
