@@ -62,7 +62,7 @@ type Node struct {
 	Target string
 	// Xattrs are never changed in place.
 	Xattrs map[string]string
-	// Parent is a directory that has it; the one for directories.
+	// Parent is the directory that a directory is in. For others it is one that had it.
 	Parent uint64
 
 	// Dir is what is in a directory, nil for others. It is not part of the record.

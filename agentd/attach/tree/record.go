@@ -271,15 +271,6 @@ func (s *State) Dump(add func(payload []byte) error) error {
 		if n.Dir.Loaded {
 			buf = append(binary.AppendUvarint(append(buf, recLoaded), n.ID), 1)
 		}
-		// Parent was changed by links to other directories, in no order.
-	}
-	for _, n := range s.nodes {
-		if n.Type != Directory && n.Names > 1 {
-			buf = appendNode(buf, n)
-		}
-		if err := flush(limit); err != nil {
-			return err
-		}
 	}
 	for _, op := range s.queue {
 		buf = appendOp(buf, op)
