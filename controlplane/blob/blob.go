@@ -72,7 +72,7 @@ type Config struct {
 // Store is an open object store. Close it once.
 type Store struct {
 	cfg    Config
-	bucket *blob.Bucket
+	bucket bucket
 	dir    *directory // nil for a bucket elsewhere
 
 	mu      sync.Mutex
@@ -80,6 +80,33 @@ type Store struct {
 }
 
 const maxSealers = 10_000
+
+// bucket is what is asked of an object store. Errors are gocloud's.
+type bucket interface {
+	write(ctx context.Context, key string, body []byte) error
+	// read reads at most limit bytes.
+	read(ctx context.Context, key string, limit int64) ([]byte, error)
+	remove(ctx context.Context, key string) error
+	Close() error
+}
+
+// cloud is gocloud's bucket.
+type cloud struct{ *blob.Bucket }
+
+func (c cloud) write(ctx context.Context, key string, body []byte) error {
+	return c.WriteAll(ctx, key, body, &blob.WriterOptions{ContentType: "application/octet-stream", DisableContentTypeDetection: true})
+}
+
+func (c cloud) read(ctx context.Context, key string, limit int64) ([]byte, error) {
+	r, err := c.NewReader(ctx, key, nil)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close() //nolint:errcheck // it was read, or not
+	return io.ReadAll(io.LimitReader(r, limit))
+}
+
+func (c cloud) remove(ctx context.Context, key string) error { return c.Delete(ctx, key) }
 
 // Close closes the object store.
 func (s *Store) Close() error {
@@ -173,7 +200,7 @@ func newKey(organization, name string) string {
 
 func (s *Store) write(ctx context.Context, key string, sealed []byte) error {
 	return s.try(ctx, "write", func(ctx context.Context) error {
-		return s.bucket.WriteAll(ctx, key, sealed, &blob.WriterOptions{ContentType: "application/octet-stream", DisableContentTypeDetection: true})
+		return s.bucket.write(ctx, key, sealed)
 	})
 }
 
@@ -209,13 +236,8 @@ func (s *Store) Get(ctx context.Context, organization string, workspace int64, h
 
 func (s *Store) read(ctx context.Context, organization string, sealer Sealer, o filetree.Object) ([]byte, error) {
 	var sealed []byte
-	err := s.try(ctx, "read", func(ctx context.Context) error {
-		r, err := s.bucket.NewReader(ctx, o.Key, nil)
-		if err != nil {
-			return err
-		}
-		defer r.Close() //nolint:errcheck // it was read, or not
-		sealed, err = io.ReadAll(io.LimitReader(r, filechunk.Size+overhead+1))
+	err := s.try(ctx, "read", func(ctx context.Context) (err error) {
+		sealed, err = s.bucket.read(ctx, o.Key, filechunk.Size+overhead+1)
 		return err
 	})
 	if gcerrors.Code(err) == gcerrors.NotFound {
@@ -331,7 +353,7 @@ func (s *Store) Collect(ctx context.Context) (int, error) {
 		group.SetLimit(parallel)
 		for _, key := range keys {
 			group.Go(func() error {
-				err := s.try(gctx, "delete", func(ctx context.Context) error { return s.bucket.Delete(ctx, key) })
+				err := s.try(gctx, "delete", func(ctx context.Context) error { return s.bucket.remove(ctx, key) })
 				if gcerrors.Code(err) == gcerrors.NotFound {
 					err = nil
 				}

@@ -31,17 +31,18 @@ func Open(ctx context.Context, where string, cfg Config) (*Store, error) {
 		if s.dir, err = openDirectory(where); err != nil {
 			return nil, fmt.Errorf("--blob %s: %w", where, err)
 		}
-		s.bucket, err = fileblob.OpenBucket(s.dir.root, &fileblob.Options{DirFileMode: 0o700, NoTempDir: true, Metadata: fileblob.MetadataDontWrite})
+		opened, err := fileblob.OpenBucket(s.dir.root, &fileblob.Options{DirFileMode: 0o700, NoTempDir: true, Metadata: fileblob.MetadataDontWrite})
 		if err != nil {
 			return nil, fmt.Errorf("--blob %s: %w", where, err)
 		}
+		s.bucket = cloud{opened}
 		return s, nil
 	}
-	bucket, err := openS3(ctx, where)
+	opened, err := openS3(ctx, where)
 	if err != nil {
 		return nil, fmt.Errorf("--blob: %w", err)
 	}
-	s.bucket = bucket
+	s.bucket = cloud{opened}
 	return s, nil
 }
 
@@ -146,7 +147,7 @@ func openDirectory(root string) (*directory, error) {
 
 // sweep removes temporary files that a process which was killed has left behind.
 func (d *directory) sweep() error {
-	stranded, err := filepath.Glob(filepath.Join(d.root, "v1", "*", "*", "fileblob*"))
+	stranded, err := filepath.Glob(filepath.Join(d.root, "v1", "*", "*", "*.tmp"))
 	if err != nil {
 		return err
 	}

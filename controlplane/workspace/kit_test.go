@@ -75,6 +75,12 @@ func newKit(t testing.TB, s *store.Store) *kit {
 
 // open starts the service; where is the object store, or empty for a directory.
 func (k *kit) open(where string) {
+	k.t.Helper()
+	k.start(where, slog.New(slog.NewTextHandler(testWriter{k.t}, nil)))
+	k.t.Cleanup(k.close)
+}
+
+func (k *kit) start(where string, serviceLog *slog.Logger) {
 	t := k.t
 	t.Helper()
 	ca, err := pki.Open(ctx, pki.Config{Store: k.store, MasterKeyFile: filepath.Join(filepath.Dir(k.dir), "master.key")})
@@ -90,7 +96,7 @@ func (k *kit) open(where string) {
 		t.Fatal(err)
 	}
 	k.s = workspace.New(workspace.Config{
-		Logger: slog.New(slog.NewTextHandler(testWriter{t}, nil)), Store: kitStore{k.store, k}, Chunks: k.blobs, Ops: always{}, SignOfLife: 200 * time.Millisecond,
+		Logger: serviceLog, Store: kitStore{k.store, k}, Chunks: k.blobs, Ops: always{}, SignOfLife: 200 * time.Millisecond,
 		Ask: func(_ context.Context, agent string, _ *posternv1.GetAttachStatusRequest) (*posternv1.GetAttachStatusResponse, error) {
 			if k.ask == nil {
 				return nil, proto.Errorf(proto.CodeAgentOffline, "offline")
@@ -124,7 +130,6 @@ func (k *kit) open(where string) {
 		p := &posternv1.Principal{Organization: org, TokenId: "tok_1", TokenName: "ana", Role: "analyst"}
 		mux.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), callerKey{}, workspace.Caller{Principal: p, Remote: "192.0.2.1"})))
 	}))
-	t.Cleanup(k.close)
 }
 
 func (k *kit) close() {
