@@ -4,7 +4,7 @@
 #   make test       everything that proves it works (installs what it lacks)
 #   make build      agentd, controlplane and postern in bin/
 #   make e2e-long   the end-to-end tests at full length: 100,000 statements in one session, one that is silent
-#                   for 3 minutes behind nginx, 3 minutes over a slow link
+#                   for 3 minutes behind nginx, 3 minutes over a slow link, 224 kills and 48 power cuts in the midst of checkpoints
 #   make vault-test the tests with Vault against a real one, which is built for it
 #   make mysql-test the suite of engines and the attacks on a real MySQL, which is fetched from Debian's
 #                   newer suites into /opt/postern-mysql, or bin/mysql if not root (180 MB)
@@ -41,9 +41,9 @@ test:
 	@packaging/dev/test.sh
 
 e2e-long:
-	@packaging/dev/deps.sh go postgresql mariadb nginx tinyproxy pydrivers jupyter
-	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh netns
-	POSTERN_LONG=1 $(GO) test -timeout 30m -v ./e2e
+	@packaging/dev/deps.sh go gcc postgresql mariadb nginx tinyproxy pydrivers jupyter
+	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh netns criu
+	POSTERN_LONG=1 $(GO) test -timeout 60m -v ./e2e
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v -run TestOneOwnersManyStatements ./agentd/sqlsession
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v -run TestWire ./agentd/sqlsession/adversary
 
@@ -76,7 +76,8 @@ fuzz:
 	@packaging/dev/fuzz.sh $(FUZZTIME)
 
 bench: build
-	@packaging/dev/deps.sh postgresql
+	@packaging/dev/deps.sh gcc postgresql jupyter
+	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh criu
 	@$(GO) run ./e2e/bench -bin bin $(BENCH)
 
 packages: deps

@@ -14,15 +14,17 @@ import (
 	criu_core "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	ghost_file "github.com/checkpoint-restore/go-criu/v7/crit/images/ghost-file"
+	ipc_sem "github.com/checkpoint-restore/go-criu/v7/crit/images/ipc-sem"
+	ipc_shm "github.com/checkpoint-restore/go-criu/v7/crit/images/ipc-shm"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/memfd"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/tty"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// ErrShared is returned by Reown for kernels with System V shared memory, queues or
-// semaphores, whose owner can't be changed.
-var ErrShared = errors.New("the kernel has System V shared memory, message queues or semaphores: it can't get another user; close them, or use POSIX shared memory")
+// ErrShared is returned by Reown for kernels with System V message queues, whose owner
+// can't be changed, or with shared memory in images of a CRIU before 3.12.
+var ErrShared = errors.New("the kernel has System V message queues: it can't get another user; remove them (ipcrm), or use pipes")
 
 // kinds are the image files that name owners, and how many entries at their start.
 var kinds = []struct {
@@ -61,13 +63,8 @@ func Reown(dir string, from, to Owners) error {
 			}
 		}
 	}
-	for _, pattern := range []string{"ipcns-shm-*.img", "ipcns-msg-*.img", "ipcns-sem-*.img"} {
-		paths, _ := filepath.Glob(filepath.Join(dir, pattern))
-		for _, path := range paths {
-			if info, err := os.Stat(path); err != nil || info.Size() > magicLen {
-				return errors.Join(ErrShared, err)
-			}
-		}
+	if err := reownShared(dir, from, to); err != nil {
+		return err
 	}
 	tars, err := filepath.Glob(filepath.Join(dir, "tmpfs-*.tar.gz.img"))
 	if err != nil {
@@ -89,9 +86,56 @@ func replace(path string, content []byte) error {
 	return os.Rename(path+".new", path)
 }
 
+// reownShared does it for System V's shared memory, whose contents are in other images,
+// and semaphores, whose values follow each entry.
+func reownShared(dir string, from, to Owners) error {
+	queues, err := filepath.Glob(filepath.Join(dir, "ipcns-msg-*.img"))
+	if err != nil {
+		return err
+	}
+	for _, path := range queues {
+		if info, err := os.Stat(path); err != nil || info.Size() > magicLen {
+			return errors.Join(ErrShared, err)
+		}
+	}
+	inside := false // the contents of shared memory
+	for _, k := range []struct {
+		pattern string
+		fresh   func() proto.Message
+		tail    func(proto.Message) int
+	}{
+		{"ipcns-shm-*.img", func() proto.Message { return new(ipc_shm.IpcShmEntry) }, func(m proto.Message) int {
+			inside = inside || !m.(*ipc_shm.IpcShmEntry).GetInPagemaps()
+			return 0
+		}},
+		{"ipcns-sem-*.img", func() proto.Message { return new(ipc_sem.IpcSemEntry) }, func(m proto.Message) int {
+			const word = 8 // the values, of two bytes each, are filled up to whole ones
+			return (int(m.(*ipc_sem.IpcSemEntry).GetNsems())*2 + word - 1) / word * word
+		}},
+	} {
+		paths, err := filepath.Glob(filepath.Join(dir, k.pattern))
+		if err != nil {
+			return err
+		}
+		for _, path := range paths {
+			out, changed, err := eachWith(path, k.fresh, 0, k.tail, func(m proto.Message) bool { return reown(m.ProtoReflect(), from, to) })
+			if inside {
+				return ErrShared
+			}
+			if err == nil && changed {
+				err = replace(path, out)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func isUID(name protoreflect.Name) bool {
 	switch name {
-	case "uid", "euid", "suid", "fsuid", "loginuid":
+	case "uid", "euid", "suid", "fsuid", "loginuid", "cuid":
 		return true
 	}
 	return false
@@ -99,7 +143,7 @@ func isUID(name protoreflect.Name) bool {
 
 func isGID(name protoreflect.Name) bool {
 	switch name {
-	case "gid", "egid", "sgid", "fsgid", "groups":
+	case "gid", "egid", "sgid", "fsgid", "groups", "cgid":
 		return true
 	}
 	return false

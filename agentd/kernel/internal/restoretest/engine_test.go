@@ -340,3 +340,33 @@ func TestAFullDiskWhileSuspendingLeavesTheKernelRunning(t *testing.T) {
 		t.Errorf("%d checkpoints", len(list))
 	}
 }
+
+// Shared memory and semaphores of System V go along into a fork, and are its user's; message
+// queues can't, which is said.
+func TestForkWithSystemVSharedMemory(t *testing.T) {
+	e, h := newEngine(t, t.TempDir())
+	k := startKernel(t)
+	h.add(k, "")
+	k.want(`
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True); libc.shmat.restype = ctypes.c_void_p
+shm = libc.shmget(0x1234, 8192, 0o1600); at = libc.shmat(shm, None, 0)
+ctypes.memmove(at, b"shared", 6)
+sem = libc.semget(0x4321, 3, 0o1600); libc.semctl(sem, 1, 16, 7)
+def look():
+    owners = {tuple(l.split()[7 if "shm" in f else 4:][:2]) for f in ("/proc/sysvipc/shm", "/proc/sysvipc/sem") for l in open(f).readlines()[1:]}
+    return ctypes.string_at(at, 6), libc.shmget(0x1234, 0, 0) == shm, libc.semctl(libc.semget(0x4321, 3, 0), 1, 12), owners == {(str(os.getuid()), str(os.getgid()))}
+print(*look())`, "b'shared' True 7 True")
+	id := fmt.Sprintf("fork-sysv-%d", os.Getpid())
+	if _, err := e.Fork(t.Context(), "org", k.spec.ID, "", id); err != nil {
+		t.Fatal(err)
+	}
+	f, _, _ := h.get(id)
+	f.want("ctypes.memmove(at, b'forked', 6); print(*look())", "b'forked' True 7 True")
+	k.want("print(*look())", "b'shared' True 7 True")
+	k.want("print(libc.msgget(0x1, 0o1600) >= 0)", "True")
+	if _, err := e.Fork(t.Context(), "org", k.spec.ID, "", id+"-queue"); err == nil || !strings.Contains(err.Error(), "message queues") {
+		t.Errorf("a fork with a message queue: %v", err)
+	}
+	k.want("print(*look())", "b'shared' True 7 True")
+}
