@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -105,6 +106,20 @@ func TestKernelMoves(t *testing.T) {
 	}
 	if e := postern(t, s, "kernel", "move", id, "nowhere"); e.code == 0 || !strings.Contains(e.stderr, "nowhere") {
 		t.Errorf("to nowhere: exit code %d: %s", e.code, e.stderr)
+	}
+	for agent, want := range map[string]int{"host": http.StatusNotFound, "other": http.StatusOK} {
+		token, err := os.ReadFile(s.TokenFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp, err := http.Get(s.URL + "/jupyter/" + agent + "/api/kernels/" + id + "?token=" + strings.TrimSpace(string(token)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close() //nolint:errcheck // its status is all
+		if resp.StatusCode != want {
+			t.Errorf("/jupyter/%s answers %d for the kernel, want %d", agent, resp.StatusCode, want)
+		}
 	}
 	must(t, s, "kernel", "suspend", id)
 	must(t, s, "kernel", "move", id, "host")
@@ -329,4 +344,34 @@ func TestClientsMoveAlong(t *testing.T) {
 	if line := where(t, s, id); !strings.Contains(line, "other") {
 		t.Errorf("after the move: %s", line)
 	}
+}
+
+// TestSecretsMoveAlong: a moved kernel has on the other host what it was granted, and what
+// went there had no value of it.
+func TestSecretsMoveAlong(t *testing.T) {
+	s, a, b := twoHosts(t)
+	for _, agent := range []*stack.Agent{a, b} {
+		agent.Config += "  secrets: {control_plane: allow}\n"
+		if err := agent.WriteConfig(); err != nil {
+			t.Fatal(err)
+		}
+		if err := agent.Process.Stop(20 * time.Second); err != nil {
+			t.Fatal(err)
+		}
+		if err := agent.Start(); err != nil {
+			t.Fatal(err)
+		}
+		if err := agent.Online(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := filepath.Join(t.TempDir(), "value")
+	if err := os.WriteFile(file, []byte("canary-that-moves"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	must(t, s, "secret", "set", "TOKEN", "--file", file)
+	id := strings.TrimSpace(must(t, s, "kernel", "start", "host", "--secret", "TOKEN"))
+	execIs(t, s, id, "import os; print(len(os.environ['TOKEN']))", "17")
+	must(t, s, "kernel", "move", id, "other")
+	execIs(t, s, id, "import os; print(len(os.environ.get('TOKEN', '')))", "17")
 }

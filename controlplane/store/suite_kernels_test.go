@@ -46,6 +46,31 @@ func TestKernels(t *testing.T) {
 			_, err := s.Kernel(ctx, miss[0], miss[1])
 			wantCode(t, err, proto.CodeNotFound)
 		}
+		// A kernel that moves takes its sessions along; another organization moves nothing.
+		if err := s.PutKernelSession(ctx, owner, agent.Id, store.KernelSession{ID: "moves", Kernel: "k1", Path: "m.ipynb"}, now); err != nil {
+			t.Fatal(err)
+		}
+		for _, move := range [][2]string{{b, other.Id}, {a, other.Id}} {
+			if err := s.MoveKernel(ctx, move[0], "k1", move[1]); err != nil {
+				t.Fatal(err)
+			}
+			want := agent.Id
+			if move[0] == a {
+				want = other.Id
+			}
+			if k := must(s.Kernel(ctx, a, "k1"))(t); k.Agent != want {
+				t.Errorf("on %s, want %s", k.Agent, want)
+			}
+			if all := must(s.KernelSessions(ctx, owner, want))(t); len(all) != 1 || all[0].ID != "moves" {
+				t.Errorf("sessions: %+v", all)
+			}
+		}
+		if err := s.MoveKernel(ctx, a, "k1", agent.Id); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.DeleteKernelSession(ctx, owner, agent.Id, "moves"); err != nil {
+			t.Fatal(err)
+		}
 		if all := must(s.Kernels(ctx, a, ""))(t); len(all) != 2 || all[0].ID != "k1" {
 			t.Errorf("all: got %+v", all)
 		}
