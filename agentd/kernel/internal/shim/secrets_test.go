@@ -291,6 +291,52 @@ func TestSecretsAreErased(t *testing.T) {
 	}
 }
 
+// TestSecretsAndForks shows that children that a kernel forks have no secrets, and that
+// they are erased whatever the notebook does to os.environ.
+func TestSecretsAndForks(t *testing.T) {
+	dir, _ := newSpec(t, withModule(t))
+	a, _ := spawn(t, dir)
+	p := attach(t, a, "one")
+	p.run("import os, time")
+	value := canary("forked")
+	if put, err := a.SetSecrets(soon(t), secretsOf("TOKEN", value)); err != nil || put != (Put{}) {
+		t.Fatalf("put: %+v, %v", put, err)
+	}
+	p.run("n = len(os.environ['TOKEN'])")
+	detail, err := a.Detail(soon(t))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := p.run(`r, w = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(w, b'TOKEN' in os.environb and b'yes' or b'no')
+    time.sleep(1000)
+print(os.read(r, 9), 'TOKEN' in os.environ)
+environ = os.environ
+os.environ = {}`); got != "b'no' True\n" {
+		t.Errorf("in a child: %q", got)
+	}
+	if _, err := a.Quiesce(soon(t), 10*time.Second); err != nil {
+		t.Fatal(err)
+	}
+	if len(descendants(t, detail.InitPID)) < 3 {
+		t.Error("the child has ended")
+	}
+	for _, v := range []string{value} {
+		if n := inMemory(t, detail.InitPID, v); n != 0 {
+			t.Errorf("%d copies of a value are in the memory of the quiesced kernel and its child", n)
+		}
+	}
+	if _, err := a.Resume(soon(t)); err != nil {
+		t.Fatal(err)
+	}
+	p.run("os.environ = environ; os.kill(child, 9); os.waitpid(child, 0)")
+	if got := p.run("print(os.environ['TOKEN'])"); got != "[secret TOKEN]\n" {
+		t.Errorf("afterwards: %q", got)
+	}
+}
+
 // TestSecretsAreNotInImages looks for values in CRIU's images and all that goes with them,
 // and restores the kernel from them.
 func TestSecretsAreNotInImages(t *testing.T) {

@@ -3,7 +3,8 @@
 The host's shim asks on the control channel, without values; they come over a socket that
 exists for that moment alone. A value is in os.environ of Python, not in the environment of
 the process: /proc does not show it, and programs that the kernel starts have it only if
-they are given it (env=dict(os.environ)).
+they are given it (env=dict(os.environ)). Children that are forked of the kernel, as
+multiprocessing does, do not have it either: nobody could erase it there.
 
 Before a checkpoint the shim has them erased: memory that holds them is overwritten, unless
 the notebook's own variables refer to it. Each value is in two objects at most, the bytes in
@@ -20,6 +21,7 @@ import threading
 _MAX = 16 << 20
 _TIMEOUT = 5
 
+_environ = os.environ  # whatever a notebook puts in its place
 _lock = threading.Lock()
 _entries = {}  # by name
 _by_value = {}  # by the id of the bytes in os.environ
@@ -46,7 +48,7 @@ class _Entry:
 
 def _install():
     """Makes look-ups of a secret return one and the same str."""
-    environ = os.environ
+    environ = _environ
     if getattr(environ.decodevalue, "_postern", False):
         return
     original = environ.decodevalue
@@ -100,7 +102,7 @@ def _drop(name):
     """Takes a secret out of os.environ and overwrites it; False if the notebook refers to it."""
     entry = _entries.pop(name)
     _by_value.pop(id(entry.value[0]), None)
-    data = os.environ._data
+    data = _environ._data
     if data.get(entry.key) is entry.value[0]:
         if entry.before is _absent:
             del data[entry.key]
@@ -156,7 +158,7 @@ def _fetch(path):
             at += 4 + n
         with _lock:
             _install()
-            data = os.environ._data
+            data = _environ._data
             for name in [n for n in _entries if n not in wanted]:
                 _drop(name)
             for name, (start, size) in wanted.items():
@@ -185,6 +187,17 @@ def _erase():
         return [name for name in list(_entries) if not _drop(name)]
 
 
+def _forked():
+    """In a child: its copy of the memory goes on without secrets."""
+    global _lock
+    _lock = threading.Lock()  # who held it is not in this process
+    try:
+        _erase()
+    except Exception:  # in the middle of a change: what is there is cleared anyway
+        _entries.clear()
+        _by_value.clear()
+
+
 def _answer(content):
     try:
         op = content.get("op")
@@ -210,3 +223,5 @@ def register(shell):
         kernel.session.send(stream, "postern_secrets_reply", reply, parent, ident=ident)
 
     handlers["postern_secrets_request"] = handle
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_forked)
