@@ -3,6 +3,7 @@ package python
 import (
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -48,5 +49,17 @@ func TestInstall(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(dir); len(left) != 1 {
 		t.Errorf("left: %v", left)
+	}
+}
+
+// TestSecrets runs what is in testdata on the system's Python, and on others that
+// POSTERN_PYTHONS names.
+func TestSecrets(t *testing.T) {
+	for _, program := range append([]string{"python3"}, strings.Fields(os.Getenv("POSTERN_PYTHONS"))...) {
+		cmd := exec.CommandContext(t.Context(), program, "testdata/secrets.py")
+		cmd.Env = append(os.Environ(), "PYTHONPATH=.", "PYTHONDONTWRITEBYTECODE=1")
+		if out, err := cmd.CombinedOutput(); err != nil || string(out) != "done\n" {
+			t.Errorf("%s: %v\n%s", program, err, out)
+		}
 	}
 }
