@@ -180,6 +180,9 @@ func scan(text string) ([]sqltext.Piece, *Refusal) {
 			tokens[n-1].Kind == sqltext.KindWord && t.Kind == sqltext.KindNumber) {
 			return nil, &Refusal{"digits and letters without a space between are refused: a name of this kind goes in backticks", t.Position}
 		}
+		if t.Kind == sqltext.KindIdentifier && strings.HasPrefix(strings.ToLower(t.Text), "#mysql50#") {
+			return nil, &Refusal{"a name that begins with #mysql50# is refused: it is another for a table that has one", t.Position}
+		}
 		if t.Kind == sqltext.KindWord && strings.HasPrefix(t.Text, "$") {
 			return nil, &Refusal{"a name that begins with $ is refused: put it in backticks", t.Position}
 		}
