@@ -1,8 +1,10 @@
 package child
 
 import (
+	"bytes"
 	"math"
 	"strconv"
+	"unicode/utf8"
 
 	"github.com/apache/arrow-go/v18/arrow"
 
@@ -96,6 +98,14 @@ func appendFloat(out []byte, v float64, bits int) []byte {
 		format = 'e'
 	}
 	return strconv.AppendFloat(out, v, format, -1, bits)
+}
+
+// appendValid appends a text; what is no UTF-8 in it becomes U+FFFD, as Arrow's texts are UTF-8.
+func appendValid(out, text []byte) []byte {
+	if utf8.Valid(text) {
+		return append(out, text...)
+	}
+	return append(out, bytes.ToValidUTF8(text, []byte("\uFFFD"))...)
 }
 
 // isText tells whether the field's values leave as text.

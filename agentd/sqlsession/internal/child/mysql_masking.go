@@ -1,6 +1,7 @@
 package child
 
 import (
+	"bytes"
 	"context"
 	"database/sql/driver"
 	"encoding/hex"
@@ -245,17 +246,16 @@ func maskedCell(out *cell, f *field, database string, v driver.Value, buffer []b
 			}
 			b = strconv.AppendUint(b, n, 10)
 		case t.layout == layoutTimestamp:
-			text := string(v)
-			if strings.Contains(text, ".") {
-				text = strings.TrimRight(strings.TrimRight(text, "0"), ".")
+			if bytes.IndexByte(v, '.') >= 0 {
+				v = bytes.TrimRight(bytes.TrimRight(v, "0"), ".")
 			}
-			if b = append(b, text...); t.pg == "timestamptz" {
+			if b = append(b, v...); t.pg == "timestamptz" {
 				b = append(b, "+00"...)
 			}
 		case t.pg == "": // bytes
 			b = hex.AppendEncode(append(b, `\x`...), v)
 		default:
-			b = append(b, strings.ToValidUTF8(string(v), "\uFFFD")...)
+			b = appendValid(b, v)
 		}
 	default:
 		return b, &valueError{f.name, fmt.Sprintf("the driver gave a %T", v)}

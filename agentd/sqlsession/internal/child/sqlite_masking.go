@@ -292,7 +292,7 @@ func (c *sqliteCursor) masked(i int, kind int32, out *cell) {
 	case sqlite3.SQLITE_FLOAT:
 		b = appendFloat(b, c.s.real(i), 64)
 	case sqlite3.SQLITE_TEXT:
-		b = append(b, strings.ToValidUTF8(string(c.s.bytes(i)), "\uFFFD")...)
+		b = appendValid(b, c.s.bytes(i))
 	default:
 		b = hex.AppendEncode(append(b, `\x`...), c.s.bytes(i))
 	}
