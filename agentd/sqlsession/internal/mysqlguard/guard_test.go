@@ -118,6 +118,9 @@ func TestParseVerb(t *testing.T) {
 		{"SET autocommit = 1", "", ""},
 		{"SET sql_mode = 'ANSI_QUOTES'", "", ""},
 		{"SET TRANSACTION ISOLATION LEVEL READ COMMITTED", "SET TRANSACTION ISOLATION LEVEL READ COMMITTED", "SET TRANSACTION ISOLATION LEVEL READ COMMITTED"},
+		{"SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE", "", "SET SESSION TRANSACTION ISOLATION LEVEL SERIALIZABLE"},
+		{"SET transaction_isolation = 'Serializable'", "", "SET SESSION transaction_isolation = 'Serializable'"},
+		{"SET tx_isolation = 'repeatable-read'", "SET SESSION tx_isolation = 'repeatable-read'", "SET SESSION tx_isolation = 'repeatable-read'"},
 		{"USE `a b`", "USE `a b`", "USE `a b`"},
 	}
 	for _, test := range tests {

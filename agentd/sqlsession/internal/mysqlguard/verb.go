@@ -196,9 +196,18 @@ func (p *verbParser) isolation() string {
 			return "READ " + strings.ToUpper(level)
 		}
 	case "serializable":
+		p.lockless(p.at - 1)
 		return "SERIALIZABLE"
 	}
 	return ""
+}
+
+// lockless refuses the level SERIALIZABLE on a read-only source: in its transactions
+// every SELECT locks what it reads, as FOR SHARE does.
+func (p *verbParser) lockless(at int) {
+	if p.readOnly {
+		p.refuse(at, "SERIALIZABLE is refused: the data source is read-only, and every SELECT would lock what it reads")
+	}
 }
 
 // set reads SET: TRANSACTION, or a list of settings and variables.
@@ -354,6 +363,9 @@ func (p *verbParser) setSetting(v *Verb) string {
 	}
 	at := p.at
 	value, ok := s.read(p)
+	if strings.EqualFold(value, "'serializable'") {
+		p.lockless(at)
+	}
 	if !ok {
 		p.refuse(at, "that is no value that %s can have in a session: %s", name, s.takes)
 		return ""
