@@ -136,6 +136,24 @@ func again(ctx context.Context, f func(moved func()) error) error {
 	}
 }
 
+// Slowly calls f again for as long as the control plane only says that it is asked too often; at
+// most for a minute.
+func Slowly(ctx context.Context, f func() error) error {
+	var last error
+	err := again(ctx, func(func()) error {
+		last = f()
+		switch proto.CodeOf(last) {
+		case proto.CodeRateLimited, proto.CodeOverloaded:
+			return last
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	return last
+}
+
 // transient reports whether err may be gone at the next attempt.
 func transient(err error) bool {
 	if errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) {
@@ -150,11 +168,15 @@ func transient(err error) bool {
 
 // GetFile tells what is at p.
 func (c *Client) GetFile(ctx context.Context, p FilePath) (*posternv1.FileInfo, error) {
-	resp, err := c.Files.GetFile(ctx, connect.NewRequest(&posternv1.FileRequest{Workspace: p.Workspace, Path: []byte(p.Path)}))
-	if err != nil {
-		return nil, err
-	}
-	return resp.Msg, nil
+	var info *posternv1.FileInfo
+	err := Slowly(ctx, func() error {
+		resp, err := c.Files.GetFile(ctx, connect.NewRequest(&posternv1.FileRequest{Workspace: p.Workspace, Path: []byte(p.Path)}))
+		if err == nil {
+			info = resp.Msg
+		}
+		return err
+	})
+	return info, err
 }
 
 // ListFiles calls take for all that is in the directory p, and below it if recursive, a

@@ -137,13 +137,25 @@ func (w Upload) request() *posternv1.CommitFileRequest {
 
 // Symlink makes a symbolic link with that target at to.
 func (c *Client) Symlink(ctx context.Context, to FilePath, target string, parents bool) (*posternv1.FileInfo, error) {
-	resp, err := c.Files.CommitFile(ctx, connect.NewRequest(&posternv1.CommitFileRequest{
-		Workspace: to.Workspace, Path: []byte(to.Path), Symlink: []byte(target), Parents: parents,
-	}))
-	if err != nil {
-		return nil, err
-	}
-	return resp.Msg, nil
+	var info *posternv1.FileInfo
+	err := again(ctx, func(func()) error {
+		resp, err := c.Files.CommitFile(ctx, connect.NewRequest(&posternv1.CommitFileRequest{
+			Workspace: to.Workspace, Path: []byte(to.Path), Symlink: []byte(target), Parents: parents,
+		}))
+		if err == nil {
+			info = resp.Msg
+		}
+		return err
+	})
+	return info, err
+}
+
+// MakeDirectory makes a directory with those above it; no error if it is there.
+func (c *Client) MakeDirectory(ctx context.Context, p FilePath) error {
+	return again(ctx, func(func()) error {
+		_, err := c.Files.MakeDirectory(ctx, connect.NewRequest(&posternv1.MakeDirectoryRequest{Workspace: p.Workspace, Path: []byte(p.Path), Parents: true}))
+		return err
+	})
 }
 
 func chunksOf(c *posternv1.CommitFileRequest) [][]byte {

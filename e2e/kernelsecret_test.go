@@ -102,7 +102,7 @@ func findCanaries(t *testing.T, dir string, values ...string) {
 // TestSecretsEndToEnd takes secrets from the command line's stdin into a kernel, through
 // rotation, kills and checkpoints, and looks for them everywhere else.
 func TestSecretsEndToEnd(t *testing.T) {
-	s, a := withSecrets(t, stack.Options{Bin: checkpointBinaries(t)}, "kernels:\n  specs: [python3]\n  warm: 1\n  secrets: {control_plane: allow}\n")
+	s, a := withSecrets(t, stack.Options{Bin: checkpointBinaries(t)}, "kernels:\n  specs: [python3]\n  warm: 0\n  secrets: {control_plane: allow}\n")
 	first, second, third := "canary-1-"+jupyter.NewID(), "canary-2-"+jupyter.NewID(), "canary-3-"+jupyter.NewID()
 	exec := func(id, code string) string {
 		t.Helper()

@@ -111,7 +111,10 @@ func (p *filePut) run(sources []string, to client.FilePath, into bool, base *uin
 
 // workspace makes the workspace if there is none.
 func (p *filePut) workspace(name string) error {
-	_, err := p.c.Files.GetWorkspace(p.ctx, connect.NewRequest(&posternv1.WorkspaceRequest{Workspace: name}))
+	err := client.Slowly(p.ctx, func() error {
+		_, err := p.c.Files.GetWorkspace(p.ctx, connect.NewRequest(&posternv1.WorkspaceRequest{Workspace: name}))
+		return err
+	})
 	if proto.CodeOf(err) != proto.CodeNotFound {
 		return err
 	}
@@ -194,8 +197,7 @@ func (p *filePut) tree(root string, to client.FilePath) error {
 			if f := p.there[at.Path]; f.GetNode().GetType() == posternv1.NodeType_NODE_TYPE_DIRECTORY {
 				return nil
 			}
-			_, err := p.c.Files.MakeDirectory(p.ctx, connect.NewRequest(&posternv1.MakeDirectoryRequest{Workspace: at.Workspace, Path: []byte(at.Path), Parents: true}))
-			return err
+			return p.c.MakeDirectory(p.ctx, at)
 		case d.Type()&fs.ModeSymlink != 0:
 			return p.symlink(name, at)
 		}
@@ -232,8 +234,9 @@ func (p *filePut) file(name string, info fs.FileInfo, at client.FilePath, base *
 	if p.there != nil && info.Size() <= filechunk.MaxInline && !p.checksum {
 		return p.add(name, info, at)
 	}
+	have := p.there[at.Path] // not in the worker: the next tree has another map
 	p.do(name, func(ctx context.Context) error {
-		there, err := p.unchanged(name, info, at)
+		there, err := p.unchanged(name, info, have)
 		if err != nil {
 			return err
 		}
@@ -266,7 +269,7 @@ func (p *filePut) file(name string, info fs.FileInfo, at client.FilePath, base *
 // add puts a small file of a tree with others.
 func (p *filePut) add(name string, info fs.FileInfo, at client.FilePath) error {
 	p.totalFiles.Add(1)
-	if there, _ := p.unchanged(name, info, at); there { // sizes and times alone: no error
+	if there, _ := p.unchanged(name, info, p.there[at.Path]); there { // sizes and times alone: no error
 		p.same.Add(1)
 		p.files.Add(1)
 		p.bytes.Add(info.Size())
@@ -323,9 +326,8 @@ func (p *filePut) flush(workspace string) {
 	})
 }
 
-// unchanged reports whether the workspace has the file as it is.
-func (p *filePut) unchanged(name string, info fs.FileInfo, at client.FilePath) (bool, error) {
-	f := p.there[at.Path]
+// unchanged reports whether what the workspace has, f, is the file as it is.
+func (p *filePut) unchanged(name string, info fs.FileInfo, f *posternv1.FileInfo) (bool, error) {
 	if f.GetNode().GetType() != posternv1.NodeType_NODE_TYPE_FILE || f.Node.Size != uint64(info.Size()) {
 		return false, nil
 	}
