@@ -40,16 +40,17 @@ attachments:
 
 func TestAttachmentsRefused(t *testing.T) {
 	for text, want := range map[string]string{
-		"workspaces: [Big]":                                         "no name of a workspace",
-		"workspaces: [../x]":                                        "no name of a workspace",
-		"read_only: ['']":                                           "no name of a workspace",
-		"host_mounts: [srv]":                                        "no clean absolute path",
-		"host_mounts: [/]":                                          "no clean absolute path",
-		"cache: {max_bytes: 1KiB}":                                  "not between",
-		"max_unsent: many":                                          "max_unsent",
-		"binds: [{name: Data, path: /srv/d}]":                       "is no name",
-		"binds: [{name: d, path: srv}]":                             "no clean absolute path",
-		"binds: [{name: d, path: /proc/1}]":                         "may not see",
+		"workspaces: [Big]":                   "no name of a workspace",
+		"workspaces: [../x]":                  "no name of a workspace",
+		"read_only: ['']":                     "no name of a workspace",
+		"host_mounts: [srv]":                  "no clean absolute path",
+		"host_mounts: [/]":                    "no clean absolute path",
+		"cache: {max_bytes: 1KiB}":            "not between",
+		"max_unsent: many":                    "max_unsent",
+		"binds: [{name: Data, path: /srv/d}]": "is no name",
+		"binds: [{name: d, path: srv}]":       "no clean absolute path",
+		"binds: [{name: d, path: /proc/1}]":   "may not see",
+
 		"binds: [{name: d, path: /srv/d}, {name: d, path: /srv/e}]": "there twice",
 		"binds: [{name: d, path: /srv/d, owner: me}]":               "owner",
 		"buckets: [{name: raw, url: s}]":                            "buckets",
