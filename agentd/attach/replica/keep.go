@@ -269,6 +269,7 @@ func (r *Replica) Drain(ctx context.Context) error {
 		r.mu.Lock()
 		q := r.s.Queue()
 		changed, last := r.changed, r.status.LastError
+		until = max(until, r.resent)
 		r.mu.Unlock()
 		if len(q) == 0 || q[0].Number > until {
 			return nil

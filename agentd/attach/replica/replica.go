@@ -87,6 +87,15 @@ type Replica struct {
 	refused map[uint64]time.Time // contents to offer again, and when
 	lru     lru
 
+	// maybeSent is the number of the last operation that may have been sent without an
+	// answer, by this process or one before it. The uploader's alone.
+	maybeSent uint64
+	// attempts name the contents of those of this process; "" is more than one. The
+	// uploader's alone, at most maxOps.
+	attempts map[uint64]string
+	// resent is the number of the last operation that repeats such a one; mu guards it.
+	resent uint64
+
 	notes notes
 }
 
@@ -133,7 +142,7 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 	r := &Replica{
 		cfg: cfg, log: cfg.Log.With("workspace", cfg.Workspace), s: tree.New(),
 		open: map[uint64]*opened{}, loading: map[uint64]chan struct{}{}, queued: map[uint64]uint64{},
-		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, refused: map[uint64]time.Time{}, closed: map[uint64]time.Time{}, stale: map[uint64]bool{},
+		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, refused: map[uint64]time.Time{}, attempts: map[uint64]string{}, closed: map[uint64]time.Time{}, stale: map[uint64]bool{},
 		kick: make(chan struct{}, 1), compact: make(chan struct{}, 1), changed: make(chan struct{}),
 		readOnly: cfg.ReadOnly,
 	}
@@ -164,6 +173,9 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 			store.Close()
 			return nil, errors.Join(err, r.journal.Close())
 		}
+	}
+	if q := r.s.Queue(); len(q) > 0 {
+		r.maybeSent = q[len(q)-1].Number
 	}
 	r.notes.start(r)
 	r.wg.Go(r.compactLoop)

@@ -677,3 +677,50 @@ func TestRefused(t *testing.T) {
 	wantContent(t, b, "large", noise(5000, 1))
 	wantContent(t, b, "small", []byte("x"))
 }
+
+// TestLostReplyAndNewContent: the content of a file changes between a commit whose answer was
+// lost and its repetition, which is answered as the first one was.
+func TestLostReplyAndNewContent(t *testing.T) {
+	r := simulatedremote.New()
+	fail := make(chan struct{}, 1)
+	wait := make(chan struct{})
+	n := 0
+	r.OnCommit = func() (error, bool) {
+		n++
+		if n == 1 {
+			fail <- struct{}{}
+			<-wait
+			return errors.New("answer lost"), true
+		}
+		return nil, false
+	}
+	a := open(t, r, t.TempDir(), "a")
+	put(t, a, "f", []byte("first"))
+	<-fail
+	at, err := a.Lookup(ctx, tree.Root, "f")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Without a word to the journal, as a program does that has not closed the file yet.
+	if _, err := a.Open(ctx, at.ID, true, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := a.Mode(at.ID, true, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := a.Write(ctx, at.ID, 0, []byte("second")); err != nil {
+		t.Fatal(err)
+	}
+	close(wait)
+	eventually(t, "the repetition", func() bool { s := a.Status(); return s.Ops == 0 })
+	if err := a.Flush(at.ID); err != nil {
+		t.Fatal(err)
+	}
+	a.Release(at.ID, true)
+	drain(t, a)
+	b := open(t, r, t.TempDir(), "b")
+	wantContent(t, b, "f", []byte("second"))
+	if s := a.Status(); s.Conflicts != 0 || s.Bytes != 0 {
+		t.Errorf("status: %+v", s)
+	}
+}

@@ -91,6 +91,10 @@ type sentContent struct {
 	id    uint64
 	stamp int64
 	skip  bool
+	// again: it may have been sent before, with another content.
+	again bool
+	// digest names the content.
+	digest string
 	// What was sent of a file that is not here whole.
 	size   uint64
 	chunks [][]byte
@@ -146,6 +150,8 @@ func (r *Replica) uploadSome(ctx context.Context) (more bool, err error) {
 			if err != nil {
 				return false, err
 			}
+			s.digest = digest(f.GetSetContent())
+			s.again = op.Number <= r.maybeSent && r.attempts[op.Number] != s.digest
 			sent[op.Number] = s
 			stored += n
 		}
@@ -165,6 +171,7 @@ func (r *Replica) uploadSome(ctx context.Context) (more bool, err error) {
 	defer cancel()
 	resp, err := r.cfg.Remote.Commit(cctx, req)
 	if err != nil {
+		r.unanswered(req.Ops, sent)
 		return false, err
 	}
 	if len(resp.Results) != len(req.Ops) {
@@ -178,6 +185,31 @@ func (r *Replica) uploadSome(ctx context.Context) (more bool, err error) {
 	return r.confirm(req.Ops, resp, sent)
 }
 
+// digest names what a SetContent makes a file's content.
+func digest(op *posternv1.FileOp_SetContent) string {
+	names := op.GetChunks()
+	if len(op.GetInline()) > 0 {
+		names = filechunk.Names(op.Inline)
+	}
+	return filechunk.ETag(op.GetSize(), names)
+}
+
+// unanswered notes operations that were sent, and perhaps applied.
+func (r *Replica) unanswered(ops []*posternv1.FileOp, sent map[uint64]sentContent) {
+	last := ops[len(ops)-1].Number
+	for number, s := range sent {
+		if s.skip || number > last { // it did not go along
+			continue
+		}
+		if number <= r.maybeSent && r.attempts[number] != s.digest {
+			r.attempts[number] = "" // two contents, of which either may have been taken
+			continue
+		}
+		r.attempts[number] = s.digest
+	}
+	r.maybeSent = max(r.maybeSent, last)
+}
+
 // confirm takes over the control plane's answers.
 func (r *Replica) confirm(ops []*posternv1.FileOp, resp *posternv1.CommitResponse, sent map[uint64]sentContent) (more bool, err error) {
 	r.mu.Lock()
@@ -188,6 +220,7 @@ func (r *Replica) confirm(ops []*posternv1.FileOp, resp *posternv1.CommitRespons
 	b := r.s.Batch()
 	for i, res := range resp.Results {
 		r.confirmOneLocked(b, ops[i], res, sent)
+		delete(r.attempts, res.Number)
 	}
 	b.Confirm(ops[len(ops)-1].Number)
 	m := r.s.Meta()
@@ -259,6 +292,17 @@ func (r *Replica) confirmOneLocked(b *tree.Batch, op *posternv1.FileOp, res *pos
 		if r.absorbLocked(n, o) == nil {
 			c.Size, c.Mtime, c.Ctime, c.Stamp = n.Size, n.Mtime, n.Ctime, n.Stamp
 		}
+	}
+	if s.again {
+		// The answer may be that of the first time, for the content of then. It is sent once
+		// more, based on this version; what is the same makes no new one.
+		delete(r.queued, id)
+		if c.Has(tree.Dirty) {
+			r.dirtyLocked(b, c)
+			r.resent = r.s.Meta().NextOp - 1
+		}
+		b.Put(c)
+		return
 	}
 	if c.Stamp == s.stamp {
 		r.cleanLocked(c)
