@@ -45,11 +45,14 @@ func (a *app) agentCommand() *cobra.Command {
 			return a.with(func(c *client.Client) error { return a.showAgent(cmd.Context(), c, args[0]) })
 		},
 	}
+	var force bool
 	revoke := &cobra.Command{
-		Use: "revoke AGENT", Short: "Cut an agent off, by id or name; it must register anew", Example: "  postern agent revoke edge-1", Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeAgents,
+		Use: "revoke AGENT", Short: "Cut an agent off, by id or name; it must register anew",
+		Long:    "Cut an agent off, by id or name; it must register anew. It is refused while its host has writes in workspaces that are not uploaded, unless --force.",
+		Example: "  postern agent revoke edge-1", Args: cobra.ExactArgs(1), ValidArgsFunction: a.completeAgents,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.with(func(c *client.Client) error {
-				resp, err := c.Agents.RevokeAgent(cmd.Context(), connect.NewRequest(&posternv1.RevokeAgentRequest{Agent: args[0]}))
+				resp, err := c.Agents.RevokeAgent(cmd.Context(), connect.NewRequest(&posternv1.RevokeAgentRequest{Agent: args[0], Force: force}))
 				if err != nil {
 					return err
 				}
@@ -57,6 +60,7 @@ func (a *app) agentCommand() *cobra.Command {
 			})
 		},
 	}
+	revoke.Flags().BoolVar(&force, "force", false, "also if its host has writes that are not uploaded: after that they are there alone")
 	return group("agent", "List, show and revoke agents", list, show, revoke)
 }
 

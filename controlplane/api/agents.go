@@ -64,9 +64,36 @@ func (a *API) GetAgent(ctx context.Context, req *connect.Request[posternv1.GetAg
 	})
 }
 
+// unsentTime bounds how long a host may take to say what it has not uploaded.
+const unsentTime = 2 * time.Second
+
+// mayRevoke refuses to cut off a host whose writes would then be there alone. A host that does
+// not answer is judged by what it said last.
+func (a *API) mayRevoke(ctx context.Context, c Caller, idOrName string) error {
+	agent, err := a.cfg.Store.GetAgent(ctx, c.Organization, idOrName)
+	if err != nil || agent.Revoked != nil || a.cfg.Files == nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, unsentTime)
+	defer cancel()
+	ops, workspace, err := a.cfg.Files.Unsent(ctx, c.Organization, agent.Id)
+	if err != nil && ctx.Err() == nil {
+		return err
+	}
+	if ops > 0 {
+		return proto.Errorf(proto.CodeInvalid, "agent %s has %d writes, in workspace %s, that are not uploaded: wait for them (postern file status), or use --force: then they are on its host alone", agent.Name, ops, workspace)
+	}
+	return nil
+}
+
 // RevokeAgent implements AgentService.
 func (a *API) RevokeAgent(ctx context.Context, req *connect.Request[posternv1.RevokeAgentRequest]) (*connect.Response[posternv1.RevokeAgentResponse], error) {
 	return call(ctx, a, func(c Caller) (*posternv1.RevokeAgentResponse, error) {
+		if !req.Msg.Force {
+			if err := a.mayRevoke(ctx, c, req.Msg.Agent); err != nil {
+				return nil, err
+			}
+		}
 		agent, err := a.cfg.Store.RevokeAgent(ctx, c.Organization, req.Msg.Agent, time.Now())
 		if err != nil {
 			return nil, err

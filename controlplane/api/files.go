@@ -18,6 +18,9 @@ type Files interface {
 	ServeChunks(http.ResponseWriter, *http.Request)
 	// ServeArchive serves GET /api/v1/archive/{workspace}/{path...}.
 	ServeArchive(http.ResponseWriter, *http.Request)
+	// Unsent tells how many writes an agent's host has not uploaded, by the agent's id, and a
+	// workspace that they are in.
+	Unsent(ctx context.Context, organization, agent string) (ops uint64, workspace string, err error)
 }
 
 // CallerOf is who asks, within a handler that this package called.

@@ -1309,8 +1309,11 @@ func (x *GetAgentResponse) GetAgent() *Agent {
 }
 
 type RevokeAgentRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Agent         string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Agent string                 `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
+	// Also if its host has writes in workspaces that are not uploaded: after that they
+	// are on the host alone.
+	Force         bool `protobuf:"varint,2,opt,name=force,proto3" json:"force,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1350,6 +1353,13 @@ func (x *RevokeAgentRequest) GetAgent() string {
 		return x.Agent
 	}
 	return ""
+}
+
+func (x *RevokeAgentRequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
 }
 
 type RevokeAgentResponse struct {
@@ -3532,9 +3542,10 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\x0fGetAgentRequest\x12\x14\n" +
 	"\x05agent\x18\x01 \x01(\tR\x05agent\";\n" +
 	"\x10GetAgentResponse\x12'\n" +
-	"\x05agent\x18\x01 \x01(\v2\x11.postern.v1.AgentR\x05agent\"*\n" +
+	"\x05agent\x18\x01 \x01(\v2\x11.postern.v1.AgentR\x05agent\"@\n" +
 	"\x12RevokeAgentRequest\x12\x14\n" +
-	"\x05agent\x18\x01 \x01(\tR\x05agent\">\n" +
+	"\x05agent\x18\x01 \x01(\tR\x05agent\x12\x14\n" +
+	"\x05force\x18\x02 \x01(\bR\x05force\">\n" +
 	"\x13RevokeAgentResponse\x12'\n" +
 	"\x05agent\x18\x01 \x01(\v2\x11.postern.v1.AgentR\x05agent\"6\n" +
 	"\x1eListOrganizationSourcesRequest\x12\x14\n" +

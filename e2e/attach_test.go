@@ -1,0 +1,280 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/postern-dev/postern/e2e/stack"
+)
+
+// hostStatus is what of `agentd status -o json` these tests look at.
+type hostStatus struct {
+	Attachments struct {
+		PID        int    `json:"pid"`
+		Error      string `json:"error"`
+		Workspaces []struct {
+			Workspace     string   `json:"workspace"`
+			Mounts        []string `json:"mounts"`
+			UnsentChanges int      `json:"unsent_changes"`
+			Conflicts     int      `json:"conflicts"`
+		} `json:"workspaces"`
+	} `json:"attachments"`
+}
+
+func attachStatus(t *testing.T, a *stack.Agent) (s hostStatus, err error) {
+	t.Helper()
+	text, err := a.Run(t.Context(), "", "status", "--state", a.StateDir(), "--runtime", a.RuntimeDir(), "-o", "json")
+	if err == nil {
+		err = json.Unmarshal([]byte(text), &s)
+	}
+	return s, err
+}
+
+// mounted is a stack with a host on which the workspace lab is mounted at target.
+func mounted(t *testing.T) (s *stack.Stack, a *stack.Agent, target string) {
+	t.Helper()
+	needRoot(t)
+	s = ownStack(t)
+	dir := filepath.Join(shortDir(t), "m")
+	target = filepath.Join(dir, "lab")
+	if err := os.MkdirAll(target, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	a = joinOwn(t, s, "files", "attachments: {host_mounts: ["+dir+"]}\n")
+	t.Cleanup(func() {
+		_ = unix.Unmount(target, unix.MNT_DETACH)
+		if t.Failed() {
+			log, _ := os.ReadFile(filepath.Join(a.StateDir(), "attach", "mountd.log"))
+			t.Logf("mountd's log:\n%s", log)
+		}
+		// Mounts outlive agentd; these are of nobody else.
+		for _, pid := range processesOf(t, s.Bin) {
+			text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+			if bytes.Contains(text, []byte("\x00fdkeeper\x00")) || bytes.Contains(text, []byte("\x00mountd\x00")) {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
+	})
+	must(t, s, "workspace", "create", "lab")
+	eventually(t, 20*time.Second, "mountd", func() error {
+		st, err := attachStatus(t, a)
+		if err == nil && st.Attachments.PID == 0 {
+			err = errors.New(st.Attachments.Error)
+		}
+		return err
+	})
+	succeeds(t, agentd(t, a, "mount", "lab", target))
+	return s, a, target
+}
+
+// agentd runs another command of an agent's.
+func agentd(t *testing.T, a *stack.Agent, args ...string) ended {
+	t.Helper()
+	return finish(t, a.Command(t.Context(), append(args, "--state", a.StateDir(), "--runtime", a.RuntimeDir())...))
+}
+
+// succeeds fails the test if a command did not.
+func succeeds(t *testing.T, e ended) {
+	t.Helper()
+	if e.code != 0 {
+		t.Fatalf("exit code %d: %s", e.code, e.stderr)
+	}
+}
+
+// shell runs a script in a directory, in a process of its own: a mount is touched by nobody else.
+func shell(t *testing.T, dir, script string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "/bin/sh", "-euc", script)
+	cmd.Dir, cmd.WaitDelay = dir, 5*time.Second
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Errorf("%s: %v: %s", script, err, out)
+	}
+	return string(out)
+}
+
+// TestAttachments mounts a workspace on a host and works in it, with the link and without.
+func TestAttachments(t *testing.T) {
+	s, a, target := mounted(t)
+	// Both ways.
+	put := func(path, content string) {
+		t.Helper()
+		cmd := s.Command(t.Context(), "file", "put", "-", "lab:"+path)
+		cmd.Stdin = strings.NewReader(content)
+		succeeds(t, finish(t, cmd))
+	}
+	put("/dir/api.txt", "from the API\n")
+	eventually(t, 10*time.Second, "a file of the API on the mount", func() error {
+		if got, err := exec.CommandContext(t.Context(), "cat", filepath.Join(target, "dir/api.txt")).CombinedOutput(); err != nil || string(got) != "from the API\n" {
+			return fmt.Errorf("%q, %w", got, err)
+		}
+		return nil
+	})
+	shell(t, target, "echo from the host > host.txt; ln -s host.txt link; mkdir sub; chmod 750 sub")
+	eventually(t, 10*time.Second, "a file of the host at the control plane", func() error {
+		if got := postern(t, s, "file", "cat", "lab:/host.txt"); got.stdout != "from the host\n" {
+			return fmt.Errorf("%+v", got)
+		}
+		return nil
+	})
+	shell(t, target, "git init -q repo; cd repo; seq 1000 > a; git add a; git -c user.email=a@b -c user.name=n commit -qm first; git fsck --strict")
+
+	// Without the link: what is here can be read and written; what is synced is not lost.
+	s.ControlPlane.Kill()
+	shell(t, target, "echo offline > off.txt; sync off.txt; cat off.txt host.txt; mv sub moved")
+	agentd(t, a, "umount", target).said(t, 1, "not yet at the control plane")
+	a.Process.Kill()
+	shell(t, target, "cat off.txt; echo more >> off.txt; sync off.txt")
+	startControlPlane(t, s)
+	startAgent(t, a)
+	eventually(t, 30*time.Second, "what was written without a link", func() error {
+		if got := postern(t, s, "file", "cat", "lab:/off.txt"); got.stdout != "offline\nmore\n" {
+			return fmt.Errorf("%+v", got)
+		}
+		return nil
+	})
+	if got := must(t, s, "file", "status", "lab"); !strings.Contains(got, target) {
+		t.Errorf("status: %s", got)
+	}
+	if got := must(t, s, "file", "ls", "lab"); !strings.Contains(got, "moved/") || strings.Contains(got, "sub/") {
+		t.Errorf("listing: %s", got)
+	}
+	// A full quota: the host keeps what it has, says so, and is not cut off by accident.
+	must(t, s, "workspace", "set", "lab", "--quota", "1")
+	shell(t, target, "head -c 100000 /dev/zero | tr '\\0' x > big; sync big")
+	eventually(t, 20*time.Second, "unsent writes, and why", func() error {
+		if got := postern(t, s, "file", "status", "lab"); !strings.Contains(got.stderr, "stand still") || !strings.Contains(got.stderr, "quota") {
+			return fmt.Errorf("%+v", got)
+		}
+		return nil
+	})
+	postern(t, s, "agent", "revoke", a.Name).said(t, 1, "not uploaded")
+	must(t, s, "workspace", "set", "lab", "--quota", "1GiB")
+	eventually(t, 90*time.Second, "what the quota kept back", func() error {
+		if got := postern(t, s, "file", "cat", "lab:/big"); len(got.stdout) != 100000 {
+			return fmt.Errorf("exit code %d, %d bytes", got.code, len(got.stdout))
+		}
+		return nil
+	})
+	// What the host's policy does not allow.
+	other := t.TempDir()
+	agentd(t, a, "mount", "lab", other).said(t, 3, "host_mounts")
+	empty := filepath.Join(filepath.Dir(target), "empty")
+	if err := os.Mkdir(empty, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	agentd(t, a, "mount", "nowhere", empty).said(t, 4, "nowhere")
+	succeeds(t, agentd(t, a, "umount", target))
+	agentd(t, a, "umount", target).said(t, 4, "")
+	auditVerifies(t, s)
+}
+
+// TestMountThroughKills writes and syncs files on a mounted workspace while mountd, agentd
+// and the control plane are killed at random moments. The writer must see no error, and
+// every file must be whole on the host and at the control plane.
+func TestMountThroughKills(t *testing.T) {
+	s, a, target := mounted(t)
+	dir := filepath.Dir(target)
+	// The writer: a file is named in the list once it is synced. The list is elsewhere.
+	list := filepath.Join(filepath.Dir(dir), "list")
+	script := `i=0; while [ ! -e "$3" ]; do
+		echo "content of $i" > "$1/n$i" && sync "$1/n$i" && mv "$1/n$i" "$1/f$i" && echo "f$i content of $i" >> "$2" || echo "FAILED $i" >> "$2"
+		i=$((i+1)); done`
+	stop := filepath.Join(filepath.Dir(dir), "stop")
+	writer := exec.Command("/bin/sh", "-c", script, "writer", target, list, stop)
+	if err := writer.Start(); err != nil {
+		t.Fatal(err)
+	}
+	written := make(chan error, 1)
+	go func() { written <- writer.Wait() }()
+
+	kills := 12
+	if os.Getenv("POSTERN_LONG") != "" {
+		kills = 200
+	}
+	for range kills {
+		time.Sleep(time.Duration(200+rand.IntN(500)) * time.Millisecond)
+		switch rand.IntN(4) {
+		case 0:
+			a.Process.Kill()
+			startAgent(t, a)
+		case 1:
+			s.ControlPlane.Kill()
+			startControlPlane(t, s)
+		default:
+			if st, err := attachStatus(t, a); err == nil && st.Attachments.PID > 0 {
+				_ = syscall.Kill(st.Attachments.PID, syscall.SIGKILL)
+			}
+		}
+	}
+	if err := os.WriteFile(stop, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-written:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(30 * time.Second):
+		_ = writer.Process.Kill()
+		t.Fatal("the writer hangs")
+	}
+	eventually(t, 60*time.Second, "everything at the control plane", func() error {
+		st, err := attachStatus(t, a)
+		if err == nil && (len(st.Attachments.Workspaces) != 1 || st.Attachments.Workspaces[0].UnsentChanges > 0) {
+			err = fmt.Errorf("%+v", st.Attachments)
+		}
+		return err
+	})
+	text, err := os.ReadFile(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
+	t.Logf("%d files, %d kills", len(lines), kills)
+	if len(lines) < 20 {
+		t.Errorf("only %d files: that was no load", len(lines))
+	}
+	for _, line := range lines {
+		name, want, _ := strings.Cut(line, " ")
+		if name == "FAILED" {
+			t.Errorf("the writer saw an error at file %s", want)
+			continue
+		}
+		// By a process of its own, as all that touches a mount.
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		local, err := exec.CommandContext(ctx, "cat", filepath.Join(target, name)).Output()
+		cancel()
+		if err != nil || string(local) != want+"\n" {
+			t.Errorf("%s on the host: %q, %v", name, local, err)
+		}
+	}
+	// And at the control plane, all of them.
+	back := t.TempDir()
+	must(t, s, "file", "get", "-r", "lab:/", back)
+	for _, line := range lines {
+		name, want, _ := strings.Cut(line, " ")
+		if got, err := os.ReadFile(filepath.Join(back, name)); err != nil || string(got) != want+"\n" {
+			t.Errorf("%s at the control plane: %q, %v", name, got, err)
+		}
+	}
+	if got := must(t, s, "file", "conflicts", "lab", "-o", "json"); got != "[]" {
+		t.Errorf("conflicts although nobody else wrote: %s", got)
+	}
+	succeeds(t, agentd(t, a, "umount", target))
+}
