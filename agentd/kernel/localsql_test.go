@@ -93,6 +93,8 @@ except (BrokenPipeError, ConnectionResetError): print("hung up")
 			t.Errorf("user %d, with the socket open to all: %s", uid, got)
 		}
 	}
+	cancel()
+	serving.Wait()
 	if len(sql.asked) != 1 || sql.asked[0] != "kernel k1 ana select 1" {
 		t.Errorf("asked: %q", sql.asked)
 	}
