@@ -6,6 +6,7 @@
 #   make e2e-long   the end-to-end tests at full length: 100,000 statements in one session, one that is silent
 #                   for 3 minutes behind nginx, 3 minutes over a slow link, 224 kills and 48 power cuts in the midst of checkpoints
 #   make vault-test the tests with Vault against a real one, which is built for it
+#   make s3-test    the object store on a real S3 server, which is built for it
 #   make mysql-test the suite of engines and the attacks on a real MySQL, which is fetched from Debian's
 #                   newer suites into /opt/postern-mysql, or bin/mysql if not root (180 MB)
 #   make clients    PostgreSQL clients that are large to install, through the whole system:
@@ -24,7 +25,7 @@ FUZZTIME ?= 5m
 LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
 export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
-.PHONY: build demo test e2e-long clients vault-test mysql-test race lint fuzz bench packages proto clean deps
+.PHONY: build demo test e2e-long clients vault-test s3-test mysql-test race lint fuzz bench packages proto clean deps
 
 build: deps
 	@mkdir -p bin
@@ -52,6 +53,13 @@ vault-test:
 	@mkdir -p bin
 	cd e2e/vaultserver && CGO_ENABLED=0 $(GO) build -o ../../bin/vaultserver .
 	POSTERN_VAULTSERVER=$(CURDIR)/bin/vaultserver $(GO) test -tags realvault -run 'TestRealVault|TestSimulatedVault' -v ./e2e
+
+s3-test:
+	@packaging/dev/deps.sh go postgresql
+	@mkdir -p bin
+	cd e2e/s3server && CGO_ENABLED=0 $(GO) build -o ../../bin/versitygw github.com/versity/versitygw/cmd/versitygw
+	POSTERN_S3SERVER=$(CURDIR)/bin/versitygw $(GO) test -tags reals3 -v ./controlplane/blob
+	POSTERN_S3SERVER=$(CURDIR)/bin/versitygw $(GO) test -tags reals3 -run TestRealS3 -v ./e2e
 
 # The server runs as the user mysql, which can't look into every home directory.
 MYSQL ?= $(if $(filter 0,$(shell id -u)),/opt/postern-mysql,$(CURDIR)/bin/mysql)

@@ -52,6 +52,9 @@ func (s *Server) wireFiles(ctx context.Context, registry prometheus.Registerer) 
 	if err != nil {
 		return err
 	}
+	if err := s.blobs.Check(ctx); err != nil {
+		return err
+	}
 	var poll time.Duration
 	if s.options.Database != "" {
 		poll = pollChanges

@@ -72,6 +72,7 @@ type Config struct {
 // Store is an open object store. Close it once.
 type Store struct {
 	cfg    Config
+	name   string // what --blob says, without what comes after the bucket's name
 	bucket bucket
 	dir    *directory // nil for a bucket elsewhere
 
@@ -94,19 +95,34 @@ type bucket interface {
 type cloud struct{ *blob.Bucket }
 
 func (c cloud) write(ctx context.Context, key string, body []byte) error {
-	return c.WriteAll(ctx, key, body, &blob.WriterOptions{ContentType: "application/octet-stream", DisableContentTypeDetection: true})
+	return withoutBucket(c.WriteAll(ctx, key, body, &blob.WriterOptions{ContentType: "application/octet-stream", DisableContentTypeDetection: true}))
 }
 
 func (c cloud) read(ctx context.Context, key string, limit int64) ([]byte, error) {
 	r, err := c.NewReader(ctx, key, nil)
 	if err != nil {
-		return nil, err
+		return nil, withoutBucket(err)
 	}
 	defer r.Close() //nolint:errcheck // it was read, or not
 	return io.ReadAll(io.LimitReader(r, limit))
 }
 
-func (c cloud) remove(ctx context.Context, key string) error { return c.Delete(ctx, key) }
+func (c cloud) remove(ctx context.Context, key string) error {
+	return withoutBucket(c.Delete(ctx, key))
+}
+
+// s3Bucket is a bucket of S3, which does not tell by itself why there is nothing to remove.
+type s3Bucket struct{ cloud }
+
+func (c s3Bucket) remove(ctx context.Context, key string) error {
+	err := c.cloud.remove(ctx, key)
+	if gcerrors.Code(err) == gcerrors.NotFound {
+		if there, err := c.IsAccessible(ctx); err == nil && !there {
+			return errNoBucket
+		}
+	}
+	return err
+}
 
 // Close closes the object store.
 func (s *Store) Close() error {

@@ -35,14 +35,14 @@ func Open(ctx context.Context, where string, cfg Config) (*Store, error) {
 		if err != nil {
 			return nil, fmt.Errorf("--blob %s: %w", where, err)
 		}
-		s.bucket = cloud{opened}
+		s.bucket, s.name = cloud{opened}, where
 		return s, nil
 	}
 	opened, err := openS3(ctx, where)
 	if err != nil {
 		return nil, fmt.Errorf("--blob: %w", err)
 	}
-	s.bucket = cloud{opened}
+	s.bucket, s.name = s3Bucket{cloud{opened}}, strings.SplitN(where, "?", 2)[0]
 	return s, nil
 }
 
@@ -70,8 +70,22 @@ func parseS3(where string) (*url.URL, string, error) {
 		return nil, "", fmt.Errorf("the path %q is not understood: say prefix=%s/", u.Path, strings.Trim(u.Path, "/"))
 	}
 	q := u.Query()
+	if endpoint := q.Get("endpoint"); endpoint != "" {
+		e, err := url.Parse(endpoint)
+		switch {
+		case err != nil || e.Scheme != "https" && e.Scheme != "http" || e.Host == "":
+			return nil, "", errors.New("endpoint= must be https://HOST or https://HOST:PORT")
+		case e.User != nil:
+			return nil, "", errors.New("credentials don't belong in the endpoint: the AWS SDK takes them from its environment variables, files or the instance's role")
+		}
+	}
 	prefix := q.Get("prefix")
 	q.Del("prefix")
+	// The SDK would answer for an altered object as it does for a network that fails, and it
+	// would be asked for again. What is read is opened by its seal and hashed in any case.
+	if !q.Has("response_checksum_validation") {
+		q.Set("response_checksum_validation", "when_required")
+	}
 	u.RawQuery = q.Encode()
 	u.Path = ""
 	if prefix != "" && !strings.HasSuffix(prefix, "/") {
@@ -93,15 +107,6 @@ func openS3(ctx context.Context, where string) (*blob.Bucket, error) {
 		bucket = blob.PrefixedBucket(bucket, prefix)
 	}
 	return bucket, nil
-}
-
-// Check reports whether the object store answers and lets us write.
-func (s *Store) Check(ctx context.Context) error {
-	const key = "v1/.check"
-	if err := s.write(ctx, key, []byte("Postern keeps chunks of files here.\n")); err != nil {
-		return err
-	}
-	return nil
 }
 
 // isFull reports that a directory's file system is full.
