@@ -47,3 +47,13 @@ func (f *flaky) read(ctx context.Context, key string, limit int64) (b []byte, er
 func (f *flaky) remove(ctx context.Context, key string) error {
 	return f.fails(func() error { return f.bucket.remove(ctx, key) })
 }
+
+// Failing lets every write fail with err; a seam for tests alone.
+func (s *Store) Failing(err error) { s.bucket = failing{s.bucket, err} }
+
+type failing struct {
+	bucket
+	err error
+}
+
+func (f failing) write(context.Context, string, []byte) error { return f.err }
