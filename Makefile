@@ -85,7 +85,7 @@ fuzz:
 
 bench: build
 	@packaging/dev/deps.sh gcc postgresql jupyter
-	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh criu
+	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh criu sshfs
 	@$(GO) run ./e2e/bench -bin bin $(BENCH)
 
 packages: deps

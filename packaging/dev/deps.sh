@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx tinyproxy litmus netns criu pydrivers jupyter bigclients.
+# nginx tinyproxy litmus netns criu pydrivers jupyter sshfs bigclients.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -98,6 +98,9 @@ for name in "$@"; do
 		/usr/bin/python3 -c 'import jupyter_kernel_test, nbclient, notebook, jupyter_server, jupyter_console, websocket, requests' 2>/dev/null ||
 			install python3-jupyter-kernel-test python3-nbclient python3-notebook python3-jupyter-server python3-jupyter-console python3-websocket python3-requests
 		command -v as >/dev/null 2>&1 || install binutils
+		;;
+	sshfs) # what a mounted workspace is measured against: sshfs and its server, without ssh
+		command -v sshfs >/dev/null 2>&1 && [ -x /usr/lib/openssh/sftp-server ] || install sshfs openssh-sftp-server
 		;;
 	bigclients) # what `make clients` runs: JDBC on a JDK, node with npm
 		command -v javac >/dev/null 2>&1 || install default-jdk-headless
