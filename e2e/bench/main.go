@@ -3,6 +3,7 @@
 // little on a shared machine. It ends with one line for each figure:
 //
 //	figure NAME VALUE GOAL ok|short
+//	figure NAME not measured: WHY
 //
 //	bench [-bin DIR] [-run REGEXP] [-short] [-cpuprofile FILE]
 package main
@@ -62,6 +63,7 @@ var measurements = append(tunnelMeasurements,
 	measurement{"kernels", measureKernels},
 	measurement{"kernel-sql", measureKernelSQL},
 	measurement{"checkpoints", measureCheckpoints},
+	measurement{"files", measureFiles},
 )
 
 // roles are what this binary does when it is started as a child of itself, by the
@@ -81,22 +83,32 @@ type figure struct {
 	unit  string
 	goal  float64
 	most  bool // goal is an upper bound
+	// missing says why there is no value; empty: there is one.
+	missing string
 }
 
 // AtLeast notes a figure whose value should be goal or more.
 func (r *Report) AtLeast(name string, value, goal float64, unit string) {
-	r.figures = append(r.figures, figure{name, value, unit, goal, false})
+	r.figures = append(r.figures, figure{name: name, value: value, unit: unit, goal: goal})
 }
 
 // AtMost notes a figure whose value should be goal or less.
 func (r *Report) AtMost(name string, value, goal float64, unit string) {
-	r.figures = append(r.figures, figure{name, value, unit, goal, true})
+	r.figures = append(r.figures, figure{name: name, value: value, unit: unit, goal: goal, most: true})
+}
+
+// NotMeasured notes that there is no value of a figure here, and why.
+func (r *Report) NotMeasured(name, why string) {
+	r.figures = append(r.figures, figure{name: name, missing: why})
 }
 
 // Printf prints readable text about what was measured.
 func (r *Report) Printf(format string, args ...any) { fmt.Printf("  "+format+"\n", args...) }
 
 func (f figure) String() string {
+	if f.missing != "" {
+		return fmt.Sprintf("figure %s not measured: %s", f.name, f.missing)
+	}
 	verdict, sign := "ok", ">="
 	if f.most {
 		sign = "<="
