@@ -59,7 +59,8 @@ func measureFiles(ctx context.Context, o Options, r *Report) (err error) {
 		if err := part.run(ctx, size); err != nil {
 			return fmt.Errorf("%s: %w", part.name, err)
 		}
-		r.Printf("(%s: %.1f s)", part.name, time.Since(began).Seconds())
+		r.Printf("(%s: %.1f s; mountd has %.0f MiB, %.0f of them not files)", part.name, time.Since(began).Seconds(),
+			float64(residentMemory(b.pid))/(1<<20), float64(procKiB(b.pid, "status", "RssAnon"))/(1<<20))
 	}
 	pid, err := b.mountd(ctx)
 	if err != nil {
