@@ -135,8 +135,26 @@ func (d *Daemon) answer(ctx context.Context, q question, idle func()) (answer, [
 // Client asks mountd. Each call is a conversation of its own.
 type Client struct{ Dir string }
 
+// startTime is how long a mount waits for a mountd that is being started.
+const startTime = 10 * time.Second
+
+// dial connects; to mount something it waits for mountd to come up.
+func (c Client) dial(ctx context.Context, op string) (*packet.Conn, error) {
+	for until := time.Now().Add(startTime); ; {
+		conn, err := packet.Dial(c.Dir, SocketName)
+		if err == nil || op != opAttach || time.Now().After(until) {
+			return conn, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
 func (c Client) ask(ctx context.Context, q question) (answer, []*os.File, error) {
-	conn, err := packet.Dial(c.Dir, SocketName)
+	conn, err := c.dial(ctx, q.Op)
 	if err != nil {
 		return answer{}, nil, proto.Errorf(proto.CodeUnavailable, "mountd does not answer: it is started by agentd when attachments: is in agentd.yaml (%v)", err)
 	}
