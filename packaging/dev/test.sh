@@ -1,7 +1,7 @@
 #!/bin/sh
 # test.sh - what `make test` runs: install what is missing, check the form of the
-# code, run every test with the race detector, then each fuzz target for 10 s.
-# TEST_FUZZTIME overrides the 10 s, TEST_RUN limits the tests by name.
+# code, run every test with the race detector, then each fuzz target for 5 s.
+# TEST_FUZZTIME overrides the 5 s, TEST_RUN limits the tests by name.
 set -eu
 cd "$(dirname "$0")/../.."
 PATH=$PWD/.go/bin:$PATH:/usr/local/go/bin:/usr/sbin:/sbin
@@ -27,6 +27,6 @@ run() { go test -race -json -timeout 20m ${TEST_RUN:+-run "$TEST_RUN"} "$@" || :
 	run -p 1 ./e2e
 } | go run ./e2e/testreport
 
-step "fuzz targets, ${TEST_FUZZTIME:-10s} each"
-packaging/dev/fuzz.sh "${TEST_FUZZTIME:-10s}"
+step "fuzz targets, ${TEST_FUZZTIME:-5s} each"
+packaging/dev/fuzz.sh "${TEST_FUZZTIME:-5s}"
 step "done"
