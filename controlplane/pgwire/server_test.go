@@ -355,7 +355,12 @@ func TestEnds(t *testing.T) {
 	t.Run("client hangs up", func(t *testing.T) {
 		s := startServer(t)
 		c := s.connect("ana", "sslmode=disable")
-		go query(t, c, "sleep")
+		asked := make(chan struct{})
+		go func() {
+			defer close(asked)
+			query(t, c, "sleep") //nolint:errcheck // its connection breaks
+		}()
+		defer func() { <-asked }() // before the connection is closed in order, by another goroutine
 		eventually(t, "the statement runs", func() bool { s.host.mu.Lock(); defer s.host.mu.Unlock(); return len(s.host.running) == 1 })
 		c.Conn().Close()
 		if how := <-s.host.ended; how != "terminated" {

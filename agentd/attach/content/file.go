@@ -571,12 +571,28 @@ func (f *File) fetch(chunks []int) {
 	}
 }
 
-func (f *File) fetchSome(ctx context.Context, chunks []int, timer *time.Timer) (got int, err error) {
-	hashes := make([][]byte, len(chunks))
-	for i, c := range chunks {
-		if hashes[i], err = f.chunks.hash(c); err != nil {
-			return 0, err
+// wanted are the hashes and lengths of chunks: taken at once, for Rebase may put another map in
+// place while they come. What is not here has the same hash in both.
+func (f *File) wanted(chunks []int) (hashes [][]byte, lengths []int64, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.chunks == nil {
+		return nil, nil, fmt.Errorf("node %d is here whole", f.id)
+	}
+	for _, c := range chunks {
+		hash, err := f.chunks.hash(c)
+		if err != nil {
+			return nil, nil, err
 		}
+		hashes, lengths = append(hashes, hash), append(lengths, f.chunkLen(c))
+	}
+	return hashes, lengths, nil
+}
+
+func (f *File) fetchSome(ctx context.Context, chunks []int, timer *time.Timer) (got int, err error) {
+	hashes, lengths, err := f.wanted(chunks)
+	if err != nil {
+		return 0, err
 	}
 	err = f.store.cfg.Fetcher.Fetch(ctx, hashes, func(i int, content []byte) error {
 		timer.Reset(stall)
@@ -584,7 +600,7 @@ func (f *File) fetchSome(ctx context.Context, chunks []int, timer *time.Timer) (
 			return fmt.Errorf("chunk %d came out of order", i)
 		}
 		sum := sha256.Sum256(content)
-		if !bytes.Equal(sum[:], hashes[i]) || int64(len(content)) != f.chunkLen(chunks[i]) {
+		if !bytes.Equal(sum[:], hashes[i]) || int64(len(content)) != lengths[i] {
 			return fmt.Errorf("chunk %d of node %d does not have the content that its hash says", chunks[i], f.id)
 		}
 		if err := f.arrived(chunks[i], content); err != nil {

@@ -3,6 +3,7 @@ package mountd
 import (
 	"context"
 	"errors"
+	"io"
 	"fmt"
 	"net"
 	"os"
@@ -171,7 +172,7 @@ func (c Client) ask(ctx context.Context, q question) (answer, []*os.File, error)
 	case ctx.Err() != nil:
 		err = context.Cause(ctx)
 	case err != nil:
-		err = proto.Errorf(proto.CodeUnavailable, "mountd went away: try again (%v)", err)
+		err = proto.Errorf(proto.CodeUnavailable, "mountd went away: try again (%w)", err)
 	case a.Error != "":
 		err = &proto.Error{Code: a.Code, Message: a.Error}
 	}
@@ -234,5 +235,8 @@ func (c Client) Status(ctx context.Context) (Status, error) {
 func (c Client) Shutdown(ctx context.Context) error {
 	_, files, err := c.ask(ctx, question{Op: opShutdown})
 	packet.CloseAll(files)
+	if errors.Is(err, io.EOF) {
+		return nil // it ended before it could say so
+	}
 	return err
 }
