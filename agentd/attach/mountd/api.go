@@ -3,8 +3,8 @@ package mountd
 import (
 	"context"
 	"errors"
-	"io"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"strings"
