@@ -21,6 +21,9 @@ type unixStat = syscall.Stat_t
 // ErrLost is returned when a content that only this host has is not here.
 var ErrLost = errors.New("content that was not uploaded is gone from this host")
 
+// ErrChanged is returned by Rebase for a content that is not any more what was sent.
+var ErrChanged = errors.New("content was changed since it was sent")
+
 // File is a content that is open.
 type File struct {
 	store   *Store
@@ -37,6 +40,7 @@ type File struct {
 	inFlight map[int]bool
 	fetching int
 	failed   map[int]error // why the last fetch of a chunk failed; taken by who waits
+	changing int           // changes of the backing file on their way: Change to done
 	newName  bool          // the file was made since its directory was synced
 	doubt    bool          // without a map, there may be something good here
 
@@ -684,16 +688,14 @@ func (f *File) EnsureAll(ctx context.Context) error {
 }
 
 // Change must be called before [off, off+n) is written to: it fetches what of the chunks at
-// both ends is not overwritten, and notes that they are this host's now.
-func (f *File) Change(ctx context.Context, off, n int64) error {
-	f.mu.Lock()
-	whole := f.whole
-	f.mu.Unlock()
-	if whole || n <= 0 {
-		return nil
+// both ends is not overwritten, and notes that they are this host's now. done must be called, once,
+// when it was written to: until then the content is no version's.
+func (f *File) Change(ctx context.Context, off, n int64) (done func(), err error) {
+	if f.Whole() || n <= 0 {
+		return func() {}, nil
 	}
 	if err := f.NeedMap(ctx); err != nil {
-		return err
+		return nil, err
 	}
 	first, last := off/chunkSize, (off+n-1)/chunkSize
 	for _, i := range []int64{first, last} {
@@ -701,22 +703,31 @@ func (f *File) Change(ctx context.Context, off, n int64) error {
 			continue
 		}
 		if err := f.Ensure(ctx, i*chunkSize, 1); err != nil {
-			return err
+			return nil, err
 		}
 	}
+	return f.mark(int(first), int(last)+1)
+}
+
+// mark notes that chunks [from, to) are this host's, and that they are being changed until done.
+func (f *File) mark(from, to int) (done func(), err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.whole {
-		return nil
-	}
-	for i := int(first); i <= int(last); i++ {
-		if f.chunks.state(i) != changed || i >= len(f.chunks.states) {
-			if err := f.chunks.set(i, changed); err != nil {
-				return err
+	if !f.whole {
+		for i := from; i < to; i++ {
+			if f.chunks.state(i) != changed || i >= len(f.chunks.states) {
+				if err := f.chunks.set(i, changed); err != nil {
+					return nil, err
+				}
 			}
 		}
 	}
-	return nil
+	f.changing++
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.changing--
+	}, nil
 }
 
 // Truncate sets the size.
@@ -733,7 +744,6 @@ func (f *File) Truncate(ctx context.Context, size int64) error {
 	if err != nil {
 		return err
 	}
-	defer f.written()
 	f.mu.Lock()
 	whole := f.whole
 	f.mu.Unlock()
@@ -751,31 +761,38 @@ func (f *File) Truncate(ctx context.Context, size int64) error {
 		}
 		f.whole = true
 		f.mu.Unlock()
-		return f.fd.Truncate(0)
+		err := f.fd.Truncate(0)
+		f.written()
+		return err
 	}
 	if !whole {
 		// The chunk at the cut is not the version's any more, and those behind it are gone.
 		from, to := min(size, int64(old)), max(size, int64(old))
 		if from%chunkSize != 0 {
-			if err := f.Change(ctx, from, 1); err != nil {
+			done, err := f.Change(ctx, from, 1)
+			if err != nil {
 				return err
 			}
+			defer done()
 		}
 		if err := f.NeedMap(ctx); err != nil {
 			return err
 		}
 		f.mu.Lock()
+		known := 0
 		if f.chunks != nil {
-			for i := int((from + chunkSize - 1) / chunkSize); i < Chunks(uint64(to)) && i < len(f.chunks.states); i++ {
-				if err := f.chunks.set(i, changed); err != nil {
-					f.mu.Unlock()
-					return err
-				}
-			}
+			known = len(f.chunks.states)
 		}
 		f.mu.Unlock()
+		done, err := f.mark(int((from+chunkSize-1)/chunkSize), min(Chunks(uint64(to)), known))
+		if err != nil {
+			return err
+		}
+		defer done()
 	}
-	return f.fd.Truncate(size)
+	err = f.fd.Truncate(size)
+	f.written() // before it is done
+	return err
 }
 
 // Known tells a chunk's hash if it is as the version has it, so that it need not be read. size is
@@ -790,10 +807,14 @@ func (f *File) Known(i int, size uint64) (hash []byte, ok bool, err error) {
 	return hash, err == nil, err
 }
 
-// Rebase says that the content as it is now is a version, of these chunks.
-func (f *File) Rebase(version, size uint64, hashes [][]byte) error {
+// Rebase says that the content as Stat told its change time is a version, of these chunks. It
+// returns ErrChanged, and does nothing, if the content was changed since, or is being changed.
+func (f *File) Rebase(version, size uint64, hashes [][]byte, stamp int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if !f.whole && (f.changing > 0 || f.tracked && f.stamp != stamp) {
+		return ErrChanged
+	}
 	if f.version = version; f.whole || f.chunks == nil {
 		return nil
 	}

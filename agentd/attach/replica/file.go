@@ -404,9 +404,11 @@ func (r *Replica) Write(ctx context.Context, id uint64, off int64, data []byte) 
 		return 0, err
 	}
 	defer r.unuse(id, o)
-	if err := r.change(ctx, id, o, off, int64(len(data))); err != nil {
+	done, err := r.change(ctx, id, o, off, int64(len(data)))
+	if err != nil {
 		return 0, err
 	}
+	defer done()
 	n, err := o.file.WriteAt(data, off)
 	if err != nil {
 		return n, errnoOrIO(err)
@@ -415,10 +417,10 @@ func (r *Replica) Write(ctx context.Context, id uint64, off int64, data []byte) 
 	return n, nil
 }
 
-// change prepares a content for being written to.
-func (r *Replica) change(ctx context.Context, id uint64, o *opened, off, n int64) error {
+// change prepares a content for being written to; done must be called when it was.
+func (r *Replica) change(ctx context.Context, id uint64, o *opened, off, n int64) (done func(), err error) {
 	r.mu.Lock()
-	err := r.unsentLocked()
+	err = r.unsentLocked()
 	if err == nil {
 		err = r.quotaLocked(uint64(n), 0)
 	}
@@ -433,15 +435,15 @@ func (r *Replica) change(ctx context.Context, id uint64, o *opened, off, n int64
 		}
 	}
 	r.mu.Unlock()
-	if err != nil || o.file.Whole() {
-		return err
+	if err != nil {
+		return nil, err
 	}
 	ctx, cancel := r.wait(ctx)
 	defer cancel()
-	if err := o.file.Change(ctx, off, n); err != nil {
-		return r.fetchErrno(ctx, id, err)
+	if done, err = o.file.Change(ctx, off, n); err != nil {
+		return nil, r.fetchErrno(ctx, id, err)
 	}
-	return nil
+	return done, nil
 }
 
 // Flush records what was written to a file, and returns when it is durable; at once if
@@ -630,9 +632,11 @@ func (r *Replica) Fallocate(ctx context.Context, id uint64, mode uint32, off, n 
 		return err
 	}
 	defer r.unuse(id, o)
-	if err := r.change(ctx, id, o, off, n); err != nil {
+	done, err := r.change(ctx, id, o, off, n)
+	if err != nil {
 		return err
 	}
+	defer done()
 	if err := o.file.Allocate(mode, off, n); err != nil {
 		return err
 	}

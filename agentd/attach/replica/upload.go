@@ -304,9 +304,13 @@ func (r *Replica) confirmOneLocked(b *tree.Batch, op *posternv1.FileOp, res *pos
 		b.Put(c)
 		return
 	}
-	if c.Stamp == s.stamp {
+	switch o := r.open[id]; {
+	case c.Stamp == s.stamp && r.rebaseLocked(n, c.Version, s):
 		r.cleanLocked(c)
-		r.rebaseLocked(n, c.Version, s)
+	case c.Has(tree.Dirty) && (o == nil || c.Stamp == o.recorded):
+		// Nothing that is still to be recorded would send it: it became whole meanwhile, and its
+		// times are others now.
+		r.dirtyLocked(b, c)
 	}
 	b.Put(c)
 }
@@ -333,19 +337,22 @@ func (r *Replica) offerAgain(now time.Time) {
 	}
 }
 
-// rebaseLocked makes the map of a file that is not here whole one of the new version.
-func (r *Replica) rebaseLocked(n *tree.Node, version uint64, s sentContent) {
+// rebaseLocked makes the map of a file that is not here whole one of the new version. It tells
+// whether the file is still what was sent: a write may be on its way, which changes the stamp when it is done.
+func (r *Replica) rebaseLocked(n *tree.Node, version uint64, s sentContent) bool {
 	if s.chunks == nil || n.Has(tree.Local) {
-		return
+		return true
 	}
 	o, err := r.openLocked(n, false)
 	if err != nil {
-		return // it was logged
+		return true // it was logged
 	}
-	if err := o.file.Rebase(version, s.size, s.chunks); err != nil {
+	defer r.closeLocked(n.ID, o)
+	err = o.file.Rebase(version, s.size, s.chunks, s.stamp)
+	if err != nil && !errors.Is(err, content.ErrChanged) {
 		r.log.Warn("map of chunks cannot be written; chunks are fetched again", "node", n.ID, "err", err)
 	}
-	r.closeLocked(n.ID, o)
+	return !errors.Is(err, content.ErrChanged)
 }
 
 func (r *Replica) cleanLocked(c *tree.Node) {
