@@ -278,14 +278,9 @@ type attachedKernel struct {
 
 var _ fusefs.Kernel = attachedKernel{}
 
-// OpenBacking implements fusefs.Kernel.
-func (k attachedKernel) OpenBacking(node uint64, fd int) (int32, error) {
-	return k.CountBacking(node, fd)
-}
-
 // CloseBacking implements fusefs.Kernel.
-func (k attachedKernel) CloseBacking(node uint64) {
-	if err := k.ReleaseBacking(node); err != nil {
+func (k attachedKernel) CloseBacking(node, key uint64) {
+	if err := k.Conn.CloseBacking(node, key); err != nil {
 		k.logger.Warn("backing file not released", "err", err)
 	}
 }

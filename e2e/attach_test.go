@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -175,6 +176,39 @@ func TestAttachments(t *testing.T) {
 	succeeds(t, agentd(t, a, "umount", target))
 	agentd(t, a, "umount", target).said(t, 4, "")
 	auditVerifies(t, s)
+}
+
+// TestMountAfterRemoval removes a host's replica as soon as it is unmounted and mounts the
+// workspace again: mountd has the old one open still, and must not serve it.
+func TestMountAfterRemoval(t *testing.T) {
+	s, a, target := mounted(t)
+	for i := range 3 {
+		name := fmt.Sprintf("f%d", i)
+		shell(t, target, "echo "+name+" > "+name)
+		eventually(t, 20*time.Second, "the unmount", func() error {
+			if got := agentd(t, a, "umount", target); got.code != 0 {
+				return errors.New(got.stderr)
+			}
+			return nil
+		})
+		replica := filepath.Join(a.StateDir(), "attach", "workspaces", "lab")
+		if err := os.RemoveAll(replica); err != nil {
+			t.Fatal(err)
+		}
+		if i == 1 { // and with its name
+			if err := os.Remove(replica + ".id"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		succeeds(t, agentd(t, a, "mount", "lab", target))
+		if got := shell(t, target, "cat f*"); got != "f0\nf1\nf2\n"[:3*(i+1)] {
+			t.Errorf("after removal %d: %q", i, got)
+		}
+	}
+	if got := must(t, s, "file", "conflicts", "lab", "-o", "json"); got != "[]" {
+		t.Errorf("conflicts: %s", got)
+	}
+	succeeds(t, agentd(t, a, "umount", target))
 }
 
 // TestMountThroughKills writes and syncs files on a mounted workspace while mountd, agentd

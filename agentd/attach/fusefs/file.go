@@ -9,12 +9,17 @@ import (
 	"github.com/postern-dev/postern/agentd/attach/replica"
 )
 
-// Kinds of handles, which are their numbers.
+// Kinds of handles, which are the lowest bits of their numbers; above them is the number of
+// the request that opened them, so that one that is sent again is the same handle.
 const (
 	handleCached  = 1
 	handleThrough = 2
 	handleWriter  = 4
+	handleBits    = 3
 )
+
+// openKey names an open by its request: the same when the request is sent again.
+func openKey(h *fuse.InHeader) uint64 { return h.Unique &^ resent }
 
 func writes(flags uint32) bool { return flags&syscall.O_ACCMODE != syscall.O_RDONLY }
 
@@ -27,19 +32,19 @@ func (f *FS) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string, out 
 		if err != nil {
 			return status(err)
 		}
-		return f.created(ctx, a, true, out)
+		return f.created(ctx, openKey(&in.InHeader), a, true, out)
 	}
 	a, err := f.r.Make(ctx, f.caller(&in.InHeader), in.NodeId, name, create(in))
 	if err == syscall.EEXIST && in.Flags&syscall.O_EXCL == 0 {
 		// Somebody else made it since the kernel looked.
 		if a, err = f.r.Lookup(ctx, in.NodeId, name); err == nil {
-			return f.created(ctx, a, true, out)
+			return f.created(ctx, openKey(&in.InHeader), a, true, out)
 		}
 	}
 	if err != nil {
 		return status(err)
 	}
-	return f.created(ctx, a, false, out)
+	return f.created(ctx, openKey(&in.InHeader), a, false, out)
 }
 
 // Tmpfile implements fuse.RawFileSystem.
@@ -51,13 +56,13 @@ func (f *FS) Tmpfile(cancel <-chan struct{}, in *fuse.CreateIn, out *fuse.Create
 		if err != nil {
 			return status(err)
 		}
-		return f.created(ctx, a, true, out)
+		return f.created(ctx, openKey(&in.InHeader), a, true, out)
 	}
 	a, err := f.r.MakeUnnamed(ctx, f.caller(&in.InHeader), permissions(in.Mode))
 	if err != nil {
 		return status(err)
 	}
-	return f.created(ctx, a, false, out)
+	return f.created(ctx, openKey(&in.InHeader), a, false, out)
 }
 
 func create(in *fuse.CreateIn) replica.Make {
@@ -67,9 +72,9 @@ func create(in *fuse.CreateIn) replica.Make {
 // created answers with a file that was just made, which is open already unless it must be
 // opened. Its handle goes through the daemon, so that no backing file is needed for one that
 // stays empty.
-func (f *FS) created(ctx context.Context, a replica.Attr, mustOpen bool, out *fuse.CreateOut) fuse.Status {
+func (f *FS) created(ctx context.Context, key uint64, a replica.Attr, mustOpen bool, out *fuse.CreateOut) fuse.Status {
 	if mustOpen {
-		if s := f.open(ctx, a.ID, syscall.O_RDWR, &out.OpenOut); !s.Ok() {
+		if s := f.open(ctx, key, a.ID, syscall.O_RDWR, &out.OpenOut); !s.Ok() {
 			return s
 		}
 	} else {
@@ -81,7 +86,7 @@ func (f *FS) created(ctx context.Context, a replica.Attr, mustOpen bool, out *fu
 		}
 		m.handles++
 		f.mu.Unlock()
-		out.Fh = handleCached | handleWriter
+		out.Fh = key<<handleBits | handleCached | handleWriter
 		out.OpenFlags = fuse.FOPEN_KEEP_CACHE
 	}
 	f.entryOut(a, &out.EntryOut)
@@ -92,25 +97,25 @@ func (f *FS) created(ctx context.Context, a replica.Attr, mustOpen bool, out *fu
 func (f *FS) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
 	ctx, done := request(cancel)
 	defer done()
-	return f.open(ctx, in.NodeId, in.Flags, out)
+	return f.open(ctx, openKey(&in.InHeader), in.NodeId, in.Flags, out)
 }
 
-func (f *FS) open(ctx context.Context, id uint64, flags uint32, out *fuse.OpenOut) fuse.Status {
+func (f *FS) open(ctx context.Context, key, id uint64, flags uint32, out *fuse.OpenOut) fuse.Status {
 	write := writes(flags)
 	o, err := f.r.Open(ctx, id, write, flags&syscall.O_TRUNC != 0)
 	if err != nil {
 		return status(err)
 	}
-	through, backing := f.begin(id, o)
+	through, backing := f.begin(id, key, o)
 	if err := f.r.Mode(id, write, through); err != nil {
-		f.end(id, through)
+		f.end(id, key, through)
 		f.r.Release(id, write)
 		return status(err)
 	}
-	out.Fh = handleCached
+	out.Fh = key<<handleBits | handleCached
 	out.OpenFlags = fuse.FOPEN_KEEP_CACHE
 	if through {
-		out.Fh = handleThrough
+		out.Fh = key<<handleBits | handleThrough
 		out.OpenFlags = fuse.FOPEN_PASSTHROUGH
 		out.BackingID = backing
 	}
@@ -123,7 +128,7 @@ func (f *FS) open(ctx context.Context, id uint64, flags uint32, out *fuse.OpenOu
 }
 
 // begin decides how a handle is served.
-func (f *FS) begin(id uint64, o replica.Opened) (through bool, backing int32) {
+func (f *FS) begin(id, key uint64, o replica.Opened) (through bool, backing int32) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	m := f.modes[id]
@@ -132,8 +137,12 @@ func (f *FS) begin(id uint64, o replica.Opened) (through bool, backing int32) {
 		f.modes[id] = m
 	}
 	if m.through {
+		var again bool
 		var err error
-		if backing, err = f.kernel.OpenBacking(id, o.FD); err != nil {
+		if backing, again, err = f.kernel.OpenBacking(id, key, o.FD); again {
+			return true, backing // SetKernel has counted it
+		}
+		if err != nil {
 			if m.handles > 0 {
 				// It cannot be served otherwise, and the kernel will say so.
 				m.handles++
@@ -146,7 +155,7 @@ func (f *FS) begin(id uint64, o replica.Opened) (through bool, backing int32) {
 	return m.through, backing
 }
 
-func (f *FS) end(id uint64, through bool) {
+func (f *FS) end(id, key uint64, through bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if m := f.modes[id]; m != nil {
@@ -155,13 +164,13 @@ func (f *FS) end(id uint64, through bool) {
 		}
 	}
 	if through && f.kernel != nil {
-		f.kernel.CloseBacking(id)
+		f.kernel.CloseBacking(id, key)
 	}
 }
 
 // Release implements fuse.RawFileSystem.
 func (f *FS) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
-	f.end(in.NodeId, in.Fh&handleThrough != 0)
+	f.end(in.NodeId, in.Fh>>handleBits, in.Fh&handleThrough != 0)
 	f.r.Release(in.NodeId, in.Fh&handleWriter != 0)
 }
 

@@ -17,10 +17,11 @@ import (
 type Kernel interface {
 	EntryNotify(parent uint64, name string) fuse.Status
 	InodeNotify(node uint64, off, length int64) fuse.Status
-	// OpenBacking lets the kernel read and write fd for a node, once for each node, and
-	// counts; CloseBacking takes one back. The id survives a takeover.
-	OpenBacking(node uint64, fd int) (id int32, err error)
-	CloseBacking(node uint64)
+	// OpenBacking lets the kernel read and write fd for a node, once for each node; key
+	// names the open. again: that open was counted before, by this process or one that it
+	// took over from. CloseBacking ends an open. The id survives a takeover.
+	OpenBacking(node, key uint64, fd int) (id int32, again bool, err error)
+	CloseBacking(node, key uint64)
 	// Backings counts what a process before this one left open.
 	Backings() map[uint64]int
 	Passthrough() bool
@@ -45,10 +46,12 @@ const resent = 1 << 63
 // MountOptions are what the connection must be opened with.
 func MountOptions(o Options) fuse.MountOptions {
 	m := fuse.MountOptions{
-		AllowOther:    true,
-		FsName:        "postern",
-		Name:          "postern",
-		MaxWrite:      1 << 20,
+		AllowOther: true,
+		FsName:     "postern",
+		Name:       "postern",
+		// A process that is killed while the kernel copies a request to it, or a reply from it,
+		// makes the kernel answer EIO; that takes longer the larger they are.
+		MaxWrite:      256 << 10,
 		MaxReadAhead:  1 << 20,
 		MaxBackground: 64,
 		// Pushes say what is not valid any more; a time does not.

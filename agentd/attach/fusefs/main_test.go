@@ -132,22 +132,22 @@ type backing struct {
 
 func (k *testKernel) Passthrough() bool        { return !k.off }
 func (k *testKernel) Backings() map[uint64]int { return nil }
-func (k *testKernel) OpenBacking(node uint64, fd int) (int32, error) {
+func (k *testKernel) OpenBacking(node, _ uint64, fd int) (int32, bool, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if b := k.open[node]; b != nil {
 		b.refs++
-		return b.id, nil
+		return b.id, false, nil
 	}
 	id, errno := k.RegisterBackingFd(&fuse.BackingMap{Fd: int32(fd)})
 	if errno != 0 {
-		return 0, errno
+		return 0, false, errno
 	}
 	k.open[node] = &backing{id, 1}
-	return id, nil
+	return id, false, nil
 }
 
-func (k *testKernel) CloseBacking(node uint64) {
+func (k *testKernel) CloseBacking(node, _ uint64) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if b := k.open[node]; b != nil {

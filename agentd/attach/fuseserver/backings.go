@@ -115,17 +115,13 @@ func (b *backings) id(node uint64) (int32, bool) {
 	return n.id, true
 }
 
-func (b *backings) any(node uint64) (key uint64, ok bool) {
-	if n := b.nodes[node]; n != nil {
-		for key := range n.keys {
-			return key, true
-		}
-	}
-	return 0, false
+func (b *backings) has(node, key uint64) bool {
+	n := b.nodes[node]
+	return n != nil && n.keys[key]
 }
 
 func (b *backings) add(node, key uint64, id int32) error {
-	if n := b.nodes[node]; n != nil && n.keys[key] {
+	if b.has(node, key) {
 		return nil
 	}
 	if err := b.write(record(recordAdd, node, key, id)); err != nil {

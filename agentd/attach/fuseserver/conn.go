@@ -3,7 +3,6 @@ package fuseserver
 import (
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"sync"
 	"syscall"
@@ -90,26 +89,28 @@ func (c *Conn) Passthrough() bool { return c.enabled }
 // answer OPEN or CREATE with (FOPEN_PASSTHROUGH, BackingID). All opens of a node share
 // one backing: fd is used only for the first, and while any is open every one must be
 // passed through to it. key names the open; use the request's unique without ResentBit,
-// and keep it as the file handle: a request that is sent again then counts once.
-// It returns ErrNoPassthrough, or the kernel's errno.
-func (c *Conn) OpenBacking(node, key uint64, fd int) (int32, error) {
+// and keep it as the file handle: a request that is sent again then counts once, and again
+// says that it was. It returns ErrNoPassthrough, or the kernel's errno.
+func (c *Conn) OpenBacking(node, key uint64, fd int) (id int32, again bool, err error) {
 	if !c.enabled {
-		return 0, ErrNoPassthrough
+		return 0, false, ErrNoPassthrough
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if id, ok := c.backings.id(node); ok {
-		return id, c.backings.add(node, key, id)
+		if c.backings.has(node, key) {
+			return id, true, nil
+		}
+		return id, false, c.backings.add(node, key, id)
 	}
-	id, err := c.ioctl(backingOpen, unsafe.Pointer(&fuse.BackingMap{Fd: int32(fd)}))
-	if err != nil {
-		return 0, fmt.Errorf("register a backing file: %w", err)
+	if id, err = c.ioctl(backingOpen, unsafe.Pointer(&fuse.BackingMap{Fd: int32(fd)})); err != nil {
+		return 0, false, fmt.Errorf("register a backing file: %w", err)
 	}
 	if err := c.backings.add(node, key, id); err != nil {
 		_, cerr := c.ioctl(backingClose, unsafe.Pointer(&id))
-		return 0, errors.Join(err, cerr)
+		return 0, false, errors.Join(err, cerr)
 	}
-	return id, nil
+	return id, false, nil
 }
 
 // CloseBacking ends an open, at RELEASE; the last one of a node ends its backing. An
@@ -125,24 +126,6 @@ func (c *Conn) CloseBacking(node, key uint64) error {
 		return fmt.Errorf("release a backing file: %w", err)
 	}
 	return nil
-}
-
-// CountBacking is OpenBacking for a file system that counts opens itself; ReleaseBacking
-// takes one back. An OPEN that is sent again after a takeover may count twice: its file
-// then has a backing until the mount ends.
-func (c *Conn) CountBacking(node uint64, fd int) (int32, error) {
-	return c.OpenBacking(node, rand.Uint64(), fd)
-}
-
-// ReleaseBacking ends one open of a node, whichever.
-func (c *Conn) ReleaseBacking(node uint64) error {
-	c.mu.Lock()
-	key, ok := c.backings.any(node)
-	c.mu.Unlock()
-	if !ok {
-		return nil
-	}
-	return c.CloseBacking(node, key)
 }
 
 // Backings tells the nodes that have a backing, with the number of their opens: after a

@@ -114,7 +114,7 @@ func (s *shelf) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse
 	}
 	defer f.Close()
 	key := in.Unique &^ ResentBit
-	id, err := s.conn.OpenBacking(in.NodeId, key, int(f.Fd()))
+	id, _, err := s.conn.OpenBacking(in.NodeId, key, int(f.Fd()))
 	if err != nil {
 		return fuse.ToStatus(err)
 	}

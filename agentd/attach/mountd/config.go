@@ -56,6 +56,8 @@ type Workspace interface {
 	// Fresh is called before the first Mount when it has none.
 	Fresh() error
 	Status() WorkspaceStatus
+	// Gone tells whether somebody has removed what it keeps on this host.
+	Gone() bool
 	// Drain returns when all that was written before is at the control plane.
 	Drain(ctx context.Context) error
 	// Close keeps what is not sent on disk.

@@ -307,17 +307,24 @@ func connection(workspace string, squash bool) string {
 func (d *Daemon) get(ctx context.Context, name string, readOnly bool) (*opened, error) {
 	d.mu.Lock()
 	o, leaving := d.open[name], d.leaving
+	mounted := o != nil && len(o.supers) > 0
 	d.mu.Unlock()
 	switch {
 	case leaving:
 		return nil, proto.Errorf(proto.CodeUnavailable, "mountd is being replaced: try again")
 	case o != nil && o.readOnly && !readOnly:
 		// It was opened when the policy let nobody write.
-		if len(o.supers) > 0 {
+		if mounted {
 			return nil, proto.Errorf(proto.CodeUnavailable, "workspace %s is mounted read-only on this host since before that was allowed: unmount it everywhere first", name)
 		}
 		if err := d.shut(o); err != nil {
 			return nil, err
+		}
+	case o != nil && !mounted && o.ws.Gone():
+		// Removed since the last unmount: what is open here is of no use, and tidy was not yet here.
+		d.cfg.Logger.Info("what this host had of a workspace was removed; beginning anew", "workspace", name)
+		if err := d.shut(o); err != nil {
+			d.cfg.Logger.Warn("workspace that was removed not closed", "workspace", name, "err", err)
 		}
 	case o != nil:
 		return o, nil

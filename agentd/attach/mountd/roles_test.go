@@ -134,6 +134,11 @@ func (r *replicaForTest) Drain(ctx context.Context) error {
 }
 func (*replicaForTest) Close() error { return nil }
 
+func (r *replicaForTest) Gone() bool {
+	_, err := os.Stat(filepath.Join(r.dir, "gone"))
+	return err == nil
+}
+
 func mountdMain() int {
 	dir := os.Args[1]
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)

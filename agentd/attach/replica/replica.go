@@ -52,6 +52,7 @@ const maxQueue = 1_000_000
 type Replica struct {
 	cfg     Config
 	log     *slog.Logger
+	dir     os.FileInfo // Config.Dir as it was opened
 	store   *content.Store
 	journal *journal.Journal
 
@@ -156,6 +157,10 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 		return nil, err
 	}
 	r.store = store
+	if r.dir, err = os.Stat(cfg.Dir); err != nil {
+		store.Close()
+		return nil, err
+	}
 	redo := map[uint64]redoAt{}
 	r.journal, err = journal.OpenForTest(filepath.Join(cfg.Dir, "journal"), func(p []byte, at journal.Place) error {
 		return r.s.Apply(p, func(id uint64, offset, length int) { redo[id] = redoAt{at, offset, length} })
@@ -228,6 +233,13 @@ func (r *Replica) ReadOnly() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.readOnly
+}
+
+// Gone tells whether the directory of the replica was removed since it was opened: it cannot be
+// used any more then, and must be closed.
+func (r *Replica) Gone() bool {
+	now, err := os.Stat(r.cfg.Dir)
+	return errors.Is(err, os.ErrNotExist) || err == nil && !os.SameFile(r.dir, now)
 }
 
 // Listen adds a Listener.
