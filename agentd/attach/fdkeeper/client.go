@@ -157,6 +157,10 @@ func (c *Client) Drop(name string) error { return c.simple(message{Op: opDrop, N
 // a mount, and the server is killed.
 func (c *Client) Beat() error { return c.simple(message{Op: opBeat}) }
 
+// Opening is Beat of a server that does not yet serve all that it has claimed: whoever waits is
+// let wait longer than Patience, OpeningTime at most.
+func (c *Client) Opening() error { return c.simple(message{Op: opOpening}) }
+
 // List tells the names of all connections.
 func (c *Client) List() ([]string, error) {
 	answer, got, err := c.call(time.Now().Add(callTime), message{Op: opList})

@@ -20,6 +20,8 @@ import (
 const (
 	// Patience is how long somebody may wait for a connection that nobody serves.
 	Patience = 4 * time.Second
+	// OpeningTime is how long after its claim a server that says that it is opening is let do so.
+	OpeningTime = 30 * time.Second
 	// Silence is how long a server may say nothing while somebody waits for it.
 	Silence = 10 * time.Second
 	// watchEvery is how often connections are looked at.
@@ -70,12 +72,14 @@ type entry struct {
 
 // session is a server that has claimed, or wants to.
 type session struct {
-	conn  *net.UnixConn
-	pid   int
-	pidfd *os.File
-	ended chan struct{} // the process is gone
-	heard time.Time     // guarded by Keeper.mu
-	busy  bool          // a call of it is under way; guarded by Keeper.mu
+	conn    *net.UnixConn
+	pid     int
+	pidfd   *os.File
+	ended   chan struct{} // the process is gone
+	claimed time.Time
+	heard   time.Time // guarded by Keeper.mu
+	opening bool      // it said so last; guarded by Keeper.mu
+	busy    bool      // a call of it is under way; guarded by Keeper.mu
 }
 
 // Keeper is the process's state.
@@ -253,7 +257,10 @@ func (k *Keeper) answer(ctx context.Context, conn *net.UnixConn, cred *unix.Ucre
 		return fail(errors.New("claim first: another process is the server"))
 	}
 	switch m.Op {
-	case opBeat:
+	case opBeat, opOpening:
+		k.mu.Lock()
+		(*own).opening = m.Op == opOpening
+		k.mu.Unlock()
 		return message{}, nil
 	case opFetch:
 		e, dev, err := k.fetch(m.Name)

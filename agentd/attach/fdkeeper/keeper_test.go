@@ -264,6 +264,20 @@ func TestNobodyServes(t *testing.T) {
 	})
 }
 
+// TestSlowServer wants whoever waits to go on waiting for a server that is slow to take over, but
+// says that it does.
+func TestSlowServer(t *testing.T) {
+	k := start(t)
+	k.wantRead()
+	if err := os.WriteFile(filepath.Join(k.state, "slow"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(k.server(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("a read while the next server is slow took %v", k.wantRead())
+}
+
 // TestDeafServer wants a server that hangs to be killed and replaced.
 func TestDeafServer(t *testing.T) {
 	k := start(t)

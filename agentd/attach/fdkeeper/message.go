@@ -29,6 +29,7 @@ const (
 	opClone   = "clone"   // name, readonly -> [tree]; for everybody
 	opDrop    = "drop"    // name
 	opBeat    = "beat"    // the server lives
+	opOpening = "opening" // the server lives, and is on its way to serve what it has claimed
 	opList    = "list"    // -> names; for everybody
 	opRenew   = "renew"   // command: start a new server of this program; for everybody
 )

@@ -108,6 +108,11 @@ func serverMain() int {
 	if has("deaf") {
 		select {}
 	}
+	for begun := time.Now(); has("slow") && time.Since(begun) < 3*Patience/2; time.Sleep(100 * time.Millisecond) {
+		if err := c.Opening(); err != nil {
+			return fail(err)
+		}
+	}
 	var saved *fuseserver.Saved
 	var dev *os.File
 	var minor uint32

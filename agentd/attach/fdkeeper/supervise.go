@@ -22,7 +22,7 @@ func (k *Keeper) claim(ctx context.Context, conn *net.UnixConn, pid int) (*sessi
 	if err != nil {
 		return nil, fmt.Errorf("follow process %d: %w", pid, err)
 	}
-	s := &session{conn: conn, pid: pid, pidfd: os.NewFile(uintptr(fd), "pidfd"), ended: make(chan struct{}), heard: time.Now()}
+	s := &session{conn: conn, pid: pid, pidfd: os.NewFile(uintptr(fd), "pidfd"), ended: make(chan struct{}), claimed: time.Now(), heard: time.Now()}
 	k.mu.Lock()
 	before := k.server
 	k.mu.Unlock()
@@ -252,9 +252,16 @@ func (k *Keeper) unserved() []*entry {
 	now := time.Now()
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	// One that is slow is not in vain: it has a large journal to read, or the host is busy.
+	s := k.server
+	opening := s != nil && s.opening && now.Sub(s.heard) < k.cfg.Patience && now.Sub(s.claimed) < OpeningTime
 	var out []*entry
 	for _, e := range k.entries {
 		if e.served {
+			continue
+		}
+		if opening {
+			e.waited = time.Time{}
 			continue
 		}
 		if n, err := k.cfg.Control.Waiting(e.minor); err != nil || n == 0 {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
+	"github.com/postern-dev/postern/agentd/attach/fdkeeper"
 	"github.com/postern-dev/postern/agentd/attach/fuseserver"
 )
 
@@ -19,8 +20,10 @@ const (
 	drainTime = 10 * time.Second
 	// beatEvery is how often the keeper is told that this process lives.
 	beatEvery = 2 * time.Second
+	// openingEvery is how often the keeper is told that this process is taking over.
+	openingEvery = 500 * time.Millisecond
 	// openTime bounds the opening of a workspace.
-	openTime = 30 * time.Second
+	openTime = fdkeeper.OpeningTime
 	// closeTime bounds the end of the process once it was told to stop.
 	closeTime = 8 * time.Second
 )

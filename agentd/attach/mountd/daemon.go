@@ -114,6 +114,9 @@ func (d *Daemon) takeOver(ctx context.Context) error {
 	}
 	began := time.Now()
 	d.keeper, d.known = k, true
+	opening, opened := context.WithCancel(ctx)
+	defer opened()
+	d.wg.Go(func() { d.opening(opening, k) })
 	var wg sync.WaitGroup
 	byWorkspace := map[string][]*superblock{}
 	for _, name := range names {

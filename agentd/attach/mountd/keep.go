@@ -44,6 +44,21 @@ func (d *Daemon) beat(ctx context.Context) {
 	}
 }
 
+// opening tells the keeper that mounts are on their way, until ctx ends.
+func (d *Daemon) opening(ctx context.Context, k *fdkeeper.Client) {
+	ticker := time.NewTicker(openingEvery)
+	defer ticker.Stop()
+	for ctx.Err() == nil {
+		if err := k.Opening(); err != nil {
+			return // beat finds out
+		}
+		select {
+		case <-ctx.Done():
+		case <-ticker.C:
+		}
+	}
+}
+
 // another finds or starts a keeper and gives it all connections.
 func (d *Daemon) another(ctx context.Context) error {
 	d.changing.Lock()

@@ -43,6 +43,9 @@ func (r *Replica) openLocked(n *tree.Node, write bool) (*opened, error) {
 				}
 			}
 		}
+		if n.Has(tree.Local) && !f.Whole() {
+			n.Flags &^= tree.Local // its file is gone, or in doubt; it is fetched again
+		}
 		o = &opened{file: f, flushed: n.Stamp, recorded: n.Stamp}
 		if n.Flags&(tree.Local|tree.Partial) == 0 {
 			n.Flags |= tree.Partial // in the journal with the next change; Walk finds it anyway

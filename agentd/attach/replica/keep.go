@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"syscall"
 	"time"
 
@@ -123,7 +124,8 @@ func (r *Replica) sweepLoop() {
 // bury removes the files of contents whose nodes are gone.
 func (r *Replica) bury() {
 	r.mu.Lock()
-	doomed := r.doomed
+	// Some may have come back, as nodes that the control plane listed again.
+	doomed := slices.DeleteFunc(r.doomed, func(id uint64) bool { return r.s.Node(id) != nil })
 	r.doomed = nil
 	r.mu.Unlock()
 	if len(doomed) == 0 || r.sync() != nil {

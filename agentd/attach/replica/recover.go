@@ -35,6 +35,10 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 	})
 	for _, n := range look {
 		c := n.Clone()
+		if _, ok := redo[n.ID]; ok && !crashed && n.Flags&(tree.Redo|tree.Writing|tree.Mapped) == tree.Redo {
+			r.redo[n.ID] = true // nobody wrote to it since
+			continue
+		}
 		if at, ok := redo[n.ID]; ok && n.Has(tree.Redo) {
 			if crashed {
 				// Not for sure in the file: its last sync was of the journal only.
@@ -61,29 +65,9 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 			r.queued[op.ID] = op.Number
 		}
 	}
-	known := map[uint64]bool{}
-	err := r.store.Walk(func(id uint64, bytes int64) error {
-		n := r.s.Node(id)
-		if n == nil || n.Type != tree.File {
-			r.doomed = append(r.doomed, id)
-			return nil
-		}
-		known[id] = true
-		r.lru.add(id, bytes)
-		return nil
-	})
-	if err != nil {
-		return err
-	}
 	r.s.Each(func(n *tree.Node) {
-		if n.Type != tree.File {
-			return
-		}
-		if n.Has(tree.Dirty) {
+		if n.Type == tree.File && n.Has(tree.Dirty) {
 			r.unsent += int64(n.Size)
-		}
-		if n.Has(tree.Local) && !known[n.ID] && n.Size > 0 && !n.Has(tree.Dirty) && n.Version != 0 {
-			n.Flags &^= tree.Local // fetched again when it is read
 		}
 	})
 	r.mu.Lock()
@@ -98,6 +82,24 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 		return err
 	}
 	return r.commitLocked(b)
+}
+
+// takeStock finds out what contents take on disk, and which of them belong to nobody. It runs
+// while the replica is used already: a file of the store is there only while its node is, or was.
+func (r *Replica) takeStock() {
+	err := r.store.Walk(func(id uint64, bytes int64) error {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if n := r.s.Node(id); n == nil || n.Type != tree.File {
+			r.doomed = append(r.doomed, id)
+		} else if r.open[id] == nil {
+			r.lru.add(id, bytes)
+		}
+		return r.ctx.Err()
+	})
+	if err != nil && r.ctx.Err() == nil {
+		r.log.Warn("what contents take on disk is not known", "err", err)
+	}
 }
 
 // rewrite puts the content that the journal has into the file.

@@ -186,7 +186,10 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 	r.wg.Go(r.compactLoop)
 	r.wg.Go(r.uploadLoop)
 	r.wg.Go(r.watchLoop)
-	r.wg.Go(r.sweepLoop)
+	r.wg.Go(func() {
+		r.takeStock()
+		r.sweepLoop()
+	})
 	r.wakeUploader()
 	return r, nil
 }
