@@ -178,7 +178,7 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 func (f *File) written() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.stamp = max(time.Now().UnixNano(), f.stamp+1)
+	f.stamp = max(f.store.cfg.NowForTest().UnixNano(), f.stamp+1)
 }
 
 // Untrack returns the change time of the backing file of a content that has become whole,
@@ -422,6 +422,9 @@ func (f *File) Ensure(ctx context.Context, off int64, n int64) error {
 				return err
 			}
 		}
+		if f.whole { // somebody else who waited was first
+			return nil
+		}
 	}
 	return f.completeLocked()
 }
@@ -557,6 +560,11 @@ func (f *File) fetch(chunks []int) {
 	select {
 	case f.store.slots <- struct{}{}:
 		got, err = f.fetchSome(ctx, chunks, timer)
+		if more := f.store.cfg.MakeRoom; more != nil && errors.Is(err, unix.ENOSPC) && more(int64(len(chunks))*chunkSize) {
+			var n int
+			n, err = f.fetchSome(ctx, chunks[got:], timer)
+			got += n
+		}
 		<-f.store.slots
 	case <-ctx.Done():
 		err = context.Cause(ctx)

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -29,10 +30,15 @@ type Config struct {
 	// Dir is made if it is not there.
 	Dir     string
 	Fetcher Fetcher
+	// MakeRoom is asked for so many bytes when the disk is full, without a lock, and tells whether to
+	// try again; optional.
+	MakeRoom func(bytes int64) bool
 	// ReadAhead is the most chunks that are fetched ahead of a reader; 0: 32.
 	ReadAhead int
 	// SyncedForTest is told which files are on disk as they are now.
 	SyncedForTest func(path string)
+	// NowForTest is the clock of tests that set it back and forth; nil: the host's.
+	NowForTest func() time.Time
 }
 
 // streams is how many fetches are on their way at once in a store.
@@ -61,6 +67,9 @@ func Open(cfg Config) (*Store, error) {
 		if err != nil && !errors.Is(err, os.ErrExist) {
 			return nil, err
 		}
+	}
+	if cfg.NowForTest == nil {
+		cfg.NowForTest = time.Now
 	}
 	if cfg.ReadAhead == 0 {
 		cfg.ReadAhead = 32
@@ -98,7 +107,8 @@ func (s *Store) Remove(id uint64) error {
 // ForgetMap forgets which chunks of a content are here.
 func (s *Store) ForgetMap(id uint64) { _ = os.Remove(s.mapPath(id)) }
 
-// Walk calls each for every content in the store, with the bytes it takes on disk.
+// Walk calls each for every content in the store, with the bytes it takes on disk. Contents may be
+// used, made and removed meanwhile.
 func (s *Store) Walk(each func(id uint64, bytes int64) error) error {
 	for i := range 256 {
 		dir := filepath.Join(s.cfg.Dir, fmt.Sprintf("%02x", i))
@@ -110,13 +120,13 @@ func (s *Store) Walk(each func(id uint64, bytes int64) error) error {
 			name, isMap := strings.CutSuffix(e.Name(), ".map")
 			id, err := strconv.ParseUint(name, 16, 64)
 			if err != nil {
-				// Half of a map: a process ended before it counted.
-				if strings.HasSuffix(e.Name(), ".new") {
-					_ = os.Remove(filepath.Join(dir, e.Name()))
-				}
+				s.removeHalf(dir, e.Name())
 				continue
 			}
 			info, err := e.Info()
+			if errors.Is(err, os.ErrNotExist) {
+				continue // removed meanwhile
+			}
 			if err != nil {
 				return err
 			}
@@ -129,6 +139,21 @@ func (s *Store) Walk(each func(id uint64, bytes int64) error) error {
 		}
 	}
 	return nil
+}
+
+// removeHalf removes half of a map: a process ended before it counted. One that is being made belongs
+// to a content in use.
+func (s *Store) removeHalf(dir, name string) {
+	hex, ok := strings.CutSuffix(name, ".map.new")
+	id, err := strconv.ParseUint(hex, 16, 64)
+	if !ok || err != nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.files[id] == nil {
+		_ = os.Remove(filepath.Join(dir, name))
+	}
 }
 
 func exists(name string) bool {

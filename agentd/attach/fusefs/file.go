@@ -34,7 +34,11 @@ func (f *FS) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string, out 
 		}
 		return f.created(ctx, openKey(&in.InHeader), a, true, out)
 	}
-	a, err := f.r.Make(ctx, f.caller(&in.InHeader), in.NodeId, name, create(in))
+	var a replica.Attr
+	err := f.roomy(func() (err error) {
+		a, err = f.r.Make(ctx, f.caller(&in.InHeader), in.NodeId, name, create(in))
+		return err
+	})
 	if err == syscall.EEXIST && in.Flags&syscall.O_EXCL == 0 {
 		// Somebody else made it since the kernel looked.
 		if a, err = f.r.Lookup(ctx, in.NodeId, name); err == nil {
@@ -102,7 +106,11 @@ func (f *FS) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fu
 
 func (f *FS) open(ctx context.Context, key, id uint64, flags uint32, out *fuse.OpenOut) fuse.Status {
 	write := writes(flags)
-	o, err := f.r.Open(ctx, id, write, flags&syscall.O_TRUNC != 0)
+	var o replica.Opened
+	err := f.roomy(func() (err error) {
+		o, err = f.r.Open(ctx, id, write, flags&syscall.O_TRUNC != 0)
+		return err
+	})
 	if err != nil {
 		return status(err)
 	}
@@ -212,12 +220,12 @@ func (f *FS) Flush(_ <-chan struct{}, in *fuse.FlushIn) fuse.Status {
 	if in.Fh&handleWriter == 0 {
 		return fuse.OK
 	}
-	return status(f.r.Flush(in.NodeId))
+	return status(f.roomy(func() error { return f.r.Flush(in.NodeId) }))
 }
 
 // Fsync implements fuse.RawFileSystem.
 func (f *FS) Fsync(_ <-chan struct{}, in *fuse.FsyncIn) fuse.Status {
-	return status(f.r.Fsync(in.NodeId))
+	return status(f.roomy(func() error { return f.r.Fsync(in.NodeId) }))
 }
 
 // Fallocate implements fuse.RawFileSystem.

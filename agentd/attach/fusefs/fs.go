@@ -210,6 +210,19 @@ func status(err error) fuse.Status {
 	return fuse.EIO
 }
 
+// roomy calls do, and once more if the disk was full and the cache could give way: what fails with
+// ENOSPC has changed nothing.
+func (f *FS) roomy(do func() error) error {
+	err := do()
+	if errors.Is(err, syscall.ENOSPC) && f.r.MakeRoom(roomAtOnce) {
+		err = do()
+	}
+	return err
+}
+
+// roomAtOnce is how many bytes the cache gives when a call fails for want of room.
+const roomAtOnce = 8 << 20
+
 func (f *FS) caller(h *fuse.InHeader) replica.Caller {
 	c := replica.Caller{UID: h.Uid, GID: h.Gid, Unique: h.Unique&^resent | uint64(f.opts.Slot)<<56}
 	if f.opts.Squash {

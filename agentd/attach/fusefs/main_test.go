@@ -49,6 +49,8 @@ type serving struct {
 	NoPassthrough       bool
 	Shadow              string // directory for what is durable, for tests of power loss
 	Debug               bool
+	// Clock is a file with nanoseconds by which the clock is off; "": it is not.
+	Clock string
 }
 
 type testConfig struct {
@@ -68,8 +70,8 @@ func serveForTest(arg string) error {
 		synced = shadow(s.Shadow)
 	}
 	r, err := replica.Open(context.Background(), replica.Config{
-		SyncedForTest: synced,
-		Dir:           s.Dir, Workspace: "test", MountID: "mount of " + s.Dir, Remote: remote.Dial(s.Socket),
+		SyncedForTest: synced, NowForTest: shifted(s.Clock),
+		Dir: s.Dir, Workspace: "test", MountID: "mount of " + s.Dir, Remote: remote.Dial(s.Socket),
 		Log:        slog.New(slog.NewTextHandler(os.Stderr, nil)),
 		CacheBytes: s.Config.CacheBytes, MaxUnsent: s.Config.MaxUnsent, Deadline: s.Config.Deadline, Boot: s.Config.Boot, ReadOnly: s.Config.ReadOnly,
 	})
@@ -304,4 +306,19 @@ func (m *mounted) watchdog(d time.Duration) {
 		_ = m.cmd.Process.Signal(syscall.SIGQUIT)
 	})
 	m.t.Cleanup(func() { t.Stop() })
+}
+
+// refused starts a server that is to refuse, and returns what it says.
+func (w *world) refused(s serving) string {
+	w.t.Helper()
+	s.Socket = w.socket
+	arg, err := json.Marshal(s)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	out, err := exec.Command(os.Args[0], serveArg, string(arg)).CombinedOutput()
+	if err == nil {
+		w.t.Error("it was served all the same")
+	}
+	return string(out)
 }

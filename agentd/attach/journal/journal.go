@@ -23,6 +23,9 @@ const (
 	// ahead is how much room on disk is kept allocated behind the end, in bytes, so that
 	// a full disk is noticed before a change is made, not in the midst of it.
 	ahead = 4 << 20
+	// spare is what of it only ReserveLast gives: on a full disk it must still be possible to
+	// remove files, and to note what was uploaded.
+	spare = 1 << 20
 )
 
 const (
@@ -121,9 +124,12 @@ func open(dir string, replay func([]byte, Place) error, synced func(string, int6
 		if err != nil {
 			return nil, err
 		}
-		if err := file.Truncate(end); err != nil {
-			file.Close()
-			return nil, err
+		// What is torn is cut off. Where nothing is, the room behind the end stays allocated.
+		if info, err := file.Stat(); err != nil || info.Size() != end {
+			if err := file.Truncate(end); err != nil {
+				file.Close()
+				return nil, err
+			}
 		}
 		j.file, j.segment, j.end, j.room = file, numbers[i], end, end
 		for _, n := range numbers[:i] {
@@ -168,13 +174,19 @@ func (j *Journal) path(segment uint64) string {
 
 // Reserve makes room on disk for n more bytes of payloads. It returns ENOSPC, and nothing has
 // happened, when there is none.
-func (j *Journal) Reserve(n int) error {
+func (j *Journal) Reserve(n int) error { return j.reserve(n, spare) }
+
+// ReserveLast is Reserve for what makes room elsewhere or must not fail: it may use the last
+// MiB of a full disk, which Reserve leaves.
+func (j *Journal) ReserveLast(n int) error { return j.reserve(n, 0) }
+
+func (j *Journal) reserve(n int, leave int64) error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	if j.broken != nil {
 		return j.broken
 	}
-	need := j.end + int64(n) + 16*headerSize
+	need := j.end + int64(n) + 16*headerSize + leave
 	if need <= j.room {
 		return nil
 	}

@@ -180,7 +180,7 @@ func (r *Replica) SetAttr(ctx context.Context, id uint64, set SetAttr) (Attr, er
 // now is the time for a change, later than what it replaces even if the clock was set back
 // by less than a second.
 func (r *Replica) now(before int64) int64 {
-	now := time.Now().UnixNano()
+	now := r.cfg.NowForTest().UnixNano()
 	if now <= before && before-now < int64(time.Second) {
 		return before + 1
 	}

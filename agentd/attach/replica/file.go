@@ -112,7 +112,7 @@ func (r *Replica) wholeLocked(n *tree.Node, o *opened) {
 		}
 		c.Stamp = ctime
 	}
-	if r.reserveLocked(1024) != nil {
+	if r.reserveLastLocked(1024) != nil {
 		return
 	}
 	b := r.s.Batch()
@@ -168,8 +168,8 @@ func (r *Replica) Open(ctx context.Context, id uint64, write, truncate bool) (Op
 	}
 	if !o.file.Whole() && (n.Size <= filechunk.Size || write && n.Size <= fetchToWrite) {
 		// Small: it is wanted whole anyway.
-		ctx, cancel := r.wait(ctx)
-		err := o.file.EnsureAll(ctx)
+		wctx, cancel := r.wait(ctx)
+		err := o.file.EnsureAll(wctx)
 		cancel()
 		if err != nil {
 			r.mu.Lock()
@@ -228,7 +228,8 @@ func (r *Replica) Mode(id uint64, write, through bool) error {
 	return r.commitLocked(b)
 }
 
-// fetchErrno is what a reader gets when content did not come.
+// fetchErrno is what a reader gets when content did not come. ctx is the request's own: that it ended
+// means that the reader was interrupted.
 func (r *Replica) fetchErrno(ctx context.Context, id uint64, err error) error {
 	if ctx.Err() != nil && errors.Is(context.Cause(ctx), context.Canceled) {
 		return syscall.EINTR
@@ -298,7 +299,7 @@ func (r *Replica) releaseWriterLocked(n *tree.Node, o *opened) {
 			c.Flags &^= tree.Cached
 		}
 	}
-	if r.reserveLocked(2048) != nil {
+	if r.reserveLastLocked(2048) != nil {
 		return
 	}
 	b.Put(c)
@@ -373,8 +374,8 @@ func (r *Replica) Read(ctx context.Context, id uint64, off int64, n int) (fd int
 		return 0, nil, err
 	}
 	if !o.file.Whole() {
-		ctx, cancel := r.wait(ctx)
-		err := o.file.Ensure(ctx, off, int64(n))
+		wctx, cancel := r.wait(ctx)
+		err := o.file.Ensure(wctx, off, int64(n))
 		cancel()
 		if err != nil {
 			r.unuse(id, o)
@@ -413,6 +414,9 @@ func (r *Replica) Write(ctx context.Context, id uint64, off int64, data []byte) 
 	}
 	defer done()
 	n, err := o.file.WriteAt(data, off)
+	if noRoom(err) && n == 0 && r.MakeRoom(int64(len(data))) {
+		n, err = o.file.WriteAt(data, off)
+	}
 	if err != nil {
 		return n, errnoOrIO(err)
 	}
@@ -424,10 +428,12 @@ func (r *Replica) Write(ctx context.Context, id uint64, off int64, data []byte) 
 func (r *Replica) change(ctx context.Context, id uint64, o *opened, off, n int64) (done func(), err error) {
 	r.mu.Lock()
 	err = r.unsentLocked()
-	if err == nil {
-		err = r.quotaLocked(uint64(n), 0)
+	node := r.s.Node(id)
+	if err == nil && node != nil && uint64(off+n) > node.Size {
+		// What was written since the last flush is not counted anywhere else.
+		err = r.quotaLocked(uint64(off+n)-node.Size, 0)
 	}
-	if node := r.s.Node(id); err == nil && node != nil && !node.Has(tree.Writing) {
+	if err == nil && node != nil && !node.Has(tree.Writing) {
 		// A handle of before a takeover, or one that only allocates.
 		c := node.Clone()
 		c.Flags |= tree.Writing
@@ -441,9 +447,9 @@ func (r *Replica) change(ctx context.Context, id uint64, o *opened, off, n int64
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := r.wait(ctx)
+	wctx, cancel := r.wait(ctx)
 	defer cancel()
-	if done, err = o.file.Change(ctx, off, n); err != nil {
+	if done, err = o.file.Change(wctx, off, n); err != nil {
 		return nil, r.fetchErrno(ctx, id, err)
 	}
 	return done, nil
@@ -562,7 +568,11 @@ func (r *Replica) truncate(ctx context.Context, id, size uint64) error {
 		r.mu.Unlock()
 		return syscall.EINVAL
 	}
-	if err := r.beginLocked(2048); err != nil {
+	begin := r.beginLocked
+	if size < n.Size {
+		begin = r.beginRemovalLocked
+	}
+	if err := begin(2048); err != nil {
 		r.mu.Unlock()
 		return err
 	}
@@ -601,7 +611,7 @@ func (r *Replica) truncate(ctx context.Context, id, size uint64) error {
 	}
 	r.closeLocked(id, o)
 	if err != nil {
-		return r.fetchErrno(wctx, id, err)
+		return r.fetchErrno(ctx, id, err)
 	}
 	r.notes.node(id)
 	return nil

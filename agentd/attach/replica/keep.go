@@ -124,13 +124,23 @@ func (r *Replica) sweepLoop() {
 // bury removes the files of contents whose nodes are gone.
 func (r *Replica) bury() {
 	r.mu.Lock()
-	// Some may have come back, as nodes that the control plane listed again.
-	doomed := slices.DeleteFunc(r.doomed, func(id uint64) bool { return r.s.Node(id) != nil })
-	r.doomed = nil
+	doomed := r.takeDoomedLocked()
 	r.mu.Unlock()
 	if len(doomed) == 0 || r.sync() != nil {
 		return // found again by the next Open
 	}
+	r.removeContents(doomed)
+}
+
+// takeDoomedLocked takes the contents of nodes that are gone. Some may have come back, as nodes
+// that the control plane listed again.
+func (r *Replica) takeDoomedLocked() []uint64 {
+	doomed := slices.DeleteFunc(r.doomed, func(id uint64) bool { return r.s.Node(id) != nil })
+	r.doomed = nil
+	return doomed
+}
+
+func (r *Replica) removeContents(doomed []uint64) {
 	for _, id := range doomed {
 		if err := r.store.Remove(id); err != nil {
 			r.log.Warn("content cannot be removed", "node", id, "err", err)
@@ -182,7 +192,7 @@ func (r *Replica) settleLocked(n *tree.Node) {
 	c := n.Clone()
 	c.Size, c.Mtime, c.Stamp = uint64(st.Size), st.Mtim.Nano(), st.Ctim.Nano()
 	c.Ctime = max(c.Ctime, c.Stamp)
-	if r.reserveLocked(2048) != nil {
+	if r.reserveLastLocked(2048) != nil {
 		return
 	}
 	b := r.s.Batch()
@@ -191,15 +201,32 @@ func (r *Replica) settleLocked(n *tree.Node) {
 	_ = r.commitLocked(b) //nolint:errcheck // it was logged, and nobody waits
 }
 
-// evict removes contents that can be fetched again until the rest is within the limit.
+// evict removes contents that can be fetched again until the rest is within the limit, and the
+// disk has some room.
 func (r *Replica) evict() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.lru.bytes <= r.cfg.CacheBytes {
-		return
+	over := r.lru.bytes - r.cfg.CacheBytes
+	var st syscall.Statfs_t
+	if err := syscall.Statfs(r.cfg.Dir, &st); err == nil {
+		over = max(over, min(keepFree, int64(st.Blocks)*st.Bsize/20)-int64(st.Bavail)*st.Bsize)
+	}
+	if over > 0 {
+		r.evictLocked(over)
+	}
+}
+
+// keepFree is how much of its disk the cache leaves free, in bytes: this, or a twentieth of a small
+// one.
+const keepFree = 1 << 30
+
+// evictLocked removes contents that can be fetched again, the one used longest ago first, until
+// they were so many bytes, and tells how many they were.
+func (r *Replica) evictLocked(over int64) (freed int64) {
+	if r.lru.bytes == 0 {
+		return 0
 	}
 	b := r.s.Batch()
-	over := r.lru.bytes - r.cfg.CacheBytes
 	r.lru.oldest(func(id uint64, bytes int64) bool {
 		n := r.s.Node(id)
 		if n == nil {
@@ -220,12 +247,40 @@ func (r *Replica) evict() {
 			r.log.Warn("content cannot be removed", "node", id, "err", err)
 		}
 		r.lru.remove(id)
-		over -= bytes
-		return over > 0
+		freed += bytes
+		return freed < over
 	})
-	if r.reserveLocked(len(b.Bytes())) == nil {
+	if r.reserveLastLocked(len(b.Bytes())) == nil {
 		_ = r.commitLocked(b) //nolint:errcheck // it was logged, and nobody waits
 	}
+	return freed
+}
+
+// noRoom tells whether an error says that the disk is full.
+func noRoom(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT)
+}
+
+// MakeRoom frees so many bytes of a disk that is full, from the cache and from what was removed, and
+// tells whether there is any sense in trying again what failed with ENOSPC.
+func (r *Replica) MakeRoom(bytes int64) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if time.Since(r.cramped) < time.Second {
+		return false // it takes a look at every content here
+	}
+	// Some more, so that not every write does this.
+	freed := r.evictLocked(bytes + 16<<20)
+	doomed := r.takeDoomedLocked()
+	if len(doomed) > 0 && r.journal.Sync(r.last) == nil {
+		r.removeContents(doomed)
+		return true
+	}
+	r.doomed = append(r.doomed, doomed...)
+	if freed == 0 {
+		r.cramped = time.Now()
+	}
+	return freed > 0
 }
 
 // heldOpenLocked tells whether handles of before a takeover may be open on a content.

@@ -404,7 +404,7 @@ func (r *Replica) Remove(ctx context.Context, by Caller, dir uint64, name string
 	case directory && !n.Dir.Loaded:
 		return syscall.EAGAIN
 	}
-	if err := r.beginLocked(2048); err != nil {
+	if err := r.beginRemovalLocked(2048); err != nil {
 		return err
 	}
 	b := r.s.Batch()

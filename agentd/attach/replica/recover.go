@@ -78,7 +78,7 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 			r.dirtyLocked(b, n)
 		}
 	})
-	if err := r.reserveLocked(len(b.Bytes()) + 4096); err != nil {
+	if err := r.reserveLastLocked(len(b.Bytes()) + 4096); err != nil {
 		return err
 	}
 	return r.commitLocked(b)

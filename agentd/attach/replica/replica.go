@@ -43,6 +43,8 @@ type Config struct {
 	// SyncedForTest is told what is on disk for sure: so much of a journal, or, if length is
 	// negative, a whole file as it is now.
 	SyncedForTest func(path string, length int64)
+	// NowForTest is the clock of tests that set it back and forth; nil: the host's.
+	NowForTest func() time.Time
 }
 
 // maxQueue is how many operations may wait for the control plane.
@@ -80,6 +82,7 @@ type Replica struct {
 	unsent   int64 // bytes of dirty contents
 	readOnly bool  // by the control plane or Config
 	status   Status
+	cramped  time.Time     // when makeRoomLocked last found nothing
 	changed  chan struct{} // closed and replaced when something in the queue moved
 	stale    map[uint64]bool
 	// Contents of nodes that are gone; their files go when the journal's word for it is
@@ -133,6 +136,9 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 	if cfg.Deadline == 0 {
 		cfg.Deadline = 20 * time.Second
 	}
+	if cfg.NowForTest == nil {
+		cfg.NowForTest = time.Now
+	}
 	if cfg.Boot == "" {
 		id, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 		if err != nil {
@@ -148,7 +154,7 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 		readOnly: cfg.ReadOnly,
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
-	ccfg := content.Config{Dir: filepath.Join(cfg.Dir, "data"), Fetcher: fetcher{r}}
+	ccfg := content.Config{Dir: filepath.Join(cfg.Dir, "data"), Fetcher: fetcher{r}, MakeRoom: r.MakeRoom, NowForTest: cfg.NowForTest}
 	if cfg.SyncedForTest != nil {
 		ccfg.SyncedForTest = func(path string) { cfg.SyncedForTest(path, -1) }
 	}
@@ -186,10 +192,8 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 	r.wg.Go(r.compactLoop)
 	r.wg.Go(r.uploadLoop)
 	r.wg.Go(r.watchLoop)
-	r.wg.Go(func() {
-		r.takeStock()
-		r.sweepLoop()
-	})
+	r.wg.Go(r.takeStock)
+	r.wg.Go(r.sweepLoop)
 	r.wakeUploader()
 	return r, nil
 }
@@ -322,20 +326,47 @@ func (r *Replica) Close() error {
 
 // beginLocked makes sure that a change can be recorded.
 func (r *Replica) beginLocked(size int) error {
+	if err := r.changeableLocked(); err != nil {
+		return err
+	}
+	return r.reserveLocked(size)
+}
+
+// beginRemovalLocked is beginLocked for a change that makes room.
+func (r *Replica) beginRemovalLocked(size int) error {
+	if err := r.changeableLocked(); err != nil {
+		return err
+	}
+	if r.reserveLocked(size) == nil {
+		return nil
+	}
+	return r.reserveLastLocked(size)
+}
+
+func (r *Replica) changeableLocked() error {
 	if r.readOnly {
 		return syscall.EROFS
 	}
 	if len(r.s.Queue()) >= maxQueue {
 		return syscall.ENOSPC
 	}
-	return r.reserveLocked(size)
+	return nil
 }
 
 func (r *Replica) reserveLocked(size int) error {
-	switch err := r.journal.Reserve(size + 4096); {
+	return r.reserved(r.journal.Reserve(size + 4096))
+}
+
+// reserveLastLocked is reserveLocked for what makes room, or must not fail.
+func (r *Replica) reserveLastLocked(size int) error {
+	return r.reserved(r.journal.ReserveLast(size + 4096))
+}
+
+func (r *Replica) reserved(err error) error {
+	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
+	case noRoom(err):
 		return syscall.ENOSPC
 	default:
 		r.log.Error("journal cannot be written", "err", err)

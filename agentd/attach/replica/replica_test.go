@@ -724,3 +724,41 @@ func TestLostReplyAndNewContent(t *testing.T) {
 		t.Errorf("status: %+v", s)
 	}
 }
+
+// TestUnreachableContent: a reader of what is not here and cannot come gets EIO, not EINTR, after which
+// programs would try again for ever.
+func TestUnreachableContent(t *testing.T) {
+	r := simulatedremote.New()
+	a := open(t, r, t.TempDir(), "a")
+	put(t, a, "large", noise(3<<20, 1))
+	put(t, a, "small", noise(5000, 2))
+	drain(t, a)
+	b := open(t, r, t.TempDir(), "b")
+	large, err := b.Lookup(ctx, tree.Root, "large")
+	if err != nil {
+		t.Fatal(err)
+	}
+	small, err := b.Lookup(ctx, tree.Root, "small")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Cut(true)
+	if _, err := b.Open(ctx, small.ID, false, false); !errors.Is(err, syscall.EIO) {
+		t.Errorf("open of a small file: %v, want EIO", err)
+	}
+	if _, err := b.Open(ctx, large.ID, false, false); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := b.Read(ctx, large.ID, 0, 4096); !errors.Is(err, syscall.EIO) {
+		t.Errorf("read: %v, want EIO", err)
+	}
+	if _, err := b.Write(ctx, large.ID, 100, []byte("x")); !errors.Is(err, syscall.EIO) {
+		t.Errorf("write in the midst of a chunk: %v, want EIO", err)
+	}
+	interrupted, interrupt := context.WithCancel(ctx)
+	interrupt()
+	if _, _, err := b.Read(interrupted, large.ID, 0, 4096); !errors.Is(err, syscall.EINTR) {
+		t.Errorf("interrupted read: %v, want EINTR", err)
+	}
+	b.Release(large.ID, false)
+}

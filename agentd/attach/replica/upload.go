@@ -214,7 +214,7 @@ func (r *Replica) unanswered(ops []*posternv1.FileOp, sent map[uint64]sentConten
 func (r *Replica) confirm(ops []*posternv1.FileOp, resp *posternv1.CommitResponse, sent map[uint64]sentContent) (more bool, err error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if err := r.reserveLocked(1024 * len(ops)); err != nil {
+	if err := r.reserveLastLocked(1024 * len(ops)); err != nil {
 		return false, err
 	}
 	b := r.s.Batch()
@@ -328,7 +328,7 @@ func (r *Replica) offerAgain(now time.Time) {
 		}
 		delete(r.refused, id)
 		n := r.s.Node(id)
-		if n == nil || !n.Has(tree.Dirty) || r.reserveLocked(1024) != nil {
+		if n == nil || !n.Has(tree.Dirty) || r.reserveLastLocked(1024) != nil {
 			continue
 		}
 		b := r.s.Batch()
