@@ -302,6 +302,14 @@ func (w *replicaWorkspace) Mount(squash bool) (mountd.Mount, error) {
 	}, nil
 }
 
+// Conflicts implements mountd.Workspace.
+func (w *replicaWorkspace) Conflicts() (out []mountd.Conflict) {
+	for _, c := range w.Replica.Conflicts() {
+		out = append(out, mountd.Conflict{Path: []byte(c.Path), KeptAs: []byte(c.KeptAs), TimeNs: c.TimeNs})
+	}
+	return out
+}
+
 // Status implements mountd.Workspace.
 func (w *replicaWorkspace) Status() mountd.WorkspaceStatus {
 	s := w.Replica.Status()

@@ -40,7 +40,7 @@ func (h attachedHost) AttachStatus(ctx context.Context) ([]*posternv1.MountStatu
 	s, err := a.client.Status(ctx)
 	switch {
 	case err == nil:
-		return a.mountStatus(s), nil
+		return a.mountStatus(ctx, s), nil
 	case !h.daemon.config.Load().Attachments.Enabled:
 		return nil, nil // nothing is mounted, and nothing unsent is known of
 	}
@@ -48,7 +48,7 @@ func (h attachedHost) AttachStatus(ctx context.Context) ([]*posternv1.MountStatu
 }
 
 // mountStatus is what mountd says of itself, for the control plane.
-func (a *attachments) mountStatus(s mountd.Status) []*posternv1.MountStatus {
+func (a *attachments) mountStatus(ctx context.Context, s mountd.Status) []*posternv1.MountStatus {
 	out := []*posternv1.MountStatus{}
 	for _, w := range s.Workspaces {
 		m := &posternv1.MountStatus{
@@ -57,6 +57,12 @@ func (a *attachments) mountStatus(s mountd.Status) []*posternv1.MountStatus {
 		}
 		if id, err := os.ReadFile(filepath.Join(a.client.Dir, replicasDir, w.Workspace+".id")); err == nil {
 			m.MountId = strings.TrimSpace(string(id))
+		}
+		if d, err := a.details(ctx, w); err == nil {
+			m.UnsentPaths = d.Unsent
+			for _, c := range d.Conflicts {
+				m.Conflicts = append(m.Conflicts, &posternv1.FileConflict{Path: c.Path, KeptAs: c.KeptAs, TimeNs: c.TimeNs})
+			}
 		}
 		if !w.Oldest.IsZero() {
 			m.OldestUnsent = timestamppb.New(w.Oldest)
@@ -74,6 +80,14 @@ func (a *attachments) mountStatus(s mountd.Status) []*posternv1.MountStatus {
 		out = append(out, m)
 	}
 	return out
+}
+
+// details asks what a status counts, if it counts anything.
+func (a *attachments) details(ctx context.Context, w mountd.MountedStatus) (mountd.Details, error) {
+	if w.UnsentOps == 0 && w.Conflicts == 0 {
+		return mountd.Details{}, nil
+	}
+	return a.client.Details(ctx, w.Workspace)
 }
 
 // report tells the control plane what is not sent: when that began or ended, every minute
@@ -94,7 +108,7 @@ func (a *attachments) report(ctx context.Context, s mountd.Status) {
 	ctx, cancel := context.WithTimeout(ctx, reportTime)
 	defer cancel()
 	client := posternv1connect.NewAttachServiceClient(&http.Client{Transport: t}, "http://controlplane")
-	if _, err := client.ReportStatus(ctx, connect.NewRequest(&posternv1.ReportStatusRequest{Mounts: a.mountStatus(s)})); err != nil {
+	if _, err := client.ReportStatus(ctx, connect.NewRequest(&posternv1.ReportStatusRequest{Mounts: a.mountStatus(ctx, s)})); err != nil {
 		if proto.CodeOf(err) != proto.CodeInternal && connect.CodeOf(err) != connect.CodeUnimplemented {
 			return // again at the next look
 		}

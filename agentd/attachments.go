@@ -413,6 +413,14 @@ func (d *Daemon) attachmentStatus() control.Attachments {
 				x.Mounts = append(x.Mounts, strings.Replace(h.Name, ":", " ", 1))
 			}
 		}
+		if details, err := d.attach.details(ctx, w); err == nil {
+			for _, path := range details.Unsent {
+				x.UnsentPaths = append(x.UnsentPaths, string(path))
+			}
+			for _, c := range details.Conflicts {
+				x.ConflictCopies = append(x.ConflictCopies, control.ConflictCopy{Path: string(c.Path), KeptAs: string(c.KeptAs), Time: time.Unix(0, c.TimeNs).UTC()})
+			}
+		}
 		out.Workspaces = append(out.Workspaces, x)
 	}
 	return out

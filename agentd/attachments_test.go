@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -247,8 +248,11 @@ func TestUnsentWrites(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if s := told.Msg.Mounts; len(s) != 1 || s[0].UnsentOps == 0 || !s[0].OldestUnsent.IsValid() || len(s[0].Targets) != 1 || s[0].Targets[0] != dir || len(s[0].MountId) != 36 {
+	if s := told.Msg.Mounts; len(s) != 1 || s[0].UnsentOps == 0 || !s[0].OldestUnsent.IsValid() || len(s[0].Targets) != 1 || s[0].Targets[0] != dir || len(s[0].MountId) != 36 || !slices.ContainsFunc(s[0].UnsentPaths, func(p []byte) bool { return string(p) == "/f" }) {
 		t.Errorf("what the control plane is told: %v", s)
+	}
+	if s := m.d.attachmentStatus(); len(s.Workspaces) != 1 || !slices.Contains(s.Workspaces[0].UnsentPaths, "/f") {
+		t.Errorf("paths: %+v", s)
 	}
 	if err := umountHere(t.Context(), &m.d.places, dir, true); err != nil {
 		t.Fatal(err)

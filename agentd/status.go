@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -190,7 +191,28 @@ func printAttachments(row func(key, format string, args ...any), a control.Attac
 		if w.LastError != "" {
 			row("", "%s: %s", w.Workspace, w.LastError)
 		}
+		for i, path := range w.UnsentPaths {
+			if i == shownPaths {
+				row("", "and more: %d with -o json, %d changes in all", len(w.UnsentPaths), w.UnsentChanges)
+				break
+			}
+			row("", "not yet sent: %s", printable(path))
+		}
+		for _, c := range w.ConflictCopies[max(0, len(w.ConflictCopies)-shownPaths):] {
+			row("", "conflict: %s is kept as %s", printable(c.Path), printable(c.KeptAs))
+		}
 	}
+}
+
+// shownPaths is how many paths of each kind are printed; JSON has more.
+const shownPaths = 10
+
+// printable is a path that cannot play with a terminal.
+func printable(path string) string {
+	if strconv.Quote(path) == `"`+path+`"` {
+		return path
+	}
+	return strconv.Quote(path)
 }
 
 func seconds(s float64) string {

@@ -49,9 +49,20 @@ type Attachment struct {
 	OldestUnsent  time.Time `json:"oldest_unsent,omitzero"`
 	Conflicts     int       `json:"conflicts"`
 	CacheBytes    int64     `json:"cache_bytes"`
+	// UnsentPaths are at most 1000 of what is not sent, the oldest first.
+	UnsentPaths []string `json:"unsent_paths,omitempty"`
+	// ConflictCopies are at most 100, the newest last; Conflicts counts refused changes, too.
+	ConflictCopies []ConflictCopy `json:"conflict_copies,omitempty"`
 	// Connected: changes elsewhere are heard of.
 	Connected bool   `json:"connected"`
 	LastError string `json:"last_error,omitempty"`
+}
+
+// ConflictCopy is what was changed here and elsewhere: KeptAs has what was made here.
+type ConflictCopy struct {
+	Path   string    `json:"path"`
+	KeptAs string    `json:"kept_as"`
+	Time   time.Time `json:"time"`
 }
 
 // Attachments is the state of mounts.

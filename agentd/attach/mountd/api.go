@@ -20,6 +20,7 @@ const (
 	opSettle   = "settle"   // holder, patience
 	opDetach   = "detach"   // holder
 	opStatus   = "status"   // -> status
+	opDetails  = "details"  // holder's workspace, from -> details
 	opShutdown = "shutdown" // ends the process if it has nothing to do
 )
 
@@ -27,13 +28,15 @@ type question struct {
 	Op       string        `json:"op"`
 	Holder   Holder        `json:"holder,omitzero"`
 	Patience time.Duration `json:"patience,omitempty"`
+	From     int           `json:"from,omitempty"`
 }
 
 type answer struct {
-	Holder Holder     `json:"holder,omitzero"`
-	Status *Status    `json:"status,omitempty"`
-	Code   proto.Code `json:"code,omitempty"`
-	Error  string     `json:"error,omitempty"`
+	Holder  Holder     `json:"holder,omitzero"`
+	Status  *Status    `json:"status,omitempty"`
+	Details *Details   `json:"details,omitempty"`
+	Code    proto.Code `json:"code,omitempty"`
+	Error   string     `json:"error,omitempty"`
 }
 
 // maxPeers bounds the conversations at once.
@@ -110,6 +113,11 @@ func (d *Daemon) answer(ctx context.Context, q question, idle func()) (answer, [
 	case opStatus:
 		s := d.status()
 		return answer{Status: &s}, nil
+	case opDetails:
+		var found *Details
+		if found, err = d.details(h.Workspace, q.From); err == nil {
+			return answer{Details: found}, nil
+		}
 	case opShutdown:
 		d.mu.Lock()
 		busy := len(d.open)
@@ -229,6 +237,28 @@ func (c Client) Status(ctx context.Context) (Status, error) {
 		return Status{}, errors.New("mountd said nothing of itself")
 	}
 	return *a.Status, nil
+}
+
+// Details lists what is not sent of a workspace that is open, and what was kept under another name.
+// It asks as often as one message has not got room for all, and 32 times at most.
+func (c Client) Details(ctx context.Context, workspace string) (Details, error) {
+	var all Details
+	for range 32 {
+		a, files, err := c.ask(ctx, question{Op: opDetails, Holder: Holder{Workspace: workspace}, From: all.Next})
+		packet.CloseAll(files)
+		if err != nil {
+			return all, err
+		}
+		if a.Details == nil {
+			return all, errors.New("mountd said nothing of the workspace")
+		}
+		all.Unsent = append(all.Unsent, a.Details.Unsent...)
+		all.Conflicts = append(all.Conflicts, a.Details.Conflicts...)
+		if all.Next = a.Details.Next; all.Next == 0 {
+			break
+		}
+	}
+	return all, nil
 }
 
 // Shutdown ends mountd, and its keeper, if no workspace is open.

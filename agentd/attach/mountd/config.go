@@ -59,6 +59,10 @@ type Workspace interface {
 	// Fresh is called before the first Mount when it has none.
 	Fresh() error
 	Status() WorkspaceStatus
+	// Unsent lists paths that have something to send, and Conflicts what was kept under another
+	// name; both are bounded.
+	Unsent() []string
+	Conflicts() []Conflict
 	// Gone tells whether somebody has removed what it keeps on this host.
 	Gone() bool
 	// Drain returns when all that was written before is at the control plane.
@@ -78,6 +82,23 @@ type WorkspaceStatus struct {
 	// Connected: changes elsewhere are heard of.
 	Connected bool   `json:"connected"`
 	LastError string `json:"last_error,omitempty"`
+}
+
+// Conflict is what was changed here and elsewhere: KeptAs has what was made here. Paths begin with
+// "/" and have any bytes.
+type Conflict struct {
+	Path   []byte `json:"path"`
+	KeptAs []byte `json:"kept_as"`
+	TimeNs int64  `json:"time_ns"`
+}
+
+// Details are what a WorkspaceStatus counts.
+type Details struct {
+	// Unsent are paths with something to send, in order; at most 1000, and fewer if they are long.
+	Unsent    [][]byte   `json:"unsent,omitempty"`
+	Conflicts []Conflict `json:"conflicts,omitempty"`
+	// Next is where the next answer goes on; 0: this was the last one.
+	Next int `json:"next,omitempty"`
 }
 
 // Permission is what the host's configuration lets be done with a workspace.

@@ -394,6 +394,41 @@ func (d *Daemon) close() error {
 	}
 }
 
+// details lists what a message has room for, from an index on: first what is not sent, then conflicts.
+func (d *Daemon) details(workspace string, from int) (*Details, error) {
+	d.mu.Lock()
+	o := d.open[workspace]
+	d.mu.Unlock()
+	if o == nil {
+		return nil, proto.Errorf(proto.CodeNotFound, "workspace %.80q is not open on this host", workspace)
+	}
+	const room = packet.MaxMessage / 2 // what is base64 is a third longer
+	out, size := &Details{}, 0
+	unsent, conflicts := o.ws.Unsent(), o.ws.Conflicts()
+	for i := max(from, 0); i < len(unsent)+len(conflicts); i++ {
+		if size > 0 && size > room {
+			out.Next = i
+			break
+		}
+		if i < len(unsent) {
+			path := unsent[i]
+			if len(path) > maxTold {
+				continue
+			}
+			out.Unsent = append(out.Unsent, []byte(path))
+			size += len(path) + 8
+			continue
+		}
+		c := conflicts[i-len(unsent)]
+		out.Conflicts = append(out.Conflicts, c)
+		size += len(c.Path) + len(c.KeptAs) + 64
+	}
+	return out, nil
+}
+
+// maxTold is the longest path in bytes that is told.
+const maxTold = 16 << 10
+
 // status tells how things are.
 func (d *Daemon) status() Status {
 	d.mu.Lock()

@@ -241,6 +241,18 @@ func TestUnsent(t *testing.T) {
 	if proto.CodeOf(err) != proto.CodeUnavailable || !strings.Contains(err.Error(), "1000 bytes") {
 		t.Errorf("with unsent writes: %v", err)
 	}
+	details, err := r.client.Details(t.Context(), "books")
+	if err != nil || len(details.Unsent) != 300 || len(details.Conflicts) != 1 || string(details.Conflicts[0].KeptAs) != "/a (conflict)" {
+		t.Errorf("%d paths, conflicts %+v, %v", len(details.Unsent), details.Conflicts, err)
+	}
+	for i, path := range details.Unsent {
+		if !bytes.HasPrefix(path, fmt.Appendf(nil, "/%d\xff", i)) {
+			t.Errorf("path %d: %.10q", i, path)
+		}
+	}
+	if _, err := r.client.Details(t.Context(), "nowhere"); proto.CodeOf(err) != proto.CodeNotFound {
+		t.Errorf("of a workspace that is not open: %v", err)
+	}
 	// Forced: the workspace goes on sending without a mount.
 	if err := unix.Unmount(dir, 0); err != nil {
 		t.Fatal(err)

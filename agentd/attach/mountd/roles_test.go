@@ -134,6 +134,18 @@ func (r *replicaForTest) Drain(ctx context.Context) error {
 }
 func (*replicaForTest) Close() error { return nil }
 
+// Unsent are more paths than a message has room for.
+func (r *replicaForTest) Unsent() (paths []string) {
+	for i := range r.Status().UnsentOps * 100 {
+		paths = append(paths, fmt.Sprintf("/%d%s", i, strings.Repeat("\xff", 1000)))
+	}
+	return paths
+}
+
+func (r *replicaForTest) Conflicts() []Conflict {
+	return []Conflict{{Path: []byte("/a"), KeptAs: []byte("/a (conflict)"), TimeNs: 1}}
+}
+
 func (r *replicaForTest) Gone() bool {
 	_, err := os.Stat(filepath.Join(r.dir, "gone"))
 	return err == nil

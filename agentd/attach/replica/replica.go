@@ -82,9 +82,11 @@ type Replica struct {
 	unsent   int64 // bytes of dirty contents
 	readOnly bool  // by the control plane or Config
 	status   Status
-	cramped  time.Time     // when makeRoomLocked last found nothing
-	changed  chan struct{} // closed and replaced when something in the queue moved
-	stale    map[uint64]bool
+	// The newest of what was kept under another name, at most maxConflicts.
+	conflicts []Conflict
+	cramped   time.Time     // when makeRoomLocked last found nothing
+	changed   chan struct{} // closed and replaced when something in the queue moved
+	stale     map[uint64]bool
 	// Contents of nodes that are gone; their files go when the journal's word for it is
 	// durable, so that a node that a loss of power brings back has its content.
 	doomed  []uint64

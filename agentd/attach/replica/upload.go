@@ -243,6 +243,7 @@ func (r *Replica) confirmOneLocked(b *tree.Batch, op *posternv1.FileOp, res *pos
 	if c := res.Conflict; c != nil {
 		r.log.Warn("changed here and elsewhere; both are kept", "path", fmt.Sprintf("%.1000q", c.Path), "kept_as", fmt.Sprintf("%.1000q", c.KeptAs))
 		r.status.Conflicts++
+		r.rememberLocked(c)
 		r.stale[id] = true
 		r.stale[c.KeptId] = true
 		for _, at := range opDirs(op) {
