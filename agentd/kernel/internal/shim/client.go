@@ -202,6 +202,18 @@ func (s *Shim) fromMessage(ctx context.Context, c *client, m *posternv1.KernelMe
 		s.mu.Unlock()
 		return err
 	}
+	// The kernel may have died, or have been restarted, between the two: who refused what
+	// waited did not see this one in the queue, and what is answered must not run.
+	s.mu.Lock()
+	phase, reason = s.phase, s.reason
+	answered := r != nil && s.requests[h.ID] != r
+	s.mu.Unlock()
+	if dead := phase == posternv1.KernelState_KERNEL_STATE_DEAD; dead || answered {
+		s.queues[m.Channel].remove(m)
+		if dead && r != nil {
+			s.reply(r, "the kernel is dead ("+reason+"): restart it")
+		}
+	}
 	return nil
 }
 

@@ -393,12 +393,12 @@ func (s *Shim) send(channel string, q *queue) {
 		l := s.link
 		s.mu.Unlock()
 		if l == nil {
-			q.done(conn, true)
+			q.done(m, conn, true)
 			continue
 		}
 		s.note(m, l.epoch)
 		err := conn.Send(l.signer.Frames(nil, m))
-		q.done(conn, err != nil)
+		q.done(m, conn, err != nil)
 		if err != nil && !strings.Contains(err.Error(), "closed") {
 			s.logger.Debug("message not sent, it waits", "channel", channel, "err", err)
 		}

@@ -73,8 +73,8 @@ func (q *queue) take() (*posternv1.KernelMessage, *zmtp.Conn, bool) {
 	return q.items[0], q.conn, true
 }
 
-// done takes the first message out. On conn nothing more can be sent if it failed.
-func (q *queue) done(conn *zmtp.Conn, failed bool) {
+// done takes a message out that take gave. On conn nothing more can be sent if it failed.
+func (q *queue) done(m *posternv1.KernelMessage, conn *zmtp.Conn, failed bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if failed {
@@ -83,12 +83,25 @@ func (q *queue) done(conn *zmtp.Conn, failed bool) {
 		}
 		return
 	}
-	if len(q.items) == 0 {
-		return // cleared meanwhile
+	if len(q.items) == 0 || q.items[0] != m {
+		return // cleared meanwhile: what is first now was not sent
 	}
 	q.bytes -= jupyter.Size(q.items[0])
 	q.items[0] = nil
 	q.items = q.items[1:]
+	q.cond.Broadcast()
+}
+
+// remove takes a message out wherever it stands, if it is there.
+func (q *queue) remove(m *posternv1.KernelMessage) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	i := slices.Index(q.items, m)
+	if i < 0 {
+		return
+	}
+	q.items = slices.Delete(q.items, i, i+1)
+	q.bytes -= jupyter.Size(m)
 	q.cond.Broadcast()
 }
 
@@ -116,14 +129,18 @@ func (q *queue) add(m *posternv1.KernelMessage) {
 	q.cond.Broadcast()
 }
 
-// clear takes everything out.
-func (q *queue) clear() []*posternv1.KernelMessage {
+// drop takes out what is of no use any more.
+func (q *queue) drop(useless func(*posternv1.KernelMessage) bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	items := q.items
-	q.items, q.bytes = nil, 0
+	q.items = slices.DeleteFunc(q.items, func(m *posternv1.KernelMessage) bool {
+		if !useless(m) {
+			return false
+		}
+		q.bytes -= jupyter.Size(m)
+		return true
+	})
 	q.cond.Broadcast()
-	return items
 }
 
 func (q *queue) len() int {

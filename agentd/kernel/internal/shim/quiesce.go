@@ -58,7 +58,7 @@ func (s *Shim) quiesce(ctx context.Context, wait time.Duration, erase bool) (Qui
 		q.open(nil)
 	}
 	deadline := time.Now().Add(wait)
-	for s.hasRequests() && time.Now().Before(deadline) && ctx.Err() == nil {
+	for (s.hasRequests() || s.hasUndone()) && time.Now().Before(deadline) && ctx.Err() == nil {
 		time.Sleep(2 * time.Millisecond)
 	}
 	if erase {

@@ -1,8 +1,10 @@
 package shim
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
+	"slices"
 	"strings"
 	"time"
 
@@ -19,6 +21,9 @@ const (
 	maxKeptHeader = 2 << 10
 	// graceTime is how long a reply may come after the kernel was idle again.
 	graceTime = 2 * time.Second
+	// maxUndone bounds the requests that have their reply, and of which the kernel did not
+	// say yet that it is done with them; the oldest is forgotten for a new one.
+	maxUndone = 256
 )
 
 // request is one that awaits its reply, and what the kernel said of it.
@@ -33,6 +38,8 @@ type request struct {
 	failed map[string]any
 	// lost: the kernel has answered what came after it on the same channel.
 	lost time.Time
+	// replying: the shim answers it at this moment.
+	replying bool
 }
 
 // accept notes a client's message before it waits for the kernel.
@@ -94,6 +101,19 @@ func (s *Shim) hasRequests() bool {
 	return false
 }
 
+// hasUndone reports whether the kernel has yet to say that it is done with something it
+// has answered.
+func (s *Shim) hasUndone() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, r := range s.undone {
+		if r.busy && r.Channel == jupyter.Shell {
+			return true
+		}
+	}
+	return false
+}
+
 // received journals a message of the kernel.
 func (s *Shim) received(l *link, m *posternv1.KernelMessage) error {
 	h, err := jupyter.ParseHeader(m.Header)
@@ -144,7 +164,7 @@ func (s *Shim) received(l *link, m *posternv1.KernelMessage) error {
 		}
 		s.clean(m, h.Type)
 		_, err = s.journal.Append(name, m)
-		s.answered(parent.ID)
+		s.replied(parent.ID)
 		return s.journaled(err)
 	}
 }
@@ -205,6 +225,37 @@ func (s *Shim) answered(id string) {
 	}
 }
 
+// replied notes the kernel's reply to a request. A client waits for "idle", too, which
+// comes on another channel: whoever ends the kernel in between says it; see undone.
+func (s *Shim) replied(id string) {
+	s.mu.Lock()
+	if r := s.requests[id]; r != nil && r.idle.IsZero() {
+		if len(s.undone) >= maxUndone {
+			oldest := ""
+			for id, q := range s.undone {
+				if oldest == "" || q.order < s.undone[oldest].order {
+					oldest = id
+				}
+			}
+			delete(s.undone, oldest)
+		}
+		s.undone[id] = r
+	}
+	s.mu.Unlock()
+	s.answered(id)
+}
+
+// idle says in the kernel's place that it is done with a request.
+func (s *Shim) idle(r *request) error {
+	m, err := jupyter.New(jupyter.IOPub, "status", s.self, map[string]string{"execution_state": "idle"})
+	if err != nil {
+		return nil //nolint:nilerr // of two strings one can always be made
+	}
+	m.ParentHeader = r.Header
+	_, err = s.journal.Append("", m)
+	return err
+}
+
 // heard takes from a message on iopub what it says about the kernel and its requests.
 func (s *Shim) heard(h, parent jupyter.Header, m *posternv1.KernelMessage) {
 	switch h.Type {
@@ -246,6 +297,11 @@ func (s *Shim) status(state string, parent jupyter.Header) {
 	s.mu.Lock()
 	s.active = time.Now()
 	r := s.requests[parent.ID]
+	if r == nil {
+		if r = s.undone[parent.ID]; state == "idle" {
+			delete(s.undone, parent.ID)
+		}
+	}
 	onControl := r != nil && r.Channel == jupyter.Control
 	switch {
 	case r == nil:
@@ -295,6 +351,11 @@ func (s *Shim) passed(l *link) {
 			r.lost = time.Now()
 		}
 	}
+	for _, r := range s.undone {
+		if r.Epoch < l.epoch && r.lost.IsZero() {
+			r.lost = time.Now()
+		}
+	}
 	if s.phase == posternv1.KernelState_KERNEL_STATE_BUSY && !s.busyLocked() {
 		s.phase = posternv1.KernelState_KERNEL_STATE_IDLE
 		close(s.changed)
@@ -331,7 +392,7 @@ func (s *Shim) watchRequests() {
 // The reply is made of what the kernel said on iopub. A request of this epoch that the
 // kernel never answers although it was idle is forgotten alone: it has no reply.
 func (s *Shim) sweep(now time.Time) {
-	var lost, silent []*request
+	var lost, silent, undone []*request
 	s.mu.Lock()
 	epoch := s.state.Epoch
 	if l := s.link; l != nil {
@@ -349,7 +410,14 @@ func (s *Shim) sweep(now time.Time) {
 			silent = append(silent, r)
 		}
 	}
+	for id, r := range s.undone {
+		if !r.lost.IsZero() && now.Sub(r.lost) > graceTime {
+			undone = append(undone, r)
+			delete(s.undone, id)
+		}
+	}
 	s.mu.Unlock()
+	s.idleAll(undone)
 	for _, r := range silent {
 		s.answered(r.ID)
 	}
@@ -362,12 +430,18 @@ func (s *Shim) sweep(now time.Time) {
 // known of how it ended.
 func (s *Shim) reply(r *request, why string) {
 	s.mu.Lock()
-	current := s.requests[r.ID]
-	idle, failed, count := !r.idle.IsZero(), r.failed, r.count
-	s.mu.Unlock()
-	if current != r {
+	if s.requests[r.ID] != r || r.replying {
+		s.mu.Unlock()
 		return // answered meanwhile
 	}
+	r.replying = true
+	idle, failed, count := !r.idle.IsZero(), r.failed, r.count
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		r.replying = false
+	}()
 	if r.Type == "" || !strings.HasSuffix(r.Type, "_request") {
 		s.answered(r.ID) // a comm's message has no reply
 		return
@@ -393,28 +467,56 @@ func (s *Shim) reply(r *request, why string) {
 		return
 	}
 	if !idle {
-		if m, err := jupyter.New(jupyter.IOPub, "status", s.self, map[string]string{"execution_state": "idle"}); err == nil {
-			m.ParentHeader = r.Header
-			if _, err := s.journal.Append("", m); err != nil {
-				return
-			}
+		if err := s.idle(r); err != nil {
+			return
 		}
 	}
 	s.answered(r.ID)
 }
 
+// idleAll is idle for several, in the order in which they were sent.
+func (s *Shim) idleAll(all []*request) {
+	slices.SortFunc(all, func(a, b *request) int { return cmp.Compare(a.order, b.order) })
+	for _, r := range all {
+		if err := s.idle(r); err != nil {
+			s.logger.Error("a request's end not kept", "err", err)
+			return
+		}
+	}
+}
+
 // refuseAll answers everything that waits for a kernel that is no more.
 func (s *Shim) refuseAll(why string) {
-	for _, q := range s.queues {
-		q.clear()
-	}
 	s.mu.Lock()
-	var all []*request
+	var all, undone []*request
+	refused := map[string]struct{}{}
 	for _, r := range s.requests {
 		all = append(all, r)
+		refused[r.ID] = struct{}{}
 	}
+	for _, r := range s.undone {
+		undone = append(undone, r)
+	}
+	clear(s.undone)
 	s.mu.Unlock()
+	s.idleAll(undone)
 	for _, r := range all {
 		s.reply(r, why)
+	}
+	// Last: one that comes into a queue after this finds that it was answered. What was
+	// accepted since is for the next kernel.
+	for _, q := range s.queues {
+		q.drop(func(m *posternv1.KernelMessage) bool {
+			h, err := jupyter.ParseHeader(m.Header)
+			if err != nil || m.Channel == jupyter.Stdin {
+				return true
+			}
+			if _, was := refused[h.ID]; was {
+				return true
+			}
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.requests[h.ID] == nil
+		})
 	}
 }

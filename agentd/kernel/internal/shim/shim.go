@@ -80,10 +80,13 @@ type Shim struct {
 	known      map[string]struct{}
 	knownOrder []string
 	requests   map[string]*request
-	order      uint64 // of the newest request
-	drops      uint64 // messages of the kernel that were no messages, or for nobody
-	changed    chan struct{}
-	finished   chan struct{} // closed by Stop
+	// undone are requests that have their reply, and of which the kernel has not said that
+	// it is done with them; at most maxUndone.
+	undone   map[string]*request
+	order    uint64 // of the newest request
+	drops    uint64 // messages of the kernel that were no messages, or for nobody
+	changed  chan struct{}
+	finished chan struct{} // closed by Stop
 }
 
 // Open opens a kernel's directory and adopts, or starts, its kernel. A kernel that
@@ -105,7 +108,7 @@ func openWith(ctx context.Context, dir string, logger *slog.Logger, criu CRIU, s
 	}
 	s := &Shim{
 		criu: criu, dir: dir, logger: logger, spec: spec, self: ownPrefix + jupyter.NewID(), queues: map[string]*queue{},
-		clients: map[string]*client{}, known: map[string]struct{}{}, requests: map[string]*request{}, changed: make(chan struct{}), finished: make(chan struct{}),
+		clients: map[string]*client{}, known: map[string]struct{}{}, requests: map[string]*request{}, undone: map[string]*request{}, changed: make(chan struct{}), finished: make(chan struct{}),
 		active: time.Now(), phase: posternv1.KernelState_KERNEL_STATE_STARTING,
 	}
 	if len(secrets.Current)+len(secrets.Old) > 0 {
@@ -297,6 +300,7 @@ func (s *Shim) died(box *sandbox.Sandbox, reason string) error {
 	s.refuseAll("the kernel died: " + reason)
 	s.say("status", map[string]string{"execution_state": "dead"})
 	s.setPhase(posternv1.KernelState_KERNEL_STATE_DEAD, reason)
+	s.refuseAll("the kernel is dead (" + reason + "): restart it") // what came before that was known
 	return err
 }
 

@@ -275,8 +275,9 @@ func TestDeathAndRestart(t *testing.T) {
 	if _, err := a.Restart(soon(t)); err != nil {
 		t.Fatal(err)
 	}
-	if _, reply := p.result(p.execute("x")); reply.content["ename"] != "NameError" {
-		t.Errorf("after a restart: %v", reply)
+	// Not by an error: ipykernel may abort what it gets right after one.
+	if got := p.run("print('x' in globals())"); got != "False\n" {
+		t.Errorf("after a restart: %q", got)
 	}
 	if p.last <= last {
 		t.Errorf("sequence numbers began anew: %d after %d", p.last, last)
@@ -303,7 +304,9 @@ func TestInterruptWhilePrinting(t *testing.T) {
 	a, _ := spawn(t, dir)
 	p := attach(t, a, "one")
 	p.run("1")
-	p.execute("try:\n  while True: print('x' * 1000)\nexcept KeyboardInterrupt:\n  open('interrupted', 'w').close()\n  raise")
+	// It flushes at times: without that ipykernel gathers gigabytes on a busy machine, and
+	// is in the midst of making JSON of them when the interrupt comes.
+	p.execute("import itertools, sys\ntry:\n  for i in itertools.count():\n    print('x' * 1000)\n    i % 1000 or sys.stdout.flush()\nexcept KeyboardInterrupt:\n  open('interrupted', 'w').close()\n  raise")
 	p.until("output", func(g got) bool { return g.kind == "stream" })
 	// It does not read any more, and another one does.
 	q := attach(t, a, "two")
