@@ -74,6 +74,7 @@ type Daemon struct {
 	attach     *attachments
 	host       *host.Host
 	reports    *report.Reporter
+	standing   *standing
 	link       *link.Keeper
 	control    *control.Server
 	metrics    *http.Server
@@ -187,6 +188,9 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 		Logger: d.logger, Metrics: sqlsession.NewMetrics(d.registry),
 	})
 	if err := d.setSources(c); err != nil {
+		return err
+	}
+	if d.standing, err = openStanding(d.state, d.identity.Agent().AgentID); err != nil {
 		return err
 	}
 	d.kernelUIDs = c.Kernels.UIDBase

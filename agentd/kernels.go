@@ -88,7 +88,7 @@ func (d *Daemon) newKernels() *kernel.Manager {
 	}
 	m := kernel.New(kernel.Config{
 		Dir: dir, Executable: d.Executable, Logger: d.logger, Metrics: metrics,
-		SQL: kernelSQL{d}, ModuleDir: filepath.Join(filepath.Dir(dir), modulesDir),
+		SQL: standingSQL{kernelSQL{d}, d.standing}, ModuleDir: filepath.Join(filepath.Dir(dir), modulesDir),
 		SecretsKeyFile: filepath.Join(filepath.Dir(dir), secretsKeyFile), ReadSecret: kernelSecrets{d}.ReadSecret, SecretsChanged: d.noteSecrets,
 	})
 	metrics.Register(m)

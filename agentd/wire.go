@@ -304,6 +304,7 @@ func (d *Daemon) hello() *posternv1.HelloRequest {
 // and its memory of our audit log must fit the log.
 func (d *Daemon) welcome(r *posternv1.HelloResponse) {
 	d.welcomed.Store(true)
+	d.restoreStanding()
 	if r.Name != "" && r.Organization != "" {
 		if err := d.identity.SetAgent(r.Name, r.Organization); err != nil {
 			d.logger.Error("agent's name not kept", "err", err)
@@ -349,6 +350,7 @@ func (d *Daemon) renewed() {
 
 func (d *Daemon) linkChanged(s link.State) {
 	d.countTransition(s.Up)
+	d.noteStanding(s)
 	if d.stopping.Load() {
 		return
 	}

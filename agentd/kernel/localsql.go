@@ -16,6 +16,7 @@ import (
 	"github.com/postern-dev/postern/agentd/kernel/internal/runsock"
 	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
 	"github.com/postern-dev/postern/agentd/kernel/python"
+	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
@@ -139,7 +140,11 @@ func (b localBackend) Run(ctx context.Context, r *posternv1.SQLRequest, w io.Wri
 	if b.revoked.Err() != nil {
 		cancel(context.Cause(b.revoked)) // before anything is asked: RunLocal refuses, and the log has it
 	}
-	return b.sql.RunLocal(ctx, r, "kernel "+b.id, w)
+	outcome := b.sql.RunLocal(ctx, r, "kernel "+b.id, w)
+	if b.revoked.Err() != nil && outcome.GetError().GetCode() == proto.CodeCancelled {
+		outcome.Error = proto.Detail(context.Cause(b.revoked)) // who cancelled it
+	}
+	return outcome
 }
 
 // Sources implements localsql.Backend.
