@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime/debug"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -118,6 +119,12 @@ func (s *Shim) Serve(ctx context.Context, ready func()) error {
 	if err != nil {
 		return fmt.Errorf("shim's socket: %w", err)
 	}
+	p, err := openPlace(s.dir)
+	if err != nil {
+		_ = l.Close()
+		return fmt.Errorf("shim's socket: %w", err)
+	}
+	defer p.dir.Close() //nolint:errcheck // it was looked at
 	mux := http.NewServeMux()
 	mux.HandleFunc("POST "+kernelstream.Path, s.serveChannels)
 	mux.HandleFunc("GET /v1/kernel", func(w http.ResponseWriter, _ *http.Request) {
@@ -164,8 +171,19 @@ func (s *Shim) Serve(ctx context.Context, ready func()) error {
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
 	ready()
+	looking, stopLooking := context.WithCancel(ctx)
+	lost := make(chan error, 1)
+	var looks sync.WaitGroup
+	defer looks.Wait()
+	defer stopLooking()
+	looks.Go(func() {
+		if err := s.keepPlace(looking, p); err != nil {
+			lost <- err
+		}
+	})
 	select {
 	case err = <-served:
+	case err = <-lost:
 	case <-ctx.Done():
 	case <-s.finished:
 		// The one who asked is told, and clients get the last words.
@@ -210,6 +228,7 @@ const watchPause = 50 * time.Millisecond
 
 // serveWatch tells of the kernel, one JSON line for each change, until the shim ends.
 func (s *Shim) serveWatch(w http.ResponseWriter, r *http.Request) {
+	defer s.watchedBy()()
 	w.Header().Set("Content-Type", "application/json")
 	out := http.NewResponseController(w)
 	for {

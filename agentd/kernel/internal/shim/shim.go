@@ -82,10 +82,14 @@ type Shim struct {
 	requests   map[string]*request
 	// undone are requests that have their reply, and of which the kernel has not said that
 	// it is done with them; at most maxUndone.
-	undone   map[string]*request
-	order    uint64 // of the newest request
-	drops    uint64 // messages of the kernel that were no messages, or for nobody
-	changed  chan struct{}
+	undone  map[string]*request
+	order   uint64 // of the newest request
+	drops   uint64 // messages of the kernel that were no messages, or for nobody
+	changed chan struct{}
+	// watchers are the agentds that watch, one at most but for moments; watched is when the
+	// last one left, or the shim began.
+	watchers int
+	watched  time.Time
 	finished chan struct{} // closed by Stop
 }
 
@@ -109,7 +113,7 @@ func openWith(ctx context.Context, dir string, logger *slog.Logger, criu CRIU, s
 	s := &Shim{
 		criu: criu, dir: dir, logger: logger, spec: spec, self: ownPrefix + jupyter.NewID(), queues: map[string]*queue{},
 		clients: map[string]*client{}, known: map[string]struct{}{}, requests: map[string]*request{}, undone: map[string]*request{}, changed: make(chan struct{}), finished: make(chan struct{}),
-		active: time.Now(), phase: posternv1.KernelState_KERNEL_STATE_STARTING,
+		active: time.Now(), watched: time.Now(), phase: posternv1.KernelState_KERNEL_STATE_STARTING,
 	}
 	if len(secrets.Current)+len(secrets.Old) > 0 {
 		protect()
