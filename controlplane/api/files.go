@@ -27,7 +27,7 @@ type Files interface {
 func CallerOf(ctx context.Context) Caller { return caller(ctx) }
 
 // routeFiles adds what serves workspaces.
-func (a *API) routeFiles(mux *http.ServeMux) {
+func (a *API) routeFiles(mux *routes) {
 	if a.cfg.Files == nil {
 		return
 	}

@@ -25,8 +25,8 @@ const maxNotebook = 8 << 20
 
 // API serves the public API. It keeps no state.
 type API struct {
-	cfg     Config
-	handler http.Handler
+	cfg    Config
+	routes *routes
 }
 
 // New returns the API.
@@ -35,7 +35,7 @@ func New(cfg Config) *API {
 		cfg.SignOfLife = signOfLife
 	}
 	a := &API{cfg: cfg}
-	mux := http.NewServeMux()
+	mux := &routes{ServeMux: http.NewServeMux()}
 	option := connect.WithHandlerOptions(
 		connect.WithReadMaxBytes(maxRequest),
 		connect.WithRecover(func(_ context.Context, spec connect.Spec, _ http.Header, r any) error {
@@ -94,7 +94,7 @@ func New(cfg Config) *API {
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		writeError(w, r, proto.Errorf(proto.CodeNotFound, "no such path: %q", r.URL.Path))
 	})
-	a.handler = mux
+	a.routes = mux
 	return a
 }
 
@@ -110,7 +110,7 @@ func (a *API) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		body.control.SetReadDeadline(time.Now().Add(bodyTime)) //nolint:errcheck // a test's recorder knows no deadlines
 		r.Body = body
 	}
-	a.handler.ServeHTTP(w, r)
+	a.routes.ServeHTTP(w, r)
 }
 
 // timedBody is a request's body that is being waited for only so long.

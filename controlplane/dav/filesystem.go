@@ -140,6 +140,7 @@ func (f fileSystem) OpenFile(ctx context.Context, name string, flag int, _ os.Fi
 		err = &fs.PathError{Op: "create", Path: name, Err: fs.ErrNotExist}
 	}
 	if err != nil {
+		q.noParent = errors.Is(err, fs.ErrNotExist)
 		return nil, err
 	}
 	if there, err := f.get(ctx, name); err == nil && there.IsDir() {

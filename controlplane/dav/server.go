@@ -35,6 +35,8 @@ type request struct {
 	err error
 	// body is whether the request's body was cut off.
 	body *body
+	// noParent is whether a file was to be made in a directory that is not there.
+	noParent bool
 	// known are nodes that a listing told of, so that a PROPFIND asks once for a directory.
 	known map[string]*posternv1.FileInfo
 }
@@ -165,6 +167,9 @@ func (w *response) Unwrap() http.ResponseWriter { return w.ResponseWriter }
 // WriteHeader implements http.ResponseWriter.
 func (w *response) WriteHeader(code int) {
 	err := w.request.err
+	if code == http.StatusInternalServerError && w.request.noParent {
+		code = http.StatusConflict // of LOCK, as RFC 4918, 9.10.6, has it; the library has none of its own for it
+	}
 	if code < 400 || err == nil || code == http.StatusConflict || code == http.StatusLocked || proto.CodeOf(err) == proto.CodeAlreadyExists {
 		w.ResponseWriter.WriteHeader(code)
 		return

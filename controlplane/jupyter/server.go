@@ -38,6 +38,7 @@ const (
 type Server struct {
 	cfg     Config
 	mux     *http.ServeMux
+	routes  []string // what mux routes, as Routes tells
 	started time.Time
 	ctx     context.Context // ends with Close
 	stop    context.CancelFunc
@@ -124,6 +125,7 @@ func New(cfg Config) *Server {
 		"PATCH /api/sessions/{session}":        s.changeSession,
 		"DELETE /api/sessions/{session}":       s.stopSession,
 	} {
+		s.routes = append(s.routes, path)
 		s.mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
 			q := r.Context().Value(requestKey{}).(*request)
 			q.w, q.r = w, r
@@ -136,6 +138,14 @@ func New(cfg Config) *Server {
 		s.fail(w, proto.Errorf(proto.CodeNotFound, "an agent has kernels, kernelspecs and sessions: nothing else of a Jupyter server is there"))
 	})
 	return s
+}
+
+// Routes are the patterns, in net/http's words, of all that is served below an agent's path: tests
+// walk them so that no new one goes without a check of who may see what behind it.
+func (s *Server) Routes() []string {
+	all := slices.Clone(s.routes)
+	slices.Sort(all)
+	return all
 }
 
 // request is one request of a caller who is known.

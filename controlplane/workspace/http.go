@@ -316,7 +316,7 @@ func (s *Service) upload(w http.ResponseWriter, r *http.Request, c Caller) error
 // orMake finds a workspace, or makes it.
 func (s *Service) orMake(ctx context.Context, c Caller, name string) (*filetree.Workspace, error) {
 	w, err := s.cfg.Store.Workspace(ctx, c.Organization, name)
-	if proto.CodeOf(err) != proto.CodeNotFound {
+	if proto.CodeOf(err) != proto.CodeNotFound || strings.HasPrefix(name, workspacePrefix) { // an id is no name
 		return w, err
 	}
 	w, err = s.create(ctx, c.Organization, name)

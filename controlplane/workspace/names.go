@@ -32,6 +32,9 @@ func checkWorkspaceName(name string) error {
 	if !workspaceName.MatchString(name) {
 		return proto.Errorf(proto.CodeInvalid, "%q is no name for a workspace: 1 to 63 of a-z, 0-9, '-', '_' and '.', beginning with a letter or digit", clip(name))
 	}
+	if strings.HasPrefix(name, workspacePrefix) {
+		return proto.Errorf(proto.CodeInvalid, "%q is no name for a workspace: %s begins ids", clip(name), workspacePrefix)
+	}
 	return nil
 }
 
