@@ -25,6 +25,8 @@ var nothingNamed = map[string]string{
 	posternv1connect.OrganizationServiceCreateOrganizationProcedure: "404 for all but the operators of the installation",
 	posternv1connect.OrganizationServiceListOrganizationsProcedure:  "404 for all but the operators of the installation",
 	posternv1connect.CAServiceShowCAProcedure:                       "certificates, which hosts show to everybody",
+	posternv1connect.CAServiceGetCAStatusProcedure:                  "404 for all but the operators of the installation",
+	posternv1connect.CAServiceRotateCAProcedure:                     "404 for all but the operators of the installation",
 	posternv1connect.SecretServiceListSecretsProcedure:              "of the caller's organization",
 	posternv1connect.FileServiceListWorkspacesProcedure:             "of the caller's organization",
 	posternv1connect.FileServiceCreateWorkspaceProcedure:            "in the caller's organization",

@@ -26,6 +26,9 @@ type Options struct {
 	TLSCert, TLSKey string
 	// Database is a PostgreSQL URL without a password; empty means SQLite.
 	Database string
+	// CASettle is how long a new certificate authority is announced before it issues; 0 means 10 s.
+	// There is no flag for it.
+	CASettle time.Duration
 	// DatabasePasswordFile is read afresh whenever PostgreSQL refuses the
 	// password that was read last.
 	DatabasePasswordFile string

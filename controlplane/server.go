@@ -179,7 +179,7 @@ func (s *Server) wire(ctx context.Context) error {
 	}
 	s.hub = hub.New(hub.Config{
 		Members: members{s.files.AgentHandler()},
-		Logger:  s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
+		Logger:  s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions, s.outdated}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
 	})
 	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
@@ -227,7 +227,7 @@ func (s *Server) wire(ctx context.Context) error {
 	})
 	s.wireKernels(registry, requests)
 	s.http.Handler = api.New(api.Config{
-		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks, s.secrets}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca,
+		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks, s.secrets}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca, Rotation: rotation{s},
 		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter, Files: s.files,
 		DAV:      s.newDAV(requests),
 		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
@@ -331,6 +331,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	group.Go(func() error { s.housekeep(work); return nil })
 	group.Go(func() error { s.collectFiles(work); return nil })
+	group.Go(func() error { s.followCA(work); return nil })
 	s.notify(daemon.SdNotifyReady)
 	select {
 	case <-ctx.Done():

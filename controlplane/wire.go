@@ -77,6 +77,7 @@ type joiner struct {
 	*registration.Service
 	catalogs *catalog.Service
 	sessions *sessionCloser
+	outdated func(context.Context, hub.Identity) bool
 }
 
 func (j joiner) Renew(ctx context.Context, id hub.Identity, req *posternv1.RenewRequest, remote string) (*posternv1.RenewResponse, error) {
@@ -87,6 +88,9 @@ func (j joiner) Hello(ctx context.Context, id hub.Identity, req *posternv1.Hello
 	resp, err := j.Service.Hello(ctx, registration.Identity(id), req)
 	if err == nil && req.OpenSessions+req.Kernels > 0 {
 		j.sessions.expect(id.Agent)
+	}
+	if err == nil {
+		resp.RenewIdentity = j.outdated(ctx, id)
 	}
 	if err == nil && req.FirstSinceStart {
 		j.catalogs.Restarted(id.Organization, id.Agent)

@@ -153,7 +153,7 @@ func newDialer(cfg DialConfig) (*dialer, error) {
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	d.inner = cfg.TLS.Clone()
 	d.inner.MinVersion, d.inner.MaxVersion = tls.VersionTLS13, 0
-	d.inner.NextProtos = []string{ALPN}
+	d.inner.NextProtos = append([]string{ALPN}, cfg.TLS.NextProtos...) // only ALPN is ever agreed on
 	d.inner.DynamicRecordSizingDisabled = true
 	d.inner.ClientSessionCache = nil
 	if d.inner.ServerName == "" {

@@ -21,10 +21,13 @@ const ServerName = "controlplane.postern.internal"
 // replaced, not dropped: verifyServer tells a wrong clock from a wrong server.
 func clientTLS(p pair, authorities []*x509.Certificate, now func() time.Time) *tls.Config {
 	roots := x509.NewCertPool()
+	var names []string
 	for _, ca := range authorities {
 		roots.AddCert(ca)
+		names = append(names, trustName(sha256.Sum256(ca.Raw)))
 	}
 	config := baseTLS(func(certs []*x509.Certificate) error { return verifyServer(certs, roots, now()) })
+	config.NextProtos = names
 	config.Certificates = []tls.Certificate{{Certificate: [][]byte{p.cert.Raw}, PrivateKey: p.key, Leaf: p.cert}}
 	// Always send ours: the server names no acceptable CAs that an expired or
 	// rotated one could fail to match.
@@ -41,7 +44,7 @@ func PinnedTLS(fingerprint [sha256.Size]byte) *tls.Config {
 }
 
 func pinnedTLS(fingerprint [sha256.Size]byte, now func() time.Time) *tls.Config {
-	return baseTLS(func(certs []*x509.Certificate) error {
+	config := baseTLS(func(certs []*x509.Certificate) error {
 		roots := x509.NewCertPool()
 		found := false
 		for _, c := range certs {
@@ -59,6 +62,15 @@ func pinnedTLS(fingerprint [sha256.Size]byte, now func() time.Time) *tls.Config 
 		}
 		return verifyServer(certs, roots, now())
 	})
+	config.NextProtos = []string{trustName(fingerprint)}
+	return config
+}
+
+// trustName is a protocol, in the sense of ALPN, that is never agreed on: it tells the control
+// plane that this host trusts the CA with this fingerprint, so that while a CA is being replaced
+// it shows a certificate of the right one. See tunnel/spec.md.
+func trustName(fingerprint [sha256.Size]byte) string {
+	return "postern-ca/" + hex.EncodeToString(fingerprint[:16])
 }
 
 func baseTLS(verify func([]*x509.Certificate) error) *tls.Config {

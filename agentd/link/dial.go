@@ -74,6 +74,10 @@ func (k *Keeper) dial(ctx context.Context) (*tunnel.Tunnel, *posternv1.HelloResp
 				k.logger.Error("authorities not kept", "err", err)
 			}
 		}
+		if welcome.RenewIdentity {
+			k.logger.Info("renewing the identity: the control plane's authority is being replaced")
+			k.Renew()
+		}
 		if k.cfg.Welcome != nil {
 			k.cfg.Welcome(welcome)
 		}

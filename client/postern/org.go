@@ -65,24 +65,6 @@ func organizationState(o *posternv1.Organization) string {
 	return "enabled"
 }
 
-func (a *app) caCommand() *cobra.Command {
-	show := &cobra.Command{
-		Use: "show", Short: "Show the control plane's certificate authorities", Example: "  postern ca show", Args: cobra.NoArgs,
-		RunE: func(cmd *cobra.Command, _ []string) error {
-			return a.with(func(c *client.Client) error {
-				resp, err := c.CA.ShowCA(cmd.Context(), connect.NewRequest(&posternv1.ShowCARequest{}))
-				if err != nil {
-					return err
-				}
-				return printList(a, resp.Msg.Authorities, []string{"STATE", "SUBJECT", "NOT BEFORE", "NOT AFTER", "SHA-256"}, func(x *posternv1.Authority) []string {
-					return []string{x.State, x.Subject, timeText(x.NotBefore), timeText(x.NotAfter), x.Fingerprint}
-				})
-			})
-		},
-	}
-	return group("ca", "Show the certificate authorities", show)
-}
-
 func (a *app) versionCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "version", Short: "Show this command's version", Example: "  postern version", Args: cobra.NoArgs,

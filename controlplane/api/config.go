@@ -31,6 +31,7 @@ type Config struct {
 	Moves    Moves
 	Audit    Audit
 	CA       CA
+	Rotation Rotation
 	Gatherer prometheus.Gatherer
 	// Tunnel serves the WebSocket endpoint, /tunnel.
 	Tunnel http.Handler

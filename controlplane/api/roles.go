@@ -15,6 +15,8 @@ var roles = []string{"viewer", "analyst", "operator", "admin"}
 var needed = map[string]string{
 	posternv1connect.IdentityServiceWhoAmIProcedure: "viewer",
 	posternv1connect.CAServiceShowCAProcedure:       "viewer",
+	posternv1connect.CAServiceGetCAStatusProcedure:  "operator",
+	posternv1connect.CAServiceRotateCAProcedure:     "admin",
 
 	posternv1connect.AgentServiceListAgentsProcedure:   "viewer",
 	posternv1connect.AgentServiceGetAgentProcedure:     "viewer",

@@ -274,6 +274,22 @@ func (h *Hub) OnlineIDs() []string {
 	return ids
 }
 
+// Move tells an agent to come back by a new tunnel after a while; requests under way go on. It
+// reports whether the agent is here and has not been told before on its present tunnel.
+func (h *Hub) Move(agent string, after time.Duration, reason string) bool {
+	h.mu.Lock()
+	l := h.agents[agent]
+	tell := l != nil && !l.moved
+	if tell {
+		l.moved = true
+	}
+	h.mu.Unlock()
+	if tell {
+		l.peer.tunnel.GoAway(after, 0, reason)
+	}
+	return tell
+}
+
 // Drain tells every agent to move within deadline; requests under way go on.
 func (h *Hub) Drain(reconnectAfter, deadline time.Duration) {
 	h.mu.Lock()

@@ -13,7 +13,9 @@ import (
 )
 
 // retireTime is how long requests on a replaced tunnel may take to end.
-const retireTime = 5 * time.Minute
+// That is as long as a statement may run: a host moves to a new tunnel whenever its
+// certificate is renewed, and a tunnel that is dead is noticed in seconds anyway.
+const retireTime = 24 * time.Hour
 
 // hostURL stands for the agent in requests on its tunnel.
 const hostURL = "http://agent"
@@ -25,7 +27,8 @@ type Link struct {
 	// Since is when it was attached.
 	Since time.Time
 
-	peer *peer
+	peer  *peer
+	moved bool // told to move; guarded by Hub.mu
 	// retiring is closed by retire.
 	retiring chan struct{}
 

@@ -48,6 +48,10 @@ type Store interface {
 	SealedAuthorityKey(ctx context.Context, fingerprint string) ([]byte, error)
 	// InsertAuthority returns ALREADY_EXISTS for a second active one.
 	InsertAuthority(ctx context.Context, fingerprint string, certificate, sealedKey []byte, state string, now time.Time) error
+	// ActivateAuthority makes a trusted one active, and the active one trusted.
+	ActivateAuthority(ctx context.Context, fingerprint string) error
+	// RetireAuthority ends the trust in one, which is not active, and removes its key.
+	RetireAuthority(ctx context.Context, fingerprint string) error
 }
 
 // Config is what an Authority needs.
@@ -73,15 +77,27 @@ type Authority struct {
 	trust atomic.Pointer[trust]
 
 	serverMu sync.Mutex
-	server   *tls.Certificate // guarded by serverMu
-	serverOf *trust           // what server was issued under; guarded by serverMu
-	renewAt  time.Time        // guarded by serverMu
+	servers  map[string]*serving // by authority, of those trusted; guarded by serverMu
+}
+
+// serving is a certificate of the tunnel endpoint.
+type serving struct {
+	certificate *tls.Certificate
+	renewAt     time.Time
+}
+
+// known is an authority that is trusted.
+type known struct {
+	certificate *x509.Certificate
+	signer      *ecdsa.PrivateKey // nil of one whose key is not here: it is believed all the same
+	trustName   string
 }
 
 // trust is what was last read of the store; it is never changed.
 type trust struct {
 	active *x509.Certificate
 	signer *ecdsa.PrivateKey
+	all    []*known // the active one first
 	pool   *x509.CertPool
 	ders   [][]byte // the active one first
 }
@@ -111,7 +127,7 @@ func Open(ctx context.Context, cfg Config) (*Authority, error) {
 	}
 	if len(known) == 0 {
 		// Of several control planes that start together one makes the CA.
-		if err := a.create(ctx); err != nil && proto.CodeOf(err) != proto.CodeAlreadyExists {
+		if err := a.create(ctx, StateActive); err != nil && proto.CodeOf(err) != proto.CodeAlreadyExists {
 			return nil, fmt.Errorf("make the certificate authority: %w", err)
 		}
 	}
@@ -121,7 +137,7 @@ func Open(ctx context.Context, cfg Config) (*Authority, error) {
 	return a, nil
 }
 
-func (a *Authority) create(ctx context.Context) error {
+func (a *Authority) create(ctx context.Context, state string) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return err
@@ -131,6 +147,12 @@ func (a *Authority) create(ctx context.Context) error {
 		return err
 	}
 	now := a.now()
+	if t := a.trust.Load(); t != nil {
+		// Certificates know whole seconds, and the order of authorities is told by them.
+		if last := t.active.NotBefore.Add(authorityBackdate + time.Second); now.Before(last) {
+			now = last
+		}
+	}
 	template := &x509.Certificate{
 		SerialNumber: serial, Subject: pkix.Name{CommonName: "Postern CA " + SerialText(serial)[:8]},
 		NotBefore: now.Add(-authorityBackdate), NotAfter: now.Add(authorityLife),
@@ -149,18 +171,18 @@ func (a *Authority) create(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return a.store.InsertAuthority(ctx, fingerprint, der, sealed, StateActive, now)
+	return a.store.InsertAuthority(ctx, fingerprint, der, sealed, state, now)
 }
 
 // Reload reads the authorities again; another control plane may have rotated
 // them.
 func (a *Authority) Reload(ctx context.Context) error {
-	known, err := a.store.ListAuthorities(ctx)
+	listed, err := a.store.ListAuthorities(ctx)
 	if err != nil {
 		return err
 	}
 	t := &trust{pool: x509.NewCertPool()}
-	for _, one := range known {
+	for _, one := range listed {
 		block, _ := pem.Decode([]byte(one.Certificate))
 		if block == nil {
 			return fmt.Errorf("certificate authority %s in the store is no certificate", one.Fingerprint)
@@ -174,11 +196,13 @@ func (a *Authority) Reload(ctx context.Context) error {
 		}
 		t.pool.AddCert(certificate)
 		t.ders = append(t.ders, certificate.Raw)
+		signer, err := a.signer(ctx, one.Fingerprint, certificate)
+		if err != nil && one.State == StateActive {
+			return err
+		}
+		t.all = append(t.all, &known{certificate, signer, TrustName(certificate.Raw)})
 		if one.State == StateActive {
-			if t.signer, err = a.signer(ctx, one.Fingerprint, certificate); err != nil {
-				return err
-			}
-			t.active = certificate
+			t.signer, t.active = signer, certificate
 		}
 	}
 	if t.active == nil {
@@ -208,9 +232,18 @@ func (a *Authority) signer(ctx context.Context, fingerprint string, certificate 
 	return key, nil
 }
 
-// Fingerprint is the SHA-256 of the active authority's certificate (DER): what a
+// Fingerprint is the SHA-256 of the newest authority's certificate (DER), announced or active: what a
 // registration key carries.
-func (a *Authority) Fingerprint() [sha256.Size]byte { return sha256.Sum256(a.trust.Load().active.Raw) }
+func (a *Authority) Fingerprint() [sha256.Size]byte {
+	t := a.trust.Load()
+	newest := t.all[0]
+	for _, one := range t.all {
+		if one.signer != nil && one.certificate.NotBefore.After(newest.certificate.NotBefore) {
+			newest = one
+		}
+	}
+	return sha256.Sum256(newest.certificate.Raw)
+}
 
 // Certificates are the authorities to trust, DER, the active one first. The
 // caller does not change them.

@@ -10,7 +10,10 @@
 //	server        made in memory, serverAuth, DNS SAN ServerName
 //
 // One authority is active and issues; several may be trusted. Everything that
-// verifies looks at all of them, so a rotation needs no change here.
+// verifies looks at all of them. A rotation (rotate.go) goes from stable to announced (the new one
+// is trusted by all control planes, and issues nothing yet) to renewing (it issues; the old one
+// still vouches for the endpoint to hosts that do not know the new one) and back to stable, each
+// step one statement in the store, so that it goes on wherever it was cut off.
 //
 // The package verifies what is in a certificate. Whether its agent was revoked or
 // the certificate replaced is for package registration to say, from the store.

@@ -119,10 +119,8 @@ func (a *Authority) verify(certificate *x509.Certificate, now time.Time) (Identi
 // decided for each request.
 func (a *Authority) TLSConfig() *tls.Config {
 	return &tls.Config{
-		MinVersion: tls.VersionTLS13,
-		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			return a.serverCertificate()
-		},
+		MinVersion:     tls.VersionTLS13,
+		GetCertificate: a.serverCertificate,
 		// Asks for a certificate and has its key proved; the chain is judged below,
 		// since crypto/tls itself would refuse one that has ended.
 		ClientAuth: tls.RequestClientCert,

@@ -45,8 +45,7 @@ func (a *Authority) IssueAgent(csr []byte, organization, agent string, now time.
 	if _, _, err := parseIdentityURI(name.String()); err != nil {
 		return nil, fmt.Errorf("issue a certificate: %w", err)
 	}
-	t := a.trust.Load()
-	return t.issue(&x509.Certificate{
+	return a.trust.Load().all[0].issue(&x509.Certificate{
 		Subject: pkix.Name{CommonName: agent}, URIs: []*url.URL{name},
 		NotBefore: now.Add(-agentBackdate), NotAfter: now.Add(agentLife),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
@@ -72,9 +71,9 @@ func requestKey(csr []byte) (*ecdsa.PublicKey, error) {
 }
 
 // issue completes the template and signs it.
-func (t *trust) issue(template *x509.Certificate, public *ecdsa.PublicKey) (*x509.Certificate, error) {
-	if template.NotAfter.After(t.active.NotAfter) {
-		return nil, fmt.Errorf("the certificate authority ends on %s: rotate it", t.active.NotAfter.Format(time.DateOnly))
+func (k *known) issue(template *x509.Certificate, public *ecdsa.PublicKey) (*x509.Certificate, error) {
+	if template.NotAfter.After(k.certificate.NotAfter) {
+		return nil, fmt.Errorf("the certificate authority ends on %s: rotate it (postern ca rotate)", k.certificate.NotAfter.Format(time.DateOnly))
 	}
 	var err error
 	if template.SerialNumber, err = newSerial(); err != nil {
@@ -82,27 +81,29 @@ func (t *trust) issue(template *x509.Certificate, public *ecdsa.PublicKey) (*x50
 	}
 	template.KeyUsage = x509.KeyUsageDigitalSignature
 	template.BasicConstraintsValid = true
-	der, err := x509.CreateCertificate(rand.Reader, template, t.active, public, t.signer)
+	der, err := x509.CreateCertificate(rand.Reader, template, k.certificate, public, k.signer)
 	if err != nil {
 		return nil, fmt.Errorf("issue a certificate: %w", err)
 	}
 	return x509.ParseCertificate(der)
 }
 
-// serverCertificate is the tunnel endpoint's own, made anew at two thirds of its
-// life and when the authority changes. Its key is never stored.
-func (a *Authority) serverCertificate() (*tls.Certificate, error) {
+// serverCertificate is the tunnel endpoint's own, of an authority that the host trusts, made anew at two
+// thirds of its life. Its key is never stored.
+func (a *Authority) serverCertificate(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+	t := a.trust.Load()
+	by := t.voucher(hello)
 	a.serverMu.Lock()
 	defer a.serverMu.Unlock()
-	now, t := a.now(), a.trust.Load()
-	if a.server != nil && a.serverOf == t && now.Before(a.renewAt) {
-		return a.server, nil
+	now := a.now()
+	if s := a.servers[by.trustName]; s != nil && now.Before(s.renewAt) {
+		return s.certificate, nil
 	}
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, err
 	}
-	leaf, err := t.issue(&x509.Certificate{
+	leaf, err := by.issue(&x509.Certificate{
 		Subject: pkix.Name{CommonName: ServerName}, DNSNames: []string{ServerName},
 		NotBefore: now.Add(-serverBackdate), NotAfter: now.Add(serverLife),
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
@@ -110,7 +111,17 @@ func (a *Authority) serverCertificate() (*tls.Certificate, error) {
 	if err != nil {
 		return nil, err
 	}
-	a.server = &tls.Certificate{Certificate: [][]byte{leaf.Raw, t.active.Raw}, PrivateKey: key, Leaf: leaf}
-	a.serverOf, a.renewAt = t, now.Add(serverLife*2/3)
-	return a.server, nil
+	kept := map[string]*serving{} // of authorities that are trusted still
+	for _, one := range t.all {
+		if s := a.servers[one.trustName]; s != nil {
+			kept[one.trustName] = s
+		}
+	}
+	s := &serving{
+		certificate: &tls.Certificate{Certificate: [][]byte{leaf.Raw, by.certificate.Raw}, PrivateKey: key, Leaf: leaf},
+		renewAt:     now.Add(serverLife * 2 / 3),
+	}
+	kept[by.trustName] = s
+	a.servers = kept
+	return s.certificate, nil
 }

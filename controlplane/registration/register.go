@@ -1,9 +1,12 @@
 package registration
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"crypto/subtle"
+	"crypto/x509"
+	"encoding/hex"
 	"fmt"
 	"math/big"
 	"regexp"
@@ -98,7 +101,7 @@ func (s *Service) join(ctx context.Context, org *posternv1.Organization, key *po
 	if err != nil {
 		return nil, nil, err
 	}
-	err = s.cfg.Store.RegisterAgent(ctx, org.Id, key.Id, agent, serialText(certificate.SerialNumber),
+	err = s.cfg.Store.RegisterAgent(ctx, org.Id, key.Id, agent, serialText(certificate.SerialNumber), s.issuer(certificate),
 		sha256.Sum256(certificate.RawSubjectPublicKeyInfo), certificate.NotAfter, now)
 	if err != nil {
 		return nil, nil, err
@@ -152,6 +155,18 @@ func clip(text string, n int) string {
 		return text[:n]
 	}
 	return text
+}
+
+// issuer is the fingerprint of the authority that issued a certificate; empty if it is none of ours.
+func (s *Service) issuer(certificate *x509.Certificate) string {
+	for _, der := range s.cfg.CA.Certificates() {
+		ca, err := x509.ParseCertificate(der)
+		if err == nil && bytes.Equal(ca.RawSubject, certificate.RawIssuer) && bytes.Equal(ca.SubjectKeyId, certificate.AuthorityKeyId) {
+			sum := sha256.Sum256(der)
+			return hex.EncodeToString(sum[:])
+		}
+	}
+	return ""
 }
 
 // serialText is a serial as package pki writes it in an Identity.

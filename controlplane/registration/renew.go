@@ -35,7 +35,7 @@ func (s *Service) Renew(ctx context.Context, id Identity, req *posternv1.RenewRe
 		return nil, err
 	}
 	serial := serialText(certificate.SerialNumber)
-	err = s.cfg.Store.InsertCertificate(ctx, id.Organization, id.Agent, serial,
+	err = s.cfg.Store.InsertCertificate(ctx, id.Organization, id.Agent, serial, s.issuer(certificate),
 		sha256.Sum256(certificate.RawSubjectPublicKeyInfo), certificate.NotAfter, now, now.Add(-s.cfg.Grace))
 	if err != nil {
 		return nil, err

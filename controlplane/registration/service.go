@@ -33,12 +33,12 @@ type Store interface {
 	// RegisterAgent takes a use of the key and records the agent and its pending
 	// certificate; it sets the agent's name and labels.
 	RegisterAgent(ctx context.Context, organization, keyID string, agent *posternv1.Agent,
-		serial string, publicKey [sha256.Size]byte, notAfter, now time.Time) error
+		serial, authority string, publicKey [sha256.Size]byte, notAfter, now time.Time) error
 
 	// IdentityState returns NOT_FOUND, AGENT_REVOKED or ORGANIZATION_DISABLED, or
 	// the certificate's state, end and, if it is retired, since when.
 	IdentityState(ctx context.Context, organization, agent, serial string) (state string, notAfter, retired time.Time, err error)
-	InsertCertificate(ctx context.Context, organization, agent, serial string, publicKey [sha256.Size]byte, notAfter, now, forget time.Time) error
+	InsertCertificate(ctx context.Context, organization, agent, serial, authority string, publicKey [sha256.Size]byte, notAfter, now, forget time.Time) error
 	ConfirmCertificate(ctx context.Context, agent, serial string, now time.Time) (bool, error)
 
 	GetOrganization(ctx context.Context, idOrName string) (*posternv1.Organization, error)

@@ -49,8 +49,9 @@ func (s *Store) IdentityState(ctx context.Context, org, agent, serial string) (s
 
 // InsertCertificate records a further certificate of an agent, pending. The
 // agent must not be revoked (AGENT_REVOKED) and belong to org (NOT_FOUND).
+// authority is the fingerprint of the one that issued it.
 // Certificates that expired before forget are forgotten.
-func (s *Store) InsertCertificate(ctx context.Context, org, agent, serial string, publicKey [32]byte, notAfter, now, forget time.Time) error {
+func (s *Store) InsertCertificate(ctx context.Context, org, agent, serial, authority string, publicKey [32]byte, notAfter, now, forget time.Time) error {
 	return s.write(ctx, "record a certificate", func(tx handle) error {
 		var revoked sql.NullInt64
 		// Takes the row's lock in PostgreSQL, so that generations do not collide.
@@ -67,8 +68,8 @@ func (s *Store) InsertCertificate(ctx context.Context, org, agent, serial string
 		if err := tx.row(ctx, "SELECT coalesce(max(generation), 0) + 1 FROM agent_certificates WHERE agent = ?", agent).Scan(&generation); err != nil {
 			return err
 		}
-		if _, err := tx.exec(ctx, `INSERT INTO agent_certificates (serial, agent, generation, state, not_after, created, public_key)
-			VALUES (?, ?, ?, 'pending', ?, ?, ?)`, serial, agent, generation, millis(notAfter), millis(now), publicKey[:]); err != nil {
+		if _, err := tx.exec(ctx, `INSERT INTO agent_certificates (serial, agent, generation, state, not_after, created, public_key, authority)
+			VALUES (?, ?, ?, 'pending', ?, ?, ?, ?)`, serial, agent, generation, millis(notAfter), millis(now), publicKey[:], authority); err != nil {
 			return err
 		}
 		if _, err := tx.exec(ctx, `UPDATE agent_certificates SET state = 'retired', retired = ? WHERE agent = ? AND state = 'pending'

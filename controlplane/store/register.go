@@ -21,7 +21,7 @@ import (
 // A key that cannot be used is KEY_REVOKED, KEY_EXPIRED, KEY_USED_UP,
 // ORGANIZATION_DISABLED or, if it is gone, KEY_UNKNOWN.
 func (s *Store) RegisterAgent(ctx context.Context, org, keyID string, agent *posternv1.Agent,
-	serial string, publicKey [32]byte, notAfter, now time.Time,
+	serial, authority string, publicKey [32]byte, notAfter, now time.Time,
 ) error {
 	if err := checkName("agent", agent.Name); err != nil {
 		return err
@@ -44,8 +44,8 @@ func (s *Store) RegisterAgent(ctx context.Context, org, keyID string, agent *pos
 		if name, err = insertAgent(ctx, tx, org, keyID, wish, labels, agent, now); err != nil {
 			return err
 		}
-		_, err = tx.exec(ctx, `INSERT INTO agent_certificates (serial, agent, generation, state, not_after, created, public_key)
-			VALUES (?, ?, 1, 'pending', ?, ?, ?)`, serial, agent.Id, millis(notAfter), millis(now), publicKey[:])
+		_, err = tx.exec(ctx, `INSERT INTO agent_certificates (serial, agent, generation, state, not_after, created, public_key, authority)
+			VALUES (?, ?, 1, 'pending', ?, ?, ?, ?)`, serial, agent.Id, millis(notAfter), millis(now), publicKey[:], authority)
 		return err
 	})
 	if err != nil {

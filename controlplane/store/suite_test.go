@@ -66,7 +66,7 @@ func newKey(t *testing.T, s *store.Store, org string, uses uint32) *posternv1.Ke
 func join(s *store.Store, org, key, name string) (*posternv1.Agent, string, error) {
 	a := &posternv1.Agent{Id: proto.NewID(proto.AgentPrefix), Name: name, Hostname: "h\x00\xff", Os: "linux", Arch: "amd64", Kernel: "6.1"}
 	serial := proto.NewID("")
-	return a, serial, s.RegisterAgent(ctx, org, key, a, serial, sha256.Sum256([]byte(serial)), now.Add(24*time.Hour), now)
+	return a, serial, s.RegisterAgent(ctx, org, key, a, serial, "ca", sha256.Sum256([]byte(serial)), now.Add(24*time.Hour), now)
 }
 
 func TestOrganizations(t *testing.T) {
@@ -202,7 +202,7 @@ func TestRegisterAgent(t *testing.T) {
 
 		expired := newKey(t, s, org, 3)
 		a := &posternv1.Agent{Id: proto.NewID("agt_"), Name: "late"}
-		wantCode(t, s.RegisterAgent(ctx, org, expired.Id, a, "s", [32]byte{}, now, now.Add(time.Hour)), proto.CodeKeyExpired)
+		wantCode(t, s.RegisterAgent(ctx, org, expired.Id, a, "s", "ca", [32]byte{}, now, now.Add(time.Hour)), proto.CodeKeyExpired)
 
 		must(s.SetOrganizationDisabled(ctx, org, true, now))(t)
 		_, _, err = join(s, org, expired.Id, "host")
@@ -355,7 +355,7 @@ func TestCertificates(t *testing.T) {
 		}
 		issue := func(serial string) {
 			t.Helper()
-			if err := s.InsertCertificate(ctx, org, a.Id, serial, sha256.Sum256([]byte(serial)), now.Add(24*time.Hour), now, now.Add(-time.Hour)); err != nil {
+			if err := s.InsertCertificate(ctx, org, a.Id, serial, "ca", sha256.Sum256([]byte(serial)), now.Add(24*time.Hour), now, now.Add(-time.Hour)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -383,7 +383,7 @@ func TestCertificates(t *testing.T) {
 		wantCode(t, err, proto.CodeNotFound)
 		_, _, _, err = s.IdentityState(ctx, org, a.Id, "nope")
 		wantCode(t, err, proto.CodeNotFound)
-		wantCode(t, s.InsertCertificate(ctx, other, a.Id, "x", [32]byte{}, now, now, now), proto.CodeNotFound)
+		wantCode(t, s.InsertCertificate(ctx, other, a.Id, "x", "ca", [32]byte{}, now, now, now), proto.CodeNotFound)
 		_, err = s.ConfirmCertificate(ctx, "agt_other", "third", now)
 		wantCode(t, err, proto.CodeNotFound)
 
@@ -394,7 +394,7 @@ func TestCertificates(t *testing.T) {
 		must(s.RevokeAgent(ctx, org, a.Id, now))(t)
 		_, _, _, err = s.IdentityState(ctx, org, a.Id, "third")
 		wantCode(t, err, proto.CodeAgentRevoked)
-		wantCode(t, s.InsertCertificate(ctx, org, a.Id, "x", [32]byte{}, now, now, now), proto.CodeAgentRevoked)
+		wantCode(t, s.InsertCertificate(ctx, org, a.Id, "x", "ca", [32]byte{}, now, now, now), proto.CodeAgentRevoked)
 	})
 }
 

@@ -406,6 +406,28 @@ func (s *Server) ShowCA(context.Context, *connect.Request[posternv1.ShowCAReques
 	return respond(&posternv1.ShowCAResponse{Authorities: []*posternv1.Authority{{Fingerprint: strings.Repeat("ab", 32), Subject: "CN=Postern CA", NotBefore: at(0, 0), NotAfter: at(23, 0), State: "active"}}}, nil)
 }
 
+// caStatus is what a rotation under way is like.
+func caStatus(stage string) *posternv1.CAStatus {
+	return &posternv1.CAStatus{
+		Stage: stage, TakesOver: at(1, 0), BehindTotal: 1, Keys: 2,
+		Authorities: []*posternv1.Authority{{Fingerprint: strings.Repeat("ab", 32), Subject: "CN=Postern CA", NotBefore: at(0, 0), NotAfter: at(23, 0), State: "active"}},
+		Behind:      []*posternv1.AgentOfAuthority{{Organization: "default", Agent: "berlin", Online: true, LastSeen: at(2, 0), CertificateExpires: at(3, 0)}},
+	}
+}
+
+// RotateCA implements CAService.
+func (s *Server) RotateCA(_ context.Context, r *connect.Request[posternv1.RotateCARequest]) (*connect.Response[posternv1.CAStatus], error) {
+	if r.Msg.Force {
+		return respond[posternv1.CAStatus](nil, proto.Errorf(proto.CodeInvalid, "there is no old certificate authority to drop"))
+	}
+	return respond(caStatus("announced"), nil)
+}
+
+// GetCAStatus implements CAService.
+func (s *Server) GetCAStatus(context.Context, *connect.Request[posternv1.GetCAStatusRequest]) (*connect.Response[posternv1.CAStatus], error) {
+	return respond(caStatus("renewing"), nil)
+}
+
 // decode reads a JSON request without protojson's help, as any program may send
 // it.
 func decode(r *http.Request) (sql string, fields map[string]any, err error) {

@@ -3439,6 +3439,273 @@ func (x *Authority) GetCertificate() string {
 	return ""
 }
 
+type RotateCARequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Drop the old authority now, whoever depends on it.
+	Force         bool `protobuf:"varint,1,opt,name=force,proto3" json:"force,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateCARequest) Reset() {
+	*x = RotateCARequest{}
+	mi := &file_postern_v1_api_proto_msgTypes[59]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateCARequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateCARequest) ProtoMessage() {}
+
+func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[59]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateCARequest.ProtoReflect.Descriptor instead.
+func (*RotateCARequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{59}
+}
+
+func (x *RotateCARequest) GetForce() bool {
+	if x != nil {
+		return x.Force
+	}
+	return false
+}
+
+type GetCAStatusRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetCAStatusRequest) Reset() {
+	*x = GetCAStatusRequest{}
+	mi := &file_postern_v1_api_proto_msgTypes[60]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetCAStatusRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetCAStatusRequest) ProtoMessage() {}
+
+func (x *GetCAStatusRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[60]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetCAStatusRequest.ProtoReflect.Descriptor instead.
+func (*GetCAStatusRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{60}
+}
+
+// CAStatus is how far a rotation of the certificate authority is.
+type CAStatus struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// stable: there is one authority. announced: the new one is trusted, and issues from
+	// takes_over on. renewing: it issues, and the old one is trusted until nobody
+	// depends on it.
+	Stage       string                 `protobuf:"bytes,1,opt,name=stage,proto3" json:"stage,omitempty"`
+	Authorities []*Authority           `protobuf:"bytes,2,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	TakesOver   *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=takes_over,json=takesOver,proto3" json:"takes_over,omitempty"`
+	// Agents whose certificate is of another authority than the active one, at most
+	// 1000, by organization and name.
+	Behind []*AgentOfAuthority `protobuf:"bytes,4,rep,name=behind,proto3" json:"behind,omitempty"`
+	// How many there are.
+	BehindTotal uint64 `protobuf:"varint,5,opt,name=behind_total,json=behindTotal,proto3" json:"behind_total,omitempty"`
+	// Registration keys that can be used and have the old authority's fingerprint.
+	Keys          uint64 `protobuf:"varint,6,opt,name=keys,proto3" json:"keys,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CAStatus) Reset() {
+	*x = CAStatus{}
+	mi := &file_postern_v1_api_proto_msgTypes[61]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CAStatus) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CAStatus) ProtoMessage() {}
+
+func (x *CAStatus) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[61]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CAStatus.ProtoReflect.Descriptor instead.
+func (*CAStatus) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{61}
+}
+
+func (x *CAStatus) GetStage() string {
+	if x != nil {
+		return x.Stage
+	}
+	return ""
+}
+
+func (x *CAStatus) GetAuthorities() []*Authority {
+	if x != nil {
+		return x.Authorities
+	}
+	return nil
+}
+
+func (x *CAStatus) GetTakesOver() *timestamppb.Timestamp {
+	if x != nil {
+		return x.TakesOver
+	}
+	return nil
+}
+
+func (x *CAStatus) GetBehind() []*AgentOfAuthority {
+	if x != nil {
+		return x.Behind
+	}
+	return nil
+}
+
+func (x *CAStatus) GetBehindTotal() uint64 {
+	if x != nil {
+		return x.BehindTotal
+	}
+	return 0
+}
+
+func (x *CAStatus) GetKeys() uint64 {
+	if x != nil {
+		return x.Keys
+	}
+	return 0
+}
+
+// AgentOfAuthority is an agent that depends on an authority.
+type AgentOfAuthority struct {
+	state        protoimpl.MessageState `protogen:"open.v1"`
+	Organization string                 `protobuf:"bytes,1,opt,name=organization,proto3" json:"organization,omitempty"`
+	Agent        string                 `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
+	AgentId      string                 `protobuf:"bytes,3,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
+	// SHA-256 of the authority's certificate.
+	Authority          string                 `protobuf:"bytes,4,opt,name=authority,proto3" json:"authority,omitempty"`
+	Online             bool                   `protobuf:"varint,5,opt,name=online,proto3" json:"online,omitempty"`
+	LastSeen           *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=last_seen,json=lastSeen,proto3" json:"last_seen,omitempty"`
+	CertificateExpires *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=certificate_expires,json=certificateExpires,proto3" json:"certificate_expires,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
+}
+
+func (x *AgentOfAuthority) Reset() {
+	*x = AgentOfAuthority{}
+	mi := &file_postern_v1_api_proto_msgTypes[62]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AgentOfAuthority) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AgentOfAuthority) ProtoMessage() {}
+
+func (x *AgentOfAuthority) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[62]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AgentOfAuthority.ProtoReflect.Descriptor instead.
+func (*AgentOfAuthority) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{62}
+}
+
+func (x *AgentOfAuthority) GetOrganization() string {
+	if x != nil {
+		return x.Organization
+	}
+	return ""
+}
+
+func (x *AgentOfAuthority) GetAgent() string {
+	if x != nil {
+		return x.Agent
+	}
+	return ""
+}
+
+func (x *AgentOfAuthority) GetAgentId() string {
+	if x != nil {
+		return x.AgentId
+	}
+	return ""
+}
+
+func (x *AgentOfAuthority) GetAuthority() string {
+	if x != nil {
+		return x.Authority
+	}
+	return ""
+}
+
+func (x *AgentOfAuthority) GetOnline() bool {
+	if x != nil {
+		return x.Online
+	}
+	return false
+}
+
+func (x *AgentOfAuthority) GetLastSeen() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LastSeen
+	}
+	return nil
+}
+
+func (x *AgentOfAuthority) GetCertificateExpires() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CertificateExpires
+	}
+	return nil
+}
+
 var File_postern_v1_api_proto protoreflect.FileDescriptor
 
 const file_postern_v1_api_proto_rawDesc = "" +
@@ -3684,7 +3951,26 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"not_before\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\tnotBefore\x127\n" +
 	"\tnot_after\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\bnotAfter\x12\x14\n" +
 	"\x05state\x18\x05 \x01(\tR\x05state\x12 \n" +
-	"\vcertificate\x18\x06 \x01(\tR\vcertificate2T\n" +
+	"\vcertificate\x18\x06 \x01(\tR\vcertificate\"'\n" +
+	"\x0fRotateCARequest\x12\x14\n" +
+	"\x05force\x18\x01 \x01(\bR\x05force\"\x14\n" +
+	"\x12GetCAStatusRequest\"\x81\x02\n" +
+	"\bCAStatus\x12\x14\n" +
+	"\x05stage\x18\x01 \x01(\tR\x05stage\x127\n" +
+	"\vauthorities\x18\x02 \x03(\v2\x15.postern.v1.AuthorityR\vauthorities\x129\n" +
+	"\n" +
+	"takes_over\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\ttakesOver\x124\n" +
+	"\x06behind\x18\x04 \x03(\v2\x1c.postern.v1.AgentOfAuthorityR\x06behind\x12!\n" +
+	"\fbehind_total\x18\x05 \x01(\x04R\vbehindTotal\x12\x12\n" +
+	"\x04keys\x18\x06 \x01(\x04R\x04keys\"\xa3\x02\n" +
+	"\x10AgentOfAuthority\x12\"\n" +
+	"\forganization\x18\x01 \x01(\tR\forganization\x12\x14\n" +
+	"\x05agent\x18\x02 \x01(\tR\x05agent\x12\x19\n" +
+	"\bagent_id\x18\x03 \x01(\tR\aagentId\x12\x1c\n" +
+	"\tauthority\x18\x04 \x01(\tR\tauthority\x12\x16\n" +
+	"\x06online\x18\x05 \x01(\bR\x06online\x127\n" +
+	"\tlast_seen\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12K\n" +
+	"\x13certificate_expires\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires2T\n" +
 	"\x0fIdentityService\x12A\n" +
 	"\x06WhoAmI\x12\x19.postern.v1.WhoAmIRequest\x1a\x1a.postern.v1.WhoAmIResponse\"\x002\x81\x02\n" +
 	"\fTokenService\x12P\n" +
@@ -3721,9 +4007,11 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\x13OrganizationService\x12e\n" +
 	"\x12CreateOrganization\x12%.postern.v1.CreateOrganizationRequest\x1a&.postern.v1.CreateOrganizationResponse\"\x00\x12b\n" +
 	"\x11ListOrganizations\x12$.postern.v1.ListOrganizationsRequest\x1a%.postern.v1.ListOrganizationsResponse\"\x00\x12t\n" +
-	"\x17SetOrganizationDisabled\x12*.postern.v1.SetOrganizationDisabledRequest\x1a+.postern.v1.SetOrganizationDisabledResponse\"\x002N\n" +
+	"\x17SetOrganizationDisabled\x12*.postern.v1.SetOrganizationDisabledRequest\x1a+.postern.v1.SetOrganizationDisabledResponse\"\x002\xd6\x01\n" +
 	"\tCAService\x12A\n" +
-	"\x06ShowCA\x12\x19.postern.v1.ShowCARequest\x1a\x1a.postern.v1.ShowCAResponse\"\x00B;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
+	"\x06ShowCA\x12\x19.postern.v1.ShowCARequest\x1a\x1a.postern.v1.ShowCAResponse\"\x00\x12?\n" +
+	"\bRotateCA\x12\x1b.postern.v1.RotateCARequest\x1a\x14.postern.v1.CAStatus\"\x00\x12E\n" +
+	"\vGetCAStatus\x12\x1e.postern.v1.GetCAStatusRequest\x1a\x14.postern.v1.CAStatus\"\x00B;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
 
 var (
 	file_postern_v1_api_proto_rawDescOnce sync.Once
@@ -3737,7 +4025,7 @@ func file_postern_v1_api_proto_rawDescGZIP() []byte {
 	return file_postern_v1_api_proto_rawDescData
 }
 
-var file_postern_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
+var file_postern_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 66)
 var file_postern_v1_api_proto_goTypes = []any{
 	(*WhoAmIRequest)(nil),                   // 0: postern.v1.WhoAmIRequest
 	(*WhoAmIResponse)(nil),                  // 1: postern.v1.WhoAmIResponse
@@ -3798,139 +4086,152 @@ var file_postern_v1_api_proto_goTypes = []any{
 	(*ShowCARequest)(nil),                   // 56: postern.v1.ShowCARequest
 	(*ShowCAResponse)(nil),                  // 57: postern.v1.ShowCAResponse
 	(*Authority)(nil),                       // 58: postern.v1.Authority
-	nil,                                     // 59: postern.v1.Key.LabelsEntry
-	nil,                                     // 60: postern.v1.CreateKeyRequest.LabelsEntry
-	nil,                                     // 61: postern.v1.Agent.LabelsEntry
-	(*timestamppb.Timestamp)(nil),           // 62: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),             // 63: google.protobuf.Duration
-	(*SourceInfo)(nil),                      // 64: postern.v1.SourceInfo
-	(*CatalogSchema)(nil),                   // 65: postern.v1.CatalogSchema
-	(*CatalogTable)(nil),                    // 66: postern.v1.CatalogTable
-	(*CatalogFunction)(nil),                 // 67: postern.v1.CatalogFunction
-	(*CatalogType)(nil),                     // 68: postern.v1.CatalogType
-	(*CatalogSequence)(nil),                 // 69: postern.v1.CatalogSequence
-	(*Parameter)(nil),                       // 70: postern.v1.Parameter
-	(Explain)(0),                            // 71: postern.v1.Explain
-	(*SQLSession)(nil),                      // 72: postern.v1.SQLSession
-	(*ErrorDetail)(nil),                     // 73: postern.v1.ErrorDetail
-	(*KeptRows)(nil),                        // 74: postern.v1.KeptRows
-	(*CheckSourceResponse)(nil),             // 75: postern.v1.CheckSourceResponse
+	(*RotateCARequest)(nil),                 // 59: postern.v1.RotateCARequest
+	(*GetCAStatusRequest)(nil),              // 60: postern.v1.GetCAStatusRequest
+	(*CAStatus)(nil),                        // 61: postern.v1.CAStatus
+	(*AgentOfAuthority)(nil),                // 62: postern.v1.AgentOfAuthority
+	nil,                                     // 63: postern.v1.Key.LabelsEntry
+	nil,                                     // 64: postern.v1.CreateKeyRequest.LabelsEntry
+	nil,                                     // 65: postern.v1.Agent.LabelsEntry
+	(*timestamppb.Timestamp)(nil),           // 66: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),             // 67: google.protobuf.Duration
+	(*SourceInfo)(nil),                      // 68: postern.v1.SourceInfo
+	(*CatalogSchema)(nil),                   // 69: postern.v1.CatalogSchema
+	(*CatalogTable)(nil),                    // 70: postern.v1.CatalogTable
+	(*CatalogFunction)(nil),                 // 71: postern.v1.CatalogFunction
+	(*CatalogType)(nil),                     // 72: postern.v1.CatalogType
+	(*CatalogSequence)(nil),                 // 73: postern.v1.CatalogSequence
+	(*Parameter)(nil),                       // 74: postern.v1.Parameter
+	(Explain)(0),                            // 75: postern.v1.Explain
+	(*SQLSession)(nil),                      // 76: postern.v1.SQLSession
+	(*ErrorDetail)(nil),                     // 77: postern.v1.ErrorDetail
+	(*KeptRows)(nil),                        // 78: postern.v1.KeptRows
+	(*CheckSourceResponse)(nil),             // 79: postern.v1.CheckSourceResponse
 }
 var file_postern_v1_api_proto_depIdxs = []int32{
-	62, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
-	62, // 1: postern.v1.Token.created:type_name -> google.protobuf.Timestamp
-	62, // 2: postern.v1.Token.expires:type_name -> google.protobuf.Timestamp
-	62, // 3: postern.v1.Token.revoked:type_name -> google.protobuf.Timestamp
-	62, // 4: postern.v1.Token.last_used:type_name -> google.protobuf.Timestamp
-	63, // 5: postern.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	66, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
+	66, // 1: postern.v1.Token.created:type_name -> google.protobuf.Timestamp
+	66, // 2: postern.v1.Token.expires:type_name -> google.protobuf.Timestamp
+	66, // 3: postern.v1.Token.revoked:type_name -> google.protobuf.Timestamp
+	66, // 4: postern.v1.Token.last_used:type_name -> google.protobuf.Timestamp
+	67, // 5: postern.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
 	2,  // 6: postern.v1.CreateTokenResponse.token:type_name -> postern.v1.Token
 	2,  // 7: postern.v1.ListTokensResponse.tokens:type_name -> postern.v1.Token
 	2,  // 8: postern.v1.RevokeTokenResponse.token:type_name -> postern.v1.Token
-	59, // 9: postern.v1.Key.labels:type_name -> postern.v1.Key.LabelsEntry
-	62, // 10: postern.v1.Key.created:type_name -> google.protobuf.Timestamp
-	62, // 11: postern.v1.Key.expires:type_name -> google.protobuf.Timestamp
-	62, // 12: postern.v1.Key.revoked:type_name -> google.protobuf.Timestamp
-	63, // 13: postern.v1.CreateKeyRequest.ttl:type_name -> google.protobuf.Duration
-	60, // 14: postern.v1.CreateKeyRequest.labels:type_name -> postern.v1.CreateKeyRequest.LabelsEntry
+	63, // 9: postern.v1.Key.labels:type_name -> postern.v1.Key.LabelsEntry
+	66, // 10: postern.v1.Key.created:type_name -> google.protobuf.Timestamp
+	66, // 11: postern.v1.Key.expires:type_name -> google.protobuf.Timestamp
+	66, // 12: postern.v1.Key.revoked:type_name -> google.protobuf.Timestamp
+	67, // 13: postern.v1.CreateKeyRequest.ttl:type_name -> google.protobuf.Duration
+	64, // 14: postern.v1.CreateKeyRequest.labels:type_name -> postern.v1.CreateKeyRequest.LabelsEntry
 	9,  // 15: postern.v1.CreateKeyResponse.key:type_name -> postern.v1.Key
 	9,  // 16: postern.v1.ListKeysResponse.keys:type_name -> postern.v1.Key
 	9,  // 17: postern.v1.RevokeKeyResponse.key:type_name -> postern.v1.Key
-	61, // 18: postern.v1.Agent.labels:type_name -> postern.v1.Agent.LabelsEntry
-	62, // 19: postern.v1.Agent.registered:type_name -> google.protobuf.Timestamp
-	62, // 20: postern.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
-	62, // 21: postern.v1.Agent.revoked:type_name -> google.protobuf.Timestamp
-	62, // 22: postern.v1.Agent.certificate_expires:type_name -> google.protobuf.Timestamp
-	64, // 23: postern.v1.Agent.sources:type_name -> postern.v1.SourceInfo
-	63, // 24: postern.v1.Agent.round_trip:type_name -> google.protobuf.Duration
+	65, // 18: postern.v1.Agent.labels:type_name -> postern.v1.Agent.LabelsEntry
+	66, // 19: postern.v1.Agent.registered:type_name -> google.protobuf.Timestamp
+	66, // 20: postern.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
+	66, // 21: postern.v1.Agent.revoked:type_name -> google.protobuf.Timestamp
+	66, // 22: postern.v1.Agent.certificate_expires:type_name -> google.protobuf.Timestamp
+	68, // 23: postern.v1.Agent.sources:type_name -> postern.v1.SourceInfo
+	67, // 24: postern.v1.Agent.round_trip:type_name -> google.protobuf.Duration
 	17, // 25: postern.v1.Agent.link_events:type_name -> postern.v1.LinkEvent
-	62, // 26: postern.v1.LinkEvent.time:type_name -> google.protobuf.Timestamp
+	66, // 26: postern.v1.LinkEvent.time:type_name -> google.protobuf.Timestamp
 	16, // 27: postern.v1.ListAgentsResponse.agents:type_name -> postern.v1.Agent
 	16, // 28: postern.v1.GetAgentResponse.agent:type_name -> postern.v1.Agent
 	16, // 29: postern.v1.RevokeAgentResponse.agent:type_name -> postern.v1.Agent
-	64, // 30: postern.v1.OrganizationSource.source:type_name -> postern.v1.SourceInfo
+	68, // 30: postern.v1.OrganizationSource.source:type_name -> postern.v1.SourceInfo
 	25, // 31: postern.v1.ListOrganizationSourcesResponse.sources:type_name -> postern.v1.OrganizationSource
-	65, // 32: postern.v1.IntrospectSourceResponse.schemas:type_name -> postern.v1.CatalogSchema
-	66, // 33: postern.v1.IntrospectSourceResponse.tables:type_name -> postern.v1.CatalogTable
-	67, // 34: postern.v1.IntrospectSourceResponse.functions:type_name -> postern.v1.CatalogFunction
-	62, // 35: postern.v1.IntrospectSourceResponse.refreshed:type_name -> google.protobuf.Timestamp
-	68, // 36: postern.v1.IntrospectSourceResponse.types:type_name -> postern.v1.CatalogType
-	69, // 37: postern.v1.IntrospectSourceResponse.sequences:type_name -> postern.v1.CatalogSequence
-	63, // 38: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
-	70, // 39: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
-	71, // 40: postern.v1.RunSQLRequest.explain:type_name -> postern.v1.Explain
-	63, // 41: postern.v1.OpenSQLSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
-	72, // 42: postern.v1.OpenSQLSessionResponse.session:type_name -> postern.v1.SQLSession
-	72, // 43: postern.v1.ListSQLSessionsResponse.sessions:type_name -> postern.v1.SQLSession
-	62, // 44: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
-	63, // 45: postern.v1.Query.duration:type_name -> google.protobuf.Duration
-	73, // 46: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
+	69, // 32: postern.v1.IntrospectSourceResponse.schemas:type_name -> postern.v1.CatalogSchema
+	70, // 33: postern.v1.IntrospectSourceResponse.tables:type_name -> postern.v1.CatalogTable
+	71, // 34: postern.v1.IntrospectSourceResponse.functions:type_name -> postern.v1.CatalogFunction
+	66, // 35: postern.v1.IntrospectSourceResponse.refreshed:type_name -> google.protobuf.Timestamp
+	72, // 36: postern.v1.IntrospectSourceResponse.types:type_name -> postern.v1.CatalogType
+	73, // 37: postern.v1.IntrospectSourceResponse.sequences:type_name -> postern.v1.CatalogSequence
+	67, // 38: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
+	74, // 39: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
+	75, // 40: postern.v1.RunSQLRequest.explain:type_name -> postern.v1.Explain
+	67, // 41: postern.v1.OpenSQLSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
+	76, // 42: postern.v1.OpenSQLSessionResponse.session:type_name -> postern.v1.SQLSession
+	76, // 43: postern.v1.ListSQLSessionsResponse.sessions:type_name -> postern.v1.SQLSession
+	66, // 44: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
+	67, // 45: postern.v1.Query.duration:type_name -> google.protobuf.Duration
+	77, // 46: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
 	37, // 47: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
 	37, // 48: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
-	74, // 49: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
+	78, // 49: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
 	37, // 50: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
 	48, // 51: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
-	62, // 52: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
+	66, // 52: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
 	49, // 53: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
 	49, // 54: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
 	49, // 55: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
 	58, // 56: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
-	62, // 57: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	62, // 58: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	0,  // 59: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
-	3,  // 60: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
-	5,  // 61: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
-	7,  // 62: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
-	10, // 63: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
-	12, // 64: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
-	14, // 65: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
-	18, // 66: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
-	20, // 67: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
-	22, // 68: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
-	24, // 69: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
-	27, // 70: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
-	28, // 71: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
-	31, // 72: postern.v1.SessionService.OpenSession:input_type -> postern.v1.OpenSQLSessionRequest
-	33, // 73: postern.v1.SessionService.CloseSession:input_type -> postern.v1.CloseSQLSessionRequest
-	35, // 74: postern.v1.SessionService.ListSessions:input_type -> postern.v1.ListSQLSessionsRequest
-	38, // 75: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
-	40, // 76: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
-	42, // 77: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
-	44, // 78: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
-	46, // 79: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
-	50, // 80: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
-	52, // 81: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
-	54, // 82: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
-	56, // 83: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
-	1,  // 84: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
-	4,  // 85: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
-	6,  // 86: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
-	8,  // 87: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
-	11, // 88: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
-	13, // 89: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
-	15, // 90: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
-	19, // 91: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
-	21, // 92: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
-	23, // 93: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
-	26, // 94: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
-	75, // 95: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	29, // 96: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
-	32, // 97: postern.v1.SessionService.OpenSession:output_type -> postern.v1.OpenSQLSessionResponse
-	34, // 98: postern.v1.SessionService.CloseSession:output_type -> postern.v1.CloseSQLSessionResponse
-	36, // 99: postern.v1.SessionService.ListSessions:output_type -> postern.v1.ListSQLSessionsResponse
-	39, // 100: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
-	41, // 101: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
-	43, // 102: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
-	45, // 103: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
-	47, // 104: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
-	51, // 105: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
-	53, // 106: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
-	55, // 107: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
-	57, // 108: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
-	84, // [84:109] is the sub-list for method output_type
-	59, // [59:84] is the sub-list for method input_type
-	59, // [59:59] is the sub-list for extension type_name
-	59, // [59:59] is the sub-list for extension extendee
-	0,  // [0:59] is the sub-list for field type_name
+	66, // 57: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	66, // 58: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	58, // 59: postern.v1.CAStatus.authorities:type_name -> postern.v1.Authority
+	66, // 60: postern.v1.CAStatus.takes_over:type_name -> google.protobuf.Timestamp
+	62, // 61: postern.v1.CAStatus.behind:type_name -> postern.v1.AgentOfAuthority
+	66, // 62: postern.v1.AgentOfAuthority.last_seen:type_name -> google.protobuf.Timestamp
+	66, // 63: postern.v1.AgentOfAuthority.certificate_expires:type_name -> google.protobuf.Timestamp
+	0,  // 64: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
+	3,  // 65: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
+	5,  // 66: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
+	7,  // 67: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
+	10, // 68: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
+	12, // 69: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
+	14, // 70: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
+	18, // 71: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
+	20, // 72: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
+	22, // 73: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
+	24, // 74: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
+	27, // 75: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
+	28, // 76: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
+	31, // 77: postern.v1.SessionService.OpenSession:input_type -> postern.v1.OpenSQLSessionRequest
+	33, // 78: postern.v1.SessionService.CloseSession:input_type -> postern.v1.CloseSQLSessionRequest
+	35, // 79: postern.v1.SessionService.ListSessions:input_type -> postern.v1.ListSQLSessionsRequest
+	38, // 80: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
+	40, // 81: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
+	42, // 82: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
+	44, // 83: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
+	46, // 84: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
+	50, // 85: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
+	52, // 86: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
+	54, // 87: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
+	56, // 88: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
+	59, // 89: postern.v1.CAService.RotateCA:input_type -> postern.v1.RotateCARequest
+	60, // 90: postern.v1.CAService.GetCAStatus:input_type -> postern.v1.GetCAStatusRequest
+	1,  // 91: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
+	4,  // 92: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
+	6,  // 93: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
+	8,  // 94: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
+	11, // 95: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
+	13, // 96: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
+	15, // 97: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
+	19, // 98: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
+	21, // 99: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
+	23, // 100: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
+	26, // 101: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
+	79, // 102: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	29, // 103: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
+	32, // 104: postern.v1.SessionService.OpenSession:output_type -> postern.v1.OpenSQLSessionResponse
+	34, // 105: postern.v1.SessionService.CloseSession:output_type -> postern.v1.CloseSQLSessionResponse
+	36, // 106: postern.v1.SessionService.ListSessions:output_type -> postern.v1.ListSQLSessionsResponse
+	39, // 107: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
+	41, // 108: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
+	43, // 109: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
+	45, // 110: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
+	47, // 111: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
+	51, // 112: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
+	53, // 113: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
+	55, // 114: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
+	57, // 115: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
+	61, // 116: postern.v1.CAService.RotateCA:output_type -> postern.v1.CAStatus
+	61, // 117: postern.v1.CAService.GetCAStatus:output_type -> postern.v1.CAStatus
+	91, // [91:118] is the sub-list for method output_type
+	64, // [64:91] is the sub-list for method input_type
+	64, // [64:64] is the sub-list for extension type_name
+	64, // [64:64] is the sub-list for extension extendee
+	0,  // [0:64] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_api_proto_init() }
@@ -3947,7 +4248,7 @@ func file_postern_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_api_proto_rawDesc), len(file_postern_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   62,
+			NumMessages:   66,
 			NumExtensions: 0,
 			NumServices:   10,
 		},

@@ -433,7 +433,9 @@ type HelloResponse struct {
 	// The newest head of this agent's chain that the control plane holds.
 	KnownAuditHead *AuditHead `protobuf:"bytes,7,opt,name=known_audit_head,json=knownAuditHead,proto3" json:"known_audit_head,omitempty"`
 	// Every CA to trust; DER.
-	Authorities   [][]byte `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	Authorities [][]byte `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
+	// The certificate is of an authority that goes: renew it now.
+	RenewIdentity bool `protobuf:"varint,9,opt,name=renew_identity,json=renewIdentity,proto3" json:"renew_identity,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -522,6 +524,13 @@ func (x *HelloResponse) GetAuthorities() [][]byte {
 		return x.Authorities
 	}
 	return nil
+}
+
+func (x *HelloResponse) GetRenewIdentity() bool {
+	if x != nil {
+		return x.RenewIdentity
+	}
+	return false
 }
 
 type UpdateInventoryRequest struct {
@@ -1174,7 +1183,7 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"audit_head\x18\x06 \x01(\v2\x15.postern.v1.AuditHeadR\tauditHead\x12*\n" +
 	"\x11first_since_start\x18\a \x01(\bR\x0ffirstSinceStart\x12#\n" +
 	"\ropen_sessions\x18\b \x01(\rR\fopenSessions\x12\x18\n" +
-	"\akernels\x18\t \x01(\rR\akernels\"\xd5\x02\n" +
+	"\akernels\x18\t \x01(\rR\akernels\"\xfc\x02\n" +
 	"\rHelloResponse\x125\n" +
 	"\aversion\x18\x01 \x01(\v2\x1b.postern.v1.ProtocolVersionR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12\x19\n" +
@@ -1184,7 +1193,8 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"\vserver_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
 	"serverTime\x12?\n" +
 	"\x10known_audit_head\x18\a \x01(\v2\x15.postern.v1.AuditHeadR\x0eknownAuditHead\x12 \n" +
-	"\vauthorities\x18\b \x03(\fR\vauthorities\"J\n" +
+	"\vauthorities\x18\b \x03(\fR\vauthorities\x12%\n" +
+	"\x0erenew_identity\x18\t \x01(\bR\rrenewIdentity\"J\n" +
 	"\x16UpdateInventoryRequest\x120\n" +
 	"\asources\x18\x01 \x03(\v2\x16.postern.v1.SourceInfoR\asources\"\x19\n" +
 	"\x17UpdateInventoryResponse\"X\n" +

@@ -116,6 +116,10 @@ const (
 	OrganizationServiceSetOrganizationDisabledProcedure = "/postern.v1.OrganizationService/SetOrganizationDisabled"
 	// CAServiceShowCAProcedure is the fully-qualified name of the CAService's ShowCA RPC.
 	CAServiceShowCAProcedure = "/postern.v1.CAService/ShowCA"
+	// CAServiceRotateCAProcedure is the fully-qualified name of the CAService's RotateCA RPC.
+	CAServiceRotateCAProcedure = "/postern.v1.CAService/RotateCA"
+	// CAServiceGetCAStatusProcedure is the fully-qualified name of the CAService's GetCAStatus RPC.
+	CAServiceGetCAStatusProcedure = "/postern.v1.CAService/GetCAStatus"
 )
 
 // IdentityServiceClient is a client for the postern.v1.IdentityService service.
@@ -1147,6 +1151,10 @@ func (UnimplementedOrganizationServiceHandler) SetOrganizationDisabled(context.C
 // CAServiceClient is a client for the postern.v1.CAService service.
 type CAServiceClient interface {
 	ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error)
+	// RotateCA begins a rotation, or goes on with one; for operators of the installation.
+	RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.CAStatus], error)
+	// GetCAStatus tells how far a rotation is; for operators of the installation.
+	GetCAStatus(context.Context, *connect.Request[v1.GetCAStatusRequest]) (*connect.Response[v1.CAStatus], error)
 }
 
 // NewCAServiceClient constructs a client for the postern.v1.CAService service. By default, it uses
@@ -1166,12 +1174,26 @@ func NewCAServiceClient(httpClient connect.HTTPClient, baseURL string, opts ...c
 			connect.WithSchema(cAServiceMethods.ByName("ShowCA")),
 			connect.WithClientOptions(opts...),
 		),
+		rotateCA: connect.NewClient[v1.RotateCARequest, v1.CAStatus](
+			httpClient,
+			baseURL+CAServiceRotateCAProcedure,
+			connect.WithSchema(cAServiceMethods.ByName("RotateCA")),
+			connect.WithClientOptions(opts...),
+		),
+		getCAStatus: connect.NewClient[v1.GetCAStatusRequest, v1.CAStatus](
+			httpClient,
+			baseURL+CAServiceGetCAStatusProcedure,
+			connect.WithSchema(cAServiceMethods.ByName("GetCAStatus")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // cAServiceClient implements CAServiceClient.
 type cAServiceClient struct {
-	showCA *connect.Client[v1.ShowCARequest, v1.ShowCAResponse]
+	showCA      *connect.Client[v1.ShowCARequest, v1.ShowCAResponse]
+	rotateCA    *connect.Client[v1.RotateCARequest, v1.CAStatus]
+	getCAStatus *connect.Client[v1.GetCAStatusRequest, v1.CAStatus]
 }
 
 // ShowCA calls postern.v1.CAService.ShowCA.
@@ -1179,9 +1201,23 @@ func (c *cAServiceClient) ShowCA(ctx context.Context, req *connect.Request[v1.Sh
 	return c.showCA.CallUnary(ctx, req)
 }
 
+// RotateCA calls postern.v1.CAService.RotateCA.
+func (c *cAServiceClient) RotateCA(ctx context.Context, req *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.CAStatus], error) {
+	return c.rotateCA.CallUnary(ctx, req)
+}
+
+// GetCAStatus calls postern.v1.CAService.GetCAStatus.
+func (c *cAServiceClient) GetCAStatus(ctx context.Context, req *connect.Request[v1.GetCAStatusRequest]) (*connect.Response[v1.CAStatus], error) {
+	return c.getCAStatus.CallUnary(ctx, req)
+}
+
 // CAServiceHandler is an implementation of the postern.v1.CAService service.
 type CAServiceHandler interface {
 	ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error)
+	// RotateCA begins a rotation, or goes on with one; for operators of the installation.
+	RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.CAStatus], error)
+	// GetCAStatus tells how far a rotation is; for operators of the installation.
+	GetCAStatus(context.Context, *connect.Request[v1.GetCAStatusRequest]) (*connect.Response[v1.CAStatus], error)
 }
 
 // NewCAServiceHandler builds an HTTP handler from the service implementation. It returns the path
@@ -1197,10 +1233,26 @@ func NewCAServiceHandler(svc CAServiceHandler, opts ...connect.HandlerOption) (s
 		connect.WithSchema(cAServiceMethods.ByName("ShowCA")),
 		connect.WithHandlerOptions(opts...),
 	)
+	cAServiceRotateCAHandler := connect.NewUnaryHandler(
+		CAServiceRotateCAProcedure,
+		svc.RotateCA,
+		connect.WithSchema(cAServiceMethods.ByName("RotateCA")),
+		connect.WithHandlerOptions(opts...),
+	)
+	cAServiceGetCAStatusHandler := connect.NewUnaryHandler(
+		CAServiceGetCAStatusProcedure,
+		svc.GetCAStatus,
+		connect.WithSchema(cAServiceMethods.ByName("GetCAStatus")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/postern.v1.CAService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case CAServiceShowCAProcedure:
 			cAServiceShowCAHandler.ServeHTTP(w, r)
+		case CAServiceRotateCAProcedure:
+			cAServiceRotateCAHandler.ServeHTTP(w, r)
+		case CAServiceGetCAStatusProcedure:
+			cAServiceGetCAStatusHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -1212,4 +1264,12 @@ type UnimplementedCAServiceHandler struct{}
 
 func (UnimplementedCAServiceHandler) ShowCA(context.Context, *connect.Request[v1.ShowCARequest]) (*connect.Response[v1.ShowCAResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.CAService.ShowCA is not implemented"))
+}
+
+func (UnimplementedCAServiceHandler) RotateCA(context.Context, *connect.Request[v1.RotateCARequest]) (*connect.Response[v1.CAStatus], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.CAService.RotateCA is not implemented"))
+}
+
+func (UnimplementedCAServiceHandler) GetCAStatus(context.Context, *connect.Request[v1.GetCAStatusRequest]) (*connect.Response[v1.CAStatus], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.CAService.GetCAStatus is not implemented"))
 }
