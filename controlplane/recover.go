@@ -21,11 +21,11 @@ import (
 // errKilled is how queries end whose control plane died.
 var errKilled = proto.Errorf(proto.CodeUnavailable, "the control plane died while the query was under way; its host cancelled it in the database")
 
-// recoverQueries ends what this control plane left running when it was killed:
-// each query gets the audit entry that it would have got at its end. The entries
-// come first, so a second kill may repeat one but never loses one.
-func recoverQueries(ctx context.Context, s *store.Store, log *audit.Log, logger *slog.Logger) error {
-	lost, err := s.LostQueries(ctx)
+// recoverQueries ends what a control plane left running when it was killed, this one or
+// another replica: each query gets the audit entry that it would have got at its
+// end. The entries come first, so a second kill may repeat one but never loses one.
+func recoverQueries(ctx context.Context, s *store.Store, log *audit.Log, logger *slog.Logger, replica string) error {
+	lost, err := s.LostQueriesOf(ctx, replica)
 	if err != nil || len(lost) == 0 {
 		return err
 	}
@@ -41,8 +41,8 @@ func recoverQueries(ctx context.Context, s *store.Store, log *audit.Log, logger 
 			}
 		}
 	}
-	n, err := s.FailRunningQueries(ctx, proto.Detail(errKilled), time.Now())
-	logger.Warn("queries of a killed control plane ended", "queries", n)
+	n, err := s.FailRunningQueriesOf(ctx, replica, proto.Detail(errKilled), time.Now())
+	logger.Warn("queries of a killed control plane ended", "replica", replica, "queries", n)
 	return err
 }
 

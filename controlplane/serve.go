@@ -35,6 +35,12 @@ type Options struct {
 	// Blob is where the contents of files are: a directory, or s3://BUCKET?...; empty means
 	// the directory blob in Data.
 	Blob string
+	// PeerListen is the address for other control planes on the same database; empty means
+	// that there are none. PeerAdvertise is the https URL under which they reach it.
+	PeerListen, PeerAdvertise string
+	// DrainDelay is how long everything is still served at a stop, while /readyz
+	// already fails.
+	DrainDelay time.Duration
 	// HistoryAge is how long queries and their rows are kept.
 	HistoryAge time.Duration
 	// DrainTimeout bounds how long requests under way may take to end at a stop.
@@ -56,6 +62,9 @@ func (o Options) Validate() error {
 		return errors.New("--history-age must be at least 1m")
 	case o.DrainTimeout < 0:
 		return errors.New("--drain-timeout cannot be negative")
+	}
+	if err := o.validatePeers(); err != nil {
+		return err
 	}
 	if err := blob.Validate(o.Blob); err != nil {
 		return fmt.Errorf("--blob: %w", err)
@@ -94,12 +103,16 @@ Without --tls-cert it speaks plain HTTP: put a TLS-terminating proxy in front of
 anything but a lab. Agents authenticate every byte by themselves either way, but
 API tokens and results of users need that TLS.
 
+With --peer-listen several control planes share one PostgreSQL and one object store
+behind a load balancer; each has a DIR of its own with the same master.key.
+
 With --pg-listen clients of PostgreSQL connect with user=TOKENNAME, the API token as
 the password and dbname=AGENT/SOURCE.`,
 		Example: `  controlplane serve --data /var/lib/postern
   controlplane serve --data /var/lib/postern --listen 0.0.0.0:443 --tls-cert cert.pem --tls-key key.pem
   controlplane serve --data /var/lib/postern --listen 0.0.0.0:443 --pg-listen 0.0.0.0:5432 --tls-cert cert.pem --tls-key key.pem
-  controlplane serve --data /var/lib/postern --database postgres://postern@db/postern --database-password-file /etc/postern/db.pw`,
+  controlplane serve --data /var/lib/postern --database postgres://postern@db/postern --database-password-file /etc/postern/db.pw
+  controlplane serve --data /var/lib/postern --database postgres://postern@db/postern --blob s3://postern --listen 0.0.0.0:8080 --peer-listen 10.0.0.5:9443`,
 		Args: usageArgs(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := o.Validate(); err != nil {
@@ -126,6 +139,9 @@ the password and dbname=AGENT/SOURCE.`,
 	f.StringVar(&o.Database, "database", "", "PostgreSQL for the metadata, postgres://user@host/db; default SQLite in --data")
 	f.StringVar(&o.DatabasePasswordFile, "database-password-file", "", "file with that database's password; may change at any time")
 	f.StringVar(&o.Blob, "blob", "", "where contents of files are kept: a directory, or s3://BUCKET?region=R&endpoint=URL&prefix=P/; default: the directory blob in --data")
+	f.StringVar(&o.PeerListen, "peer-listen", "", "address for other control planes on the same --database, such as 10.0.0.5:9443; none if empty")
+	f.StringVar(&o.PeerAdvertise, "peer-advertise", "", "https://HOST:PORT under which the others reach --peer-listen; default: that address")
+	f.DurationVar(&o.DrainDelay, "drain-delay", 0, "how long everything is still served at a stop while /readyz already fails, for load balancers that ask it")
 	f.DurationVar(&o.HistoryAge, "history-age", store.DefaultHistoryAge, "how long queries and the rows kept with them stay in the history")
 	f.DurationVar(&o.DrainTimeout, "drain-timeout", 30*time.Second, "how long requests under way may take to end at a stop")
 	f.StringVar(&o.LogLevel, "log-level", "info", "debug, info, warn or error")

@@ -67,6 +67,7 @@ const (
 type Server struct {
 	options Options
 	log     *slog.Logger
+	replica string // the name of this control plane among those on the same database
 
 	store     *store.Store
 	ca        *pki.Authority
@@ -88,12 +89,15 @@ type Server struct {
 	notebooks *notebook.Service
 	tunnels   *tunnel.Server
 	events    *linkEvents
+	replicas  *replicas // nil without --peer-listen: this is the only control plane
 	http      *http.Server
 
 	lock       *os.File // held on DATA for as long as this runs
-	listener   net.Listener
+	listener   *drainingListener
 	pgListener net.Listener // nil without --pg-listen
-	draining   atomic.Bool
+	// draining is set when the stop begins, refusing when nothing new may begin; alone
+	// in its installation, a control plane refuses at once.
+	draining, refusing atomic.Bool
 }
 
 // NewServer opens the store and the CA and listens. Run serves; if Run is not
@@ -134,7 +138,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 		Store: s.store, CA: s.ca, Audit: s.audit, Logger: s.log,
 		Failures: ratelimit.New(joinRate, joinBurst), Renewals: ratelimit.New(renewRate, renewBurst),
 	})
-	if err := recoverQueries(ctx, s.store, s.audit, s.log); err != nil {
+	if err := recoverQueries(ctx, s.store, s.audit, s.log, s.replica); err != nil {
 		return err
 	}
 	return s.wire(ctx)
@@ -148,6 +152,7 @@ func (s *Server) openStore(ctx context.Context) (err error) {
 	if cfg.Replica, err = replicaName(s.options.Data); err != nil {
 		return err
 	}
+	s.replica = cfg.Replica
 	s.store, err = store.Open(ctx, cfg)
 	return err
 }
@@ -164,7 +169,7 @@ func (s *Server) wire(ctx context.Context) error {
 	s.catalogs = catalog.New(catalog.Config{
 		Store: s.store, Audit: s.audit, Logger: s.log, Generation: store.NewGeneration,
 		Connect: func(id string) (catalog.Agent, error) {
-			if s.draining.Load() {
+			if s.refusing.Load() {
 				return nil, errDraining
 			}
 			l, err := s.hub.Agent(id)
@@ -177,9 +182,13 @@ func (s *Server) wire(ctx context.Context) error {
 	if err := s.wireFiles(ctx, registry); err != nil {
 		return err
 	}
+	directory, err := s.newReplicas(registry)
+	if err != nil {
+		return err
+	}
 	s.hub = hub.New(hub.Config{
-		Members: members{s.files.AgentHandler()},
-		Logger:  s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions, s.outdated}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
+		Directory: directory, Members: members{s.files.AgentHandler()},
+		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions, s.outdated}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
 	})
 	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},
@@ -199,7 +208,7 @@ func (s *Server) wire(ctx context.Context) error {
 		Logger: s.log, History: s.store, Audit: queryAudit{s.audit}, Metrics: queryMetrics,
 		Find: s.store.FindAgent,
 		Connect: func(id string) (query.Agent, error) {
-			if s.draining.Load() {
+			if s.refusing.Load() {
 				return nil, errDraining
 			}
 			l, err := s.hub.Agent(id)
@@ -217,6 +226,7 @@ func (s *Server) wire(ctx context.Context) error {
 	s.pg = pgwire.New(pgwire.Config{
 		Logger: s.log, Tokens: pgTokens{s.tokens}, Permit: mayRunStatements, Find: s.store.FindAgent, Journal: pgJournal{s.journal}, TLS: s.pgTLS(),
 		Requests: requests, Cancels: ratelimit.New(cancelRate, cancelBurst), Metrics: pgwire.NewMetrics(registry),
+		CancelElsewhere: s.replicas.cancelKey,
 		Connect: func(id string) (pgwire.Agent, error) {
 			l, err := s.hub.Agent(id)
 			if err != nil {
@@ -226,12 +236,12 @@ func (s *Server) wire(ctx context.Context) error {
 		},
 	})
 	s.wireKernels(registry, requests)
-	s.http.Handler = api.New(api.Config{
+	s.http.Handler = s.lastAnswers(api.New(api.Config{
 		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks, s.secrets}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca, Rotation: rotation{s},
-		Agents: agents{s.hub, s.store, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter, Files: s.files,
+		Agents: agents{s.hub, s.store, s.replicas, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal, s.replicas}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter, Files: s.files,
 		DAV:      s.newDAV(requests),
-		Gatherer: registry, Tunnel: s.tunnels, Ready: s.ready, Requests: requests,
-	})
+		Gatherer: registry, Tunnel: s.tunnelEndpoint(), Ready: s.ready, Requests: requests,
+	}))
 	return nil
 }
 
@@ -247,7 +257,7 @@ func (s *Server) listen() error {
 	if err != nil {
 		return fmt.Errorf("--listen: %w", err)
 	}
-	s.listener = listener
+	s.listener = newDrainingListener(listener)
 	if s.options.PGListen != "" {
 		if s.pgListener, err = net.Listen("tcp", s.options.PGListen); err != nil {
 			return fmt.Errorf("--pg-listen: %w", err)
@@ -306,6 +316,9 @@ func (s *Server) Run(ctx context.Context) error {
 	work, stop := context.WithCancel(context.WithoutCancel(ctx))
 	defer stop()
 	var group errgroup.Group
+	if s.replicas != nil {
+		s.replicas.start(work, &group, stop)
+	}
 	group.Go(func() error {
 		var err error
 		if s.http.TLSConfig != nil {
@@ -349,33 +362,6 @@ func (s *Server) notify(state string) {
 	}
 }
 
-// drain lets requests under way end.
-func (s *Server) drain() {
-	s.notify(daemon.SdNotifyStopping)
-	s.notebooks.Close() // while kernels that must end with it can be reached
-	s.draining.Store(true)
-	s.log.Info("control plane draining", "agents", s.hub.Online(), "queries", s.queries.Running(), "sessions", s.pg.Sessions())
-	s.hub.Drain(time.Second, s.options.DrainTimeout)
-	s.jupyter.Close() // its clients come back by themselves, to whoever serves then
-	ctx, cancel := context.WithTimeout(context.Background(), s.options.DrainTimeout)
-	defer cancel()
-	sessions := make(chan struct{})
-	go func() {
-		defer close(sessions)
-		if err := s.pg.Drain(ctx); err != nil {
-			s.pg.Close()
-		}
-	}()
-	defer func() { <-sessions }()
-	if err := s.http.Shutdown(ctx); err != nil {
-		s.queries.CancelAll(errDraining)
-		ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-		defer cancel()
-		s.http.Shutdown(ctx) //nolint:errcheck // Close follows
-	}
-	s.http.Close() //nolint:errcheck // nothing is left to lose
-}
-
 // housekeep runs what has to be done now and then.
 func (s *Server) housekeep(ctx context.Context) {
 	recheck, slow := time.NewTicker(recheckEvery), time.NewTicker(housekeepEvery)
@@ -392,7 +378,9 @@ func (s *Server) housekeep(ctx context.Context) {
 			if err := s.store.TouchAgents(ctx, s.hub.OnlineIDs(), time.Now()); err != nil && ctx.Err() == nil {
 				s.log.Warn("last-seen times not written", "err", err)
 			}
-			s.forget(ctx)
+			if _, err := s.store.Exclusively(ctx, "history", func(ctx context.Context) error { s.forget(ctx); return nil }); err != nil && ctx.Err() == nil {
+				s.log.Warn("history not pruned", "err", err)
+			}
 		}
 	}
 }
@@ -484,6 +472,10 @@ func (s *Server) Close() error {
 	}
 	if s.tunnels != nil {
 		s.tunnels.Close()
+	}
+	if s.replicas != nil {
+		s.replicas.close()
+		s.replicas = nil
 	}
 	if s.files != nil {
 		s.files.Close()

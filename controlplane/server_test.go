@@ -500,7 +500,7 @@ func TestKilledControlPlane(t *testing.T) {
 	if err := s.store.InsertQuery(t.Context(), "org_default", "tok_x", q); err != nil {
 		t.Fatal(err)
 	}
-	if err := recoverQueries(t.Context(), s.store, s.audit, s.log); err != nil {
+	if err := recoverQueries(t.Context(), s.store, s.audit, s.log, s.replica); err != nil {
 		t.Fatal(err)
 	}
 	got, err := s.store.GetQuery(t.Context(), "org_default", "", q.Id)

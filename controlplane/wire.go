@@ -156,7 +156,14 @@ func (c catalogAgent) explain(err error) error {
 type rows struct{ server *Server }
 
 func (r *rows) ReportRows(ctx context.Context, id hub.Identity, queryID string, kept *posternv1.KeptRows) error {
-	return r.server.queries.ReportRows(ctx, id.Organization, id.Agent, queryID, kept)
+	err := r.server.queries.ReportRows(ctx, id.Organization, id.Agent, queryID, kept)
+	if proto.CodeOf(err) != proto.CodeNotFound {
+		return err
+	}
+	if found, perr := r.server.replicas.reportRows(ctx, id, queryID, kept); found {
+		return perr
+	}
+	return err
 }
 
 // tokens tells the API who calls.
@@ -189,6 +196,7 @@ func (t tokens) Authenticate(ctx context.Context, bearer, remote string) (api.Ca
 type agents struct {
 	hub       *hub.Hub
 	store     *store.Store
+	replicas  *replicas
 	joins     *registration.Service
 	tokens    *token.Service
 	pg        *pgwire.Server
@@ -202,6 +210,17 @@ func (a agents) Agent(id string) (api.LiveAgent, error) {
 		return nil, err
 	}
 	return liveAgent{l}, nil
+}
+
+func (a agents) Here(id string) api.LiveAgent {
+	if l := a.hub.Local(id); l != nil {
+		return liveAgent{l}
+	}
+	return nil
+}
+
+func (a agents) Elsewhere(ctx context.Context, organization string) (map[string]bool, error) {
+	return a.replicas.elsewhere(ctx, organization)
 }
 
 func (a agents) AuditHead(ctx context.Context, id string) (auditchain.Head, error) {
@@ -296,11 +315,25 @@ func (q queryAgent) CancelQuery(ctx context.Context, req *posternv1.CancelQueryR
 // queries runs statements for the API.
 type queries struct {
 	*query.Runner
-	journal *query.Journal
+	journal  *query.Journal
+	replicas *replicas
 }
 
 // Cancel ends a statement, of whatever client.
 func (q queries) Cancel(ctx context.Context, by *posternv1.Principal, id string, may func(owner *posternv1.Principal) error) (bool, error) {
+	if found, err := q.Runner.Cancel(ctx, by, id, may); found || err != nil {
+		return found, err
+	}
+	if found, err := q.journal.Cancel(ctx, by, id, may); found || err != nil {
+		return found, err
+	}
+	return q.replicas.cancelQuery(ctx, by, id)
+}
+
+// cancelHere is Cancel for a statement that runs at this replica, when another one has
+// decided that it may be.
+func (q queries) cancelHere(ctx context.Context, by *posternv1.Principal, id string) (bool, error) {
+	may := func(*posternv1.Principal) error { return nil }
 	if found, err := q.Runner.Cancel(ctx, by, id, may); found || err != nil {
 		return found, err
 	}

@@ -95,20 +95,29 @@ type members struct{ http.Handler }
 
 func (members) Serves(path string) bool { return workspace.IsAgentPath(path) }
 
+// tidyFiles does that once; what fails is logged, and done the next time.
+func (s *Server) tidyFiles(ctx context.Context) error {
+	if err := s.files.Keep(ctx); err != nil && ctx.Err() == nil {
+		s.log.Warn("workspaces not tidied up", "err", err)
+	}
+	n, err := s.blobs.Collect(ctx)
+	switch {
+	case err != nil && !errors.Is(err, context.Canceled) && ctx.Err() == nil:
+		s.log.Warn("unused chunks not collected", "err", err)
+	case n > 0:
+		s.log.Info("unused chunks collected", "objects", n)
+	}
+	return nil
+}
+
 // collectFiles removes what files no longer need, now and then, until ctx ends.
 func (s *Server) collectFiles(ctx context.Context) {
 	ticker := time.NewTicker(collectEvery)
 	defer ticker.Stop()
 	for {
-		if err := s.files.Keep(ctx); err != nil && ctx.Err() == nil {
+		// Of several replicas one does it at a time.
+		if _, err := s.store.Exclusively(ctx, "files", s.tidyFiles); err != nil && ctx.Err() == nil {
 			s.log.Warn("workspaces not tidied up", "err", err)
-		}
-		n, err := s.blobs.Collect(ctx)
-		switch {
-		case err != nil && !errors.Is(err, context.Canceled) && ctx.Err() == nil:
-			s.log.Warn("unused chunks not collected", "err", err)
-		case n > 0:
-			s.log.Info("unused chunks collected", "objects", n)
 		}
 		select {
 		case <-ctx.Done():

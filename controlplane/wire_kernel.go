@@ -34,7 +34,7 @@ func (s *Server) wireKernels(registry prometheus.Registerer, requests *ratelimit
 		Secrets: kernelSecrets{s.secrets}, Logger: s.log, Store: kernelStore{s.store}, Append: s.audit.Append,
 		Operator: func(role string) bool { return token.Role(role).Includes(token.Operator) },
 		Connect: func(id string) (kernel.Agent, error) {
-			if s.draining.Load() {
+			if s.refusing.Load() {
 				return nil, errDraining
 			}
 			l, err := s.hub.Agent(id)

@@ -34,7 +34,7 @@ func (s *Server) newSecrets() *secret.Service {
 			return s.ca.Box("secrets of organization " + organization)
 		},
 		Connect: func(id string) (secret.Agent, error) {
-			if s.draining.Load() {
+			if s.refusing.Load() {
 				return nil, errDraining
 			}
 			l, err := s.hub.Agent(id)

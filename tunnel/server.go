@@ -151,6 +151,19 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.handshake(w, r)
 }
 
+// Joins tells of a request for the endpoint whether it is for a further lane of a tunnel,
+// the tunnel's id in hex, and whether that tunnel is up here. Several servers behind one
+// load balancer pass on to each other what is not theirs.
+func (s *Server) Joins(r *http.Request) (id string, here bool) {
+	b, err := hex.DecodeString(r.Header.Get(tunnelHeader))
+	if err != nil || len(b) != idSize {
+		return "", false
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return formatID([idSize]byte(b)), s.tunnels[[idSize]byte(b)] != nil
+}
+
 // maxJoining is how many further lanes of one tunnel may be in their handshakes
 // beside those that the gate lets in.
 const maxJoining = 8

@@ -19,13 +19,24 @@ const agentTime = 30 * time.Second
 
 // live adds what only the tunnel knows.
 func (a *API) live(agent *posternv1.Agent) {
-	l, err := a.cfg.Agents.Agent(agent.Id)
-	if err != nil {
+	l := a.cfg.Agents.Here(agent.Id)
+	if l == nil {
 		return
 	}
 	agent.Online = true
 	agent.RemoteAddress = l.RemoteAddress()
 	agent.RoundTrip = durationpb.New(l.RTT())
+}
+
+// liveAll does it for some agents of an organization, and says of those with a tunnel to
+// another replica that they are online.
+func (a *API) liveAll(ctx context.Context, organization string, agents ...*posternv1.Agent) error {
+	elsewhere, err := a.cfg.Agents.Elsewhere(ctx, organization)
+	for _, agent := range agents {
+		agent.Online = elsewhere[agent.Id]
+		a.live(agent)
+	}
+	return err
 }
 
 // reach returns an agent of the caller's organization and its tunnel.
@@ -45,8 +56,8 @@ func (a *API) reach(ctx context.Context, c Caller, name string) (*posternv1.Agen
 func (a *API) ListAgents(ctx context.Context, _ *connect.Request[posternv1.ListAgentsRequest]) (*connect.Response[posternv1.ListAgentsResponse], error) {
 	return call(ctx, a, func(c Caller) (*posternv1.ListAgentsResponse, error) {
 		agents, err := a.cfg.Store.ListAgents(ctx, c.Organization)
-		for _, agent := range agents {
-			a.live(agent)
+		if err == nil {
+			err = a.liveAll(ctx, c.Organization, agents...)
 		}
 		return &posternv1.ListAgentsResponse{Agents: agents}, err
 	})
@@ -59,7 +70,9 @@ func (a *API) GetAgent(ctx context.Context, req *connect.Request[posternv1.GetAg
 		if err != nil {
 			return nil, err
 		}
-		a.live(agent)
+		if err := a.liveAll(ctx, c.Organization, agent); err != nil {
+			return nil, err
+		}
 		return &posternv1.GetAgentResponse{Agent: agent}, nil
 	})
 }

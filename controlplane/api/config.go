@@ -111,6 +111,10 @@ type LiveAgent interface {
 type Agents interface {
 	// Agent returns AGENT_OFFLINE for one without a tunnel.
 	Agent(id string) (LiveAgent, error)
+	// Here is Agent for one whose tunnel ends at this replica; nil for all others.
+	Here(id string) LiveAgent
+	// Elsewhere tells which agents of an organization have a tunnel to another replica.
+	Elsewhere(ctx context.Context, organization string) (map[string]bool, error)
 	// AuditHead is the newest head of the agent's chain that it has reported.
 	AuditHead(ctx context.Context, id string) (auditchain.Head, error)
 	Disconnect(id string)

@@ -31,12 +31,14 @@ func (s sources) ListSources(ctx context.Context, req *connect.Request[posternv1
 		if err != nil {
 			return nil, err
 		}
+		if err := a.liveAll(ctx, c.Organization, agents...); err != nil {
+			return nil, err
+		}
 		resp := &posternv1.ListOrganizationSourcesResponse{}
 		for _, agent := range agents {
 			if agent.Revoked != nil {
 				continue
 			}
-			a.live(agent)
 			for _, source := range agent.Sources {
 				resp.Sources = append(resp.Sources, &posternv1.OrganizationSource{Agent: agent.Name, Online: agent.Online, Source: source})
 			}

@@ -4,12 +4,15 @@ import (
 	"context"
 	"crypto/tls"
 	"log/slog"
+	"net"
 	"net/http"
+	"time"
 
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/tunnel"
 )
 
-// Config is what a hub needs. All fields but Metrics and Members are required.
+// Config is what a hub needs. All fields but Metrics, Members and Directory are required.
 type Config struct {
 	Logger  *slog.Logger
 	Gate    Gate
@@ -20,6 +23,32 @@ type Config struct {
 	Metrics *Metrics
 	// Members is optional: what else agents may ask for on their tunnels.
 	Members Members
+	// Directory is optional: where agents are that are not here. nil: nowhere.
+	Directory Directory
+}
+
+// Directory is what several control planes know together of where agents are.
+type Directory interface {
+	// Attach notes that an agent's newest tunnel is here and returns its generation:
+	// the highest one is right. The agent hears nothing before Attach returns, and a
+	// request for it finds it here from then on, at whatever replica.
+	Attach(ctx context.Context, id Identity, tunnelID string) (generation int64, err error)
+	// Detach notes that this tunnel has ended. It must not block.
+	Detach(id Identity, generation int64)
+	// Find returns where the newest tunnel of an agent is, if that is another replica;
+	// AGENT_OFFLINE if it has none.
+	Find(ctx context.Context, agent string) (*Place, error)
+}
+
+// Place is where an agent's tunnel is.
+type Place struct {
+	// Organization and Agent are ids, Name is the agent's name.
+	Organization, Agent, Name string
+	Generation                int64
+	Since                     time.Time
+	// Open opens a stream on the tunnel; ctx bounds the opening. AGENT_OFFLINE means
+	// that it is not there any more, and nothing was sent.
+	Open func(ctx context.Context, class tunnel.Class) (net.Conn, error)
 }
 
 // Members serves attached agents beyond LinkService. MemberOf tells its handler who asks.

@@ -58,12 +58,14 @@ type Hub struct {
 	mu     sync.Mutex // guards what follows; held for memory only
 	agents map[string]*Link
 	peers  map[*peer]struct{}
-	closed bool
+	// elsewhere are links at other replicas that are in use or were a moment ago, by agent.
+	elsewhere map[string]*Link
+	closed    bool
 }
 
 // New returns a hub. Close ends it.
 func New(cfg Config) *Hub {
-	h := &Hub{cfg: cfg, log: cfg.Logger, agents: map[string]*Link{}, peers: map[*peer]struct{}{}}
+	h := &Hub{cfg: cfg, log: cfg.Logger, agents: map[string]*Link{}, peers: map[*peer]struct{}{}, elsewhere: map[string]*Link{}}
 	h.server = &http.Server{
 		Handler:           h.routes(),
 		ReadHeaderTimeout: 20 * time.Second,
@@ -172,30 +174,35 @@ func (h *Hub) refuse(t *tunnel.Tunnel, reason error) {
 	<-t.Done()
 }
 
-// attach makes p the agent's tunnel; an older one ends.
-func (h *Hub) attach(p *peer, name string) *Link {
-	l := newLink(p, name)
+// attach makes p the agent's tunnel; an older one ends. generation is the directory's.
+func (h *Hub) attach(p *peer, name string, generation int64) {
+	l := h.newLink(p, name, generation)
 	h.mu.Lock()
 	old := h.agents[p.id.Agent]
 	if p.link != nil { // hello said twice on one tunnel
-		l = p.link
 		h.mu.Unlock()
-		return l
+		return
 	}
 	p.link = l
-	h.agents[p.id.Agent] = l
+	late := old != nil && old.Generation > generation
+	if !late {
+		h.agents[p.id.Agent] = l
+	}
 	online := len(h.agents)
 	h.mu.Unlock()
 	p.timer.Stop()
 	h.cfg.Metrics.attached(online)
-	if old != nil && old.peer != p {
+	switch {
+	case late: // a newer one said hello while this one did
+		l.retire(ErrReplaced)
+		return
+	case old != nil && old.peer != p:
 		// The agent moves by itself (make before break) or has lost the old
 		// tunnel without our knowing: requests under way get a moment to end.
 		old.retire(ErrReplaced)
 	}
 	h.log.Info("agent attached", "agent", name, "agent_id", p.id.Agent, "remote", p.tunnel.RemoteAddr().String())
 	h.cfg.Events.LinkUp(p.id, p.tunnel.RemoteAddr().String())
-	return l
 }
 
 func (h *Hub) detach(p *peer) {
@@ -212,6 +219,9 @@ func (h *Hub) detach(p *peer) {
 		return
 	}
 	l.close()
+	if h.cfg.Directory != nil {
+		h.cfg.Directory.Detach(p.id, l.Generation)
+	}
 	cause := p.tunnel.Err()
 	h.cfg.Metrics.detached(online, cause)
 	if current {
@@ -221,15 +231,30 @@ func (h *Hub) detach(p *peer) {
 	}
 }
 
-// Agent returns the link of the agent with this id; AGENT_OFFLINE if it has none.
+// Agent returns the link of the agent with this id, wherever its tunnel is; AGENT_OFFLINE
+// if it has none.
 func (h *Hub) Agent(id string) (*Link, error) {
-	h.mu.Lock()
-	l := h.agents[id]
-	h.mu.Unlock()
-	if l == nil {
-		return nil, proto.Errorf(proto.CodeAgentOffline, "the agent is offline: it has no tunnel to this control plane at present")
+	l := h.local(id)
+	if h.cfg.Directory == nil || l != nil && !l.leaving() {
+		if l == nil {
+			return nil, errOffline
+		}
+		return l, nil
 	}
-	return l, nil
+	there, err := h.find(id)
+	if err != nil && l != nil {
+		return l, nil // it works for as long as it is there
+	}
+	return there, err
+}
+
+// errOffline is returned for an agent without a tunnel.
+var errOffline = proto.Errorf(proto.CodeAgentOffline, "the agent is offline: it has no tunnel to this control plane at present")
+
+func (h *Hub) local(id string) *Link {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.agents[id]
 }
 
 // Disconnect ends the tunnels of an agent, attached or not.
@@ -290,16 +315,17 @@ func (h *Hub) Move(agent string, after time.Duration, reason string) bool {
 	return tell
 }
 
-// Drain tells every agent to move within deadline; requests under way go on.
-func (h *Hub) Drain(reconnectAfter, deadline time.Duration) {
+// Drain tells every agent to move: the first after that long, the others evenly spread over
+// spread; requests under way go on until deadline.
+func (h *Hub) Drain(after, spread, deadline time.Duration) {
 	h.mu.Lock()
 	links := make([]*Link, 0, len(h.agents))
 	for _, l := range h.agents {
 		links = append(links, l)
 	}
 	h.mu.Unlock()
-	for _, l := range links {
-		l.peer.tunnel.GoAway(reconnectAfter, deadline, "the control plane is restarting")
+	for i, l := range links {
+		l.peer.tunnel.GoAway(after+spread*time.Duration(i)/time.Duration(len(links)), deadline, "the control plane is restarting")
 	}
 }
 

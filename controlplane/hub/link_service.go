@@ -167,7 +167,9 @@ func (s linkService) Hello(ctx context.Context, req *connect.Request[posternv1.H
 		resp.Features = proto.CommonFeatures(proto.Features(), req.Msg.Features)
 		resp.AgentId = p.id.Agent
 		resp.ServerTime = timestamppb.Now()
-		s.hub.attach(p, resp.Name)
+		if err := s.hub.join(ctx, p, resp.Name); err != nil {
+			return nil, err
+		}
 		return resp, nil
 	})
 }

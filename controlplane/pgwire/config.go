@@ -25,6 +25,9 @@ type Config struct {
 	// TLS is for clients that ask for it; ServerName and the like are theirs. Nil
 	// means that there is none, and that only this machine's clients are served.
 	TLS *tls.Config
+	// CancelElsewhere passes a cancel request that fits no session here to other replicas,
+	// and reports whether it fitted one there; optional.
+	CancelElsewhere func(ctx context.Context, rest []byte) bool
 	// Requests bounds the connections a second of each token, by its id; Cancels the
 	// cancel requests of each address that fit no session.
 	Requests Limiter

@@ -277,20 +277,34 @@ func (s *Server) cancelRequest(rest []byte, host string) {
 		s.cfg.Metrics.cancel("limited")
 		return
 	}
-	one := s.keys.find(rest)
-	if one == nil {
-		s.cfg.Cancels.Take(from)
-		s.cfg.Metrics.cancel("unknown")
-		return
-	}
 	ctx, cancel := context.WithTimeout(context.Background(), cancelTime)
 	defer cancel()
+	if s.CancelKey(ctx, rest) {
+		return
+	}
+	if s.cfg.CancelElsewhere != nil && len(rest) >= minCancelRest && s.cfg.CancelElsewhere(ctx, rest) {
+		s.cfg.Metrics.cancel("forwarded")
+		return
+	}
+	s.cfg.Cancels.Take(from)
+	s.cfg.Metrics.cancel("unknown")
+}
+
+// CancelKey ends what the session runs that the body of a CancelRequest is for: process
+// and secret as that session's client was told. It reports whether there is such a
+// session here.
+func (s *Server) CancelKey(ctx context.Context, rest []byte) bool {
+	one := s.keys.find(rest)
+	if one == nil {
+		return false
+	}
 	if err := one.cancel(ctx, one.info.ID, one.info.Principal); err != nil {
 		s.cfg.Metrics.cancel("failed")
 		s.log.Info("cancel request not passed on", "session", one.info.ID, "agent", one.info.Agent, "err", err)
-		return
+		return true
 	}
 	s.cfg.Metrics.cancel("sent")
+	return true
 }
 
 // newSessionID names a session; it is a query's name in form, as the host's

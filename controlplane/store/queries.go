@@ -137,9 +137,14 @@ func (s *Store) FinishQuery(ctx context.Context, org string, q *posternv1.Query)
 // Config.Replica left running when it died, by organization; call it at start,
 // before the first query, and FailRunningQueries when they are dealt with.
 func (s *Store) LostQueries(ctx context.Context) (map[string][]*posternv1.Query, error) {
+	return s.LostQueriesOf(ctx, s.replica)
+}
+
+// LostQueriesOf is LostQueries for a replica that is dead.
+func (s *Store) LostQueriesOf(ctx context.Context, replica string) (map[string][]*posternv1.Query, error) {
 	lost := map[string][]*posternv1.Query{}
 	rows, err := s.reader().query(ctx, "SELECT q.organization, "+queryColumns+" FROM queries q WHERE q.state = 'running' AND q.replica = ? "+
-		"UNION ALL SELECT q.organization, "+strings.Replace(queryColumns, "q.started", "q.started / 1000", 1)+" FROM wire_queries q WHERE q.state = 'running' AND q.replica = ?", s.replica, s.replica)
+		"UNION ALL SELECT q.organization, "+strings.Replace(queryColumns, "q.started", "q.started / 1000", 1)+" FROM wire_queries q WHERE q.state = 'running' AND q.replica = ?", replica, replica)
 	_, err = collect(ctx, s, "list lost queries", rows, err, func(rows *sql.Rows) (*posternv1.Query, error) {
 		var org string
 		var r queryRow
@@ -157,6 +162,11 @@ func (s *Store) LostQueries(ctx context.Context) (map[string][]*posternv1.Query,
 // left running when it died; call it at start, before the first query. It
 // returns their number.
 func (s *Store) FailRunningQueries(ctx context.Context, why *posternv1.ErrorDetail, now time.Time) (int, error) {
+	return s.FailRunningQueriesOf(ctx, s.replica, why, now)
+}
+
+// FailRunningQueriesOf is FailRunningQueries for a replica that is dead.
+func (s *Store) FailRunningQueriesOf(ctx context.Context, replica string, why *posternv1.ErrorDetail, now time.Time) (int, error) {
 	failure, err := encodeFailure(why)
 	if err != nil {
 		return 0, err
@@ -170,7 +180,7 @@ func (s *Store) FailRunningQueries(ctx context.Context, why *posternv1.ErrorDeta
 			unit int   // microseconds
 		}{{"queries", millis(now), 1000}, {"wire_queries", now.UnixMicro(), 1}} {
 			some, err := tx.exec(ctx, "UPDATE "+table.name+` SET state = 'failed', error = ?, duration = (CASE WHEN started < ? THEN (? - started) * ? ELSE 0 END)
-				WHERE state = 'running' AND replica = ?`, failure, table.now, table.now, table.unit, s.replica)
+				WHERE state = 'running' AND replica = ?`, failure, table.now, table.now, table.unit, replica)
 			if err != nil {
 				return err
 			}
