@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"os/signal"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -24,6 +22,7 @@ import (
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/proto/rowfmt"
+	"github.com/postern-dev/postern/proto/sqlsplit"
 )
 
 const (
@@ -50,7 +49,7 @@ type shell struct {
 
 	session     string // "" is none
 	transaction string // none, open or failed
-	lines       splitter
+	lines       *sqlsplit.Splitter
 	variables   map[string]*posternv1.Parameter
 	format      rowfmt.Format
 	expanded    bool
@@ -113,10 +112,10 @@ func (a *app) shell(ctx context.Context, args []string, o sqlOptions) error {
 	if !s.interactive {
 		defer context.AfterFunc(ctx, leave)()
 	}
+	defer s.leave()
 	if err := s.open(work); err != nil {
 		return err
 	}
-	defer s.leave()
 	if s.interactive {
 		return s.converse(work)
 	}
@@ -141,7 +140,35 @@ func (s *shell) open(ctx context.Context) error {
 		return err
 	}
 	s.session, s.transaction = resp.Msg.Session.GetId(), "none"
+	engine, err := s.engine(ctx)
+	if err != nil {
+		return err
+	}
+	// What waits was fed by the rules of before: a source that has another engine now
+	// gets its next statement from the beginning.
+	if s.lines == nil || s.lines.Engine() != engine {
+		s.lines = sqlsplit.New(engine)
+	}
 	return nil
+}
+
+// engine asks which engine the source has, whose rules say where a statement ends.
+func (s *shell) engine(ctx context.Context) (sqlsplit.Engine, error) {
+	resp, err := s.client.Sources.ListSources(ctx, connect.NewRequest(&posternv1.ListOrganizationSourcesRequest{Agent: s.agent}))
+	if err != nil {
+		return "", err
+	}
+	for _, o := range resp.Msg.Sources {
+		if o.Source.GetName() != s.source {
+			continue
+		}
+		engine, err := sqlsplit.ParseEngine(o.Source.Engine)
+		if err != nil {
+			return "", fmt.Errorf("data source %s/%s: %w: update postern", s.agent, s.source, err)
+		}
+		return engine, nil
+	}
+	return "", fmt.Errorf("data source %s/%s is not listed yet, and so its engine is not known: try again, or see postern source list", s.agent, s.source)
 }
 
 // leave closes the session; what goes wrong is left to its idle timeout.
@@ -187,14 +214,14 @@ func (s *shell) converse(ctx context.Context) error {
 		line, err := s.editor.Prompt(s.prompt())
 		switch {
 		case errors.Is(err, liner.ErrPromptAborted):
-			if s.lines.empty() && time.Since(aborted) < twice {
+			if s.lines.Empty() && time.Since(aborted) < twice {
 				return nil
 			}
 			aborted = time.Now()
-			if s.lines.empty() {
+			if s.lines.Empty() {
 				s.app.info("Ctrl-C again, \\q or Ctrl-D to leave")
 			}
-			s.lines.reset()
+			s.lines.Reset()
 			continue
 		case errors.Is(err, io.EOF):
 			fmt.Fprintln(s.app.stdout) //nolint:errcheck // the terminal is gone otherwise
@@ -203,7 +230,7 @@ func (s *shell) converse(ctx context.Context) error {
 			return fmt.Errorf("read from the terminal: %w", err)
 		}
 		aborted = time.Time{}
-		first := s.lines.empty()
+		first := s.lines.Empty()
 		err = s.line(ctx, line+"\n", func(text string) {
 			for _, e := range s.history.add(text) {
 				s.editor.AppendHistory(e)
@@ -224,7 +251,7 @@ func (s *shell) converse(ctx context.Context) error {
 // prompt shows where we are, the transaction and what is open in the statement.
 func (s *shell) prompt() string {
 	mark := map[string]string{"open": "*", "failed": "!"}[s.transaction]
-	return safe(s.agent) + "/" + safe(s.source) + mark + s.lines.mark() + "> "
+	return safe(s.agent) + "/" + safe(s.source) + mark + s.lines.Mark() + "> "
 }
 
 // signals makes Ctrl-C cancel the statement under way, and SIGTERM and SIGHUP leave
@@ -288,11 +315,11 @@ func (s *shell) read(ctx context.Context, r io.Reader, name string) error {
 		}
 	}
 	// The last statement needs no semicolon.
-	if s.lines.state == '\'' || s.lines.state == '"' || s.lines.state == '$' {
+	if s.lines.Quoted() {
 		return usagef("%s ends within quotes", name)
 	}
-	last := s.lines.pending()
-	s.lines.reset()
+	last := s.lines.Pending()
+	s.lines.Reset()
 	if last == "" {
 		return nil
 	}
@@ -317,17 +344,17 @@ func readLine(in *bufio.Reader) (string, error) {
 // line takes one line: a command of ours, or a part of statements, which run when
 // they are complete. keep is told what belongs into the history.
 func (s *shell) line(ctx context.Context, text string, keep func(string), _ bool) error {
-	if trimmed := strings.TrimSpace(text); strings.HasPrefix(trimmed, `\`) && s.lines.state == 0 {
+	if trimmed := strings.TrimSpace(text); strings.HasPrefix(trimmed, `\`) && s.lines.Open() == 0 {
 		keep(strings.TrimRight(text, "\r\n"))
 		return s.command(ctx, trimmed)
 	}
-	before := s.lines.text.String()
-	statements := s.lines.feed(text)
-	if s.lines.text.Len() > maxQuery {
-		s.lines.reset()
+	before := s.lines.Text()
+	statements := s.lines.Feed(text)
+	if s.lines.Len() > maxQuery {
+		s.lines.Reset()
 		return usagef("the statement has more than 1 MiB: load data in another way, or split it")
 	}
-	if s.lines.empty() {
+	if s.lines.Empty() {
 		keep(strings.TrimRight(before+text, "\r\n"))
 	}
 	for _, statement := range statements {
@@ -362,7 +389,7 @@ func (s *shell) statement(ctx context.Context, text string, explain posternv1.Ex
 	if s.options.timeout > 0 {
 		run.statement.Timeout = durationpb.New(s.options.timeout)
 	}
-	for _, name := range slices.Sorted(maps.Keys(placeholders(text))) {
+	for _, name := range sqlsplit.Placeholders(s.lines.Engine(), text) {
 		if p := s.variables[name]; p != nil {
 			run.statement.Parameters = append(run.statement.Parameters, p)
 		}

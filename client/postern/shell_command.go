@@ -45,7 +45,7 @@ func (s *shell) command(ctx context.Context, text string) error {
 	case `\?`:
 		s.app.info("%s", shellHelp)
 	case `\r`:
-		s.lines.reset()
+		s.lines.Reset()
 	case `\x`:
 		return s.toggle(&s.expanded, args, "expanded display")
 	case `\timing`:
@@ -122,7 +122,7 @@ func (s *shell) toggle(what *bool, args []string, name string) error {
 func (s *shell) describe(ctx context.Context, pattern string) error {
 	r := &posternv1.IntrospectSourceRequest{Agent: s.agent, Source: s.source}
 	if pattern != "" {
-		pattern = strings.TrimSuffix(strings.ReplaceAll(pattern, `"`, ""), ";")
+		pattern = strings.TrimSuffix(strings.NewReplacer(`"`, "", "`", "").Replace(pattern), ";")
 		if schema, table, ok := strings.Cut(pattern, "."); ok {
 			r.Schema, r.Table = schema, table
 		} else {
@@ -176,7 +176,7 @@ func (s *shell) include(ctx context.Context, name string) error {
 	if s.includes >= maxIncludes {
 		return usagef(`\i goes %d files deep at most`, maxIncludes)
 	}
-	if !s.lines.empty() {
+	if !s.lines.Empty() {
 		return usagef(`\i within a statement makes no sense: end it with a semicolon first`)
 	}
 	f, err := os.Open(name)
@@ -190,7 +190,7 @@ func (s *shell) include(ctx context.Context, name string) error {
 	defer f.Close() //nolint:errcheck // it was only read
 	s.includes++
 	defer func() { s.includes-- }()
-	defer s.lines.reset()
+	defer func() { s.lines.Reset() }()
 	return s.read(ctx, f, name)
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/postern-dev/postern/client"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/sqlsplit"
 )
 
 const (
@@ -136,7 +137,7 @@ func (n *names) columnsOf(table string) []string {
 func (s *shell) complete(line string, pos int) (head string, offers []string, tail string) {
 	runes := []rune(line)
 	before, tail := string(runes[:pos]), string(runes[pos:])
-	start := strings.LastIndexFunc(before, func(r rune) bool { return !wordRune(r) && r != '.' && r != '\\' && r != '"' }) + 1
+	start := strings.LastIndexFunc(before, func(r rune) bool { return !wordRune(r) && r != '.' && r != '\\' && r != '"' && r != '`' }) + 1
 	for start < len(before) && before[start]&0xc0 == 0x80 {
 		start++
 	}
@@ -148,7 +149,7 @@ func (s *shell) complete(line string, pos int) (head string, offers []string, ta
 	case strings.HasPrefix(strings.TrimSpace(head), `\format`):
 		candidates = []string{"table", "csv", "json", "ndjson"}
 	default:
-		candidates = s.words(s.lines.text.String()+before, word)
+		candidates = s.words(s.lines.Text()+before, word)
 	}
 	for _, c := range candidates {
 		if len(offers) == maxOffered {
@@ -161,7 +162,9 @@ func (s *shell) complete(line string, pos int) (head string, offers []string, ta
 	return head, offers, tail
 }
 
-func wordRune(r rune) bool { return r < 0x80 && wordByte(byte(r)) || r >= 0x80 || r == '$' }
+func wordRune(r rune) bool {
+	return r == '_' || r == '$' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r >= 0x80
+}
 
 // words are what may stand at the end of a statement that begins with text.
 func (s *shell) words(text, word string) []string {
@@ -169,6 +172,7 @@ func (s *shell) words(text, word string) []string {
 	s.names.mu.Lock()
 	schemas, tables, others := s.names.schemas, s.names.tables, s.names.others
 	s.names.mu.Unlock()
+	engine := s.lines.Engine()
 	mentioned := make(map[string]bool)
 	for _, w := range strings.FieldsFunc(strings.ToLower(text), func(r rune) bool { return !wordRune(r) }) {
 		mentioned[w] = true
@@ -177,17 +181,17 @@ func (s *shell) words(text, word string) []string {
 	if qualifier, _, ok := strings.Cut(word, "."); ok {
 		for _, t := range tables {
 			if strings.EqualFold(t[0], qualifier) {
-				out = append(out, quoteName(t[0])+"."+quoteName(t[1]))
+				out = append(out, quoteName(engine, t[0])+"."+quoteName(engine, t[1]))
 			}
 			if strings.EqualFold(t[1], qualifier) {
 				for _, c := range s.names.columnsOf(t[1]) {
-					out = append(out, qualifier+"."+quoteName(c))
+					out = append(out, qualifier+"."+quoteName(engine, c))
 				}
 			}
 		}
 		for _, t := range others {
 			if strings.EqualFold(t[0], qualifier) {
-				out = append(out, quoteName(t[0])+"."+quoteName(t[1]))
+				out = append(out, quoteName(engine, t[0])+"."+quoteName(engine, t[1]))
 			}
 		}
 		return out
@@ -195,18 +199,18 @@ func (s *shell) words(text, word string) []string {
 	for _, t := range tables {
 		if mentioned[strings.ToLower(t[1])] {
 			for _, c := range s.names.columnsOf(t[1]) {
-				out = append(out, quoteName(c))
+				out = append(out, quoteName(engine, c))
 			}
 		}
 	}
 	for _, t := range tables {
-		out = append(out, quoteName(t[1]))
+		out = append(out, quoteName(engine, t[1]))
 	}
 	for _, t := range others {
-		out = append(out, quoteName(t[1]))
+		out = append(out, quoteName(engine, t[1]))
 	}
 	for _, name := range schemas {
-		out = append(out, quoteName(name)+".")
+		out = append(out, quoteName(engine, name)+".")
 	}
 	for _, k := range keywords {
 		if word != "" && word == strings.ToUpper(word) {
@@ -217,17 +221,21 @@ func (s *shell) words(text, word string) []string {
 	return out
 }
 
-// quoteName writes a name as a statement must have it. What could drive the terminal
-// is not offered as it is.
-func quoteName(name string) string {
+// quoteName writes a name as a statement must have it: MySQL takes double quotes for
+// those of a text. What could drive the terminal is not offered as it is.
+func quoteName(engine sqlsplit.Engine, name string) string {
 	plain := name != "" && (name[0] < '0' || name[0] > '9')
 	for _, r := range name {
-		plain = plain && (r == '_' || r >= 'a' && r <= 'z' || r >= '0' && r <= '9')
+		plain = plain && (r == '_' || r >= 'a' && r <= 'z' || r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' && engine != sqlsplit.Postgres)
 	}
-	if plain && !slices.Contains(keywords, name) {
+	if plain && !slices.Contains(keywords, strings.ToLower(name)) {
 		return name
 	}
-	return safe(`"` + strings.ReplaceAll(name, `"`, `""`) + `"`)
+	q := `"`
+	if engine == sqlsplit.MySQL {
+		q = "`"
+	}
+	return safe(q + strings.ReplaceAll(name, q, q+q) + q)
 }
 
 var keywords = strings.Fields(`all alter analyze and any array as asc begin between by case cast close coalesce commit copy create cross current_date

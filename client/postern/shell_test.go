@@ -4,93 +4,12 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
-	"sort"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/postern-dev/postern/proto/sqlsplit"
 )
-
-func TestSplitter(t *testing.T) {
-	tests := []struct {
-		name, text string
-		want       []string
-		pending    string
-		mark       string
-	}{
-		{"plain", "select 1; select 2;", []string{"select 1", "select 2"}, "", "="},
-		{"lines", "select\n1\n;", []string{"select\n1"}, "", "="},
-		{"open", "select 1", nil, "select 1", "-"},
-		{"quotes", `select ';', ";", 'it''s;';`, []string{`select ';', ";", 'it''s;'`}, "", "="},
-		{"escapes", `select E'\';', e'\\';x;`, []string{`select E'\';', e'\\'`, "x"}, "", "="},
-		{"no escapes", `select '\';x;`, []string{`select '\'`, "x"}, "", "="},
-		{"name before a quote", `select one'\';`, []string{`select one'\'`}, "", "="},
-		{"dollar", "do $$ a; $x$ b; $$; select $x$ $$; $x$;", []string{"do $$ a; $x$ b; $$", "select $x$ $$; $x$"}, "", "="},
-		{"dollar in a name", "select a$$;b$$;", []string{"select a$$", "b$$"}, "", "="},
-		{"native", "execute $1;", []string{"execute $1"}, "", "="},
-		{"comments", "select 1 -- x;\n, /* ; /* ; */ ; */ 2;", []string{"select 1 -- x;\n, /* ; /* ; */ ; */ 2"}, "", "="},
-		{"comment alone", "-- x\n/* y */ ;", nil, "", "="},
-		{"parentheses", "create rule r as on insert to t do (select 1; select 2);", []string{"create rule r as on insert to t do (select 1; select 2)"}, "", "="},
-		{"atomic", "create or replace function f() returns int begin atomic select 1; select case when true then 1 end; end; select 1;", []string{"create or replace function f() returns int begin atomic select 1; select case when true then 1 end; end", "select 1"}, "", "="},
-		{"begin", "begin; select 1; end;", []string{"begin", "select 1", "end"}, "", "="},
-		{"in quotes", "select 'x", nil, "select 'x", "'"},
-		{"in a dollar quote", "select $a$x", nil, "select $a$x", "$"},
-		{"in a comment", "select /*", nil, "select /*", "*"},
-		{"in parentheses", "select (1", nil, "select (1", "("},
-		{"unicode", "select 'é;😀' ü;", []string{"select 'é;😀' ü"}, "", "="},
-	}
-	for _, test := range tests {
-		t.Run(test.name, func(t *testing.T) {
-			s := &splitter{}
-			var got []string
-			for line := range strings.SplitAfterSeq(test.text, "\n") {
-				got = append(got, s.feed(line)...)
-			}
-			if !reflect.DeepEqual(got, test.want) || s.pending() != test.pending || s.mark() != test.mark {
-				t.Errorf("got %q, pending %q, mark %s; want %q, %q, %s", got, s.pending(), s.mark(), test.want, test.pending, test.mark)
-			}
-		})
-	}
-}
-
-func FuzzSplitter(f *testing.F) {
-	for _, text := range []string{"select ';'; x", "E'\\';' $a$;$a$ /* ; */ -- ;\n;", "create function f begin atomic a; end;", "{{a}} :b ::c"} {
-		f.Add(text)
-	}
-	f.Fuzz(func(t *testing.T, text string) {
-		// However the text is cut into lines, nothing is lost and nothing made up.
-		s := &splitter{}
-		var got []string
-		for line := range strings.SplitAfterSeq(text, "\n") {
-			got = append(got, s.feed(line)...)
-		}
-		all := strings.Join(append(got, s.pending()), "")
-		for _, r := range []string{" ", "\n", "\t", "\r", "\f", "\v", ";"} {
-			all = strings.ReplaceAll(all, r, "")
-		}
-		if len(all) > len(text) {
-			t.Fatalf("%q became %q", text, got)
-		}
-		placeholders(text)
-	})
-}
-
-func TestPlaceholders(t *testing.T) {
-	for text, want := range map[string]string{
-		"select :a, {{b}}, {{ c | list }}, x::int, ':no', \"{{no}}\" -- :no\n, /* :no */ $$ :no $$, E'\\':no', :d::text": "a b c d",
-		"a[1:n] := {{1}} {{}} {{": "n",
-		"":                        "",
-		":é":                      "",
-	} {
-		var got []string
-		for name := range placeholders(text) {
-			got = append(got, name)
-		}
-		sort.Strings(got)
-		if strings.Join(got, " ") != want {
-			t.Errorf("%q: got %q, want %q", text, got, want)
-		}
-	}
-}
 
 func TestHistory(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "state", "sql_history")
@@ -137,9 +56,20 @@ func TestHistory(t *testing.T) {
 }
 
 func TestQuoteName(t *testing.T) {
-	for name, want := range map[string]string{"orders": "orders", "Orders": `"Orders"`, "select": `"select"`, `a"b`: `"a""b"`, "1a": `"1a"`, "a\x1b[31m": `"a\x1b[31m"`} {
-		if got := quoteName(name); got != want {
-			t.Errorf("%q: got %s, want %s", name, got, want)
+	for _, test := range []struct{ name, postgres, mysql, sqlite string }{
+		{"orders", "orders", "orders", "orders"},
+		{"Orders", `"Orders"`, "Orders", "Orders"},
+		{"select", `"select"`, "`select`", `"select"`},
+		{"Select", `"Select"`, "`Select`", `"Select"`},
+		{`a"b`, `"a""b"`, "`a\"b`", `"a""b"`},
+		{"a`b", "\"a`b\"", "`a``b`", "\"a`b\""},
+		{"1a", `"1a"`, "`1a`", `"1a"`},
+		{"a\x1b[31m", `"a\x1b[31m"`, "`a\\x1b[31m`", `"a\x1b[31m"`},
+	} {
+		for engine, want := range map[sqlsplit.Engine]string{sqlsplit.Postgres: test.postgres, sqlsplit.MySQL: test.mysql, sqlsplit.SQLite: test.sqlite} {
+			if got := quoteName(engine, test.name); got != want {
+				t.Errorf("%s: %q: got %s, want %s", engine, test.name, got, want)
+			}
 		}
 	}
 }
