@@ -137,7 +137,7 @@ func TestReplicas(t *testing.T) {
 		for _, way := range []struct {
 			name        string
 			run, cancel *stack.Stack
-		}{{"at the agent's replica", two, one}, {"at the other one", one, two}} {
+		}{{"where the agent is", two, one}, {"elsewhere", one, two}} {
 			text := "select pg_sleep(300), '" + way.name + "'"
 			q := startSQL(t, way.run, "host/db", text)
 			id := ""
