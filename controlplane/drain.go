@@ -36,6 +36,9 @@ func (s *Server) drain() {
 	time.Sleep(s.options.DrainDelay)
 	ctx, cancel := context.WithTimeout(context.Background(), s.options.DrainTimeout)
 	defer cancel()
+	if s.replicas != nil {
+		s.replicas.beat(ctx) // others may have come or gone this moment
+	}
 	if s.replicas == nil || s.replicas.alone() {
 		s.notebooks.Close() // while kernels that must end with it can be reached
 		s.refusing.Store(true)
@@ -65,6 +68,7 @@ func (s *Server) drain() {
 	s.http.Close() //nolint:errcheck // nothing is left to lose
 	<-sessions
 	if s.replicas != nil {
+		s.replicas.moveLanes(ctx)
 		// What other replicas have under way on tunnels that are still here.
 		for s.hub.Online() > 0 && ctx.Err() == nil {
 			pause(ctx, 20*time.Millisecond)

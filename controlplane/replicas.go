@@ -93,9 +93,16 @@ type replicas struct {
 	stop     context.CancelFunc
 	wg       sync.WaitGroup
 
-	mu    sync.Mutex
-	seen  map[string]sighting // by name
-	alive map[string]string   // URLs of the others that live, by name
+	mu     sync.Mutex
+	seen   map[string]sighting // by name
+	alive  map[string]string   // URLs of the others that live, by name
+	passed map[string]*passed  // tunnels with lanes that come by way of this replica, by id
+}
+
+// passed are the lanes of one tunnel that this replica passes on.
+type passed struct {
+	link  store.Link
+	lanes int
 }
 
 // detach is the end of a tunnel.
@@ -129,7 +136,7 @@ func (s *Server) newReplicas(registry prometheus.Registerer) (hub.Directory, err
 	metrics := peer.NewMetrics(registry)
 	r := &replicas{
 		server: s, url: s.options.PeerAdvertise, started: time.Now(), listener: listener, client: peer.NewClient(config, metrics),
-		lanes: make(chan struct{}, lanesAtOnce), detaches: make(chan detach, maxDetaches), seen: map[string]sighting{}, alive: map[string]string{},
+		lanes: make(chan struct{}, lanesAtOnce), detaches: make(chan detach, maxDetaches), seen: map[string]sighting{}, alive: map[string]string{}, passed: map[string]*passed{},
 		online: prometheus.NewGauge(prometheus.GaugeOpts{Name: "controlplane_replicas_online", Help: "Control planes on this database that live, this one included."}),
 	}
 	registry.MustRegister(r.online)
@@ -332,7 +339,9 @@ func (r *replicas) Find(ctx context.Context, agent string) (*hub.Place, error) {
 		return nil, errNowhere
 	case err != nil:
 		return nil, err
-	case l.URL == "" || l.Replica == r.server.replica:
+	case l.Replica == r.server.replica:
+		return nil, nil
+	case l.URL == "":
 		return nil, errNowhere
 	}
 	return &hub.Place{
@@ -402,7 +411,7 @@ func (r *replicas) passLane(w http.ResponseWriter, q *http.Request, id string) b
 	default:
 		return false // the tunnel's server says no in its own words
 	}
-	conn, err := r.openLane(q, id)
+	link, conn, err := r.openLane(q, id)
 	<-r.lanes
 	if err != nil {
 		r.server.log.Debug("lane not passed on", "tunnel", id, "err", err)
@@ -413,8 +422,21 @@ func (r *replicas) passLane(w http.ResponseWriter, q *http.Request, id string) b
 		conn.Close() //nolint:errcheck // nothing was said on it
 		return false
 	}
-	defer client.Close() //nolint:errcheck // both ends are done with
-	defer conn.Close()   //nolint:errcheck // likewise
+	r.mu.Lock()
+	if r.passed[id] == nil {
+		r.passed[id] = &passed{link: link}
+	}
+	r.passed[id].lanes++
+	r.mu.Unlock()
+	defer func() {
+		client.Close() //nolint:errcheck // both ends are done with
+		conn.Close()   //nolint:errcheck // likewise
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		if r.passed[id].lanes--; r.passed[id].lanes == 0 {
+			delete(r.passed, id)
+		}
+	}()
 	q.Header.Del("X-Forwarded-For")
 	if err := q.Write(conn); err != nil {
 		return true
@@ -423,15 +445,41 @@ func (r *replicas) passLane(w http.ResponseWriter, q *http.Request, id string) b
 	return true
 }
 
-func (r *replicas) openLane(q *http.Request, id string) (net.Conn, error) {
+func (r *replicas) openLane(q *http.Request, id string) (store.Link, net.Conn, error) {
 	l, err := r.server.store.LinkOfTunnel(q.Context(), id)
 	if err != nil {
-		return nil, err
+		return l, nil, err
 	}
 	if l.URL == "" || l.Replica == r.server.replica {
-		return nil, errNowhere
+		return l, nil, errNowhere
 	}
-	return r.client.Lane(q.Context(), l.URL, api.RemoteAddress(q))
+	conn, err := r.client.Lane(q.Context(), l.URL, api.RemoteAddress(q))
+	return l, conn, err
+}
+
+// moveLanes has agents whose lanes are passed on here make new tunnels, and waits until the
+// old lanes have ended, or ctx has.
+func (r *replicas) moveLanes(ctx context.Context) {
+	r.mu.Lock()
+	links := make([]store.Link, 0, len(r.passed))
+	for _, one := range r.passed {
+		links = append(links, one.link)
+	}
+	r.mu.Unlock()
+	for _, l := range links {
+		if _, err := r.ask(ctx, l.URL, callMove, moveCall{l.Agent, l.Generation}); err != nil {
+			r.server.log.Warn("agent with lanes through this replica not asked to move", "agent", l.Name, "err", err)
+		}
+	}
+	for ctx.Err() == nil {
+		r.mu.Lock()
+		left := len(r.passed)
+		r.mu.Unlock()
+		if left == 0 {
+			return
+		}
+		pause(ctx, 20*time.Millisecond)
+	}
 }
 
 // The calls between replicas, JSON both ways.
@@ -439,7 +487,14 @@ const (
 	callCancelQuery = "cancel-query"
 	callCancelKey   = "cancel-key"
 	callReportRows  = "report-rows"
+	callMove        = "move-agent"
 )
+
+// moveCall asks for an agent to be moved that has this tunnel.
+type moveCall struct {
+	Agent      string
+	Generation int64
+}
 
 // queryCall asks about a query; Principal and Rows are encoded messages.
 type queryCall struct {
@@ -561,6 +616,12 @@ func (r *replicas) call(ctx context.Context, name string, body []byte) ([]byte, 
 			return bad(err)
 		}
 		f.Found, err = queries{s.queries, s.journal, nil}.cancelHere(ctx, by, q.Query)
+	case callMove:
+		var m moveCall
+		if err := json.Unmarshal(body, &m); err != nil {
+			return bad(err)
+		}
+		s.hub.Move(m.Agent, m.Generation)
 	case callCancelKey:
 		var rest []byte
 		if err := json.Unmarshal(body, &rest); err != nil {

@@ -82,7 +82,7 @@ func newReplicas(t *testing.T, n int, args ...string) *replicaSet {
 func (r *replicaSet) join(t *testing.T, at *stack.Stack, name, url string) *stack.Agent {
 	t.Helper()
 	first := r.all[0]
-	a, err := first.NewAgent(name, "sources:\n"+mustSource(t, first.Dir, "db", r.pg.SocketDSN("reader", "postgres"), ""))
+	a, err := first.NewAgent(name, "sources:\n"+mustSource(t, first.Dir, "db", r.pg.SocketDSN("reader", "postgres"), "      concurrency: 64\n"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -35,8 +35,8 @@ type Directory interface {
 	Attach(ctx context.Context, id Identity, tunnelID string) (generation int64, err error)
 	// Detach notes that this tunnel has ended. It must not block.
 	Detach(id Identity, generation int64)
-	// Find returns where the newest tunnel of an agent is, if that is another replica;
-	// AGENT_OFFLINE if it has none.
+	// Find returns where the newest tunnel of an agent is, AGENT_OFFLINE if it has none. nil
+	// means here, in a moment: Attach has returned or is about to.
 	Find(ctx context.Context, agent string) (*Place, error)
 }
 

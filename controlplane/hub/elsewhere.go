@@ -37,12 +37,12 @@ func (h *Hub) join(ctx context.Context, p *peer, name string) error {
 	return nil
 }
 
-// find returns the link of an agent at another replica.
+// find returns the link of an agent at another replica; nil if it is being attached here.
 func (h *Hub) find(id string) (*Link, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), findTime)
 	defer cancel()
 	place, err := h.cfg.Directory.Find(ctx, id)
-	if err != nil {
+	if err != nil || place == nil {
 		return nil, err
 	}
 	h.mu.Lock()
@@ -118,6 +118,14 @@ func (h *Hub) Generations() map[string]int64 {
 func (h *Hub) Replace(agent string, generation int64) {
 	if l := h.local(agent); l != nil && l.Generation == generation {
 		l.retire(ErrReplaced)
+	}
+}
+
+// Move asks an agent, if its tunnel of this generation is here, to have another one: the
+// way of some of its lanes is about to end. What is under way on the old one goes on.
+func (h *Hub) Move(agent string, generation int64) {
+	if l := h.local(agent); l != nil && l.Generation == generation {
+		l.peer.tunnel.GoAway(0, 0, "a replica of the control plane that passes on lanes is restarting")
 	}
 }
 

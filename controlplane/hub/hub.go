@@ -234,19 +234,37 @@ func (h *Hub) detach(p *peer) {
 // Agent returns the link of the agent with this id, wherever its tunnel is; AGENT_OFFLINE
 // if it has none.
 func (h *Hub) Agent(id string) (*Link, error) {
-	l := h.local(id)
-	if h.cfg.Directory == nil || l != nil && !l.leaving() {
-		if l == nil {
+	for try := 0; ; try++ {
+		l := h.local(id)
+		if l != nil && !l.leaving() {
+			return l, nil
+		}
+		if h.cfg.Directory == nil {
+			if l == nil {
+				return nil, errOffline
+			}
+			return l, nil
+		}
+		there, err := h.find(id)
+		switch {
+		case err == nil && there != nil:
+			return there, nil
+		case l != nil:
+			return l, nil // it works for as long as it is there
+		case err != nil:
+			return nil, err
+		case try == comingTries:
 			return nil, errOffline
 		}
-		return l, nil
+		time.Sleep(comingWait)
 	}
-	there, err := h.find(id)
-	if err != nil && l != nil {
-		return l, nil // it works for as long as it is there
-	}
-	return there, err
 }
+
+// What is being attached here is waited for, so often and so long.
+const (
+	comingTries = 50
+	comingWait  = 20 * time.Millisecond
+)
 
 // errOffline is returned for an agent without a tunnel.
 var errOffline = proto.Errorf(proto.CodeAgentOffline, "the agent is offline: it has no tunnel to this control plane at present")

@@ -32,8 +32,10 @@ type Options struct {
 	Netns string
 	// Listen is IP:PORT; empty: a free port on loopback.
 	Listen string
-	// Upstream is the control plane's address. Required.
-	Upstream string
+	// Upstream is the control plane's address, Upstreams those of two replicas. One of
+	// the two is required.
+	Upstream  string
+	Upstreams []string
 }
 
 // Server is one nginx.
@@ -51,6 +53,9 @@ type Server struct {
 
 // Snippet is the file that operators are told to use, below the repository's root.
 const Snippet = "docs/nginx/postern.conf"
+
+// ReplicasSnippet is the one for two replicas.
+const ReplicasSnippet = "docs/nginx/replicas.conf"
 
 // Start runs an nginx until the test's end.
 func Start(t TB, o Options) *Server {
@@ -172,20 +177,23 @@ func (s *Server) site(o Options) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	text, err := os.ReadFile(filepath.Join(root, Snippet))
+	file, servers := Snippet, [][2]string{{"server 127.0.0.1:8080;", "server " + o.Upstream + ";"}}
+	if len(o.Upstreams) == 2 {
+		file, servers = ReplicasSnippet, [][2]string{{"server 10.0.0.5:8080 ", "server " + o.Upstreams[0] + " "}, {"server 10.0.0.6:8080 ", "server " + o.Upstreams[1] + " "}}
+	}
+	text, err := os.ReadFile(filepath.Join(root, file))
 	if err != nil {
 		return "", err
 	}
 	site := string(text)
-	for _, r := range [][2]string{
-		{"server 127.0.0.1:8080;", "server " + o.Upstream + ";"},
+	for _, r := range append(servers, [][2]string{
 		{"listen 443 ssl;", "listen " + o.Listen + " ssl;"},
 		{"server_name cp.example.com;", "server_name _;"},
 		{"/etc/ssl/postern/fullchain.pem;", s.dir + "/fullchain.pem;"},
 		{"/etc/ssl/postern/key.pem;", s.dir + "/key.pem;"},
-	} {
+	}...) {
 		if strings.Count(site, r[0]) != 1 {
-			return "", fmt.Errorf("%s does not have %q once", Snippet, r[0])
+			return "", fmt.Errorf("%s does not have %q once", file, r[0])
 		}
 		site = strings.Replace(site, r[0], r[1], 1)
 	}
