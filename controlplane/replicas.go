@@ -621,7 +621,7 @@ func (r *replicas) call(ctx context.Context, name string, body []byte) ([]byte, 
 		if err := json.Unmarshal(body, &m); err != nil {
 			return bad(err)
 		}
-		s.hub.Move(m.Agent, m.Generation)
+		s.hub.MoveGeneration(m.Agent, m.Generation)
 	case callCancelKey:
 		var rest []byte
 		if err := json.Unmarshal(body, &rest); err != nil {

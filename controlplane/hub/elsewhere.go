@@ -121,9 +121,9 @@ func (h *Hub) Replace(agent string, generation int64) {
 	}
 }
 
-// Move asks an agent, if its tunnel of this generation is here, to have another one: the
+// MoveGeneration asks an agent, if its tunnel of this generation is here, to have another one: the
 // way of some of its lanes is about to end. What is under way on the old one goes on.
-func (h *Hub) Move(agent string, generation int64) {
+func (h *Hub) MoveGeneration(agent string, generation int64) {
 	if l := h.local(agent); l != nil && l.Generation == generation {
 		l.peer.tunnel.GoAway(0, 0, "a replica of the control plane that passes on lanes is restarting")
 	}
