@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -132,6 +133,9 @@ func mountdMain(args []string) int {
 	}
 	state, file := args[0], args[1]
 	logger := processLogger("mountd")
+	// Most of what it has in memory stays: names and attributes. Half as much again is enough for the
+	// collector.
+	debug.SetGCPercent(50)
 	harden(logger)
 	dir := filepath.Join(state, attachDir)
 	replicas := filepath.Join(dir, replicasDir)

@@ -1,7 +1,6 @@
 package fusefs
 
 import (
-	"context"
 	"errors"
 	"sync"
 	"syscall"
@@ -171,31 +170,6 @@ func (f *FS) Forget(id, n uint64) {
 	if left == 0 {
 		f.r.Forgotten(f, id)
 	}
-}
-
-// request returns a context that ends when the kernel takes the request back. A signal that
-// does not kill the caller does so, too, so it gets two seconds to go on.
-func request(cancel <-chan struct{}) (context.Context, func()) {
-	ctx, stop := context.WithCancel(context.Background())
-	if cancel == nil {
-		return ctx, stop
-	}
-	done := make(chan struct{})
-	go func() {
-		select {
-		case <-done:
-			return
-		case <-cancel:
-		}
-		t := time.NewTimer(2 * time.Second)
-		defer t.Stop()
-		select {
-		case <-t.C:
-			stop()
-		case <-done:
-		}
-	}()
-	return ctx, func() { close(done); stop() }
 }
 
 // status is what the kernel is told of an error.

@@ -3,6 +3,8 @@ package mountd
 import (
 	"context"
 	"errors"
+	"runtime/debug"
+	"runtime/metrics"
 	"slices"
 	"time"
 
@@ -36,11 +38,25 @@ func (d *Daemon) beat(ctx context.Context) {
 			}
 		}
 		d.tidy()
+		trim()
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
 		}
+	}
+}
+
+// idleMemory is how much memory that nobody uses a mountd keeps, in bytes.
+const idleMemory = 8 << 20
+
+// trim gives memory back to the host that a burst of work has left: a listing of many names needs
+// several times what stays of it.
+func trim() {
+	sample := []metrics.Sample{{Name: "/memory/classes/heap/free:bytes"}}
+	metrics.Read(sample)
+	if sample[0].Value.Uint64() > idleMemory {
+		debug.FreeOSMemory()
 	}
 }
 

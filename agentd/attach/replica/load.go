@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"syscall"
 
 	"github.com/postern-dev/postern/agentd/attach/tree"
@@ -138,7 +139,22 @@ func (r *Replica) load(ctx context.Context, ids ...uint64) error {
 	r.mu.Lock()
 	ws := r.s.Meta().WorkspaceID
 	r.mu.Unlock()
-	entries, complete := map[uint64][]*posternv1.Entry{}, map[uint64]bool{}
+	entries, taken := map[uint64][]*posternv1.Entry{}, map[uint64]bool{}
+	// take merges a directory of which all was listed; what was listed of it is not needed any more.
+	take := func(id uint64, seq uint64) error {
+		if taken[id] || !slices.Contains(ids, id) {
+			return nil
+		}
+		taken[id] = true
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		err := r.mergeLocked(id, entries[id], seq)
+		delete(entries, id)
+		if id != ids[0] {
+			return nil // nobody asked for it
+		}
+		return err
+	}
 	var seq uint64
 	var token []byte
 	for total := 0; ; {
@@ -158,30 +174,20 @@ func (r *Replica) load(ctx context.Context, ids ...uint64) error {
 			entries[e.GetParent()] = append(entries[e.GetParent()], e)
 		}
 		for _, id := range resp.Complete {
-			complete[id] = true
+			if err := take(id, seq); err != nil {
+				return err
+			}
 		}
 		if total += len(resp.Entries); total > maxDirectory {
 			return syscall.EIO
 		}
 		if token = resp.NextPageToken; len(token) == 0 {
-			complete[ids[0]] = true
-			break
+			return take(ids[0], seq)
 		}
-		if complete[ids[0]] && total > enough {
-			break
-		}
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	for i, id := range ids {
-		if !complete[id] {
-			continue
-		}
-		if err := r.mergeLocked(id, entries[id], seq); err != nil && i == 0 {
-			return err
+		if taken[ids[0]] && total > enough {
+			return nil
 		}
 	}
-	return nil
 }
 
 // mergeLocked makes a directory what the control plane listed, except where operations are

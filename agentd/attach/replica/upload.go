@@ -448,15 +448,21 @@ func (u *uploader) content(ctx context.Context, id uint64, f *posternv1.FileOp) 
 		return sentContent{}, 0, err
 	}
 	base, mtime := n.Version, n.Mtime
+	// What the last close made durable, in its file or in the journal, need not be so once more. Of what
+	// was mapped nobody knows.
+	durable := !n.Has(tree.Mapped) && n.Stamp == o.recorded && (n.Has(tree.Redo) || n.Stamp == o.flushed)
 	r.mu.Unlock()
 	defer r.unuse(id, o)
 
 	set := &posternv1.FileOp_SetContent{Id: id, BaseVersion: base, MtimeNs: mtime}
 	for begun := time.Now(); ; {
 		// Writes through a mapping are seen by their first fault after a sync.
-		if err := o.file.Sync(); err != nil {
-			return sentContent{}, 0, err
+		if !durable {
+			if err := o.file.Sync(); err != nil {
+				return sentContent{}, 0, err
+			}
 		}
+		durable = false
 		size, _, stamp, err := o.file.Stat()
 		if err != nil {
 			return sentContent{}, 0, err
