@@ -41,14 +41,18 @@ const (
 
 func newDoctor() *cobra.Command {
 	var p places
-	var output string
+	var output, bundleFile string
 	cmd := &cobra.Command{
 		Use:   "doctor",
 		Short: "check everything that agentd needs on this host, and say how to mend what fails",
 		Long: `Check configuration, identity, state directory, clock, the way to the control plane, the
 audit log, the sandbox and each data source. It changes nothing and leaves a tunnel that is
-up alone. Exit code 1 if a check failed.`,
-		Example: "  sudo agentd doctor",
+up alone. Exit code 1 if a check failed.
+
+With --bundle it also writes an archive for those who help: the checks, the status, the end
+of the journal, facts of the system and the shape of the configuration, with secrets taken out. Look
+through it before you give it away.`,
+		Example: "  sudo agentd doctor\n  sudo agentd doctor -o json\n  sudo agentd doctor --bundle support.tar.gz",
 		Args:    noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := checkOutput(output); err != nil {
@@ -61,6 +65,12 @@ up alone. Exit code 1 if a check failed.`,
 			if err := printReport(cmd.OutOrStdout(), r, output); err != nil {
 				return err
 			}
+			if bundleFile != "" {
+				if err := writeBundle(ctx, bundleFile, r, &p); err != nil {
+					return err
+				}
+				fmt.Fprintln(cmd.ErrOrStderr(), "written to "+bundleFile+": look through it before you give it away")
+			}
 			if r.Failed() {
 				return exitCode(proto.ExitFailed)
 			}
@@ -69,6 +79,7 @@ up alone. Exit code 1 if a check failed.`,
 	}
 	p.flags(cmd, "config", "state", "runtime")
 	outputFlag(cmd, &output)
+	cmd.Flags().StringVar(&bundleFile, "bundle", "", "write an archive for those who help to `FILE`, a .tar.gz that is not there yet")
 	return cmd
 }
 

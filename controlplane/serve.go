@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -69,16 +70,17 @@ func (o Options) Validate() error {
 	if err := blob.Validate(o.Blob); err != nil {
 		return fmt.Errorf("--blob: %w", err)
 	}
-	_, err := o.logger(os.Stderr)
+	_, err := o.logger(os.Stderr, new(slog.LevelVar))
 	return err
 }
 
-func (o Options) logger(out *os.File) (*slog.Logger, error) {
+func (o Options) logger(out *os.File, current *slog.LevelVar) (*slog.Logger, error) {
 	var level slog.Level
 	if err := level.UnmarshalText([]byte(o.LogLevel)); err != nil {
 		return nil, fmt.Errorf("--log-level %q is none of debug, info, warn, error", o.LogLevel)
 	}
-	options := &slog.HandlerOptions{Level: level}
+	current.Set(level)
+	options := &slog.HandlerOptions{Level: current}
 	switch o.LogFormat {
 	case "text":
 		return slog.New(slog.NewTextHandler(out, options)), nil
@@ -118,11 +120,17 @@ the password and dbname=AGENT/SOURCE.`,
 			if err := o.Validate(); err != nil {
 				return usageError{err}
 			}
-			log, err := o.logger(os.Stderr)
+			level := new(slog.LevelVar)
+			log, err := o.logger(os.Stderr, level)
 			if err != nil {
 				return usageError{err}
 			}
 			harden(log)
+			ctx, cancel := context.WithCancel(cmd.Context())
+			followed, ready := make(chan struct{}), make(chan struct{})
+			go func() { defer close(followed); followLevel(ctx, log, level, ready) }()
+			<-ready
+			defer func() { cancel(); <-followed }()
 			server, err := NewServer(cmd.Context(), o, log)
 			if err != nil {
 				return err

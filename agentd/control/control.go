@@ -38,6 +38,9 @@ type Config struct {
 	Check func(ctx context.Context, source string) []Check
 	// Candidate looks at a data source that is not saved.
 	Candidate func(ctx context.Context, c Candidate) CandidateAnswer
+	// Level sets the level of the log until the configuration is read again, and returns the
+	// one in force; empty text asks alone.
+	Level func(level string) (string, error)
 	// Mount does what a command that mounts or unmounts a workspace on this host asks for.
 	Mount func(ctx context.Context, m Mount) MountAnswer
 }
@@ -106,6 +109,19 @@ func Listen(runtimeDir string, cfg Config) (*Server, error) {
 			return
 		}
 		write(w, cfg.Candidate(r.Context(), c))
+	})
+	mux.HandleFunc("POST /log-level", func(w http.ResponseWriter, r *http.Request) {
+		var l levelQuestion
+		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 4<<10)).Decode(&l); err != nil {
+			http.Error(w, "not a level", http.StatusBadRequest)
+			return
+		}
+		level, err := cfg.Level(l.Level)
+		if err != nil {
+			write(w, levelAnswer{Error: err.Error()})
+			return
+		}
+		write(w, levelAnswer{Level: level})
 	})
 	mux.HandleFunc("POST /mount", func(w http.ResponseWriter, r *http.Request) {
 		var m Mount
@@ -198,6 +214,32 @@ func AskCandidate(ctx context.Context, runtimeDir string, c Candidate) (Candidat
 	}
 	var a CandidateAnswer
 	return a, ask(ctx, runtimeDir, http.MethodPost, "/candidate", body, &a)
+}
+
+type levelQuestion struct {
+	Level string `json:"level"`
+}
+
+type levelAnswer struct {
+	Level string `json:"level"`
+	Error string `json:"error,omitempty"`
+}
+
+// AskLevel sets the level of the log of the agentd of this runtime directory, and returns the one in force;
+// an empty level asks alone.
+func AskLevel(ctx context.Context, runtimeDir, level string) (string, error) {
+	body, err := json.Marshal(levelQuestion{level})
+	if err != nil {
+		return "", err
+	}
+	var a levelAnswer
+	if err := ask(ctx, runtimeDir, http.MethodPost, "/log-level", body, &a); err != nil {
+		return "", err
+	}
+	if a.Error != "" {
+		return "", errors.New(a.Error)
+	}
+	return a.Level, nil
 }
 
 // AskMount has the agentd of this runtime directory prepare or end a mount.
