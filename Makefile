@@ -42,7 +42,7 @@ test:
 	@packaging/dev/test.sh
 
 e2e-long:
-	@packaging/dev/deps.sh go gcc postgresql mariadb nginx tinyproxy litmus pydrivers jupyter
+	@packaging/dev/deps.sh go gcc postgresql mariadb nginx tinyproxy litmus prometheus pydrivers jupyter
 	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh netns criu
 	POSTERN_LONG=1 $(GO) test -timeout 60m -v ./e2e
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v -run TestOneOwnersManyStatements ./agentd/sqlsession

@@ -32,7 +32,7 @@ func NewMetrics(r prometheus.Registerer) *Metrics {
 			Name: "controlplane_blob_damaged_chunks_total", Help: "Chunks that were found altered or gone when they were read.",
 		}),
 		objects: prometheus.NewCounter(prometheus.CounterOpts{
-			Name: "controlplane_blob_objectsobjects_total", Help: "Objects that were removed because nothing referred to them.",
+			Name: "controlplane_blob_collected_objects_total", Help: "Objects that were removed because nothing referred to them.",
 		}),
 	}
 	r.MustRegister(m.requests, m.retries, m.seconds, m.damages, m.objects)

@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx tinyproxy litmus netns criu pydrivers jupyter sshfs bigclients.
+# nginx tinyproxy litmus prometheus netns criu pydrivers jupyter sshfs bigclients.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -76,6 +76,7 @@ for name in "$@"; do
 	mariadb) [ -x /usr/sbin/mariadbd ] || install mariadb-server ;;
 	nginx) [ -x /usr/sbin/nginx ] || install nginx-light ;;
 	tinyproxy) command -v tinyproxy >/dev/null 2>&1 || install tinyproxy-bin ;;
+	prometheus) command -v promtool >/dev/null 2>&1 || install prometheus ;; # its tool, for the alert rules
 	litmus) command -v litmus >/dev/null 2>&1 || install litmus ;; # a conformance suite of WebDAV
 	netns)
 		command -v ip >/dev/null 2>&1 || install iproute2
