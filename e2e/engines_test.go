@@ -59,6 +59,7 @@ func TestEngines(t *testing.T) {
 	const policy = "    policy:\n      hide: [shop.hidden_*, shop.cards, main.cards]\n      mask: [{pattern: '\\b\\d{13,19}\\b', with: redact}]\n"
 	agent, err := s.Join(ctx, "host", fmt.Sprintf("sources:\n  - name: shop\n    engine: mysql\n    dsn: %s\n    password: {file: %s}\n"+policy+
 		"  - name: app\n    engine: sqlite\n    dsn: path=%s\n"+policy+"  - name: shape\n    engine: mysql\n    dsn: %[1]s\n    password: {file: %[2]s}\n    policy: {mode: metadata}\n"+
+		"  - name: shop-plans\n    engine: mysql\n    dsn: %[1]s\n    password: {file: %[2]s}\n    policy: {plans: structure}\n  - name: app-plans\n    engine: sqlite\n    dsn: path=%[3]s\n    policy: {plans: structure}\n"+
 		"  - name: shop-masked\n    engine: mysql\n    dsn: %[1]s\n    password: {file: %[2]s}\n"+masked+"  - name: app-masked\n    engine: sqlite\n    dsn: path=%[3]s\n"+masked,
 		maria.SocketDSN("reader", "shop"), password, path))
 	if err != nil {
@@ -135,6 +136,15 @@ func TestEngines(t *testing.T) {
 	for _, source := range []string{"host/shop", "host/app"} {
 		if e := postern(t, s, "sql", source, "--explain", "SELECT 1"); e.code != 3 {
 			t.Errorf("%s: a plan: got %d, %s%s", source, e.code, e.stdout, e.stderr)
+		}
+	}
+	// Plans, where the policy has them.
+	for source, want := range map[string]string{"host/shop-plans": "access_type: const", "host/app-plans": "SEARCH items USING INTEGER PRIMARY KEY (rowid=?)"} {
+		if got := must(t, s, "sql", source, "--explain", "-p", "n:int8=1", "SELECT name FROM items WHERE id = {{n}} AND price < 4711"); !strings.Contains(got, want) || strings.Contains(got, "4711") {
+			t.Errorf("%s: got %s, want %q in it", source, got, want)
+		}
+		if e := postern(t, s, "sql", source, "--analyze", "SELECT 1"); e.code != 3 {
+			t.Errorf("%s: --analyze: got %d, %s%s", source, e.code, e.stdout, e.stderr)
 		}
 	}
 	if files, _ := filepath.Glob(filepath.Join(dir, "*")); len(files) != 1 {

@@ -116,7 +116,7 @@ func TestProblems(t *testing.T) {
 		{"engine oracle", "sources:\n  - {name: w, engine: oracle, dsn: x}\n", "f.yaml:2: source w: engine \"oracle\" is unknown: use postgres, mysql"},
 		{"engine sqlite without a path", "sources:\n  - {name: w, engine: sqlite}\n", "f.yaml:2: source w: dsn: it is empty: write path="},
 		{"engine sqlite with a password", "sources:\n  - {name: w, engine: sqlite, dsn: path=/x.db, password: {file: /x}}\n", "f.yaml:2: source w: password: SQLite has none"},
-		{"engine sqlite with masks", "sources:\n  - {name: w, engine: sqlite, dsn: path=/x.db, policy: {plans: full}}\n", "f.yaml:2: source w: policy.plans"},
+		{"engine sqlite with plans", "sources:\n  - {name: w, engine: sqlite, dsn: path=/x.db, policy: {plans: analyze}}\n", "f.yaml:2: source w: policy.plans"},
 		{"engine unknown", strings.Replace(source, "postgres", "oracle", 1), "f.yaml:3: source w: engine \"oracle\" is unknown"},
 		{"dsn missing", "sources:\n  - name: w\n    engine: postgres\n", "dsn: it is empty"},
 		{"dsn password", strings.Replace(source, "user=u", "user=u password=marked-secret", 1), "f.yaml:4: source w: dsn: it holds a password"},

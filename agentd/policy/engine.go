@@ -15,9 +15,14 @@ func (s Spec) CheckEngine(engine string) error {
 		return fmt.Errorf("policy.%s: %s is not supported for engine %s: %s", key, key, engine, instead)
 	}
 	columns := slices.ContainsFunc(s.Mask, func(m MaskSpec) bool { return len(m.Columns) > 0 })
+	plans := s.Plans != "" && s.Plans != string(PlansOff)
 	switch {
-	case s.Plans != "" && s.Plans != string(PlansOff):
-		return refuse("plans", "remove it or set it to off")
+	case s.Plans == string(PlansAnalyze):
+		return fmt.Errorf("policy.plans: analyze is not supported for engine %s: write full or structure", engine)
+	case plans && columns:
+		return fmt.Errorf("policy.plans: plans of a source that masks columns are not supported for engine %s, as what they tell of them is not certain: set it to off", engine)
+	case plans && s.Mode == string(ModeMetadata) && engine == "mysql":
+		return fmt.Errorf("policy.plans: plans in mode metadata are not supported for engine mysql, which runs parts of a statement to make its plan: set it to off")
 	case columns && s.MaskFilters != string(FiltersAllow):
 		return fmt.Errorf("policy.mask_filters: engine %s can't hold what statements compare masked columns with: write mask_filters: allow, if it may be found out so, or grant the account a view without these columns", engine)
 	case !columns && s.MaskFilters != "":

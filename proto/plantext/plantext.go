@@ -29,11 +29,17 @@ func Lines(plan []byte) ([]string, error) {
 	if err != nil {
 		return nil, err
 	}
+	p := &printer{}
+	if object, ok := v.([]member); ok {
+		if p.object(object, 0); len(p.lines) == 0 {
+			return nil, ErrGarbled
+		}
+		return p.lines, nil
+	}
 	list, ok := v.([]any)
 	if !ok || len(list) == 0 {
 		return nil, ErrGarbled
 	}
-	p := &printer{}
 	for _, statement := range list {
 		top, ok := statement.([]member)
 		if !ok {
@@ -104,6 +110,60 @@ func (p *printer) node(node []member, indent int, root bool) {
 			p.node(plan, inner, false)
 		}
 	}
+}
+
+// object prints a plan of MySQL or MariaDB: an object, whose members differ by version,
+// as an outline.
+func (p *printer) object(object []member, indent int) {
+	for _, m := range object {
+		switch v := m.value.(type) {
+		case []member:
+			p.line(indent, m.key+":")
+			p.object(v, indent+2)
+		case []any:
+			p.items(m.key, v, indent)
+		default:
+			p.line(indent, m.key+": "+scalar(v))
+		}
+	}
+}
+
+// items prints a list: scalars on one line, then objects with a dash before each.
+func (p *printer) items(key string, list []any, indent int) {
+	title := key + ":"
+	for i, e := range list {
+		switch e.(type) {
+		case []member, []any:
+		default:
+			if i > 0 {
+				title += ","
+			}
+			title += " " + scalar(e)
+		}
+	}
+	p.line(indent, title)
+	for _, e := range list {
+		switch e := e.(type) {
+		case []member:
+			first := len(p.lines)
+			p.object(e, indent+4)
+			if first < len(p.lines) {
+				p.lines[first] = strings.Repeat(" ", indent+2) + "- " + p.lines[first][indent+4:]
+			}
+		case []any:
+			p.items("-", e, indent+2)
+		}
+	}
+}
+
+func scalar(v any) string {
+	switch v := v.(type) {
+	case nil:
+		return "null"
+	case string:
+		return v
+	}
+	return fmt.Sprint(v)
 }
 
 // inTitle are members that the title, the numbers or nobody shows.

@@ -27,6 +27,27 @@ Execution Time: 1.5 ms`},
 Update on t  (cost about 100, rows about 10)
   ->  Parallel Seq Scan on t x y
         Filter: (a = ?)`},
+		{"SQLite", `[{"Plan":{"Node Type":"QUERY PLAN","Plans":[{"Node Type":"SCAN a"},{"Node Type":"SCALAR SUBQUERY 1","Plans":[{"Node Type":"SEARCH b USING INDEX i (x=?)"}]}]}}]`, `
+QUERY PLAN
+  ->  SCAN a
+  ->  SCALAR SUBQUERY 1
+        ->  SEARCH b USING INDEX i (x=?)`},
+		{"MySQL", `{"query_block":{"select_id":1,"nested_loop":[{"table":{"table_name":"a\nb","possible_keys":["x","y"],"using_index":true,"rows":10}},{"table":{}},{}],"empty":[],"n":null,"mixed":[1,[2,[3]],{"k":"v"}]}}`, `
+query_block:
+  select_id: 1
+  nested_loop:
+    - table:
+        table_name: a b
+        possible_keys: x, y
+        using_index: true
+        rows: 10
+    - table:
+  empty:
+  n: null
+  mixed: 1
+    -: 2
+      -: 3
+    - k: v`},
 	}
 	for _, test := range tests {
 		got, err := Lines([]byte(test.plan))

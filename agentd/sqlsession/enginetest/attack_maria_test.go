@@ -185,6 +185,9 @@ func TestMariaAttacks(t *testing.T) {
 	if after := mariaState(t, db.admin, mariaServer.Dir, accountsState...); after != before {
 		t.Errorf("an identifier has changed something:\n%s", difference(before, after))
 	}
+	attackPlans(t, db.open(t, plans("full"), func(s *sqlsession.Source) {
+		s.DSN, s.Password = mariaServer.SocketDSN("root", "shop"), login(mariaServer.Password)
+	}), mariaAttacks, func() string { return mariaState(t, db.admin, mariaServer.Dir, accountsState...) })
 	// What the policy lists may be called; a new connection takes the lock away again.
 	listed := db.open(t, func(s *sqlsession.Source) {
 		s.DSN, s.Password = mariaServer.SocketDSN("root", "shop"), login(mariaServer.Password)

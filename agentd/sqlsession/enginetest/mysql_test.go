@@ -139,6 +139,7 @@ func TestMySQLAttacks(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
+	attackPlans(t, db.open(t, super, plans("full")), append(append([]string{}, mariaAttacks...), mysqlAttacks...), func() string { return mysqlState(t, db.admin, tables...) })
 	// The server holds what the tokens would let through.
 	refuse(t, db.open(t, super, func(s *sqlsession.Source) { s.Guard.Mode, s.Guard.Functions = "read-only", []string{"*", "*.*"} }), request("SELECT f_write()"), proto.CodePolicyDenied)
 	if after := mysqlState(t, db.admin, tables...); after != before {

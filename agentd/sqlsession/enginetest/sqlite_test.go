@@ -87,6 +87,7 @@ func TestSQLiteAttacks(t *testing.T) {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
+	attackPlans(t, db.open(t, plans("full")), sqliteAttacks, state)
 	if after := state(); after != before {
 		t.Errorf("reading has changed something: %s, was %s", after, before)
 	}

@@ -70,15 +70,12 @@ func (s *mysqlSession) run(r *frame.RunRequest, st *statement) (done frame.DoneR
 // first; this is for the day on which it forgets. modes are those that the engine has
 // besides read-only and read-write.
 func unenforced(product string, r *frame.RunRequest, modes ...string) *proto.Error {
-	if r.Explain != "" {
-		return denied(0, "plans are refused: they are not supported for %s", product)
-	}
 	g, what := &r.Guard, ""
 	switch {
 	case g.Mode != "read-only" && g.Mode != "read-write" && g.Mode != "" && !slices.Contains(modes, g.Mode):
 		what = "mode " + g.Mode
-	case g.Plans != "" && g.Plans != "off":
-		what = "plans"
+	case !slices.Contains([]string{"", "off", plansStructure, plansFull}, g.Plans):
+		what = "plans: " + g.Plans
 	case len(g.WriteSchemas) > 0 || len(g.WriteStatements) > 0:
 		what = "write"
 	case columnMasks(g) && r.ReadWrite:
@@ -94,6 +91,11 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 	metadata := r.Guard.Mode == modeMetadata
 	if failure := unenforced("MySQL", r, modeMetadata); failure != nil {
 		return failure, false
+	}
+	if r.Explain != "" || len(r.Indexes) > 0 {
+		if failure := x.planRefused(); failure != nil {
+			return failure, false
+		}
 	}
 	values := make([]sqltext.Value, len(r.Parameters))
 	for i, p := range r.Parameters {
@@ -117,6 +119,9 @@ func (x *mysqlExecution) execute() (failure *proto.Error, lost bool) {
 		if done, failure, lost := x.interact(ctx, len(arguments)); done {
 			return failure, lost
 		}
+	}
+	if r.Explain != "" {
+		return x.explain(ctx, arguments)
 	}
 	isShow := mysqlguard.IsShow(x.text.Text)
 	if metadata && !isShow {

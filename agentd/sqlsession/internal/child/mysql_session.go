@@ -112,7 +112,9 @@ func (x *mysqlExecution) interact(ctx context.Context, arguments int) (done bool
 		return true, x.answer(verb, "ROLLBACK"), false
 	case stay.failed != "":
 		return true, failedTransaction(stay.failed), false
-	case verb == nil:
+	case r.Explain != "" && x.explicit:
+		return true, planInTransaction(), false
+	case verb == nil || r.Explain != "":
 		return false, nil, false
 	case len(verb.Queries) > 0:
 		x.verb = verb

@@ -279,6 +279,11 @@ func (x *sqliteExecution) execute() *proto.Error {
 	if failure := x.unenforced(); failure != nil {
 		return failure
 	}
+	if r.Explain != "" || len(r.Indexes) > 0 {
+		if failure := x.planRefused(); failure != nil {
+			return failure
+		}
+	}
 	values := make([]sqltext.Value, len(r.Parameters))
 	for i, p := range r.Parameters {
 		values[i] = sqltext.Value{Name: p.Name, Text: p.Value, Type: p.Type}
@@ -305,7 +310,7 @@ func (x *sqliteExecution) execute() *proto.Error {
 		}
 	}
 	if keyword := strings.ToLower(sqltext.FirstWord(&dialect, r.SQL)); keyword == "explain" {
-		return denied(0, "EXPLAIN is refused: the data source's policy has no plans")
+		return explainRefused()
 	}
 	x.db.judge = x.guard.judge
 	s, failure := x.prepare(len(arguments))
@@ -313,6 +318,9 @@ func (x *sqliteExecution) execute() *proto.Error {
 		return failure
 	}
 	defer s.finalize()
+	if r.Explain != "" {
+		return x.plan(s)
+	}
 	if metadata {
 		return x.describe(s)
 	}
@@ -389,14 +397,12 @@ func (x *sqliteExecution) commit() error {
 func (x *sqliteExecution) unenforced() *proto.Error {
 	g, what := &x.request.Guard, ""
 	switch {
-	case x.request.Explain != "":
-		return denied(0, "plans are refused: they are not supported for SQLite")
 	case g.Mode != "" && g.Mode != modeMetadata && g.Mode != "read-only" && g.Mode != "read-write":
 		what = "a mode that is not understood"
 	case x.request.ReadWrite && !x.readWrite:
 		what = "mode read-only"
-	case g.Plans != "" && g.Plans != "off":
-		what = "plans, which are not supported for SQLite"
+	case !slices.Contains([]string{"", "off", plansStructure, plansFull}, g.Plans):
+		what = "plans: " + g.Plans + ", which is not supported for SQLite"
 	default:
 		return checkColumnMasks(g, "SQLite")
 	}
@@ -423,7 +429,7 @@ func (x *sqliteExecution) prepare(arguments int) (*sqliteStatement, *proto.Error
 	case more != "" || strings.ContainsFunc(sqliteWithoutComments(rest), func(c rune) bool { return !strings.ContainsRune(" \t\r\n\f;", c) }):
 		return refuse(denied(0, "the text has more than one statement: send them one by one"))
 	case s.explains():
-		return refuse(denied(0, "EXPLAIN is refused: the data source's policy has no plans"))
+		return refuse(explainRefused())
 	case !s.readOnly() && !x.request.ReadWrite:
 		return refuse(denied(0, "the statement is refused: the data source is read-only"))
 	case s.parameters() != arguments:

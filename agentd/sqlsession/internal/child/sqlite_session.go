@@ -133,7 +133,9 @@ func (x *sqliteExecution) interact(arguments int) (done bool, failure *proto.Err
 		return true, x.answer("ROLLBACK")
 	case stay.failed != "":
 		return true, failedTransaction(stay.failed)
-	case verb == nil:
+	case r.Explain != "" && x.explicit:
+		return true, planInTransaction()
+	case verb == nil || r.Explain != "":
 		return false, nil
 	case arguments > 0:
 		return true, proto.Errorf(proto.CodeInvalid, "%s takes no parameters", verb.word)

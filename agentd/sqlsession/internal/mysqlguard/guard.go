@@ -72,7 +72,7 @@ func reads(text string, functions []string, allows string, variables bool) (Uses
 	if first == len(tokens) || tokens[first].Kind != sqltext.KindWord || !readers[strings.ToLower(tokens[first].Text)] {
 		t := tokens[min(first, len(tokens)-1)]
 		if w := strings.ToLower(t.Text); t.Kind == sqltext.KindWord && (w == "explain" || w == "analyze") {
-			return Uses{}, &Refusal{fmt.Sprintf("%s is refused: plans of MySQL and MariaDB are not told, as to make one the server runs parts of the statement", shown(t)), t.Position}
+			return Uses{}, &Refusal{fmt.Sprintf("%s is refused: leave it out of the text, and ask for the plan with postern sql --explain (or explain in the request), which the data source's policy decides on", shown(t)), t.Position}
 		}
 		return Uses{}, &Refusal{fmt.Sprintf("%s is refused: %s", shown(t), allows), t.Position}
 	}

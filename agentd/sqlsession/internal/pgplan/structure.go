@@ -1,24 +1,17 @@
 package pgplan
 
 import (
-	"bytes"
 	"encoding/json"
-	"errors"
-	"fmt"
-	"math"
-	"strconv"
 
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/plandoc"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/sqltext"
 )
 
 // MaxPlan bounds the server's plan in bytes.
-const MaxPlan = 8 << 20
-
-// maxPlanDepth bounds how deep plans are nested.
-const maxPlanDepth = 1000
+const MaxPlan = plandoc.MaxPlan
 
 // ErrGarbled is returned for what is no plan in JSON.
-var ErrGarbled = errors.New("the server's plan is not understood")
+var ErrGarbled = plandoc.ErrGarbled
 
 // Numbers says which numbers Structure keeps.
 type Numbers bool
@@ -30,28 +23,23 @@ const (
 )
 
 // member is one of an object's, in the server's order.
-type member struct {
-	key   string
-	value any // []member, []any, string, json.Number, bool or nil
-}
+type member = plandoc.Member
 
 // Check makes one line of canonical JSON of the server's plan, all of which is
 // kept. text, which may be nil, sees every text in it and returns what to tell.
 func Check(plan []byte, text func(string) string) ([]byte, error) {
-	v, err := decode(plan)
+	v, err := plandoc.Decode(plan)
 	if err != nil {
 		return nil, err
 	}
-	var out bytes.Buffer
-	encode(&out, v, text)
-	return out.Bytes(), nil
+	return plandoc.Encode(v, text), nil
 }
 
 // Structure makes a plan without literals of the server's: nodes, tables, indexes,
 // sort keys, and conditions in which every literal is a question mark. Members
 // that are not known to be harmless are left out.
 func Structure(plan []byte, numbers Numbers) ([]byte, error) {
-	v, err := decode(plan)
+	v, err := plandoc.Decode(plan)
 	if err != nil {
 		return nil, err
 	}
@@ -65,16 +53,14 @@ func Structure(plan []byte, numbers Numbers) ([]byte, error) {
 	}
 	kept := []member{}
 	for _, m := range top {
-		if root, ok := m.value.([]member); ok && m.key == "Plan" {
-			kept = append(kept, member{"Plan", reduce(root, numbers)})
+		if root, ok := m.Value.([]member); ok && m.Key == "Plan" {
+			kept = append(kept, member{Key: "Plan", Value: reduce(root, numbers)})
 		}
 	}
 	if len(kept) == 0 {
 		return nil, ErrGarbled
 	}
-	var out bytes.Buffer
-	encode(&out, []any{kept}, nil)
-	return out.Bytes(), nil
+	return plandoc.Encode([]any{kept}, nil), nil
 }
 
 // The members of a node that are told below full.
@@ -102,20 +88,20 @@ func reduce(node []member, numbers Numbers) []member {
 	kept := []member{}
 	for _, m := range node {
 		switch {
-		case names[m.key]:
-			if text, ok := texts(m.value, func(s string) string { return s }); ok {
-				kept = append(kept, member{m.key, text})
+		case names[m.Key]:
+			if text, ok := texts(m.Value, func(s string) string { return s }); ok {
+				kept = append(kept, member{Key: m.Key, Value: text})
 			}
-		case flags[m.key]:
-			if flag, ok := m.value.(bool); ok {
-				kept = append(kept, member{m.key, flag})
+		case flags[m.Key]:
+			if flag, ok := m.Value.(bool); ok {
+				kept = append(kept, member{Key: m.Key, Value: flag})
 			}
-		case expressions[m.key]:
-			if text, ok := texts(m.value, sqltext.Redact); ok {
-				kept = append(kept, member{m.key, text})
+		case expressions[m.Key]:
+			if text, ok := texts(m.Value, sqltext.Redact); ok {
+				kept = append(kept, member{Key: m.Key, Value: text})
 			}
-		case parts[m.key]:
-			list, ok := m.value.([]any)
+		case parts[m.Key]:
+			list, ok := m.Value.([]any)
 			if !ok {
 				continue
 			}
@@ -125,10 +111,10 @@ func reduce(node []member, numbers Numbers) []member {
 					inner = append(inner, reduce(part, numbers))
 				}
 			}
-			kept = append(kept, member{m.key, inner})
-		case estimates[m.key] && numbers == Magnitude:
-			if n, ok := m.value.(json.Number); ok {
-				kept = append(kept, member{m.key, magnitude(n)})
+			kept = append(kept, member{Key: m.Key, Value: inner})
+		case estimates[m.Key] && numbers == Magnitude:
+			if n, ok := m.Value.(json.Number); ok {
+				kept = append(kept, member{Key: m.Key, Value: plandoc.Magnitude(n)})
 			}
 		}
 	}
@@ -150,113 +136,4 @@ func texts(v any, f func(string) string) (any, bool) {
 		return out, true
 	}
 	return nil, false
-}
-
-// magnitude is the power of ten that is nearest to n, at least 1.
-func magnitude(n json.Number) json.Number {
-	f, err := n.Float64()
-	if err != nil || !(f > 1) {
-		return "1"
-	}
-	power := math.Round(math.Log10(f))
-	if power > 300 {
-		power = 300
-	}
-	return json.Number(strconv.FormatFloat(math.Pow(10, power), 'f', 0, 64))
-}
-
-// decode reads JSON and keeps the order of members.
-func decode(plan []byte) (any, error) {
-	if len(plan) > MaxPlan {
-		return nil, fmt.Errorf("%w: it has %d bytes, more than %d", ErrGarbled, len(plan), MaxPlan)
-	}
-	d := json.NewDecoder(bytes.NewReader(plan))
-	d.UseNumber()
-	v, err := value(d, 0)
-	if err != nil {
-		return nil, err
-	}
-	if d.More() {
-		return nil, ErrGarbled
-	}
-	return v, nil
-}
-
-func value(d *json.Decoder, depth int) (any, error) {
-	if depth > maxPlanDepth {
-		return nil, fmt.Errorf("%w: it is nested too deeply", ErrGarbled)
-	}
-	t, err := d.Token()
-	if err != nil {
-		return nil, ErrGarbled
-	}
-	switch t {
-	case json.Delim('{'):
-		object := []member{}
-		for d.More() {
-			key, err := d.Token()
-			if err != nil {
-				return nil, ErrGarbled
-			}
-			v, err := value(d, depth+1)
-			if err != nil {
-				return nil, err
-			}
-			object = append(object, member{key.(string), v})
-		}
-		_, err = d.Token()
-		return object, err
-	case json.Delim('['):
-		list := []any{}
-		for d.More() {
-			v, err := value(d, depth+1)
-			if err != nil {
-				return nil, err
-			}
-			list = append(list, v)
-		}
-		_, err = d.Token()
-		return list, err
-	}
-	return t, nil
-}
-
-func encode(out *bytes.Buffer, v any, text func(string) string) {
-	switch v := v.(type) {
-	case []member:
-		out.WriteByte('{')
-		for i, m := range v {
-			if i > 0 {
-				out.WriteByte(',')
-			}
-			encode(out, m.key, nil)
-			out.WriteByte(':')
-			encode(out, m.value, text)
-		}
-		out.WriteByte('}')
-	case []any:
-		out.WriteByte('[')
-		for i, e := range v {
-			if i > 0 {
-				out.WriteByte(',')
-			}
-			encode(out, e, text)
-		}
-		out.WriteByte(']')
-	case string:
-		if text != nil {
-			v = text(v)
-		}
-		var b bytes.Buffer
-		e := json.NewEncoder(&b)
-		e.SetEscapeHTML(false)
-		_ = e.Encode(v) // a string can be encoded
-		out.Write(bytes.TrimSuffix(b.Bytes(), []byte("\n")))
-	case json.Number:
-		out.WriteString(v.String())
-	case bool:
-		out.WriteString(strconv.FormatBool(v))
-	default:
-		out.WriteString("null")
-	}
 }

@@ -4,12 +4,14 @@ import (
 	"encoding/json"
 	"fmt"
 	"strings"
+
+	"github.com/postern-dev/postern/agentd/sqlsession/internal/plandoc"
 )
 
 // Text writes a plan in JSON, the server's or Structure's, as EXPLAIN does in lines. With
 // costs off estimates are left out.
 func Text(plan []byte, costs bool) ([]string, error) {
-	v, err := decode(plan)
+	v, err := plandoc.Decode(plan)
 	if err != nil {
 		return nil, err
 	}
@@ -23,7 +25,7 @@ func Text(plan []byte, costs bool) ([]string, error) {
 	}
 	w := &writer{costs: costs}
 	for _, m := range top {
-		if node, ok := m.value.([]member); ok && m.key == "Plan" {
+		if node, ok := m.Value.([]member); ok && m.Key == "Plan" {
 			w.node(node, 0)
 			continue
 		}
@@ -46,7 +48,7 @@ var inLine = keys("Node Type", "Strategy", "Partial Mode", "Operation", "Join Ty
 func (w *writer) node(node []member, depth int) {
 	get := make(map[string]string)
 	for _, m := range node {
-		get[m.key] = scalarText(m.value)
+		get[m.Key] = scalarText(m.Value)
 	}
 	at, inner := "", "  "
 	if depth > 0 {
@@ -58,13 +60,13 @@ func (w *writer) node(node []member, depth int) {
 	}
 	w.lines = append(w.lines, at+label(get)+w.numbers(get))
 	for _, m := range node {
-		if !inLine[m.key] {
+		if !inLine[m.Key] {
 			w.detail(inner, m)
 		}
 	}
 	for _, m := range node {
-		list, _ := m.value.([]any)
-		if m.key != "Plans" {
+		list, _ := m.Value.([]any)
+		if m.Key != "Plans" {
 			continue
 		}
 		for _, child := range list {
@@ -173,9 +175,9 @@ func (w *writer) numbers(get map[string]string) string {
 // detail writes a member on a line of its own; counts that are 0 and what is false are
 // left out, as EXPLAIN does.
 func (w *writer) detail(at string, m member) {
-	switch v := m.value.(type) {
+	switch v := m.Value.(type) {
 	case []member:
-		w.lines = append(w.lines, at+m.key+":")
+		w.lines = append(w.lines, at+m.Key+":")
 		for _, part := range v {
 			w.detail(at+"  ", part)
 		}
@@ -183,24 +185,24 @@ func (w *writer) detail(at string, m member) {
 		var texts []string
 		for _, e := range v {
 			if part, ok := e.([]member); ok {
-				w.detail(at, member{m.key, part})
+				w.detail(at, member{Key: m.Key, Value: part})
 				continue
 			}
 			texts = append(texts, scalarText(e))
 		}
 		if len(texts) > 0 {
-			w.lines = append(w.lines, at+m.key+": "+strings.Join(texts, ", "))
+			w.lines = append(w.lines, at+m.Key+": "+strings.Join(texts, ", "))
 		}
 	case bool:
 		if v {
-			w.lines = append(w.lines, at+m.key+": true")
+			w.lines = append(w.lines, at+m.Key+": true")
 		}
 	case json.Number:
 		if v != "0" && v != "0.000" {
-			w.lines = append(w.lines, at+m.key+": "+v.String())
+			w.lines = append(w.lines, at+m.Key+": "+v.String())
 		}
 	default:
-		w.lines = append(w.lines, at+m.key+": "+scalarText(v))
+		w.lines = append(w.lines, at+m.Key+": "+scalarText(v))
 	}
 }
 
