@@ -9,6 +9,9 @@
 #   make s3-test    the object store on a real S3 server, which is built for it
 #   make mysql-test the suite of engines and the attacks on a real MySQL, which is fetched from Debian's
 #                   newer suites into /opt/postern-mysql, or bin/mysql if not root (180 MB)
+#   make host-test  the packages on really booted Debian hosts (systemd-nspawn): install, upgrade, remove,
+#                   restarts, watchdog, reboot, bad days; as root, a few minutes each; SUITES="trixie bookworm",
+#                   RUN=TestName for some, POSTERN_LONG=1 for 100 restarts
 #   make clients    PostgreSQL clients that are large to install, through the whole system:
 #                   JDBC, node-postgres (from npm) and pgx's own tests
 #   make race       the Go tests alone, with the race detector
@@ -25,7 +28,7 @@ FUZZTIME ?= 5m
 LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
 export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
-.PHONY: build demo test e2e-long clients vault-test s3-test mysql-test race lint fuzz bench packages proto clean deps
+.PHONY: build demo test e2e-long clients vault-test s3-test mysql-test host-test race lint fuzz bench packages proto clean deps
 
 build: deps
 	@mkdir -p bin
@@ -67,6 +70,12 @@ mysql-test:
 	@packaging/dev/deps.sh go mariadb
 	@packaging/dev/mysql.sh $(MYSQL)
 	POSTERN_MYSQL=$(MYSQL) $(GO) test -tags realmysql -timeout 20m -skip 'Maria|SQLite' -v ./agentd/sqlsession/enginetest
+
+SUITES ?= trixie bookworm
+host-test:
+	@packaging/dev/deps.sh go gcc testhost
+	@CRIU_PRIVATE=1 packaging/dev/criu.sh
+	POSTERN_SUITES="$(SUITES)" $(GO) test -tags hosttest -count 1 -timeout 120m -v $(if $(RUN),-run '$(RUN)') ./e2e/hosttest
 
 clients:
 	@packaging/dev/deps.sh go postgresql bigclients

@@ -58,6 +58,9 @@ func runDaemon(d *Daemon) error {
 	signals := make(chan os.Signal, 8)
 	signal.Notify(signals, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
 	defer signal.Stop(signals)
+	if stopped, err := joinUnless(d, signals); err != nil || stopped {
+		return err
+	}
 	if err := d.Validate(); err != nil {
 		return err
 	}

@@ -2,6 +2,8 @@
 # packages.sh [ARCH...] - .deb and .rpm of agentd, controlplane and postern in dist/, with a list of
 # what is in each binary (CycloneDX) beside them. ARCH is amd64 or arm64; default both. The same
 # commit gives the same bytes: times are the commit's, paths are trimmed, versions are pinned.
+# Environment: RELEASE, the version; DIST, where to (default dist); KINDS, which of deb and rpm;
+# QUICK=1 for tests: paths stay, packages are not compressed, and TAGS are for the build.
 set -eu
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- amd64 arm64
@@ -15,6 +17,9 @@ if [ -z "${SOURCE_DATE_EPOCH:-}" ]; then
 fi
 MTIME=$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)
 export SOURCE_DATE_EPOCH VERSION MTIME
+KINDS=${KINDS:-deb rpm}
+trim=-trimpath
+[ -z "${QUICK:-}" ] || trim=
 umask 022
 mkdir -p "$dist"
 dist=$(cd "$dist" && pwd)
@@ -29,12 +34,12 @@ native=$work/native
 mkdir -p "$native"
 
 build() { # ARCH DIR
-	CGO_ENABLED=0 GOOS=linux GOARCH=$1 "$GO" build -trimpath -buildvcs=auto \
+	CGO_ENABLED=0 GOOS=linux GOARCH=$1 "$GO" build $trim ${QUICK:+-tags "${TAGS:-}"} -buildvcs=auto \
 		-ldflags "-s -w -buildid= -X github.com/postern-dev/postern/proto.release=$VERSION" -o "$2/" ./agentd ./controlplane ./client/postern
 }
 
-# script TEMPLATE OUT UNIT PACKAGE STATE
-script() { sed -e "s|@UNIT@|$3|g; s|@PACKAGE@|$4|g; s|@STATE@|$5|g" "packaging/nfpm/scripts/$1" >"$2" && chmod 755 "$2"; }
+# script TEMPLATE OUT UNIT UNITS PACKAGE STATE: UNIT is what an upgrade restarts
+script() { sed -e "s|@UNIT@|$3|g; s|@UNITS@|$4|g; s|@PACKAGE@|$5|g; s|@STATE@|$6|g" "packaging/nfpm/scripts/$1" >"$2" && chmod 755 "$2"; }
 
 this=$("$GO" env GOHOSTARCH)
 say "building for $this: man pages and completions come from the binaries"
@@ -86,13 +91,16 @@ for ARCH in "$@"; do
 	"$native/postern" completion fish >"$TREE/completions/postern.fish"
 	for s in agentd controlplane; do
 		mkdir -p "$TREE/scripts/$s"
+		units=$s.service
+		[ "$s" != agentd ] || units="agentd.service agentd-mountd.service"
 		for t in postinst prerm postrm rpm-post rpm-preun rpm-postun; do
-			script "$t" "$TREE/scripts/$s/$t" "$s.service" "postern-$s" "/var/lib/postern-$s /var/lib/private/postern-$s"
+			script "$t" "$TREE/scripts/$s/$t" "$s.service" "$units" "postern-$s" "/var/lib/postern-$s /var/lib/private/postern-$s"
 		done
 	done
 	for p in agentd controlplane postern; do
 		sed -e "s|\${ARCH}|$ARCH|g; s|\${VERSION}|$VERSION|g; s|\${MTIME}|$MTIME|g; s|\${TREE}|$TREE|g" "packaging/nfpm/$p.yaml" >"$TREE/$p.yaml"
-		for kind in deb rpm; do
+		[ -z "${QUICK:-}" ] || sed -i "s|compression: xz|compression: none|" "$TREE/$p.yaml"
+		for kind in $KINDS; do
 			out=$("$nfpm" package -f "$TREE/$p.yaml" -p "$kind" -t "$dist" 2>&1) || { echo "$out" >&2; exit 1; }
 			out=$(echo "$out" | sed -n "s/^created package: //p")
 			"$work/bin/sbom" "$TREE/$p" "$(basename "$out")" "$VERSION" >"$out.cdx.json"
@@ -101,5 +109,5 @@ for ARCH in "$@"; do
 	done
 done
 rm -rf "$work"
-(cd "$dist" && sha256sum ./*.deb ./*.rpm ./*.cdx.json >SHA256SUMS)
+(cd "$dist" && find . -maxdepth 1 \( -name "*.deb" -o -name "*.rpm" -o -name "*.cdx.json" \) | LC_ALL=C sort | xargs sha256sum >SHA256SUMS)
 say "checksums are in $dist/SHA256SUMS"

@@ -1,6 +1,7 @@
 package blob_test
 
 import (
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -94,5 +95,24 @@ func TestCheckDirectory(t *testing.T) {
 	s.Failing(&os.PathError{Op: "write", Path: dir, Err: syscall.ENOSPC})
 	if err := s.Check(ctx); err != nil {
 		t.Errorf("full: %v", err)
+	}
+}
+
+// TestDirectoryBehindLink: the way to a directory may be a link, as systemd's DynamicUser
+// makes one, and so may the directory itself.
+func TestDirectoryBehindLink(t *testing.T) {
+	dir := t.TempDir()
+	if err := errors.Join(os.Mkdir(filepath.Join(dir, "private"), 0o700), os.Mkdir(filepath.Join(dir, "disk"), 0o700),
+		os.Symlink("private", filepath.Join(dir, "state")), os.Symlink("../disk", filepath.Join(dir, "private", "other"))); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"blob", "other"} {
+		s, err := blob.Open(ctx, filepath.Join(dir, "state", name), blob.Config{Logger: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(s.Check(ctx), s.Close()); err != nil {
+			t.Error(err)
+		}
 	}
 }

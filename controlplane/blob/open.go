@@ -143,6 +143,11 @@ func openDirectory(root string) (*directory, error) {
 	if !info.IsDir() {
 		return nil, errors.New("it is not a directory")
 	}
+	// Links on the way are the operator's, systemd's DynamicUser makes one. From here on
+	// there are none.
+	if root, err = filepath.EvalSymlinks(root); err != nil {
+		return nil, err
+	}
 	if err := syncPath(filepath.Dir(root)); err != nil {
 		return nil, err
 	}

@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx tinyproxy litmus prometheus netns criu pydrivers jupyter sshfs bigclients.
+# nginx tinyproxy litmus prometheus netns criu pydrivers jupyter sshfs testhost bigclients.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -102,6 +102,9 @@ for name in "$@"; do
 		;;
 	sshfs) # what a mounted workspace is measured against: sshfs and its server, without ssh
 		command -v sshfs >/dev/null 2>&1 && [ -x /usr/lib/openssh/sftp-server ] || install sshfs openssh-sftp-server
+		;;
+	testhost) # what boots disposable hosts for tests of packages and units
+		command -v mmdebstrap >/dev/null 2>&1 && command -v systemd-nspawn >/dev/null 2>&1 || install mmdebstrap systemd-container
 		;;
 	bigclients) # what `make clients` runs: JDBC on a JDK, node with npm
 		command -v javac >/dev/null 2>&1 || install default-jdk-headless

@@ -117,6 +117,7 @@ var needed = []struct {
 	{unix.CAP_DAC_OVERRIDE, "CAP_DAC_OVERRIDE"},
 	{unix.CAP_CHOWN, "CAP_CHOWN"},
 	{unix.CAP_KILL, "CAP_KILL"},
+	{unix.CAP_SYS_TIME, "CAP_SYS_TIME"}, // clocks of a restored time namespace
 }
 
 // missingCapabilities names the needed capabilities that this process has not; CAP_SYS_RESOURCE

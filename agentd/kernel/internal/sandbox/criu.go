@@ -45,7 +45,7 @@ const netNSKey = "postern-net"
 
 // errFiltered is what stands in the way of CRIU when agentd runs behind a seccomp
 // filter: it is refused other processes' filters (ptrace(2), PTRACE_SECCOMP_GET_FILTER).
-var errFiltered = errors.New("agentd runs behind a seccomp filter of its unit, and CRIU would too: install systemd/agentd-kernels.conf as a drop-in (docs/kernels.md)")
+var errFiltered = errors.New("agentd runs behind a seccomp filter of its unit, and CRIU would too: start agentd by the unit of its package, without agentd-sql-only.conf (docs/privileges.md)")
 
 func (h *hostSide) criu() (CRIUSpec, error) {
 	if mode, err := statusField(os.Getpid(), "Seccomp:"); err == nil && len(mode) == 1 && mode[0] != 0 {

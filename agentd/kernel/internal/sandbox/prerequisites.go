@@ -72,7 +72,7 @@ func Prerequisites(ctx context.Context, n Needs) []Check {
 
 	const users = "kernels: users"
 	if missing := lackedCapabilities(); len(missing) > 0 {
-		fault("kernels: capabilities", "this process lacks "+strings.Join(missing, ", "), "install systemd/agentd-kernels.conf as a drop-in of the unit (docs/kernels.md); in a container give agentd the host's rights")
+		fault("kernels: capabilities", "this process lacks "+strings.Join(missing, ", "), "start agentd by the unit of its package, without agentd-sql-only.conf (docs/privileges.md); in a container give agentd the host's rights")
 		return all
 	}
 	if user := accountIn("/etc/passwd", n.UIDBase, n.UIDs); user != "" {
@@ -88,10 +88,10 @@ func Prerequisites(ctx context.Context, n Needs) []Check {
 	}
 	fine(box, "namespaces, root directory and seccomp filter work")
 	for _, line := range coresTaken() {
-		lesser(box, line, "install systemd/agentd-kernels.conf as a drop-in of the unit (docs/kernels.md)")
+		lesser(box, line, "start agentd by the unit of its package, without agentd-sql-only.conf (docs/privileges.md)")
 	}
 	if mode, err := statusField(os.Getpid(), "Seccomp:"); err == nil && len(mode) == 1 && mode[0] != 0 {
-		lesser("kernels: checkpoints", "this process runs behind a seccomp filter, and behind one CRIU can save no kernel", "install systemd/agentd-kernels.conf as a drop-in of the unit (docs/kernels.md)")
+		lesser("kernels: checkpoints", "this process runs behind a seccomp filter, and behind one CRIU can save no kernel", "start agentd by the unit of its package, without agentd-sql-only.conf (docs/privileges.md)")
 	}
 
 	checkControllers(fine, lesser)
