@@ -149,8 +149,11 @@ func mountdMain(args []string) int {
 	defer stop()
 	code, err := mountd.Run(ctx, mountd.Config{
 		Dir:     dir,
-		Pending: func() []string { return replicaNames(replicas) },
+		Pending: func() []string { return append(replicaNames(replicas), bucketNames(dir, file)...) },
 		Open: func(ctx context.Context, name string, readOnly bool) (mountd.Workspace, error) {
+			if w, found, err := openBucketMount(dir, file, name, readOnly, logger); found {
+				return w, err
+			}
 			return openReplica(ctx, replicas, file, name, readOnly, client, logger)
 		},
 		Decide: func(name string) (mountd.Permission, error) {

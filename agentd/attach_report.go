@@ -51,6 +51,9 @@ func (h attachedHost) AttachStatus(ctx context.Context) ([]*posternv1.MountStatu
 func (a *attachments) mountStatus(ctx context.Context, s mountd.Status) []*posternv1.MountStatus {
 	out := []*posternv1.MountStatus{}
 	for _, w := range s.Workspaces {
+		if w.Bucket {
+			continue // it is none of the control plane's
+		}
 		m := &posternv1.MountStatus{
 			Workspace: w.Workspace, ReadOnly: w.ReadOnly, UnsentOps: uint64(max(w.UnsentOps, 0)), UnsentBytes: uint64(max(w.UnsentBytes, 0)),
 			CachedBytes: uint64(max(w.CacheBytes, 0)), LastError: w.LastError,
@@ -95,7 +98,7 @@ func (a *attachments) details(ctx context.Context, w mountd.MountedStatus) (moun
 func (a *attachments) report(ctx context.Context, s mountd.Status) {
 	unsent := false
 	for _, w := range s.Workspaces {
-		unsent = unsent || w.UnsentOps > 0 || w.UnsentBytes > 0
+		unsent = unsent || !w.Bucket && (w.UnsentOps > 0 || w.UnsentBytes > 0)
 	}
 	due := !a.reported || unsent != a.unsent || unsent && time.Since(a.told) >= reportEvery
 	if !due || a.daemon.link == nil {

@@ -19,6 +19,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-dev/postern/agentd/attach/bucket"
 	"github.com/postern-dev/postern/agentd/attach/fdkeeper"
 	"github.com/postern-dev/postern/agentd/attach/mountd"
 	"github.com/postern-dev/postern/agentd/control"
@@ -45,6 +46,7 @@ type attachments struct {
 	daemon  *Daemon
 	client  mountd.Client
 	server  *http.Server
+	buckets *buckets
 	cancel  context.CancelFunc
 	wg      sync.WaitGroup
 	mu      sync.Mutex
@@ -68,7 +70,7 @@ func (d *Daemon) openAttachments() error {
 	if err != nil {
 		return err
 	}
-	a := &attachments{daemon: d, client: mountd.Client{Dir: dir}, starting: map[string]int{}}
+	a := &attachments{daemon: d, buckets: &buckets{daemon: d, open: map[string]*openBucket{}}, client: mountd.Client{Dir: dir}, starting: map[string]int{}}
 	d.attach = a
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel = cancel
@@ -140,6 +142,7 @@ func (a *attachments) close() error {
 	}
 	a.looking.Unlock()
 	a.wg.Wait()
+	a.buckets.close()
 	return err
 }
 
@@ -251,7 +254,8 @@ func (a *attachments) spawn(ctx context.Context) error {
 	return nil
 }
 
-// proxy lends mountd the tunnel: AttachService, and the bodies of chunks, nothing else.
+// proxy lends mountd the tunnel: AttachService, and the bodies of chunks; and the buckets.
+// Nothing else.
 func (a *attachments) proxy() http.Handler {
 	service := "/" + posternv1connect.AttachServiceName + "/"
 	reverse := &httputil.ReverseProxy{
@@ -268,7 +272,12 @@ func (a *attachments) proxy() http.Handler {
 			proto.WriteHTTPError(w, err)
 		},
 	}
+	objects := a.buckets.handler()
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, bucket.Path) {
+			objects.ServeHTTP(w, r)
+			return
+		}
 		if strings.HasPrefix(r.URL.Path, service) || strings.HasPrefix(r.URL.Path, attachPath) {
 			reverse.ServeHTTP(w, r)
 			return
@@ -401,7 +410,7 @@ func (d *Daemon) attachmentStatus() control.Attachments {
 	for _, w := range s.Workspaces {
 		x := control.Attachment{
 			Workspace: w.Workspace, ReadOnly: w.ReadOnly, Mounts: []string{}, UnsentChanges: w.UnsentOps, UnsentBytes: w.UnsentBytes, OldestUnsent: w.Oldest,
-			Conflicts: w.Conflicts, CacheBytes: w.CacheBytes, Connected: w.Connected, LastError: w.LastError,
+			Bucket: w.Bucket, Hidden: w.Hidden, Conflicts: w.Conflicts, CacheBytes: w.CacheBytes, Connected: w.Connected, LastError: w.LastError,
 		}
 		for _, h := range s.Holders {
 			if h.Workspace != w.Workspace {

@@ -136,6 +136,7 @@ func examine(ctx context.Context, r *doctor.Report, p *places) {
 	examineKernels(ctx, r, c.Kernels)
 	examineCheckpoints(ctx, r, c.Kernels.Checkpoints.CRIU)
 	examineAttachments(r, c, status, running)
+	examineBuckets(ctx, r, c)
 	examineSources(ctx, r, p, c, running)
 	examineSecrets(ctx, r, c)
 }

@@ -45,6 +45,13 @@ func runDaemon(d *Daemon) error {
 			names = append(names, s.Password.Env)
 		}
 	}
+	for _, b := range c.Buckets {
+		for _, ref := range b.Refs() {
+			if ref.Env != "" {
+				names = append(names, ref.Env)
+			}
+		}
+	}
 	for _, ref := range []secret.Ref{c.Vault.Token, c.Vault.SecretID, c.MaskKey} {
 		if ref.Env != "" {
 			names = append(names, ref.Env)

@@ -177,8 +177,11 @@ func printAttachments(row func(key, format string, args ...any), a control.Attac
 			key = "mounts"
 		}
 		mode, where := "", "not mounted any more"
+		if w.Bucket {
+			mode = " (bucket)"
+		}
 		if w.ReadOnly {
-			mode = ", read-only"
+			mode += ", read-only"
 		}
 		if len(w.Mounts) > 0 {
 			where = "on " + strings.Join(w.Mounts, ", ")
@@ -188,6 +191,9 @@ func printAttachments(row func(key, format string, args ...any), a control.Attac
 			state = fmt.Sprintf("UNSENT: %d changes, %d bytes, since %s", w.UnsentChanges, w.UnsentBytes, w.OldestUnsent.Format(time.RFC3339))
 		}
 		row(key, "%s %s%s, %s, %d bytes cached", w.Workspace, where, mode, state, w.CacheBytes)
+		if w.Hidden > 0 {
+			row("", "%s: %d keys met that cannot be files: not shown", w.Workspace, w.Hidden)
+		}
 		if w.LastError != "" {
 			row("", "%s: %s", w.Workspace, w.LastError)
 		}

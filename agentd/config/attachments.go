@@ -23,6 +23,7 @@ type attachmentsFile struct {
 		Path     string `yaml:"path"`
 		ReadOnly bool   `yaml:"read_only"`
 	} `yaml:"binds"`
+	Buckets []bucketFile `yaml:"buckets"`
 }
 
 var workspaceForm = regexp.MustCompile(`^[a-z0-9][a-z0-9._-]{0,62}$`)
@@ -68,6 +69,7 @@ func (p *problems) attachments(in file, c *Config, at func(...any) int, there bo
 		}
 		out.Binds = append(out.Binds, policy.AttachedBind{Name: b.Name, Path: b.Path, ReadOnly: b.ReadOnly})
 	}
+	p.buckets(a.Buckets, c, line)
 	size := func(text string, into *uint64, keys ...any) {
 		if text == "" {
 			return

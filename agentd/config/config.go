@@ -60,6 +60,8 @@ type Config struct {
 	Kernels Kernels
 	// Attachments are mounts of workspaces.
 	Attachments policy.Attachments
+	// Buckets are those of Attachments, with how they are reached.
+	Buckets []Bucket
 
 	proxy, noProxy string // as written; proxy may hold a password
 }

@@ -56,6 +56,10 @@ type Attachment struct {
 	// Connected: changes elsewhere are heard of.
 	Connected bool   `json:"connected"`
 	LastError string `json:"last_error,omitempty"`
+	// Bucket: it is one of attachments.buckets, no workspace; Hidden counts the keys that
+	// were met and cannot be files.
+	Bucket bool  `json:"bucket,omitempty"`
+	Hidden int64 `json:"hidden,omitempty"`
 }
 
 // ConflictCopy is what was changed here and elsewhere: KeptAs has what was made here.

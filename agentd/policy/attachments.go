@@ -30,6 +30,26 @@ type Attachments struct {
 	// Binds are directories of the host that kernels may mount like workspaces. A name of
 	// one stands for it and never for a workspace.
 	Binds []AttachedBind
+	// Buckets are object stores' that the host reaches by itself. A name of one stands for it
+	// and never for a workspace.
+	Buckets []AttachedBucket
+}
+
+// AttachedBucket is a bucket under the name of a workspace.
+type AttachedBucket struct {
+	Name string
+	// ReadOnly: nothing in it may be changed from here.
+	ReadOnly bool
+}
+
+// Bucket is the bucket of this name, if it is one.
+func (a Attachments) Bucket(name string) (AttachedBucket, bool) {
+	for _, b := range a.Buckets {
+		if b.Name == name {
+			return b, true
+		}
+	}
+	return AttachedBucket{}, false
 }
 
 // AttachedBind is a directory of the host under the name of a workspace.
@@ -49,13 +69,16 @@ func (a Attachments) Bind(name string) (AttachedBind, bool) {
 	return AttachedBind{}, false
 }
 
-// Mount decides whether a workspace, or a directory of Binds, may be mounted on this host, and whether only to be
+// Mount decides whether a workspace, or a directory of Binds or one of Buckets, may be mounted on this host, and whether only to be
 // read. A reason, one line, refuses it.
 func (a Attachments) Mount(workspace string) (readOnly bool, reason string) {
 	if !a.Enabled {
 		return false, "attachments are off on this host: add attachments: to agentd.yaml"
 	}
 	if b, ok := a.Bind(workspace); ok {
+		return b.ReadOnly, ""
+	}
+	if b, ok := a.Bucket(workspace); ok {
 		return b.ReadOnly, ""
 	}
 	if a.Workspaces != nil && !matchAny(a.Workspaces, workspace) {

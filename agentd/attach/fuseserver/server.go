@@ -61,6 +61,8 @@ type Config struct {
 	// Deadline is how long a request may take; 0: DefaultDeadline. Waiting for a lock of
 	// a file may take for ever.
 	Deadline time.Duration
+	// SyncDeadline is how long FLUSH and FSYNC may take; 0: Deadline.
+	SyncDeadline time.Duration
 	// Logger hears of what goes wrong; nil: nobody.
 	Logger *slog.Logger
 }
@@ -101,6 +103,9 @@ func New(cfg Config) (*Server, error) {
 func newServer(cfg Config) (*Server, error) {
 	if cfg.Deadline == 0 {
 		cfg.Deadline = DefaultDeadline
+	}
+	if cfg.SyncDeadline == 0 {
+		cfg.SyncDeadline = cfg.Deadline
 	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
@@ -352,6 +357,9 @@ func (s *Server) work() {
 		id := unique(request)
 		if expects && op != opInterrupt && op != opSetLkW {
 			s.begun[id] = time.Now()
+			if op == opFlush || op == opFsync {
+				s.begun[id] = s.begun[id].Add(s.cfg.SyncDeadline - s.cfg.Deadline)
+			}
 		}
 		s.mu.Unlock()
 

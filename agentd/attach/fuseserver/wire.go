@@ -15,8 +15,10 @@ const (
 
 	opForget      = 2
 	opRead        = 15
+	opFsync       = 20
 	opGetXattr    = 22
 	opListXattr   = 23
+	opFlush       = 25
 	opInit        = 26
 	opReadDir     = 28
 	opSetLkW      = 33

@@ -40,6 +40,8 @@ type Mount struct {
 	// SetKernel is called before the first request. inherited says that the kernel knows
 	// nodes, and has handles, of a process before this one. Optional.
 	SetKernel func(k *fuseserver.Conn, inherited bool)
+	// SyncDeadline is how long closing and syncing a file may take; 0: like any request.
+	SyncDeadline time.Duration
 	// Ended is called when the superblock has gone, or was never served; optional.
 	Ended func()
 }
@@ -82,6 +84,10 @@ type WorkspaceStatus struct {
 	// Connected: changes elsewhere are heard of.
 	Connected bool   `json:"connected"`
 	LastError string `json:"last_error,omitempty"`
+	// Bucket: it is no workspace of the control plane but a bucket that the host reaches
+	// itself. Hidden counts its keys that cannot be files, as often as they were met.
+	Bucket bool  `json:"bucket,omitempty"`
+	Hidden int64 `json:"hidden,omitempty"`
 }
 
 // Conflict is what was changed here and elsewhere: KeptAs has what was made here. Paths begin with

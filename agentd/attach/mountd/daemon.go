@@ -225,7 +225,8 @@ func (d *Daemon) begin(o *opened, s *superblock, m Mount) (err error) {
 				m.SetKernel(k, inherited)
 			}
 		},
-		Logger: d.cfg.Logger.With("workspace", o.name),
+		SyncDeadline: m.SyncDeadline,
+		Logger:       d.cfg.Logger.With("workspace", o.name),
 	})
 	if err != nil {
 		return err
