@@ -37,12 +37,14 @@ func (f *faults) count() int {
 func (f *faults) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	f.mu.Lock()
 	f.n++
-	bad, deny, late := f.down || rand.Float64() < f.rate, f.deny, rand.Float64() < 0.5
+	bad, down, deny, late := rand.Float64() < f.rate, f.down, f.deny, rand.Float64() < 0.5
 	f.mu.Unlock()
 	op := r.URL.Path[strings.LastIndex(r.URL.Path, "/")+1:]
 	switch {
 	case op == deny:
 		proto.WriteHTTPError(w, proto.Errorf(proto.CodePolicyDenied, "refused for the test"))
+	case down:
+		panic(http.ErrAbortHandler)
 	case bad && late && op == "read":
 		f.next.ServeHTTP(&cut{ResponseWriter: w, left: 1000 + rand.IntN(500_000)}, r)
 	case bad:
