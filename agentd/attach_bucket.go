@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -48,15 +49,22 @@ func openBucketMount(dir, file, name string, readOnly bool, logger *slog.Logger)
 	how, _ := c.Bucket(name)
 	client := bucket.Dial(filepath.Join(dir, proxySocket), name)
 	logger = logger.With("bucket", name)
+	dir = filepath.Join(dir, bucketsDir, name)
 	b, err := bucketfs.Open(bucketfs.Config{
-		Dir: filepath.Join(dir, bucketsDir, name), Name: name, Remote: client, ReadOnly: readOnly, TTL: how.TTL,
+		Dir: dir, Name: name, Remote: client, ReadOnly: readOnly, TTL: how.TTL,
 		CacheBytes: int64(c.Attachments.Cache), MaxStaged: int64(c.Attachments.Unsent), Log: logger,
 	})
 	if err != nil {
 		client.Close()
 		return nil, true, err
 	}
-	return &bucketMount{Bucket: b, client: client, logger: logger}, true, nil
+	kept, err := os.Stat(dir)
+	if err != nil {
+		err = errors.Join(err, b.Close())
+		client.Close()
+		return nil, true, err
+	}
+	return &bucketMount{Bucket: b, client: client, logger: logger, dir: dir, kept: kept}, true, nil
 }
 
 // bucketMount makes a bucket what mountd asks for.
@@ -64,6 +72,8 @@ type bucketMount struct {
 	*bucketfs.Bucket
 	client *bucket.Client
 	logger *slog.Logger
+	dir    string
+	kept   os.FileInfo // of dir when it was opened
 }
 
 var _ mountd.Workspace = (*bucketMount)(nil)
@@ -106,6 +116,15 @@ func (w *bucketMount) Status() mountd.WorkspaceStatus {
 		Hidden: s.Hidden, Connected: s.Connected, LastError: s.LastError,
 	}
 }
+
+// Gone implements mountd.Workspace.
+func (w *bucketMount) Gone() bool {
+	now, err := os.Stat(w.dir)
+	return errors.Is(err, os.ErrNotExist) || err == nil && !os.SameFile(w.kept, now)
+}
+
+// Conflicts implements mountd.Workspace: a bucket has no versions, the last writer wins.
+func (*bucketMount) Conflicts() []mountd.Conflict { return nil }
 
 // Close implements mountd.Workspace.
 func (w *bucketMount) Close() error {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -208,6 +209,24 @@ func (b *Bucket) Status() Status {
 		s.Nodes += len(fs.nodes)
 	}
 	return s
+}
+
+// MaxUnsentPaths bounds Unsent.
+const MaxUnsentPaths = 1000
+
+// Unsent lists the paths of files with changes that the bucket does not have: "/" and the key below
+// the prefix, sorted, MaxUnsentPaths at most.
+func (b *Bucket) Unsent() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	var paths []string
+	for _, st := range b.stages {
+		if st.rec.Dirty && !st.rec.Gone {
+			paths = append(paths, "/"+st.rec.Key)
+		}
+	}
+	slices.Sort(paths)
+	return paths[:min(len(paths), MaxUnsentPaths)]
 }
 
 // Drain returns when the bucket has all that was written.
