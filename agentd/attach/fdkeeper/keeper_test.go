@@ -286,6 +286,16 @@ func TestDeafServer(t *testing.T) {
 	if err := syscall.Kill(server, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	k.eventually("every thread is stopped", func() error { // a thread on its way may still answer
+		tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", server))
+		for _, task := range tasks {
+			text, _ := os.ReadFile(task)
+			if _, state, _ := bytes.Cut(text, []byte(") ")); len(state) > 0 && state[0] != 'T' {
+				return fmt.Errorf("%s: %c", task, state[0])
+			}
+		}
+		return err
+	})
 	t.Logf("a read while the server hangs took %v", k.wantRead())
 	if k.server() == server {
 		t.Error("it was not replaced")
