@@ -22,7 +22,6 @@ import (
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"google.golang.org/protobuf/types/dynamicpb"
 
-	"github.com/postern-dev/postern/controlplane/api"
 	"github.com/postern-dev/postern/e2e/simulatedkernels"
 	"github.com/postern-dev/postern/e2e/storetest"
 	"github.com/postern-dev/postern/proto"
@@ -425,7 +424,7 @@ func TestEveryCallAcrossOrganizations(t *testing.T) {
 func everyCall(t *testing.T, s *testServer) {
 	other, mine := furnish(t, s, "alpha"), furnish(t, s, "bravo")
 	before := s.chainOf(t, other.id)
-	routes := s.http.Handler.(*api.API).Routes()
+	routes := s.api.Routes()
 	client := as(mine.token)
 	canaries := []string{other.id, "alpha"}
 	for _, names := range other.things {

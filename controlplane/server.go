@@ -90,6 +90,7 @@ type Server struct {
 	tunnels   *tunnel.Server
 	events    *linkEvents
 	replicas  *replicas // nil without --peer-listen: this is the only control plane
+	api       *api.API
 	http      *http.Server
 
 	lock       *os.File // held on DATA for as long as this runs
@@ -236,12 +237,13 @@ func (s *Server) wire(ctx context.Context) error {
 		},
 	})
 	s.wireKernels(registry, requests)
-	s.http.Handler = s.lastAnswers(api.New(api.Config{
+	s.api = api.New(api.Config{
 		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks, s.secrets}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca, Rotation: rotation{s},
 		Agents: agents{s.hub, s.store, s.replicas, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal, s.replicas}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter, Files: s.files,
 		DAV:      s.newDAV(requests),
 		Gatherer: registry, Tunnel: s.tunnelEndpoint(), Ready: s.ready, Requests: requests,
-	}))
+	})
+	s.http.Handler = s.lastAnswers(s.api)
 	return nil
 }
 
