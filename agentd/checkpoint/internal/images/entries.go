@@ -19,11 +19,12 @@ const (
 // the file with what do changed. only bounds how many entries there are; what follows
 // them is kept as it is.
 func each(path string, fresh func() proto.Message, only int, do func(proto.Message) (changed bool)) (out []byte, changed bool, err error) {
-	return eachWith(path, fresh, only, func(proto.Message) int { return 0 }, do)
+	return eachWith(path, fresh, only, func(proto.Message, []byte) int { return 0 }, do)
 }
 
-// eachWith is each for images in which tail(entry) bytes follow each entry.
-func eachWith(path string, fresh func() proto.Message, only int, tail func(proto.Message) int, do func(proto.Message) (changed bool)) (out []byte, changed bool, err error) {
+// eachWith is each for images in which tail(entry, rest) bytes, of which rest begins, follow
+// each entry; a negative one: rest can't be understood.
+func eachWith(path string, fresh func() proto.Message, only int, tail func(proto.Message, []byte) int, do func(proto.Message) (changed bool)) (out []byte, changed bool, err error) {
 	info, err := os.Stat(path)
 	if err != nil {
 		return nil, false, err
@@ -59,7 +60,7 @@ func eachWith(path string, fresh func() proto.Message, only int, tail func(proto
 		}
 		out = binary.LittleEndian.AppendUint32(out, uint32(len(raw)))
 		out = append(out, raw...)
-		n := tail(m)
+		n := tail(m, b)
 		if n < 0 || n > len(b) {
 			return nil, false, fmt.Errorf("image %s is cut", path)
 		}

@@ -3,6 +3,7 @@ package images
 import (
 	"archive/tar"
 	"compress/gzip"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -14,6 +15,7 @@ import (
 	criu_core "github.com/checkpoint-restore/go-criu/v7/crit/images/criu-core"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/fdinfo"
 	ghost_file "github.com/checkpoint-restore/go-criu/v7/crit/images/ghost-file"
+	ipc_msg "github.com/checkpoint-restore/go-criu/v7/crit/images/ipc-msg"
 	ipc_sem "github.com/checkpoint-restore/go-criu/v7/crit/images/ipc-sem"
 	ipc_shm "github.com/checkpoint-restore/go-criu/v7/crit/images/ipc-shm"
 	"github.com/checkpoint-restore/go-criu/v7/crit/images/memfd"
@@ -22,9 +24,9 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 )
 
-// ErrShared is returned by Reown for kernels with System V message queues, whose owner
-// can't be changed, or with shared memory in images of a CRIU before 3.12.
-var ErrShared = errors.New("the kernel has System V message queues: it can't get another user; remove them (ipcrm), or use pipes")
+// ErrShared is returned by Reown for kernels with System V shared memory in images of a CRIU
+// before 3.12, which has its contents among the entries.
+var ErrShared = errors.New("the kernel has System V shared memory and was saved by a CRIU of before 3.12: it can't get another user; save it anew")
 
 // kinds are the image files that name owners, and how many entries at their start.
 var kinds = []struct {
@@ -86,31 +88,52 @@ func replace(path string, content []byte) error {
 	return os.Rename(path+".new", path)
 }
 
-// reownShared does it for System V's shared memory, whose contents are in other images,
-// and semaphores, whose values follow each entry.
-func reownShared(dir string, from, to Owners) error {
-	queues, err := filepath.Glob(filepath.Join(dir, "ipcns-msg-*.img"))
-	if err != nil {
-		return err
-	}
-	for _, path := range queues {
-		if info, err := os.Stat(path); err != nil || info.Size() > magicLen {
-			return errors.Join(ErrShared, err)
+// word is what CRIU fills up contents between entries to, in bytes.
+const word = 8
+
+// messages is how many bytes the messages of a queue take, which follow its entry in rest;
+// -1 if they are cut.
+func messages(queue *ipc_msg.IpcMsgEntry, rest []byte) int {
+	at := uint64(0)
+	for range queue.GetQnum() {
+		if uint64(len(rest)) < at+4 {
+			return -1
+		}
+		size := uint64(binary.LittleEndian.Uint32(rest[at:]))
+		at += 4
+		if uint64(len(rest)) < at+size {
+			return -1
+		}
+		var m ipc_msg.IpcMsg
+		if err := (proto.UnmarshalOptions{AllowPartial: true}).Unmarshal(rest[at:at+size], &m); err != nil {
+			return -1
+		}
+		at += size + (uint64(m.GetMsize())+word-1)/word*word
+		if uint64(len(rest)) < at {
+			return -1
 		}
 	}
+	return int(at)
+}
+
+// reownShared does it for System V's shared memory, whose contents are in other images,
+// for semaphores, whose values follow each entry, and for message queues, whose messages do.
+func reownShared(dir string, from, to Owners) error {
 	inside := false // the contents of shared memory
 	for _, k := range []struct {
 		pattern string
 		fresh   func() proto.Message
-		tail    func(proto.Message) int
+		tail    func(proto.Message, []byte) int
 	}{
-		{"ipcns-shm-*.img", func() proto.Message { return new(ipc_shm.IpcShmEntry) }, func(m proto.Message) int {
+		{"ipcns-shm-*.img", func() proto.Message { return new(ipc_shm.IpcShmEntry) }, func(m proto.Message, _ []byte) int {
 			inside = inside || !m.(*ipc_shm.IpcShmEntry).GetInPagemaps()
 			return 0
 		}},
-		{"ipcns-sem-*.img", func() proto.Message { return new(ipc_sem.IpcSemEntry) }, func(m proto.Message) int {
-			const word = 8 // the values, of two bytes each, are filled up to whole ones
-			return (int(m.(*ipc_sem.IpcSemEntry).GetNsems())*2 + word - 1) / word * word
+		{"ipcns-sem-*.img", func() proto.Message { return new(ipc_sem.IpcSemEntry) }, func(m proto.Message, _ []byte) int {
+			return (int(m.(*ipc_sem.IpcSemEntry).GetNsems())*2 + word - 1) / word * word // values of two bytes each
+		}},
+		{"ipcns-msg-*.img", func() proto.Message { return new(ipc_msg.IpcMsgEntry) }, func(m proto.Message, rest []byte) int {
+			return messages(m.(*ipc_msg.IpcMsgEntry), rest)
 		}},
 	} {
 		paths, err := filepath.Glob(filepath.Join(dir, k.pattern))
