@@ -3,7 +3,10 @@ package main
 import (
 	"context"
 	"io"
+	"slices"
+	"time"
 
+	"github.com/postern-dev/postern/agentd/attach/mountd"
 	"github.com/postern-dev/postern/agentd/checkpoint"
 	"github.com/postern-dev/postern/agentd/host"
 	"github.com/postern-dev/postern/agentd/kernel"
@@ -21,14 +24,79 @@ type movedKernels struct{ d *Daemon }
 
 func (k movedKernels) MoveNeeds(ctx context.Context, id string) (checkpoint.MoveNeeds, error) {
 	n, err := k.d.kernels.MoveNeeds(ctx, id)
+	if err == nil {
+		err = k.ownDirectories(n.Mounts, "they stay on it: stop the kernel and start one on the other host")
+	}
 	return checkpoint.MoveNeeds(n), err
 }
 
 func (k movedKernels) CheckMove(id string, n checkpoint.MoveNeeds) error {
-	return k.d.kernels.CheckMove(id, kernel.MoveNeeds(n))
+	if err := k.d.kernels.CheckMove(id, kernel.MoveNeeds(n)); err != nil {
+		return err
+	}
+	return k.mountable(n.Mounts)
 }
 
-func (k movedKernels) CheckSaved(saved []byte) error { return k.d.kernels.CheckSaved(saved) }
+func (k movedKernels) CheckSaved(saved []byte) error {
+	mounts, err := kernel.SavedMounts(saved)
+	if err == nil {
+		err = k.mountable(mounts)
+	}
+	if err != nil {
+		return err
+	}
+	return k.d.kernels.CheckSaved(saved)
+}
+
+// ownDirectories refuses mounts of this host's own directories, whatever they are called
+// elsewhere.
+func (k movedKernels) ownDirectories(mounts []*posternv1.KernelMount, what string) error {
+	c := k.d.config.Load().Attachments
+	for _, m := range mounts {
+		if _, own := c.Bind(m.Workspace); own {
+			return proto.Errorf(proto.CodeInvalid, "the kernel has %.80s mounted, which is a directory of agent %s (attachments.binds): %s", m.Workspace, k.d.identity.Agent().Name, what)
+		}
+	}
+	return nil
+}
+
+// mountable holds the workspaces of a kernel that comes against this host's policy.
+func (k movedKernels) mountable(mounts []*posternv1.KernelMount) error {
+	for i := range mounts {
+		if reason := decideKernelMount(k.d.config.Load().Attachments, mounts, i); reason != "" {
+			return proto.Errorf(proto.CodePolicyDenied, "the kernel has workspace %.80s mounted: %s", mounts[i].Workspace, reason)
+		}
+	}
+	return k.ownDirectories(mounts, "the kernel's is another one")
+}
+
+// Settle implements checkpoint.Moves.
+func (k movedKernels) Settle(ctx context.Context, id string, patience time.Duration) error {
+	now, err := k.d.kernels.Get(ctx, id)
+	if err != nil {
+		return err
+	}
+	until := time.Now().Add(patience)
+	for _, m := range now.Mounts {
+		// mountd knows a workspace by its holder.
+		err := k.d.attach.client.Settle(ctx, m.Workspace, kernelHolder(id), max(time.Until(until), 0))
+		status, serr := k.d.attach.client.Status(ctx)
+		if serr != nil {
+			return proto.Errorf(proto.CodeUnavailable, "kernel %s is not moved: whether what was written to workspace %s is at the control plane is not known: %v", id, m.Workspace, serr)
+		}
+		held := slices.ContainsFunc(status.Holders, func(h mountd.Holder) bool { return h.Workspace == m.Workspace && h.Name == kernelHolder(id) })
+		for _, w := range status.Workspaces {
+			if w.Workspace == m.Workspace && (err != nil || !held) && w.UnsentOps+int(w.UnsentBytes) > 0 {
+				return proto.Errorf(proto.CodeUnavailable, "kernel %s is not moved: workspace %s has %d changes (%d bytes) of this host that are not at the control plane yet: try again when they are, see agentd status on agent %s",
+					id, m.Workspace, w.UnsentOps, w.UnsentBytes, k.d.identity.Agent().Name)
+			}
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
 
 func (k movedKernels) Hold(ctx context.Context, id string, m checkpoint.HeldMove) error {
 	return k.d.kernels.Hold(ctx, id, kernel.Move(m))
@@ -62,9 +130,21 @@ func (k movedKernels) Held(ctx context.Context) map[string]checkpoint.HeldMove {
 }
 
 func (k movedKernels) Arrive(ctx context.Context, a checkpoint.Arrival, place func(uid, gid uint32, private string) error) error {
+	mounts, err := kernel.SavedMounts(a.Kernel)
+	if err == nil {
+		err = k.mountable(mounts)
+	}
+	if err != nil {
+		return err
+	}
+	ready, done, err := k.d.attach.toKernel(ctx, a.ID, mounts)
+	if err != nil {
+		return err
+	}
+	defer done()
 	return k.d.kernels.Arrive(ctx, kernel.Arrival{
 		ID: a.ID, Owner: a.Owner, Kernel: a.Kernel, Checkpoint: a.Checkpoint, Files: a.Files, Private: a.Private, Move: kernel.Move(a.Move),
-		Environment: k.environment,
+		Mounts: ready, Environment: k.environment,
 	}, place)
 }
 

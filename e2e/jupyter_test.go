@@ -33,22 +33,26 @@ func withKernelsOf(t *testing.T, o stack.Options) (*stack.Stack, *stack.Agent) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { // they outlive agentd
-		ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
-		defer cancel()
-		text, err := s.Postern(ctx, "kernel", "list")
-		if err != nil {
-			t.Error(err)
-		}
-		for line := range strings.Lines(text) {
-			if id, _, _ := strings.Cut(line, " "); id != "ID" {
-				if _, err := s.Postern(ctx, "kernel", "stop", id); err != nil {
-					t.Error(err)
-				}
+	t.Cleanup(func() { endAllKernels(t, s) })
+	return s, a
+}
+
+// endAllKernels stops the kernels of a stack: they outlive agentd.
+func endAllKernels(t *testing.T, s *stack.Stack) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	text, err := s.Postern(ctx, "kernel", "list")
+	if err != nil {
+		t.Error(err)
+	}
+	for line := range strings.Lines(text) {
+		if id, _, _ := strings.Cut(line, " "); id != "ID" {
+			if _, err := s.Postern(ctx, "kernel", "stop", id); err != nil {
+				t.Error(err)
 			}
 		}
-	})
-	return s, a
+	}
 }
 
 // TestJupyterClients runs Jupyter's own clients, as Debian has them.

@@ -209,7 +209,7 @@ func (e *Engine) suits(ctx context.Context, id string, n *posternv1.KernelNeeds)
 		return proto.Errorf(proto.CodeVersionMismatch, "the kernel does not fit this host: %s", reason)
 	}
 	err = e.cfg.Moves.CheckMove(id, MoveNeeds{
-		Spec: n.GetSpec(), Visible: n.GetVisible(), Memory: int64(n.GetMemory()), Private: int64(n.GetPrivate()), Journal: int64(n.GetJournal()),
+		Spec: n.GetSpec(), Mounts: n.GetMounts(), Visible: n.GetVisible(), Memory: int64(n.GetMemory()), Private: int64(n.GetPrivate()), Journal: int64(n.GetJournal()),
 	})
 	if err != nil {
 		return err
@@ -311,7 +311,7 @@ type arriving struct {
 
 // File implements convoy.Parts.
 func (a *arriving) File(name string, size int64, r io.Reader) error {
-	if !a.e.cfg.Moves.FileArrives(name) {
+	if name != versionsFile && !a.e.cfg.Moves.FileArrives(name) {
 		return proto.Errorf(proto.CodeInvalid, "the other host sent a file %.100q, which no kernel has", name)
 	}
 	if a.left -= size; a.left < 0 || a.n >= maxArrivingFiles {
@@ -491,6 +491,10 @@ func (e *Engine) makeArrived(ctx context.Context, in intent, c Checkpoint) error
 		return err
 	}
 	defer u.done()
+	versions, err := takeVersions(filepath.Join(dir, "files"))
+	if err != nil {
+		return err
+	}
 	a := Arrival{
 		ID: in.Kernel, Owner: owner, Kernel: u.kernel, Checkpoint: string(c.ID), Files: filepath.Join(dir, "files"), Private: u.private,
 		Move: HeldMove{ID: in.Move, Ran: in.Ran},
@@ -500,6 +504,9 @@ func (e *Engine) makeArrived(ctx context.Context, in intent, c Checkpoint) error
 		return errors.Join(images.Reown(u.images, u.from, to), images.ReownTree(private, u.from, to))
 	})
 	if err != nil || !in.Ran {
+		return err
+	}
+	if err := e.awaitFiles(ctx, in, c, u.images, versions); err != nil {
 		return err
 	}
 	return e.cfg.Kernels.Restore(ctx, in.Kernel, RestoreOrder{Images: u.images, Kernel: u.kernel, Checkpoint: string(c.ID), Move: in.Move, Why: "move", SavedAt: c.Time})

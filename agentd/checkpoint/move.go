@@ -1,6 +1,7 @@
 package checkpoint
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -48,6 +49,10 @@ type MoveNeeds struct {
 	// kernel sees.
 	Shown, Visible           []string
 	Memory, Private, Journal int64
+	// Mounts are the workspaces that it sees, Work where the host has them by where the
+	// kernel does.
+	Mounts []*posternv1.KernelMount
+	Work   map[string]string
 }
 
 // Arrival is a kernel that comes from another host.
@@ -69,6 +74,9 @@ type Moves interface {
 	// CheckSaved refuses what was saved of a kernel on another host (Dumped.Kernel) if it
 	// would see what this host shows to no kernel.
 	CheckSaved(kernel []byte) error
+	// Settle waits until what was written to a kernel's workspaces on this host is at the
+	// control plane, for so long; an error says what is not.
+	Settle(ctx context.Context, id string, patience time.Duration) error
 	// Hold keeps a kernel from everybody but its move, durably; Let ends that, and
 	// committed notes that it came here for good.
 	Hold(ctx context.Context, id string, m HeldMove) error
@@ -102,7 +110,9 @@ type leaving struct {
 	move       convoy.Move
 	offer      *posternv1.MoveParty
 	checkpoint pagestore.ID
-	giveUp     *time.Timer
+	// versions are of files on workspaces that are open: see versionsFile.
+	versions []byte
+	giveUp   *time.Timer
 }
 
 var errNoMoves = proto.Errorf(proto.CodeUnavailable, "this host moves no kernels")
@@ -148,7 +158,7 @@ func (e *Engine) DescribeMove(ctx context.Context, organization, id string) (*po
 	if err != nil {
 		return nil, err
 	}
-	out := &posternv1.KernelNeeds{Spec: n.Spec, Running: k.Running, Private: uint64(n.Private), Journal: uint64(n.Journal), Visible: n.Visible}
+	out := &posternv1.KernelNeeds{Spec: n.Spec, Running: k.Running, Private: uint64(n.Private), Journal: uint64(n.Journal), Visible: n.Visible, Mounts: n.Mounts}
 	var host pagestore.Host
 	switch {
 	case k.Running:
@@ -248,11 +258,17 @@ func (e *Engine) BeginMove(ctx context.Context, organization string, r *posternv
 	if err != nil {
 		return nil, err
 	}
+	// Most of what it wrote goes up while it runs.
+	if err := e.settle(ctx, id, n); err != nil {
+		return nil, err
+	}
 	if err := e.cfg.Moves.Hold(ctx, id, HeldMove{ID: l.move.ID, To: r.To, Ran: k.Running}); err != nil {
 		return nil, err
 	}
 	point := k.Checkpoint
+	var open []string
 	if k.Running {
+		open = openOn(criu.Tree(k.InitPID), n.Work)
 		s, err := e.save(ctx, organization, id, KindSuspend, Label{Protected: true}, l.move.ID)
 		if err != nil {
 			if lerr := e.cfg.Moves.Let(context.WithoutCancel(ctx), id, l.move.ID, false); lerr != nil {
@@ -267,6 +283,11 @@ func (e *Engine) BeginMove(ctx context.Context, organization string, r *posternv
 		return nil, err // it is suspended in nothing that is there
 	}
 	l.checkpoint = c.ID
+	if l.versions, err = e.settled(ctx, id, n, open); err != nil {
+		why := err.Error()
+		e.soon(func() { e.letGoOn(organization, id, l.move.ID, why) })
+		return nil, err
+	}
 	l.giveUp = time.AfterFunc(exportWait, func() {
 		e.soon(func() { e.letGoOn(organization, id, l.move.ID, "nobody fetched it") })
 	})
@@ -337,6 +358,11 @@ func (e *Engine) Export(ctx context.Context, organization, id, move string, othe
 	}
 	for _, name := range names {
 		if err := sendFile(out, dir, name); err != nil {
+			return err
+		}
+	}
+	if l.versions != nil {
+		if err := out.File(versionsFile, int64(len(l.versions)), bytes.NewReader(l.versions)); err != nil {
 			return err
 		}
 	}

@@ -277,6 +277,12 @@ const statTime = 20 * time.Second
 // unchanged refuses a restore for which files that were open on workspaces have another
 // size than they had: CRIU would refuse it when it is too late.
 func (e *Engine) unchanged(ctx context.Context, k Kernel, c Checkpoint, dir string) error {
+	return e.unchangedSince(ctx, k, c, dir, nil)
+}
+
+// unchangedSince is unchanged for files of which more is known than their sizes: when they
+// were changed last, in nanoseconds since the epoch, by their paths in the kernel.
+func (e *Engine) unchangedSince(ctx context.Context, k Kernel, c Checkpoint, dir string, times map[string]int64) error {
 	files, err := images.OpenFiles(dir, func(key string) bool { _, ok := k.Attachments[key]; return ok })
 	if err != nil {
 		return fmt.Errorf("restore %s: %w", c.ID, err)
@@ -294,7 +300,7 @@ func (e *Engine) unchanged(ctx context.Context, k Kernel, c Checkpoint, dir stri
 	}
 	ctx, cancel := context.WithTimeout(ctx, statTime)
 	defer cancel()
-	sizes, err := d.Sizes(ctx, want)
+	sizes, changedAt, err := d.Sizes(ctx, want)
 	if ctx.Err() != nil {
 		return proto.Errorf(proto.CodeTimeout, "restore %s: a workspace that was in use does not answer: look whether its mount is well", c.ID)
 	}
@@ -308,6 +314,8 @@ func (e *Engine) unchanged(ctx context.Context, k Kernel, c Checkpoint, dir stri
 			changed = append(changed, f.Inside+" is gone")
 		case f.Size >= 0 && sizes[i] != f.Size:
 			changed = append(changed, fmt.Sprintf("%s has %d bytes and had %d", f.Inside, sizes[i], f.Size))
+		case times[f.Inside] != 0 && times[f.Inside] != changedAt[i]:
+			changed = append(changed, f.Inside+" has another content")
 		}
 	}
 	if len(changed) == 0 {

@@ -32,6 +32,10 @@ type MoveNeeds struct {
 	// Memory, Private and Journal are bytes; Memory is what its processes may have mapped
 	// at most, and the caller's to fill in.
 	Memory, Private, Journal int64
+	// Mounts are the workspaces that it sees, Work where this host has them by where the
+	// kernel does.
+	Mounts []*posternv1.KernelMount
+	Work   map[string]string
 }
 
 // MoveNeeds says what a kernel needs of another host.
@@ -56,9 +60,7 @@ func (m *Manager) MoveNeeds(ctx context.Context, id string) (MoveNeeds, error) {
 			n.Visible = append(n.Visible, path)
 		}
 	}
-	if len(spec.Mounts) > 0 {
-		return n, proto.Errorf(proto.CodeInvalid, "kernel %s has workspaces mounted: it can't be moved", id)
-	}
+	n.Mounts, n.Work = workspacesOf(spec.Sandbox)
 	names, err := shim.JournalFiles(k.dir)
 	if err != nil {
 		return n, err
@@ -80,8 +82,32 @@ func (m *Manager) MoveNeeds(ctx context.Context, id string) (MoveNeeds, error) {
 	return n, err
 }
 
+// workspacesOf are a sandbox's, and where the host has them by where the kernel does.
+func workspacesOf(s sandbox.Spec) (mounts []*posternv1.KernelMount, work map[string]string) {
+	for _, b := range s.Binds {
+		if workspace, ok := strings.CutPrefix(b.Target, shim.WorkInside); ok {
+			mounts = append(mounts, &posternv1.KernelMount{Workspace: workspace, ReadOnly: b.ReadOnly})
+			if work == nil {
+				work = map[string]string{}
+			}
+			work[b.Target] = b.Source
+		}
+	}
+	return mounts, work
+}
+
+// SavedMounts are the workspaces of a kernel that was saved on another host (Dumped.Kernel).
+func SavedMounts(kernel []byte) ([]*posternv1.KernelMount, error) {
+	saved, err := shim.ReadSaved(kernel)
+	if err != nil {
+		return nil, proto.Errorf(proto.CodeInvalid, "%v", err)
+	}
+	mounts, _ := workspacesOf(*saved.Sandbox)
+	return mounts, nil
+}
+
 // CheckMove refuses, in one line, a kernel that can't be on this host. kernels.moves is
-// the caller's to look at.
+// the caller's to look at, and so are its mounts.
 func (m *Manager) CheckMove(id string, n MoveNeeds) error {
 	if !idForm.MatchString(id) {
 		return proto.Errorf(proto.CodeInvalid, "the kernel's id is no UUID")
@@ -119,14 +145,15 @@ func (m *Manager) CheckMove(id string, n MoveNeeds) error {
 }
 
 // CheckSaved refuses what was saved of a kernel on another host (Dumped.Kernel) if it would
-// see here what kernels of its spec do not: paths, binds, workspaces.
+// see here what kernels of its spec do not: paths, binds. Its workspaces are the caller's
+// to look at: see SavedMounts.
 func (m *Manager) CheckSaved(kernel []byte) error {
 	saved, err := shim.ReadSaved(kernel)
 	if err != nil {
 		return proto.Errorf(proto.CodeInvalid, "%v", err)
 	}
-	if saved.Spec.Name == "" || len(saved.Spec.Mounts) > 0 {
-		return proto.Errorf(proto.CodeInvalid, "the kernel has workspaces mounted: it can't be moved")
+	if saved.Spec.Name == "" {
+		return proto.Errorf(proto.CodeInvalid, "what was saved of the kernel names no kernelspec")
 	}
 	m.mu.Lock()
 	s := m.settings
@@ -138,12 +165,14 @@ func (m *Manager) CheckSaved(kernel []byte) error {
 	if err := shows(saved.Sandbox.Shown, append(sp.visible(), s.Visible...)); err != nil {
 		return err
 	}
-	own := m.build(s, sp, s.UIDBase, "check", nil, nil).Sandbox
+	mounts, _ := workspacesOf(*saved.Sandbox)
+	var workspaces []Mount
+	for _, w := range mounts {
+		workspaces = append(workspaces, Mount{Workspace: w.Workspace, ReadOnly: w.ReadOnly})
+	}
+	own := m.build(s, sp, s.UIDBase, "check", nil, workspaces).Sandbox
 	for _, b := range saved.Sandbox.Binds {
 		if !slices.ContainsFunc(own.Binds, func(o sandbox.Bind) bool { return o.Target == b.Target && o.ReadOnly == b.ReadOnly && o.Key == b.Key }) {
-			if workspace, ok := strings.CutPrefix(b.Target, shim.WorkInside); ok {
-				return proto.Errorf(proto.CodeInvalid, "the kernel has workspace %.80q mounted: kernels with mounts cannot move to another host", workspace)
-			}
 			return proto.Errorf(proto.CodeInvalid, "the kernel has %.200q mounted, which kernels of spec %s have not on this host: are both agentds of one version?", b.Target, sp.name)
 		}
 	}
@@ -235,6 +264,8 @@ type Arrival struct {
 	// private files, on the same file system as Config.Dir: both are moved.
 	Files, Private string
 	Move           Move
+	// Mounts are its workspaces, ready to be mounted.
+	Mounts []Mount
 	// Environment filters the environment that it was started with by the host's policy.
 	Environment func(spec string, environment map[string]string) map[string]string
 }
@@ -278,7 +309,7 @@ func (m *Manager) Arrive(ctx context.Context, a Arrival, place func(uid, gid uin
 	// on one machine would else have two with the same cgroups.
 	slot := jupyter.NewID()
 	dir := filepath.Join(m.cfg.Dir, slot)
-	spec := m.build(s, sp, uid, slot, env, nil)
+	spec := m.build(s, sp, uid, slot, env, a.Mounts)
 	spec.ID, spec.Owner, spec.Created = a.ID, owner, saved.Spec.Created
 	if err := spec.Sandbox.Validate(); err != nil {
 		delete(m.uids, uid)

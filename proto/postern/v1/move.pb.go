@@ -227,7 +227,9 @@ type KernelNeeds struct {
 	Visible []string `protobuf:"bytes,10,rep,name=visible,proto3" json:"visible,omitempty"`
 	// Programs and libraries that are mapped, with their sizes: they are not part of an
 	// image. At most 4096.
-	Files         []*MappedFile `protobuf:"bytes,11,rep,name=files,proto3" json:"files,omitempty"`
+	Files []*MappedFile `protobuf:"bytes,11,rep,name=files,proto3" json:"files,omitempty"`
+	// Workspaces that it sees. A host that does not know this field refuses them later.
+	Mounts        []*KernelMount `protobuf:"bytes,12,rep,name=mounts,proto3" json:"mounts,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -335,6 +337,13 @@ func (x *KernelNeeds) GetVisible() []string {
 func (x *KernelNeeds) GetFiles() []*MappedFile {
 	if x != nil {
 		return x.Files
+	}
+	return nil
+}
+
+func (x *KernelNeeds) GetMounts() []*KernelMount {
+	if x != nil {
+		return x.Mounts
 	}
 	return nil
 }
@@ -850,7 +859,7 @@ const file_postern_v1_move_proto_rawDesc = "" +
 	"\vMoveRequest\x12\x17\n" +
 	"\amove_id\x18\x01 \x01(\tR\x06moveId\x12\x1b\n" +
 	"\tkernel_id\x18\x02 \x01(\tR\bkernelId\x123\n" +
-	"\tprincipal\x18\x0f \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\"\xaf\x02\n" +
+	"\tprincipal\x18\x0f \x01(\v2\x15.postern.v1.PrincipalR\tprincipal\"\xe0\x02\n" +
 	"\vKernelNeeds\x12\x12\n" +
 	"\x04spec\x18\x01 \x01(\tR\x04spec\x12\x18\n" +
 	"\arunning\x18\x02 \x01(\bR\arunning\x12\"\n" +
@@ -863,7 +872,8 @@ const file_postern_v1_move_proto_rawDesc = "" +
 	"\ajournal\x18\t \x01(\x04R\ajournal\x12\x18\n" +
 	"\avisible\x18\n" +
 	" \x03(\tR\avisible\x12,\n" +
-	"\x05files\x18\v \x03(\v2\x16.postern.v1.MappedFileR\x05files\"4\n" +
+	"\x05files\x18\v \x03(\v2\x16.postern.v1.MappedFileR\x05files\x12/\n" +
+	"\x06mounts\x18\f \x03(\v2\x17.postern.v1.KernelMountR\x06mounts\"4\n" +
 	"\n" +
 	"MappedFile\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\x12\x12\n" +
@@ -935,34 +945,36 @@ var file_postern_v1_move_proto_goTypes = []any{
 	(*EndMoveResponse)(nil),    // 12: postern.v1.EndMoveResponse
 	(*Kernel)(nil),             // 13: postern.v1.Kernel
 	(*Principal)(nil),          // 14: postern.v1.Principal
+	(*KernelMount)(nil),        // 15: postern.v1.KernelMount
 }
 var file_postern_v1_move_proto_depIdxs = []int32{
 	13, // 0: postern.v1.MoveKernelProgress.kernel:type_name -> postern.v1.Kernel
 	14, // 1: postern.v1.MoveRequest.principal:type_name -> postern.v1.Principal
 	4,  // 2: postern.v1.KernelNeeds.files:type_name -> postern.v1.MappedFile
-	2,  // 3: postern.v1.OfferMoveRequest.move:type_name -> postern.v1.MoveRequest
-	3,  // 4: postern.v1.OfferMoveRequest.needs:type_name -> postern.v1.KernelNeeds
-	2,  // 5: postern.v1.BeginMoveRequest.move:type_name -> postern.v1.MoveRequest
-	6,  // 6: postern.v1.BeginMoveRequest.party:type_name -> postern.v1.MoveParty
-	2,  // 7: postern.v1.FinishMoveRequest.move:type_name -> postern.v1.MoveRequest
-	2,  // 8: postern.v1.EndMoveRequest.move:type_name -> postern.v1.MoveRequest
-	0,  // 9: postern.v1.KernelMoveService.MoveKernel:input_type -> postern.v1.MoveKernelRequest
-	2,  // 10: postern.v1.MoveHostService.DescribeMove:input_type -> postern.v1.MoveRequest
-	5,  // 11: postern.v1.MoveHostService.OfferMove:input_type -> postern.v1.OfferMoveRequest
-	7,  // 12: postern.v1.MoveHostService.BeginMove:input_type -> postern.v1.BeginMoveRequest
-	9,  // 13: postern.v1.MoveHostService.FinishMove:input_type -> postern.v1.FinishMoveRequest
-	11, // 14: postern.v1.MoveHostService.EndMove:input_type -> postern.v1.EndMoveRequest
-	1,  // 15: postern.v1.KernelMoveService.MoveKernel:output_type -> postern.v1.MoveKernelProgress
-	3,  // 16: postern.v1.MoveHostService.DescribeMove:output_type -> postern.v1.KernelNeeds
-	6,  // 17: postern.v1.MoveHostService.OfferMove:output_type -> postern.v1.MoveParty
-	8,  // 18: postern.v1.MoveHostService.BeginMove:output_type -> postern.v1.BeginMoveResponse
-	10, // 19: postern.v1.MoveHostService.FinishMove:output_type -> postern.v1.FinishMoveResponse
-	12, // 20: postern.v1.MoveHostService.EndMove:output_type -> postern.v1.EndMoveResponse
-	15, // [15:21] is the sub-list for method output_type
-	9,  // [9:15] is the sub-list for method input_type
-	9,  // [9:9] is the sub-list for extension type_name
-	9,  // [9:9] is the sub-list for extension extendee
-	0,  // [0:9] is the sub-list for field type_name
+	15, // 3: postern.v1.KernelNeeds.mounts:type_name -> postern.v1.KernelMount
+	2,  // 4: postern.v1.OfferMoveRequest.move:type_name -> postern.v1.MoveRequest
+	3,  // 5: postern.v1.OfferMoveRequest.needs:type_name -> postern.v1.KernelNeeds
+	2,  // 6: postern.v1.BeginMoveRequest.move:type_name -> postern.v1.MoveRequest
+	6,  // 7: postern.v1.BeginMoveRequest.party:type_name -> postern.v1.MoveParty
+	2,  // 8: postern.v1.FinishMoveRequest.move:type_name -> postern.v1.MoveRequest
+	2,  // 9: postern.v1.EndMoveRequest.move:type_name -> postern.v1.MoveRequest
+	0,  // 10: postern.v1.KernelMoveService.MoveKernel:input_type -> postern.v1.MoveKernelRequest
+	2,  // 11: postern.v1.MoveHostService.DescribeMove:input_type -> postern.v1.MoveRequest
+	5,  // 12: postern.v1.MoveHostService.OfferMove:input_type -> postern.v1.OfferMoveRequest
+	7,  // 13: postern.v1.MoveHostService.BeginMove:input_type -> postern.v1.BeginMoveRequest
+	9,  // 14: postern.v1.MoveHostService.FinishMove:input_type -> postern.v1.FinishMoveRequest
+	11, // 15: postern.v1.MoveHostService.EndMove:input_type -> postern.v1.EndMoveRequest
+	1,  // 16: postern.v1.KernelMoveService.MoveKernel:output_type -> postern.v1.MoveKernelProgress
+	3,  // 17: postern.v1.MoveHostService.DescribeMove:output_type -> postern.v1.KernelNeeds
+	6,  // 18: postern.v1.MoveHostService.OfferMove:output_type -> postern.v1.MoveParty
+	8,  // 19: postern.v1.MoveHostService.BeginMove:output_type -> postern.v1.BeginMoveResponse
+	10, // 20: postern.v1.MoveHostService.FinishMove:output_type -> postern.v1.FinishMoveResponse
+	12, // 21: postern.v1.MoveHostService.EndMove:output_type -> postern.v1.EndMoveResponse
+	16, // [16:22] is the sub-list for method output_type
+	10, // [10:16] is the sub-list for method input_type
+	10, // [10:10] is the sub-list for extension type_name
+	10, // [10:10] is the sub-list for extension extendee
+	0,  // [0:10] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_move_proto_init() }

@@ -180,14 +180,14 @@ func (d *Driver) Version(ctx context.Context) (int, error) {
 }
 
 // Sizes looks at files in the helper process, since a file on a FUSE mount that does not
-// answer hangs whoever looks: -1 for one that is no regular file or not there. The
-// context's end ends it.
-func (d *Driver) Sizes(ctx context.Context, files []Sized) ([]int64, error) {
+// answer hangs whoever looks: -1 for one that is no regular file or not there. times are
+// when they were changed, in nanoseconds since the epoch. The context's end ends it.
+func (d *Driver) Sizes(ctx context.Context, files []Sized) (sizes, times []int64, err error) {
 	reply, err := d.call(ctx, request{Op: opStat, Stat: files}, nil)
-	if err == nil && len(reply.Sizes) != len(files) {
+	if err == nil && (len(reply.Sizes) != len(files) || len(reply.Times) != len(files)) {
 		err = errGone
 	}
-	return reply.Sizes, err
+	return reply.Sizes, reply.Times, err
 }
 
 // VersionString writes a version as people do: 4.2.1.

@@ -128,11 +128,11 @@ func (h *helper) run() event {
 		}
 	}
 	if h.req.Op == opStat {
-		e := event{Sizes: make([]int64, len(h.req.Stat))}
+		e := event{Sizes: make([]int64, len(h.req.Stat)), Times: make([]int64, len(h.req.Stat))}
 		for i, f := range h.req.Stat {
 			e.Sizes[i] = -1
 			if info, err := os.Lstat(f.Path); err == nil && info.Mode().IsRegular() {
-				e.Sizes[i] = info.Size()
+				e.Sizes[i], e.Times[i] = info.Size(), info.ModTime().UnixNano()
 			}
 		}
 		return e

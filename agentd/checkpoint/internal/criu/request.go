@@ -72,4 +72,6 @@ type event struct {
 	Version  int       `json:"version,omitempty"`
 	// Sizes answer opStat: each file's size, -1 if it is not there.
 	Sizes []int64 `json:"sizes,omitempty"`
+	// Times do, too: when each was changed, in nanoseconds since the epoch; 0: not there.
+	Times []int64 `json:"times,omitempty"`
 }
