@@ -113,6 +113,9 @@ func measureCheckpoints(ctx context.Context, o Options, r *Report) (err error) {
 	if err := b.second(ctx, "80MB", "import numpy as np, pandas as pd; df = pd.DataFrame({'x': range(1000)}); print(1)", 8); err != nil {
 		return err
 	}
+	if err := b.lazily(ctx, sizes); err != nil {
+		return err
+	}
 	if err := b.growing(ctx); err != nil {
 		return err
 	}
