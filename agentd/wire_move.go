@@ -246,10 +246,10 @@ func (m moves) FinishMove(ctx context.Context, organization, id, move string, fo
 }
 
 // EndMove implements host.Moves.
-func (m moves) EndMove(ctx context.Context, organization, id, move string, gone bool) error {
+func (m moves) EndMove(ctx context.Context, organization, id, move string, gone, unsent bool) error {
 	e, err := m.d.checkpoints.engine()
 	if err != nil {
 		return err
 	}
-	return e.EndMove(ctx, organization, id, move, gone)
+	return e.EndMove(ctx, organization, id, move, gone, unsent)
 }

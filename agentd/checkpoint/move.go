@@ -315,7 +315,7 @@ func (e *Engine) letGoOn(organization, id, move, why string) {
 		return
 	}
 	e.cfg.Logger.Warn("kernel that was to be moved goes on here", "kernel", id, "why", why)
-	if err := e.EndMove(ctx, organization, id, move, false); err != nil {
+	if err := e.EndMove(ctx, organization, id, move, false, true); err != nil {
 		e.cfg.Logger.Error("kernel that was to be moved does not go on", "kernel", id, "err", err)
 	}
 }
@@ -420,9 +420,10 @@ func sendFile(out *convoy.Writer, dir, name string) error {
 	return out.File(name, info.Size(), f)
 }
 
-// EndMove forgets a kernel that is on another host now, or lets it go on. A kernel that
+// EndMove forgets a kernel that is on another host now, or lets it go on. unsent says that
+// no other host was asked, because none could have it: an error if one can. A kernel that
 // this move does not hold is let be.
-func (e *Engine) EndMove(ctx context.Context, organization, id, move string, gone bool) error {
+func (e *Engine) EndMove(ctx context.Context, organization, id, move string, gone, unsent bool) error {
 	if err := e.canMove(); err != nil {
 		return err
 	}
@@ -444,6 +445,9 @@ func (e *Engine) EndMove(ctx context.Context, organization, id, move string, gon
 	}
 	if gone && !held.Sent {
 		return proto.Errorf(proto.CodeInvalid, "kernel %s was not sent: no other host can have it", id)
+	}
+	if unsent && held.Sent {
+		return proto.Errorf(proto.CodeUnavailable, "kernel %s was sent meanwhile: the other host may have it and must be asked", id)
 	}
 	ctx = context.WithoutCancel(ctx)
 	e.mu.Lock()

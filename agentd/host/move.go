@@ -28,7 +28,7 @@ type Moves interface {
 	Export(ctx context.Context, organization, kernel, move string, other io.ReadWriter) error
 	Receive(ctx context.Context, organization, kernel, move string, other io.ReadWriter) error
 	FinishMove(ctx context.Context, organization, kernel, move string, forward bool) (committed bool, reason string, err error)
-	EndMove(ctx context.Context, organization, kernel, move string, gone bool) error
+	EndMove(ctx context.Context, organization, kernel, move string, gone, unsent bool) error
 }
 
 // serveMoves adds what moves need.
@@ -128,7 +128,7 @@ func (s moveRPC) EndMove(ctx context.Context, r *connect.Request[posternv1.EndMo
 	}
 	m := r.Msg.Move
 	return moveDo(ctx, s.h, m, what, false, func(ctx context.Context) (*posternv1.EndMoveResponse, error) {
-		return &posternv1.EndMoveResponse{}, s.h.cfg.Moves.EndMove(ctx, m.Principal.Organization, m.KernelId, m.MoveId, r.Msg.Gone)
+		return &posternv1.EndMoveResponse{}, s.h.cfg.Moves.EndMove(ctx, m.Principal.Organization, m.KernelId, m.MoveId, r.Msg.Gone, r.Msg.Unsent)
 	})
 }
 

@@ -90,6 +90,15 @@ func (s *Service) Move(ctx context.Context, c Caller, id, to string, tell func(*
 			return errors.Join(err, proto.Errorf(proto.CodeUnavailable, "kernel %s was just moved: ask where it is, and try again", id))
 		}
 	}
+	// The other host may hold it still, if it was away when it had left there.
+	if k, err := ask(ctx, lb, row); err == nil && k.Move.GetSent() {
+		ended, cancel := context.WithTimeout(ctx, checkpointTime)
+		_, err := lb.EndMove(ended, &posternv1.EndMoveRequest{Move: &posternv1.MoveRequest{MoveId: k.Move.Id, KernelId: id, Principal: k.Owner}, Gone: true})
+		cancel()
+		if err != nil {
+			return on(other, err)
+		}
+	}
 	v := &voyage{
 		s: s, row: row, from: from, to: other, la: la, lb: lb, tell: tell,
 		move: &posternv1.MoveRequest{MoveId: proto.NewID(kernelmove.IDPrefix), KernelId: id, Principal: c.Principal},
@@ -331,7 +340,7 @@ func (s *Service) decide(ctx context.Context, row Row, k *posternv1.Kernel, la A
 	defer cancel()
 	move := &posternv1.MoveRequest{MoveId: k.Move.Id, KernelId: k.Id, Principal: k.Owner}
 	if !k.Move.Sent { // no other host can have it
-		_, err := la.EndMove(ctx, &posternv1.EndMoveRequest{Move: move})
+		_, err := la.EndMove(ctx, &posternv1.EndMoveRequest{Move: move, Unsent: true})
 		return true, err
 	}
 	to, err := s.cfg.Store.FindAgent(ctx, k.Owner.GetOrganization(), k.Move.To)
@@ -374,13 +383,26 @@ func (s *Service) unheld(ctx context.Context, row Row, l Agent, refused error) b
 
 // listed decides the move that holds a kernel which agent lists; here: it is still there.
 func (s *Service) listed(ctx context.Context, agent *posternv1.Agent, l Agent, k *posternv1.Kernel) (here bool) {
+	row, err := s.cfg.Store.Kernel(ctx, k.Owner.GetOrganization(), k.Id)
+	elsewhere := err == nil && row.Agent != agent.Id
+	if elsewhere && k.Move.To == "" {
+		return false // it comes here, and is where it was until it has arrived
+	}
 	if !s.moving.enter(k.Id) {
-		return true // it is on its way
+		return !elsewhere // it is on its way, or was, and this host is being told that
 	}
 	defer s.moving.leave(k.Id)
-	row, err := s.cfg.Store.Kernel(ctx, k.Owner.GetOrganization(), k.Id)
+	// What a host lists may be of a moment ago: what is decided by it must not be.
+	now, aerr := ask(ctx, l, Row{ID: k.Id, Owner: k.Owner})
 	switch {
-	case err == nil && row.Agent != agent.Id && k.Move.Sent: // it arrived, and this host was not told
+	case proto.CodeOf(aerr) == proto.CodeNotFound:
+		return false
+	case aerr != nil || now.Move == nil:
+		return !elsewhere
+	}
+	k = now
+	switch {
+	case elsewhere && k.Move.Sent: // it arrived, and this host was not told
 		_, err := l.EndMove(ctx, &posternv1.EndMoveRequest{Move: &posternv1.MoveRequest{MoveId: k.Move.Id, KernelId: k.Id, Principal: k.Owner}, Gone: true})
 		if err != nil {
 			s.cfg.Logger.Warn("a kernel that was moved is still held where it was", "kernel", k.Id, "err", err)

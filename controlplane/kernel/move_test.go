@@ -29,6 +29,10 @@ func (a *simulatedAgent) EndMove(_ context.Context, r *posternv1.EndMoveRequest)
 	return &posternv1.EndMoveResponse{}, nil
 }
 
+func (a *simulatedAgent) DescribeMove(context.Context, *posternv1.MoveRequest) (*posternv1.KernelNeeds, error) {
+	return nil, proto.Errorf(proto.CodeInvalid, "a test goes no further")
+}
+
 func (a *simulatedAgent) GetKernel(context.Context, *posternv1.KernelRequest) (*posternv1.Kernel, error) {
 	return a.kernel, nil
 }
@@ -69,6 +73,7 @@ func TestAHeldKernelIsDecided(t *testing.T) {
 	for _, test := range []struct {
 		name             string
 		sent             bool
+		stale            bool // its list is of before it was sent
 		offline, revoked bool
 		elsewhere        bool // it is known to be on the other agent
 		committed        bool
@@ -78,6 +83,7 @@ func TestAHeldKernelIsDecided(t *testing.T) {
 	}{
 		{name: "not sent", here: true, ended: []bool{false}, agent: "agt_a"},
 		{name: "sent, and it has it", sent: true, committed: true, ended: []bool{true}, agent: "agt_b"},
+		{name: "sent since it was listed", sent: true, stale: true, committed: true, ended: []bool{true}, agent: "agt_b"},
 		{name: "sent, and it has it not", sent: true, here: true, ended: []bool{false}, agent: "agt_a"},
 		{name: "sent, and it is away", sent: true, offline: true, here: true, agent: "agt_a"},
 		{name: "sent, and it was revoked", sent: true, offline: true, revoked: true, here: true, ended: []bool{false}, agent: "agt_a"},
@@ -106,7 +112,8 @@ func TestAHeldKernelIsDecided(t *testing.T) {
 					return b, nil
 				},
 			})
-			here := s.listed(t.Context(), &posternv1.Agent{Id: "agt_a", Name: "a"}, a, k)
+			list := &posternv1.Kernel{Id: "k", Owner: owner, Move: &posternv1.KernelMove{Id: "mov_1", To: "agt_b", Sent: test.sent && !test.stale}}
+			here := s.listed(t.Context(), &posternv1.Agent{Id: "agt_a", Name: "a"}, a, list)
 			if here != test.here || store.row.Agent != test.agent || len(a.ended) != len(test.ended) || len(test.ended) > 0 && a.ended[0] != test.ended[0] {
 				t.Errorf("here %v, on %s, ended %v", here, store.row.Agent, a.ended)
 			}
@@ -118,11 +125,40 @@ func TestAHeldKernelIsDecided(t *testing.T) {
 			}
 			// While a move is under way nobody else decides.
 			a.ended = nil
-			if here := s.listed(t.Context(), &posternv1.Agent{Id: "agt_a", Name: "a"}, a, k); !here || len(a.ended) > 0 {
+			if here := s.listed(t.Context(), &posternv1.Agent{Id: "agt_a", Name: "a"}, a, k); here != (store.row.Agent == "agt_a") || len(a.ended) > 0 {
 				t.Errorf("under way: here %v, ended %v", here, a.ended)
 			}
 			if s.unheld(t.Context(), store.row, a, errHeld) || len(a.ended) > 0 {
 				t.Error("somebody decided a move that is under way")
+			}
+		})
+	}
+}
+
+// TestAMoveBack: a host that still holds a kernel which has left it, since it was not told,
+// forgets it before the kernel comes back. What it has otherwise is let be.
+func TestAMoveBack(t *testing.T) {
+	owner := &posternv1.Principal{Organization: "org", TokenId: "tok"}
+	for name, test := range map[string]struct {
+		move *posternv1.KernelMove
+		want int
+	}{
+		"held and sent": {&posternv1.KernelMove{Id: "mov_1", To: "agt_a", Sent: true}, 1},
+		"held":          {&posternv1.KernelMove{Id: "mov_1", To: "agt_a"}, 0},
+		"not held":      {nil, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			a := &simulatedAgent{kernel: &posternv1.Kernel{Id: "k", Owner: owner}}
+			b := &simulatedAgent{kernel: &posternv1.Kernel{Id: "k", Owner: owner, Move: test.move}}
+			s := New(Config{
+				Logger: slog.New(slog.DiscardHandler), Store: &simulatedStore{row: Row{ID: "k", Agent: "agt_a", Owner: owner}},
+				Append:   func(context.Context, auditchain.Entry) error { return nil },
+				Operator: func(string) bool { return false },
+				Connect:  func(id string) (Agent, error) { return map[string]Agent{"agt_a": a, "agt_b": b}[id], nil },
+			})
+			err := s.Move(t.Context(), Caller{Principal: owner}, "k", "agt_b", func(*posternv1.MoveKernelProgress) error { return nil })
+			if proto.CodeOf(err) != proto.CodeInvalid || len(b.ended) != test.want || len(b.ended) > 0 && !b.ended[0] || len(a.ended) != 0 {
+				t.Errorf("got %v; the other host's moves ended %v, the first one's %v", err, b.ended, a.ended)
 			}
 		})
 	}

@@ -755,9 +755,12 @@ func (x *FinishMoveResponse) GetReason() string {
 }
 
 type EndMoveRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Move          *MoveRequest           `protobuf:"bytes,1,opt,name=move,proto3" json:"move,omitempty"`
-	Gone          bool                   `protobuf:"varint,2,opt,name=gone,proto3" json:"gone,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Move  *MoveRequest           `protobuf:"bytes,1,opt,name=move,proto3" json:"move,omitempty"`
+	Gone  bool                   `protobuf:"varint,2,opt,name=gone,proto3" json:"gone,omitempty"`
+	// The caller asked no other host, since the kernel was not sent to any when it looked:
+	// refused if it was sent since.
+	Unsent        bool `protobuf:"varint,3,opt,name=unsent,proto3" json:"unsent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -802,6 +805,13 @@ func (x *EndMoveRequest) GetMove() *MoveRequest {
 func (x *EndMoveRequest) GetGone() bool {
 	if x != nil {
 		return x.Gone
+	}
+	return false
+}
+
+func (x *EndMoveRequest) GetUnsent() bool {
+	if x != nil {
+		return x.Unsent
 	}
 	return false
 }
@@ -900,10 +910,11 @@ const file_postern_v1_move_proto_rawDesc = "" +
 	"\aforward\x18\x02 \x01(\bR\aforward\"J\n" +
 	"\x12FinishMoveResponse\x12\x1c\n" +
 	"\tcommitted\x18\x01 \x01(\bR\tcommitted\x12\x16\n" +
-	"\x06reason\x18\x02 \x01(\tR\x06reason\"Q\n" +
+	"\x06reason\x18\x02 \x01(\tR\x06reason\"i\n" +
 	"\x0eEndMoveRequest\x12+\n" +
 	"\x04move\x18\x01 \x01(\v2\x17.postern.v1.MoveRequestR\x04move\x12\x12\n" +
-	"\x04gone\x18\x02 \x01(\bR\x04gone\"\x11\n" +
+	"\x04gone\x18\x02 \x01(\bR\x04gone\x12\x16\n" +
+	"\x06unsent\x18\x03 \x01(\bR\x06unsent\"\x11\n" +
 	"\x0fEndMoveResponse2d\n" +
 	"\x11KernelMoveService\x12O\n" +
 	"\n" +

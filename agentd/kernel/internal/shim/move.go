@@ -138,6 +138,7 @@ func (s *Shim) Pack(ctx context.Context, id string, sent bool) error {
 	after.Sent = true
 	s.state.Move = &after
 	s.mu.Unlock()
+	defer s.signal() // whoever decides what becomes of the kernel must know
 	return s.saveState()
 }
 
