@@ -289,8 +289,9 @@ func (m *mounted) close() {
 	m.in.Close()
 	select {
 	case <-m.done:
-	case <-time.After(20 * time.Second):
-		m.t.Error("the server does not end; aborting")
+	case <-time.After(time.Minute):
+		m.t.Error("the server does not end; aborting, and asking it where it is")
+		_ = m.cmd.Process.Signal(syscall.SIGQUIT)
 		m.abort()
 		_ = syscall.Unmount(m.path, syscall.MNT_DETACH)
 		_ = m.cmd.Process.Kill()

@@ -31,9 +31,14 @@ func opTime(op tree.Op) time.Time {
 	return time.Unix(0, f.TimeNs)
 }
 
+// gather is how long after a Commit the next one waits for more: a program that makes one file after
+// another would pay for a Commit of each. What comes after a pause is sent at once.
+const gather = 50 * time.Millisecond
+
 // uploadLoop sends the queue to the control plane, in order.
 func (r *Replica) uploadLoop() {
 	wait := time.Duration(0)
+	var last time.Time // when a Commit ended
 	for {
 		if wait > 0 {
 			pause(r.ctx, wait)
@@ -41,12 +46,16 @@ func (r *Replica) uploadLoop() {
 			select {
 			case <-r.ctx.Done():
 			case <-r.kick:
+				if since := time.Since(last); since < gather {
+					pause(r.ctx, gather-since)
+				}
 			}
 		}
 		if r.ctx.Err() != nil {
 			return
 		}
 		more, err := r.uploadSome(r.ctx)
+		last = time.Now()
 		switch {
 		case r.ctx.Err() != nil:
 			return
