@@ -45,11 +45,11 @@ test:
 	@packaging/dev/test.sh
 
 e2e-long:
-	@packaging/dev/deps.sh go gcc postgresql mariadb nginx tinyproxy litmus prometheus pydrivers jupyter
-	@[ "$$(id -u)" != 0 ] || packaging/dev/deps.sh netns criu
+	@packaging/dev/deps.sh tests
 	POSTERN_LONG=1 $(GO) test -timeout 60m -v ./e2e
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v -run TestOneOwnersManyStatements ./agentd/sqlsession
 	POSTERN_LONG=1 $(GO) test -timeout 30m -v -run TestWire ./agentd/sqlsession/adversary
+	POSTERN_LONG=1 $(GO) test -timeout 60m -v ./agentd/attach/fusefs
 
 vault-test:
 	@packaging/dev/deps.sh go postgresql

@@ -10,7 +10,6 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
-	"runtime/debug"
 	"strings"
 	"syscall"
 	"time"
@@ -133,9 +132,6 @@ func mountdMain(args []string) int {
 	}
 	state, file := args[0], args[1]
 	logger := processLogger("mountd")
-	// Most of what it has in memory stays: names and attributes. Half as much again is enough for the
-	// collector.
-	debug.SetGCPercent(50)
 	harden(logger)
 	dir := filepath.Join(state, attachDir)
 	replicas := filepath.Join(dir, replicasDir)

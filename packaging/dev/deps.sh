@@ -1,7 +1,8 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx tinyproxy litmus prometheus netns criu pydrivers jupyter sshfs testhost bigclients.
+# nginx tinyproxy litmus prometheus unzip netns criu pydrivers jupyter sshfs testhost bigclients;
+# tests is what `make test` needs.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -73,11 +74,16 @@ for name in "$@"; do
 			[ -f "/usr/share/postgresql/$version/extension/hypopg.control" ] || install "postgresql-$version-hypopg"
 		done
 		;;
+	tests)
+		packaging/dev/deps.sh go gcc postgresql mariadb nginx tinyproxy litmus prometheus unzip pydrivers jupyter
+		[ "$(id -u)" != 0 ] || packaging/dev/deps.sh netns criu
+		;;
 	mariadb) [ -x /usr/sbin/mariadbd ] || install mariadb-server ;;
 	nginx) [ -x /usr/sbin/nginx ] || install nginx-light ;;
 	tinyproxy) command -v tinyproxy >/dev/null 2>&1 || install tinyproxy-bin ;;
 	prometheus) command -v promtool >/dev/null 2>&1 || install prometheus ;; # its tool, for the alert rules
 	litmus) command -v litmus >/dev/null 2>&1 || install litmus ;; # a conformance suite of WebDAV
+	unzip) command -v unzip >/dev/null 2>&1 || install unzip ;; # 50,000 small files on a mount
 	netns)
 		command -v ip >/dev/null 2>&1 || install iproute2
 		command -v nft >/dev/null 2>&1 || [ -x /usr/sbin/nft ] || install nftables

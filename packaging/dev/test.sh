@@ -6,8 +6,7 @@ set -eu
 cd "$(dirname "$0")/../.."
 PATH=$PWD/.go/bin:$PATH:/usr/local/go/bin:/usr/sbin:/sbin
 export PATH
-packaging/dev/deps.sh go gcc postgresql mariadb nginx tinyproxy litmus prometheus pydrivers jupyter
-[ "$(id -u)" != 0 ] || packaging/dev/deps.sh netns criu
+packaging/dev/deps.sh tests
 
 began=$(date +%s)
 step() { echo; echo "== $* ($(($(date +%s) - began)) s)"; }

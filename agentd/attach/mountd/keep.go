@@ -3,8 +3,6 @@ package mountd
 import (
 	"context"
 	"errors"
-	"runtime/debug"
-	"runtime/metrics"
 	"slices"
 	"time"
 
@@ -27,6 +25,7 @@ func (d *Daemon) atKeeper(do func(*fdkeeper.Client) error) error {
 // beat tells the keeper that we live, and gives everything to another one when ours has
 // died. It also closes workspaces that nobody needs.
 func (d *Daemon) beat(ctx context.Context) {
+	mem := newMemory()
 	ticker := time.NewTicker(beatEvery)
 	defer ticker.Stop()
 	for {
@@ -38,25 +37,12 @@ func (d *Daemon) beat(ctx context.Context) {
 			}
 		}
 		d.tidy()
-		trim()
+		mem.tune(time.Now())
 		select {
 		case <-ctx.Done():
 			return
 		case <-ticker.C:
 		}
-	}
-}
-
-// idleMemory is how much memory that nobody uses a mountd keeps, in bytes.
-const idleMemory = 8 << 20
-
-// trim gives memory back to the host that a burst of work has left: a listing of many names needs
-// several times what stays of it.
-func trim() {
-	sample := []metrics.Sample{{Name: "/memory/classes/heap/free:bytes"}}
-	metrics.Read(sample)
-	if sample[0].Value.Uint64() > idleMemory {
-		debug.FreeOSMemory()
 	}
 }
 
