@@ -9,7 +9,7 @@ import (
 const (
 	// memoryTarget is what the process takes of the host's memory, without its program, as long as
 	// what it must remember has room in it, in bytes: names and attributes of some 100,000 files.
-	memoryTarget = 64 << 20
+	memoryTarget = 48 << 20
 	// idleMemory is how much memory that nobody uses is kept for later beyond that, in bytes.
 	idleMemory = 8 << 20
 	// trimEvery is how often it is given back at most: the collector runs for it.
@@ -42,7 +42,7 @@ func (m *memory) tune(now time.Time) {
 	metrics.Read(m.sample)
 	live, free := int64(m.sample[0].Value.Uint64()), int64(m.sample[1].Value.Uint64())
 	taken := int64(m.sample[2].Value.Uint64()) - int64(m.sample[3].Value.Uint64())
-	if limit := max(memoryTarget, live+live/2+16<<20); limit != m.limit {
+	if limit := max(memoryTarget, live+live/2+12<<20); limit != m.limit {
 		m.limit = limit
 		debug.SetMemoryLimit(limit)
 	}
