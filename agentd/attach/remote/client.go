@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -133,7 +134,10 @@ func (c *Client) post(ctx context.Context, workspaceID, what string, body io.Rea
 	return resp, nil
 }
 
-// FetchChunks implements Remote. It holds one chunk in memory.
+// chunkBuffers are used again: four chunks would cost the collector one, each time.
+var chunkBuffers = sync.Pool{New: func() any { return new([filechunk.Size]byte) }}
+
+// FetchChunks implements Remote. It holds one chunk in memory, which is each's until it returns.
 func (c *Client) FetchChunks(ctx context.Context, workspaceID string, hashes [][]byte, each func(i int, content []byte) error) error {
 	body, err := gproto.Marshal(&posternv1.FetchChunksRequest{Hashes: hashes})
 	if err != nil {
@@ -144,9 +148,10 @@ func (c *Client) FetchChunks(ctx context.Context, workspaceID string, hashes [][
 		return err
 	}
 	defer resp.Body.Close()
-	buf := make([]byte, filechunk.Size)
+	buf := chunkBuffers.Get().(*[filechunk.Size]byte)
+	defer chunkBuffers.Put(buf)
 	for i := range hashes {
-		chunk, err := filechunk.ReadFrame(resp.Body, buf)
+		chunk, err := filechunk.ReadFrame(resp.Body, buf[:])
 		if err != nil {
 			if errors.Is(err, io.EOF) {
 				err = io.ErrUnexpectedEOF
