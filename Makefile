@@ -12,8 +12,8 @@
 #   make host-test  the packages on really booted Debian hosts (systemd-nspawn): install, upgrade, remove,
 #                   restarts, watchdog, reboot, bad days; as root, a few minutes each; SUITES="trixie bookworm",
 #                   RUN=TestName for some, POSTERN_LONG=1 for 100 restarts
-#   make clients    PostgreSQL clients that are large to install, through the whole system:
-#                   JDBC, node-postgres (from npm) and pgx's own tests
+#   make clients    clients that are large to install, through the whole system: JDBC,
+#                   node-postgres (from npm), pgx's own tests, and JupyterLab's client library (from npm)
 #   make race       the Go tests alone, with the race detector
 #   make lint       gofumpt, vet, staticcheck
 #   make fuzz       every fuzz target, FUZZTIME each (default 5m)
@@ -79,8 +79,8 @@ host-test:
 	POSTERN_SUITES="$(SUITES)" $(GO) test -tags hosttest -count 1 -timeout 120m -v $(if $(RUN),-run '$(RUN)') ./e2e/hosttest
 
 clients:
-	@packaging/dev/deps.sh go postgresql bigclients
-	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestJDBCMetadata|TestPgxSuite' ./e2e
+	@packaging/dev/deps.sh go postgresql jupyter bigclients
+	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestJDBCMetadata|TestPgxSuite|TestJupyterLabClient' ./e2e
 
 race:
 	$(GO) test -race ./...
