@@ -380,7 +380,7 @@ func (s *Store) Collect(ctx context.Context) (int, error) {
 			return removed, err
 		}
 		if s.dir != nil {
-			if err := s.dir.syncParents(keys); err != nil {
+			if err := s.dir.syncRemoved(keys); err != nil {
 				return removed, storeError("delete", err)
 			}
 		}

@@ -279,3 +279,20 @@ func TestAddresses(t *testing.T) {
 		}
 	}
 }
+
+// TestNeverWritten: a process that is killed after it noted an object and before it made
+// anything of it leaves nothing that garbage collection stumbles over.
+func TestNeverWritten(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, s *store.Store) {
+		k := open(t, s, "", time.Millisecond)
+		if err := s.BeginUploads(ctx, []string{"v1/zz/zz/never"}, time.Now().Add(-48*time.Hour)); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := k.Collect(ctx); n != 1 || err != nil {
+			t.Errorf("collected %d, %v", n, err)
+		}
+		if n, err := k.Collect(ctx); n != 0 || err != nil {
+			t.Errorf("then %d, %v", n, err)
+		}
+	})
+}

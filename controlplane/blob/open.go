@@ -7,6 +7,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -182,6 +183,16 @@ func (d *directory) sync(keys []string) error {
 		return err
 	}
 	return d.syncParents(keys)
+}
+
+// syncRemoved makes the removal of objects durable. Some never were: their writer was killed
+// after it had noted them, before it made their directory.
+func (d *directory) syncRemoved(keys []string) error {
+	there := slices.DeleteFunc(slices.Clone(keys), func(key string) bool {
+		_, err := os.Lstat(filepath.Dir(d.path(key)))
+		return errors.Is(err, os.ErrNotExist)
+	})
+	return d.syncParents(there)
 }
 
 func (d *directory) syncParents(keys []string) error {

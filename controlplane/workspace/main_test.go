@@ -1,6 +1,7 @@
 package workspace_test
 
 import (
+	"os"
 	"testing"
 
 	"go.uber.org/goleak"
@@ -8,4 +9,9 @@ import (
 	"github.com/postern-dev/postern/e2e/storetest"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(storetest.Main{M: m}) }
+func TestMain(m *testing.M) {
+	if arg := os.Getenv(killEnv); arg != "" {
+		storeUntilKilled(arg)
+	}
+	goleak.VerifyTestMain(storetest.Main{M: m})
+}
