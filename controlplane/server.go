@@ -69,22 +69,24 @@ type Server struct {
 	log     *slog.Logger
 	replica string // the name of this control plane among those on the same database
 
-	store     *store.Store
-	ca        *pki.Authority
-	tokens    *token.Service
-	joins     *registration.Service
-	audit     *audit.Log
-	hub       *hub.Hub
-	queries   *query.Runner
-	reports   *query.Reports
-	sessions  *sessionCloser
-	journal   *query.Journal
-	pg        *pgwire.Server
-	catalogs  *catalog.Service
-	kernels   *kernel.Service
-	secrets   *secret.Service
-	jupyter   *jupyter.Server
-	blobs     *blob.Store
+	store    *store.Store
+	ca       *pki.Authority
+	tokens   *token.Service
+	joins    *registration.Service
+	audit    *audit.Log
+	hub      *hub.Hub
+	queries  *query.Runner
+	reports  *query.Reports
+	sessions *sessionCloser
+	journal  *query.Journal
+	pg       *pgwire.Server
+	catalogs *catalog.Service
+	kernels  *kernel.Service
+	secrets  *secret.Service
+	jupyter  *jupyter.Server
+	blobs    *blob.Store
+	// blobAway: the object store did not answer at the start.
+	blobAway  bool
 	files     *workspace.Service
 	notebooks *notebook.Service
 	tunnels   *tunnel.Server
@@ -347,6 +349,7 @@ func (s *Server) Run(ctx context.Context) error {
 	group.Go(func() error { s.housekeep(work); return nil })
 	group.Go(func() error { s.collectFiles(work); return nil })
 	group.Go(func() error { s.followCA(work); return nil })
+	group.Go(func() error { s.awaitBlob(work); return nil })
 	s.notify(daemon.SdNotifyReady)
 	select {
 	case <-ctx.Done():

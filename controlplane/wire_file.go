@@ -52,7 +52,7 @@ func (s *Server) wireFiles(ctx context.Context, registry prometheus.Registerer) 
 	if err != nil {
 		return err
 	}
-	if err := s.blobs.Check(ctx); err != nil {
+	if s.blobAway, err = s.checkBlob(ctx, where); err != nil {
 		return err
 	}
 	var poll time.Duration
