@@ -218,7 +218,9 @@ func (c *Client) fill(ctx context.Context, what Content, dir *os.Root, part stri
 	if err := f.Truncate(have); err != nil {
 		return err
 	}
-	if err := c.read(ctx, what, uint64(have), io.MultiWriter(f, sum)); err != nil {
+	out := &sparse{f: f, off: have}
+	err = c.read(ctx, what, uint64(have), io.MultiWriter(out, sum))
+	if err = errors.Join(err, out.end()); err != nil {
 		return err
 	}
 	if err := what.check(sum); err != nil {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -347,5 +348,42 @@ func TestFileTransfersResume(t *testing.T) {
 	must(t, s, "file", "get", "w:/copy/big", out)
 	if got, err := os.ReadFile(out); err != nil || !bytes.Equal(got, content) {
 		t.Errorf("after damage: %v, %d bytes that differ", err, len(got))
+	}
+}
+
+// TestFilesSparse: a file with holes has holes at the control plane and when it is gotten.
+func TestFilesSparse(t *testing.T) {
+	s := newStack(t, stack.Options{})
+	dir := t.TempDir()
+	f, err := os.Create(filepath.Join(dir, "sparse"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	data := make([]byte, 10_000)
+	rand.Read(data) //nolint:errcheck // it never fails
+	for _, off := range []int64{0, 30<<20 + 123} {
+		if _, err := f.WriteAt(data, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(f.Truncate(64<<20), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	must(t, s, "file", "put", f.Name(), "w:/sparse")
+	must(t, s, "file", "get", "w:/sparse", filepath.Join(dir, "back"))
+	want, err := os.ReadFile(f.Name())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := os.ReadFile(filepath.Join(dir, "back"))
+	if err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("what came back differs: %d bytes, %v", len(got), err)
+	}
+	var st unix.Stat_t
+	if err := unix.Stat(filepath.Join(dir, "back"), &st); err != nil {
+		t.Fatal(err)
+	}
+	if st.Blocks*512 > 256<<10 {
+		t.Errorf("it takes %d bytes on disk", st.Blocks*512)
 	}
 }
