@@ -97,6 +97,11 @@ func (f davFiles) MakeDirectory(ctx context.Context, c dav.Caller, name, path st
 	return proto.FromConnect(err)
 }
 
+// SetAttribute implements dav.Files.
+func (f davFiles) SetAttribute(ctx context.Context, c dav.Caller, name, path, attribute string, change func([]byte) ([]byte, error)) error {
+	return f.Service.SetAttribute(davContext(ctx, c), name, path, attribute, change)
+}
+
 // Move implements dav.Files.
 func (f davFiles) Move(ctx context.Context, c dav.Caller, name, from, to string) error {
 	r := &posternv1.MoveFileRequest{Workspace: name, From: []byte(from), To: []byte(to)}

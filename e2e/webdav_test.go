@@ -18,10 +18,6 @@ import (
 // litmusFails are the tests of litmus, the conformance suite of WebDAV servers, that do not pass, and why.
 var litmusFails = map[string]string{
 	"props/propfind_invalid2":        "golang.org/x/net/webdav takes an invalid namespace for a valid one",
-	"props/propset":                  "properties of clients' own are not kept",
-	"props/propmanyns":               "as propset",
-	"props/propget":                  "as propset",
-	"locks/owner_modify":             "as propset",
 	"locks/fail_complex_cond_put":    "golang.org/x/net/webdav looks at one condition alone",
 	"locks/lock_shared":              "there are exclusive locks alone, which is what RFC 4918 asks for",
 	"locks/double_sharedlock":        "as lock_shared",

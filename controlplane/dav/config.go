@@ -48,6 +48,9 @@ type Files interface {
 	MakeDirectory(ctx context.Context, c Caller, workspace, path string) error
 	// Move fails with ALREADY_EXISTS if something is at to.
 	Move(ctx context.Context, c Caller, workspace, from, to string) error
+	// SetAttribute changes an extended attribute of what is there in one step; change gets what
+	// it is, nil if there is none, and gives what it becomes, nil for none.
+	SetAttribute(ctx context.Context, c Caller, workspace, path, name string, change func(old []byte) ([]byte, error)) error
 	// Remove puts what is there into the trash, with all that is below.
 	Remove(ctx context.Context, c Caller, workspace, path string) error
 	// Read opens the content that info tells of, from byte from on.

@@ -5,7 +5,8 @@
 // password or bearer), turns its file system's calls into those of Files, and puts bounds around it: no listing of
 // whole trees, directories of at most MaxEntries names, at most MaxLocks locks of an organization, which
 // end after LockTime. Locks are kept in memory, by each control plane for itself: they keep clients of WebDAV from
-// each other's way, and no one else from writing. A file appears or is replaced when all of it has come; what
+// each other's way, and no one else from writing. Properties of clients' own are an extended attribute of
+// their file. A file appears or is replaced when all of it has come; what
 // is cut off leaves nothing.
 //
 // It keeps no goroutines but one for each PUT, which ends with it. All methods may be

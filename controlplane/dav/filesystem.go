@@ -121,7 +121,7 @@ func (f fileSystem) get(ctx context.Context, name string) (*fileInfo, error) {
 func (f fileSystem) OpenFile(ctx context.Context, name string, flag int, _ os.FileMode) (webdav.File, error) {
 	q := requestOf(ctx)
 	workspace, file := split(name)
-	if flag&(os.O_WRONLY|os.O_RDWR) == 0 {
+	if flag&(os.O_CREATE|os.O_TRUNC) == 0 { // to read, or to change properties
 		info, err := f.get(ctx, name)
 		if err != nil {
 			return nil, err
@@ -147,7 +147,7 @@ func (f fileSystem) OpenFile(ctx context.Context, name string, flag int, _ os.Fi
 		return nil, q.pathError("create", name, proto.Errorf(proto.CodeInvalid, "%s is a directory", file))
 	}
 	delete(q.known, path.Clean("/"+name))
-	w := &writer{request: q, fileInfo: &fileInfo{name: path.Base(file), info: &posternv1.FileInfo{Node: &posternv1.Node{Type: posternv1.NodeType_NODE_TYPE_FILE, Mode: 0o644}}}}
+	w := &writer{fileSystem: f, ctx: ctx, workspace: workspace, file: file, request: q, fileInfo: &fileInfo{name: path.Base(file), info: &posternv1.FileInfo{Node: &posternv1.Node{Type: posternv1.NodeType_NODE_TYPE_FILE, Mode: 0o644}}}}
 	in, out := io.Pipe()
 	w.out, w.done = out, make(chan error, 1)
 	go func() {
@@ -273,11 +273,15 @@ func (r *reader) Readdir(int) ([]os.FileInfo, error) {
 
 // writer is a file that is written anew.
 type writer struct {
+	fileSystem
 	*fileInfo
-	request *request
-	out     *io.PipeWriter
-	done    chan error
-	size    int64
+	ctx             context.Context
+	workspace, file string
+	patches         []webdav.Proppatch // of its properties, for when it is there
+	request         *request
+	out             *io.PipeWriter
+	done            chan error
+	size            int64
 }
 
 var errCutOff = errors.New("the content was cut off")
@@ -297,11 +301,16 @@ func (w *writer) Close() error {
 	} else {
 		w.out.Close() //nolint:errcheck // it always is nil
 	}
-	return w.request.note(<-w.done)
+	if err := w.request.note(<-w.done); err != nil || len(w.patches) == 0 {
+		return err
+	}
+	return w.request.note(w.files.SetAttribute(w.ctx, w.request.caller, w.workspace, w.file, propertiesXattr, func(old []byte) ([]byte, error) {
+		return patchProperties(old, w.patches)
+	}))
 }
 
 // Stat implements webdav.File.
-func (w *writer) Stat() (os.FileInfo, error) { return w.fileInfo, nil }
+func (w *writer) Stat() (os.FileInfo, error) { return w.fileInfo, nil } // of the library, not fileSystem's
 
 // Read implements io.Reader; it fails.
 func (w *writer) Read([]byte) (int, error) { return 0, fs.ErrPermission }

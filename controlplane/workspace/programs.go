@@ -77,3 +77,38 @@ func (s *Service) Write(ctx context.Context, workspace, path string, r io.Reader
 	}
 	return s.putFile(ctx, c, w.ID, p)
 }
+
+// SetAttribute changes an extended attribute of a file or directory in one step. change gets
+// what it is, nil if there is none, and gives what it becomes, nil for none; it may be called again.
+func (s *Service) SetAttribute(ctx context.Context, workspace, path, name string, change func(old []byte) ([]byte, error)) error {
+	c := s.cfg.Caller(ctx)
+	w, err := s.change(ctx, c, workspace, func(t *tree) error {
+		n, _, err := t.find([]byte(path))
+		if err != nil {
+			return err
+		}
+		all, err := decodeXattrs(n.Xattrs)
+		if err != nil {
+			return err
+		}
+		value, err := change(all[name])
+		switch {
+		case err != nil:
+			return err
+		case value == nil:
+			delete(all, name)
+		case all == nil:
+			all = map[string][]byte{name: value}
+		default:
+			all[name] = value
+		}
+		if n.Xattrs, err = encodeXattrs(all); err != nil {
+			return err
+		}
+		n.Ctime = t.now.UnixNano()
+		t.touch(n)
+		_, err = t.done()
+		return err
+	})
+	return s.auditChange(ctx, c, "file.attributes", w, workspace, []byte(path), err)
+}
