@@ -137,11 +137,16 @@ func TestReplicas(t *testing.T) {
 		for _, way := range []struct {
 			name        string
 			run, cancel *stack.Stack
-		}{{"where the agent is", two, one}, {"elsewhere", one, two}} {
+		}{{"at the replica with the agent", two, one}, {"at the other one", one, two}} {
 			text := "select pg_sleep(300), '" + way.name + "'"
 			q := startSQL(t, way.run, "host/db", text)
 			id := ""
 			eventually(t, patience, "it runs", func() error {
+				select {
+				case <-q.done:
+					t.Fatalf("%s: it ended: %v: %s", way.name, q.err, q.out.String())
+				default:
+				}
 				for _, one := range mustJSON[[]struct{ ID, SQL, State string }](t, way.cancel, "query", "list") {
 					if one.SQL == text && one.State == "running" {
 						id = one.ID

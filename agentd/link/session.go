@@ -100,8 +100,21 @@ func (s *session) retire(within time.Duration) {
 		return
 	}
 	s.t.GoAway(0, within, "agentd has a newer tunnel")
-	s.wg.Go(func() { s.finish(within, farewell) })
+	s.wg.Go(func() {
+		// What the control plane has opened before it read that still comes, and would be
+		// refused: it closes the tunnel itself as soon as nothing is under way there.
+		late := time.NewTimer(min(within, lateStreams))
+		defer late.Stop()
+		select {
+		case <-s.t.Done():
+		case <-late.C:
+		}
+		s.finish(within, farewell)
+	})
 }
+
+// lateStreams is how long a tunnel that made way for another one still takes streams.
+const lateStreams = 3 * time.Second
 
 // finish waits until the requests under way have been answered and the answers
 // read, and closes the tunnel. Closing it earlier would cut what is on its way,

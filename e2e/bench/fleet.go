@@ -14,6 +14,8 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
+	"syscall"
 	"time"
 
 	"connectrpc.com/connect"
@@ -95,7 +97,11 @@ func measureFleet(ctx context.Context, o Options, r *Report) error {
 
 // fleet is simulated agents: they register, say hello and stay.
 type fleet struct {
-	stack  *stack.Stack
+	stack *stack.Stack
+	// urls are where each further tunnel is dialed in turns, as a plain load balancer
+	// would bring it there; next counts them. Empty: the stack's.
+	urls   []string
+	next   atomic.Uint32
 	key    regkey.Key
 	roots  *x509.CertPool
 	certs  []tls.Certificate
@@ -133,9 +139,19 @@ func newFleet(ctx context.Context, s *stack.Stack, n int) (*fleet, error) {
 }
 
 func (f *fleet) dial(ctx context.Context, certs ...tls.Certificate) (*tunnel.Tunnel, error) {
-	return tunnel.Dial(ctx, tunnel.DialConfig{
-		URL: f.stack.URL, TLS: &tls.Config{RootCAs: f.roots, Certificates: certs, ServerName: "controlplane.postern.internal"},
-	})
+	urls, first := f.urls, f.next.Add(1)
+	if len(urls) == 0 {
+		urls = []string{f.stack.URL}
+	}
+	for i := uint32(0); ; i++ {
+		t, err := tunnel.Dial(ctx, tunnel.DialConfig{
+			URL: urls[(first+i)%uint32(len(urls))], TLS: &tls.Config{RootCAs: f.roots, Certificates: certs, ServerName: "controlplane.postern.internal"},
+		})
+		// Where nothing listens a load balancer tries the next one.
+		if !errors.Is(err, syscall.ECONNREFUSED) || int(i) == len(urls)-1 {
+			return t, err
+		}
+	}
 }
 
 func linkOf(t *tunnel.Tunnel) posternv1connect.LinkServiceClient {
@@ -209,10 +225,23 @@ func (f *fleet) stop() {
 
 // await waits until the control plane counts n agents.
 func (f *fleet) await(ctx context.Context, n int, limit time.Duration) error {
+	return await(ctx, n, limit, f.stack.URL)
+}
+
+// await waits until the replicas at these URLs together count n agents.
+func await(ctx context.Context, n int, limit time.Duration, urls ...string) error {
 	var got int
 	for end := time.Now().Add(limit); time.Now().Before(end) && ctx.Err() == nil; time.Sleep(50 * time.Millisecond) {
-		var err error
-		if got, err = online(ctx, f.stack.URL); err == nil && got >= n {
+		sum := 0
+		for _, url := range urls {
+			one, err := online(ctx, url)
+			if err != nil {
+				sum = -1
+				break
+			}
+			sum += one
+		}
+		if got = max(sum, 0); sum >= n {
 			return nil
 		}
 	}
