@@ -100,8 +100,10 @@ type fleet struct {
 	stack *stack.Stack
 	// urls are where each further tunnel is dialed in turns, as a plain load balancer
 	// would bring it there; next counts them. Empty: the stack's.
-	urls   []string
-	next   atomic.Uint32
+	urls []string
+	next atomic.Uint32
+	// apart is how long after each other they come at first.
+	apart  time.Duration
 	key    regkey.Key
 	roots  *x509.CertPool
 	certs  []tls.Certificate
@@ -199,8 +201,14 @@ func (f *fleet) registerOne(ctx context.Context, name string) (tls.Certificate, 
 func (f *fleet) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	f.cancel = cancel
-	for _, cert := range f.certs {
+	for i, cert := range f.certs {
 		f.group.Go(func() error {
+			// They come one after the other; after a loss they come as they like.
+			select {
+			case <-time.After(time.Duration(i) * f.apart):
+			case <-ctx.Done():
+				return nil
+			}
 			return tunnel.KeepUp(ctx, tunnel.BackoffConfig{}, func(ctx context.Context) (*tunnel.Tunnel, error) {
 				return f.dial(ctx, cert)
 			}, func(ctx context.Context, t *tunnel.Tunnel) error {

@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx tinyproxy litmus prometheus unzip netns criu pydrivers jupyter sshfs testhost bigclients;
+# nginx caddy tinyproxy litmus prometheus unzip netns criu pydrivers jupyter sshfs testhost bigclients;
 # tests is what `make test` needs.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
@@ -75,11 +75,12 @@ for name in "$@"; do
 		done
 		;;
 	tests)
-		packaging/dev/deps.sh go gcc postgresql mariadb nginx tinyproxy litmus prometheus unzip pydrivers jupyter
+		packaging/dev/deps.sh go gcc postgresql mariadb nginx caddy tinyproxy litmus prometheus unzip pydrivers jupyter
 		[ "$(id -u)" != 0 ] || packaging/dev/deps.sh netns criu
 		;;
 	mariadb) [ -x /usr/sbin/mariadbd ] || install mariadb-server ;;
 	nginx) [ -x /usr/sbin/nginx ] || install nginx-light ;;
+	caddy) command -v caddy >/dev/null 2>&1 || install caddy ;;
 	tinyproxy) command -v tinyproxy >/dev/null 2>&1 || install tinyproxy-bin ;;
 	prometheus) command -v promtool >/dev/null 2>&1 || install prometheus ;; # its tool, for the alert rules
 	litmus) command -v litmus >/dev/null 2>&1 || install litmus ;; # a conformance suite of WebDAV
