@@ -19,6 +19,7 @@
 #   make fuzz       every fuzz target, FUZZTIME each (default 5m)
 #   make bench      the figures, as ratios measured in one run
 #   make packages   .deb and .rpm for amd64 and arm64 in dist/, each with its SBOM; ARCHES="amd64" for one
+#   make charts     check packaging/helm against Kubernetes' types and packaging/compose against Compose's schema
 #   make proto      generate the code from proto/postern/v1/*.proto
 #   make clean
 
@@ -28,7 +29,7 @@ FUZZTIME ?= 5m
 LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
 export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
-.PHONY: build demo test e2e-long clients vault-test s3-test mysql-test host-test race lint fuzz bench packages proto clean deps
+.PHONY: build demo test e2e-long clients vault-test s3-test mysql-test host-test race lint fuzz bench packages charts proto clean deps
 
 build: deps
 	@mkdir -p bin
@@ -101,6 +102,9 @@ bench: build
 
 packages: deps
 	@RELEASE=$(RELEASE) packaging/packages.sh $(ARCHES)
+
+charts: deps
+	cd packaging/helm/check && $(GO) run .
 
 proto:
 	$(GO) run ./proto/internal/protogen
