@@ -185,7 +185,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	d.vault = newVault(c, d.secrets, d.logger)
 	d.sessions = sqlsession.New(sqlsession.Config{
 		Executable: d.Executable, UIDBase: int(c.SQL.UIDBase), Warm: warm(c.SQL.Warm), IdleTimeout: c.SQL.IdleTimeout,
-		Logger: d.logger, Metrics: sqlsession.NewMetrics(d.registry),
+		Hold: d.holdDir(), Logger: d.logger, Metrics: sqlsession.NewMetrics(d.registry),
 	})
 	if err := d.setSources(c); err != nil {
 		return err
@@ -206,6 +206,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if err := d.record(audit.ActionStart); err != nil {
 		return err
 	}
+	d.resumeSessions()
 	if err := d.kernels.Open(linkCtx); err != nil {
 		return err
 	}

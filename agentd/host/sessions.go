@@ -15,8 +15,9 @@ import (
 
 // Actions of sessions in the audit log.
 const (
-	actionSessionOpen  = "session.open"
-	actionSessionClose = "session.close"
+	actionSessionOpen   = "session.open"
+	actionSessionResume = "session.resume"
+	actionSessionClose  = "session.close"
 )
 
 // closedByOwner is the reason of a session that its owner closed.
@@ -90,18 +91,38 @@ func (h *Host) open(ctx context.Context, r *posternv1.OpenSessionRequest, entry 
 	if err := h.settle(); err != nil {
 		return nil, err
 	}
-	opened := time.Now()
 	return h.cfg.SQL.OpenSession(ctx, OpenSession{
 		ID: r.SessionId, Source: r.Source, Owner: owner(r.Principal), Principal: r.Principal, IdleTimeout: r.IdleTimeout.AsDuration(),
-		Ended: func(reason string, _ uint64) {
-			closed := entry
-			closed.Action, closed.Outcome, closed.Error, closed.DurationMillis = actionSessionClose, "done", reason, time.Since(opened).Milliseconds()
-			if reason == closedByOwner {
-				closed.Error = ""
-			}
-			h.finish(closed, true)
-		},
+		Ended: h.sessionEnded(entry),
 	})
+}
+
+// sessionEnded records the end of a session; entry is what was recorded of its beginning.
+func (h *Host) sessionEnded(entry auditchain.Entry) func(reason string, statements uint64) {
+	since := time.Now()
+	return func(reason string, _ uint64) {
+		closed := entry
+		closed.Action, closed.Outcome, closed.Error, closed.DurationMillis = actionSessionClose, "done", reason, time.Since(since).Milliseconds()
+		if reason == closedByOwner {
+			closed.Error = ""
+		}
+		h.finish(closed, true)
+	}
+}
+
+// ResumeSession records that a session which an agentd before us opened is ours now, or,
+// with a reason, that it is lost. It returns what is to be called when it ends.
+func (h *Host) ResumeSession(o OpenSession, lost string) (ended func(reason string, statements uint64)) {
+	entry := auditchain.Entry{
+		Action: actionSessionResume, Actor: actor(o.Principal), Role: o.Principal.GetRole(), Source: o.Source, SessionID: o.ID, Verdict: "allowed", Outcome: "done",
+	}
+	ended = h.sessionEnded(entry)
+	if lost != "" {
+		ended(lost, 0)
+		return ended
+	}
+	h.finish(entry, true)
+	return ended
 }
 
 // CloseSession ends a session of the principal's, or all of them.

@@ -115,6 +115,12 @@ type Config struct {
 	// IdleTransaction is how long a transaction in one may be idle before it is
 	// rolled back; 0 means 5 min.
 	IdleTransaction time.Duration
+	// Hold is the directory for what sessions that stay need to outlive agentd, made
+	// if it is not there: it must survive agentd and not the host. "": they end with
+	// the Manager. HoldGrace is how long they wait for the next one; 0 means
+	// DefaultHoldGrace.
+	Hold      string
+	HoldGrace time.Duration
 	// Logger is optional; nil discards.
 	Logger *slog.Logger
 	// Metrics is optional.
@@ -149,6 +155,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.IdleTransaction == 0 {
 		c.IdleTransaction = 5 * time.Minute
+	}
+	if c.HoldGrace == 0 {
+		c.HoldGrace = DefaultHoldGrace
 	}
 	if c.Logger == nil {
 		c.Logger = slog.New(slog.DiscardHandler)

@@ -15,7 +15,8 @@
 // (Config.UIDBase + slot); always it has no_new_privs, no capabilities, no
 // core files, Landlock rules (no file may be written, few read, no port bound)
 // where the kernel has them, and it ends when agentd does, after a real cancel
-// in the database.
+// in the database; but that of a session that stays open waits for the next agentd,
+// where Config.Hold says so: see hold.go.
 //
 // This package imports no other capability: policy and credentials come in as
 // plain values and functions. A Manager is safe for concurrent use; every

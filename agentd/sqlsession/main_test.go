@@ -41,6 +41,8 @@ func TestMain(m *testing.M) {
 			os.Exit(sqlsession.ChildMain())
 		case sqlsession.ParserArg:
 			os.Exit(sqlsession.ParserMain())
+		case helperHoldArg:
+			os.Exit(helperHold())
 		case helperParentArg:
 			os.Exit(helperParent())
 		}

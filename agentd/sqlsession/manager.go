@@ -118,7 +118,8 @@ func (m *Manager) Running() []*posternv1.RunningQuery {
 // ErrClosed is returned, inside an UNAVAILABLE error, after Close was called.
 var ErrClosed = errors.New("sqlsession: closed")
 
-// Close cancels what runs, ends all sessions and waits for them. When ctx ends
+// Close cancels what runs, ends all sessions and waits for them; sessions that stay
+// go on without us where Config.Hold is set. When ctx ends
 // first, what is left is killed; then only a Run whose writer is blocked can
 // outlive Close. It may be called once.
 func (m *Manager) Close(ctx context.Context) error {
@@ -133,7 +134,14 @@ func (m *Manager) Close(ctx context.Context) error {
 		runs = append(runs, r)
 	}
 	for _, p := range m.pinned {
-		m.endSoonLocked(p, "agentd stopped", "policy", false)
+		switch {
+		case p.process == nil || !p.process.holds.Load() || p.ending != "":
+			m.endSoonLocked(p, "agentd stopped", "policy", false)
+		case p.busy == "":
+			m.detachLocked(p)
+		default:
+			p.detach = true
+		}
 	}
 	m.drainWiresLocked(nil, true)
 	for _, src := range m.sources {

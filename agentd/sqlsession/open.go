@@ -61,6 +61,7 @@ type pinned struct {
 	expired     bool   // the transaction was rolled back, and the owner does not know yet
 	statements  uint64
 	ending      string // why it ends after the statement under way; "" is not
+	detach      bool   // it goes on without agentd after the statement under way
 }
 
 // endedSession is what is remembered of one.
@@ -95,6 +96,7 @@ func (m *Manager) OpenSession(ctx context.Context, o Open) (*posternv1.SQLSessio
 		m.leave(src)
 		return nil, err
 	}
+	m.hold(p, s)
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	s.pinned = true
@@ -260,6 +262,10 @@ func (m *Manager) release(p *pinned, outcome *posternv1.QueryOutcome) (ended str
 		reason, kind = "its process or its connection to the database broke off", "lost"
 	}
 	outcome.Transaction = transactionNames[p.transaction]
+	if m.closed && !dropped && p.detach {
+		m.detachLocked(p)
+		return ""
+	}
 	if reason != "" {
 		m.endPinnedLocked(p, reason, kind)
 		outcome.Transaction = "ended"

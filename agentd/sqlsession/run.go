@@ -355,7 +355,7 @@ func (m *Manager) runIn(ctx context.Context, r *run, s *session, request *frame.
 func (s *session) exitedIdle() bool {
 	select {
 	case <-s.exited:
-		return s.state.ExitCode() == exitDatabase
+		return s.state != nil && s.state.ExitCode() == exitDatabase
 	default:
 		return false
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -43,7 +44,13 @@ type session struct {
 	login  Login  // the zero Login, unless the source has a LoginFunc
 	owner  string // set once, when the process gets its first statement
 	slot   int
-	cmd    *exec.Cmd
+	cmd    *exec.Cmd // nil: an agentd before us started the process
+	pid    int       // 0 without cmd
+	pidfd  *os.File
+	stderr *os.File
+	held   *held         // nil: it ends with agentd
+	holds  atomic.Bool   // it was told to wait for another agentd when we are gone
+	left   chan struct{} // closed when we let it go
 	conn   *net.UnixConn
 	frames *frame.Reader
 
@@ -62,7 +69,7 @@ type session struct {
 }
 
 // spawn starts a process. The caller sends Connect.
-func (m *Manager) spawn(src *source, slot int, login Login) (*session, error) {
+func (m *Manager) spawn(src *source, source Source, slot int, login Login) (*session, error) {
 	if err := closeOnExec(); err != nil {
 		return nil, fmt.Errorf("close_range: %w", err)
 	}
@@ -88,9 +95,16 @@ func (m *Manager) spawn(src *source, slot int, login Login) (*session, error) {
 		return nil, err
 	}
 	defer func() { _ = introducer.Close() }()
-	cmd, stderr, release, err := command(m.config.Executable, m.config.ChildArgs, theirs, introducer)
+	socket, held, err := m.listen(source)
 	if err != nil {
 		_ = conn.Close()
+		return nil, err
+	}
+	defer func() { _ = socket.Close() }()
+	cmd, stderr, release, err := command(m.config.Executable, m.config.ChildArgs, theirs, introducer, socket)
+	if err != nil {
+		_ = conn.Close()
+		held.remove()
 		return nil, err
 	}
 	defer release()
@@ -100,11 +114,22 @@ func (m *Manager) spawn(src *source, slot int, login Login) (*session, error) {
 	}
 	s := &session{
 		source: src, login: Login{Expiring: login.Expiring, Release: login.Release}, slot: slot, cmd: cmd, conn: conn.(*net.UnixConn), frames: frame.NewReader(conn), exited: make(chan struct{}),
+		stderr: stderr, held: held, left: make(chan struct{}),
 	}
 	if err := startConfined(cmd, src.confinement(m.config.Executable)); err != nil {
 		_ = conn.Close()
 		_ = stderr.Close()
+		held.remove()
 		return nil, fmt.Errorf("start the SQL session process: %w", err)
+	}
+	s.pid = cmd.Process.Pid
+	if s.pidfd, err = openPID(s.pid); err != nil {
+		_ = conn.Close()
+		_ = stderr.Close()
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+		held.remove()
+		return nil, err
 	}
 	m.wg.Add(2)
 	go func() {
@@ -113,12 +138,11 @@ func (m *Manager) spawn(src *source, slot int, login Login) (*session, error) {
 	}()
 	go func() {
 		defer m.wg.Done()
-		// The exit status says what is to be said.
-		_ = cmd.Wait()
-		s.state = cmd.ProcessState
-		close(s.exited)
-		s.login.release()
-		m.gone(s)
+		m.awaitExit(s, func() {
+			// The exit status says what is to be said.
+			_ = cmd.Wait()
+			s.state = cmd.ProcessState
+		})
 	}()
 	return s, nil
 }
@@ -126,7 +150,7 @@ func (m *Manager) spawn(src *source, slot int, login Login) (*session, error) {
 // drainStderr logs what a process complains of. It never has secrets to tell.
 func (m *Manager) drainStderr(s *session, stderr *os.File) {
 	logLines(stderr, func(line string) {
-		m.log.Warn("sql session says", "source", s.source.Name, "sql_session", s.cmd.Process.Pid, "line", line)
+		m.log.Warn("sql session says", "source", s.source.Name, "sql_session", s.pid, "line", line)
 	})
 }
 
@@ -147,10 +171,25 @@ func (s *session) send(t frame.Type, payload any) error {
 }
 
 // kill ends the process at once.
-func (s *session) kill() { _ = s.cmd.Process.Kill() }
+func (s *session) kill() {
+	if s.cmd != nil {
+		_ = s.cmd.Process.Kill()
+		return
+	}
+	raw, err := s.pidfd.SyscallConn()
+	if err == nil { // an error: it is gone, or we let it go
+		_ = raw.Control(func(fd uintptr) { _ = unix.PidfdSendSignal(int(fd), unix.SIGKILL, nil, 0) })
+	}
+}
 
 // end closes the socket, which tells the process to go, and waits for it.
 func (s *session) end() {
+	if s.holds.Load() { // or it would wait for another agentd
+		s.held.remove()
+		if s.send(frame.Release, nil) != nil {
+			s.kill()
+		}
+	}
 	_ = s.conn.Close()
 	select {
 	case <-s.exited:
@@ -167,6 +206,9 @@ func (s *session) died() *proto.Error {
 	case <-s.exited:
 	case <-time.After(2 * time.Second):
 		return proto.Errorf(proto.CodeSQLSessionDied, "the SQL session process broke off")
+	}
+	if s.state == nil { // not our child
+		return proto.Errorf(proto.CodeSQLSessionDied, "the SQL session process ended unexpectedly")
 	}
 	status, ok := s.state.Sys().(syscall.WaitStatus)
 	if ok && status.Signaled() {
@@ -200,7 +242,7 @@ func (m *Manager) startWith(ctx context.Context, src *source, settings map[strin
 		login.release()
 		return nil, proto.Errorf(proto.CodeOverloaded, "all %d places for SQL sessions are taken: try again later", m.config.UIDCount)
 	}
-	s, err = m.spawn(src, slot, login)
+	s, err = m.spawn(src, source, slot, login)
 	if err != nil {
 		m.freeSlot(slot)
 		login.release()
@@ -214,7 +256,7 @@ func (m *Manager) startWith(ctx context.Context, src *source, settings map[strin
 		_ = s.conn.Close()
 		return nil, err
 	}
-	m.log.Debug("sql session started", "source", source.Name, "sql_session", s.cmd.Process.Pid, "duration_seconds", time.Since(began).Seconds())
+	m.log.Debug("sql session started", "source", source.Name, "sql_session", s.pid, "duration_seconds", time.Since(began).Seconds())
 	return s, nil
 }
 

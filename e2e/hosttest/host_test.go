@@ -95,6 +95,12 @@ type host struct {
 // boot boots a host with nothing of ours on it but the packages in /debs.
 func boot(t *testing.T, suite string) *host {
 	t.Helper()
+	return bootWith(t, suite, "/dev/fuse")
+}
+
+// bootWith is boot with these devices alone.
+func bootWith(t *testing.T, suite string, devices ...string) *host {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Fatal("the tests of hosts need root: run make host-test as root")
 	}
@@ -108,7 +114,7 @@ func boot(t *testing.T, suite string) *host {
 		}
 	})
 	name := fmt.Sprintf("h%d-%s", os.Getpid(), filepath.Base(dir)[len("postern-host-"):])
-	h, err := testhost.Boot(t.Context(), testhost.Config{Name: name, Suite: suite, Dir: dir, Devices: []string{"/dev/fuse"}})
+	h, err := testhost.Boot(t.Context(), testhost.Config{Name: name, Suite: suite, Dir: dir, Devices: devices})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,7 +227,16 @@ func (h *host) tryPostern(args ...string) (string, error) {
 	return strings.TrimSpace(out), err
 }
 
-// state is a property of a unit.
+// stderr is what a command that failed had to say.
+func (h *host) stderr(err error) string {
+	var exit *testhost.ExitError
+	if errors.As(err, &exit) {
+		return strings.TrimSpace(exit.Stderr)
+	}
+	return fmt.Sprint(err)
+}
+
+// property is one of a unit.
 func (h *host) property(unit, name string) string {
 	h.t.Helper()
 	return h.run("systemctl", "show", "-P", name, unit)

@@ -100,11 +100,18 @@ func TestRestarts(t *testing.T) {
 			id := h.postern("kernel", "start", "db-host")
 			h.exec(id, "import time, threading\nticks = []\ndef tick():\n    while True:\n        ticks.append(time.monotonic()); time.sleep(0.05)\nthreading.Thread(target=tick, daemon=True).start()")
 			h.sh("mkdir -p /tmp/held; (exec 7>/srv/postern/papers/open.txt; i=0; while [ ! -e /tmp/held/stop ]; do i=$((i+1)); echo $i >&7 || exit 1; sleep 0.05; done; echo $i >/tmp/held/last) </dev/null >/tmp/held/out 2>&1 &")
+			open := h.hold("db-host/warehouse")
+			open.ask("create temp table scratch as select 42 as i")
+			open.ask("begin; insert into scratch values (43)")
 			stop := h.load("restarts")
 			for i := range rounds {
 				h.restart([]string{"systemctl", "kill"}[i%2])
 				h.query()
 			}
+			if got := open.ask("select count(*) as n, sum(i) as s from scratch"); !strings.Contains(got, "2,85") {
+				t.Errorf("the open transaction says %q", got)
+			}
+			open.ask("commit")
 			acknowledged := stop()
 			// Each acknowledged insert is there, once; one that was not may be.
 			counts := map[string]int{}

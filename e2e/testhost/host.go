@@ -168,11 +168,13 @@ func (h *Host) await(ctx context.Context) error {
 			return errors.New("systemd-nspawn ended")
 		case <-tick.C:
 		}
-		if h.leader == 0 {
-			text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", h.pid, h.pid))
-			if fields := strings.Fields(string(text)); err == nil && len(fields) > 0 {
-				h.leader, _ = strconv.Atoi(fields[0])
-			}
+		// Looked up each time: nspawn's first child is only a step on the way to it.
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%d/children", h.pid, h.pid))
+		fields := strings.Fields(string(text))
+		if err != nil || len(fields) == 0 {
+			continue
+		}
+		if h.leader, err = strconv.Atoi(fields[0]); err != nil {
 			continue
 		}
 		if _, err := h.Run(ctx, "test", "-S", "/run/systemd/private"); err == nil {
@@ -282,14 +284,13 @@ func (h *Host) off(gently bool) error {
 	select {
 	case <-h.exited:
 	default:
-		if h.leader != 0 {
-			_ = unix.Kill(h.leader, unix.SIGKILL) // its whole pid namespace goes along
-		}
-		select {
-		case <-h.exited:
-		case <-time.After(10 * time.Second):
-			_ = unix.Kill(h.pid, unix.SIGKILL)
-			<-h.exited
+		// nspawn first: it would wait for what it started.
+		_ = unix.Kill(h.pid, unix.SIGKILL)
+		<-h.exited
+	}
+	for _, g := range h.groups { // everything that is left, in v2's
+		if err := os.WriteFile(filepath.Join(g, "cgroup.kill"), []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("testhost: kill what is left: %w", err)
 		}
 	}
 	h.pid, h.leader = 0, 0

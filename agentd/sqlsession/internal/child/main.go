@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/signal"
 	"runtime"
 	"runtime/debug"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
@@ -17,10 +19,13 @@ import (
 )
 
 // SocketFD is the descriptor of the socket to agentd, ParserFD that of the one
-// that leads to the parser of statements.
+// that leads to the parser of statements, and HoldFD that of a socket on which the
+// process hears of another agentd when its own is gone, or of something else where it
+// is not to outlive agentd.
 const (
 	SocketFD = 3
 	ParserFD = 4
+	HoldFD   = 5
 )
 
 // Exit codes: agentd logs them.
@@ -47,6 +52,7 @@ type process struct {
 	proxy   atomic.Pointer[pgproxy.Proxy]
 	proxied chan struct{}
 	conn    net.Conn
+	hold    hold
 }
 
 // request is a frame of agentd's that main answers.
@@ -77,16 +83,18 @@ func Main() int {
 	// refused then.
 	introducer, _ := inherited(ParserFD)
 	beside = introducer
-	return serve(conn, pgtree.NewClient(introducer))
+	// What is said to an agentd that is gone must not end the process.
+	signal.Ignore(syscall.SIGPIPE)
+	return serve(conn, pgtree.NewClient(introducer), holdSocket())
 }
 
 // beside is what the process was given beside agentd's socket: see ParserFD.
 var beside net.Conn
 
 // serve answers agentd until its socket closes.
-func serve(conn net.Conn, parser pgtree.Parser) int {
-	p := &process{parser: parser, sink: newSink(conn), requests: make(chan request, 1), proxied: make(chan struct{}), conn: conn}
+func serve(conn net.Conn, parser pgtree.Parser, listener *net.UnixListener) int {
 	ended := make(chan int, 1)
+	p := &process{parser: parser, sink: newSink(conn), requests: make(chan request, 1), proxied: make(chan struct{}), conn: conn, hold: hold{listener: listener, ended: ended}}
 	go p.read(conn, ended)
 	code := make(chan int, 1)
 	go func() { code <- p.loop() }()
@@ -110,6 +118,10 @@ func (p *process) read(conn net.Conn, ended chan<- int) {
 		if err != nil {
 			if !p.hangup() {
 				p.abandon(last)
+			}
+			if p.hold.grace.Load() > 0 {
+				p.requests <- request{kind: frame.Resumed} // once it is idle
+				return
 			}
 			ended <- exitDone
 			return
@@ -139,6 +151,10 @@ func (p *process) read(conn net.Conn, ended chan<- int) {
 				last.stop(frame.Reason(reason[0]))
 			}
 			if err == nil {
+				continue
+			}
+		case frame.Hold, frame.Release:
+			if err = p.holdFrame(t, d); err == nil {
 				continue
 			}
 		case frame.Check:
@@ -234,6 +250,11 @@ func (p *process) loop() int {
 			ok = p.introspect(r)
 		case frame.Wire:
 			return p.serveProxy(r.wire, p.conn)
+		case frame.Resumed:
+			if !p.resume() {
+				return exitDone
+			}
+			continue
 		}
 		if !ok {
 			return exitDatabase
@@ -253,6 +274,7 @@ func (p *process) loop() int {
 func (p *process) run(r request) (ok bool) {
 	s := p.session
 	reply, lost := s.run(r.run, r.st)
+	p.hold.ran(reply.Transaction)
 	if lost {
 		r.st.finish()
 		_ = p.sink.send(frame.Failed, frame.FailedReply{Error: reply.Error, Lost: true})

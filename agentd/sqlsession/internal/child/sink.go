@@ -27,13 +27,16 @@ type sink struct {
 	cur []byte // with room for the header in front
 	// total and submitted count bytes of the statement's stream.
 	total, submitted uint64
+	// synced is signalled when run has come to a nil buffer: see drain.
+	synced chan struct{}
+	broken bool // conn has failed; run's alone, but between drain and the next send
 	// wait, when set, is called instead of waiting for a free buffer; it must
 	// receive from free.
 	wait func(free <-chan []byte) []byte
 }
 
 func newSink(conn net.Conn) *sink {
-	s := &sink{conn: conn, queue: make(chan []byte, queueLength), free: make(chan []byte, sinkBuffers)}
+	s := &sink{conn: conn, queue: make(chan []byte, queueLength), free: make(chan []byte, sinkBuffers), synced: make(chan struct{})}
 	for range sinkBuffers {
 		s.free <- nil // made when needed: most statements are small
 	}
@@ -44,17 +47,27 @@ func newSink(conn net.Conn) *sink {
 
 func (s *sink) run() {
 	defer s.done.Done()
-	broken := false
 	for b := range s.queue {
-		if !broken {
+		if b == nil {
+			s.synced <- struct{}{}
+			continue
+		}
+		if !s.broken {
 			// agentd has gone: the goroutine that reads its frames notices, too.
 			_, err := s.conn.Write(b)
-			broken = err != nil
+			s.broken = err != nil
 		}
 		if frame.Type(b[0]) == frame.Data {
 			s.free <- b[:0]
 		}
 	}
+}
+
+// drain waits until everything that was sent is written, or lost. Until the next send
+// conn and broken are the caller's.
+func (s *sink) drain() {
+	s.queue <- nil
+	<-s.synced
 }
 
 // Write gathers stream bytes; it never fails.

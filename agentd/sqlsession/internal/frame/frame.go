@@ -33,6 +33,9 @@ const (
 	Introspected Type = 'j' // IntrospectedReply
 	Kept         Type = 's' // three numbers, see PutKept, and an Arrow IPC stream: first and last rows
 	Plan         Type = 'l' // JSON: the plan to keep with the history
+	Hold         Type = 'H' // HoldRequest: the process is to outlive agentd from now on
+	Release      Type = 'L' // empty: no longer
+	Resumed      Type = 'h' // ResumedReply: the first frame to the agentd that took it up
 )
 
 // MaxPlan is the largest payload of a Plan frame in bytes.
@@ -72,6 +75,9 @@ var limits = map[Type]int{
 	Introspected: 64 << 10,
 	Kept:         MaxKept,
 	Plan:         MaxPlan,
+	Hold:         4 << 10,
+	Release:      0,
+	Resumed:      4 << 10,
 }
 
 // ErrMalformed is returned for a frame that breaks the protocol.

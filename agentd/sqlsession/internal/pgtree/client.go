@@ -75,6 +75,15 @@ func (c *Client) Parse(ctx context.Context, text string) (*Tree, error) {
 	}
 }
 
+// Replace makes the Client ask the parsers that introducer leads to, which it owns from
+// now on; nil: none.
+func (c *Client) Replace(introducer *net.UnixConn) {
+	c.Close()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.introducer, c.owed = introducer, 0
+}
+
 // Close ends the connections; Parse fails afterwards.
 func (c *Client) Close() {
 	c.mu.Lock()
