@@ -14,6 +14,7 @@
 #                   RUN=TestName for some, POSTERN_LONG=1 for 100 restarts
 #   make clients    clients that are large to install, through the whole system: JDBC,
 #                   node-postgres (from npm), pgx's own tests, and JupyterLab's client library (from npm)
+#   make upgrade-test  this version with the one before (packaging/previous): each part with each, and in place
 #   make race       the Go tests alone, with the race detector
 #   make lint       gofumpt, vet, staticcheck
 #   make fuzz       every fuzz target, FUZZTIME each (default 5m)
@@ -29,7 +30,7 @@ FUZZTIME ?= 5m
 LDFLAGS  := -s -w -X github.com/postern-dev/postern/proto.release=$(RELEASE)
 export PATH := $(CURDIR)/.go/bin:$(PATH):/usr/local/go/bin:/usr/sbin:/sbin
 
-.PHONY: build demo test e2e-long clients vault-test s3-test mysql-test host-test race lint fuzz bench packages charts proto clean deps
+.PHONY: build demo test e2e-long clients vault-test s3-test mysql-test host-test upgrade-test race lint fuzz bench packages charts proto clean deps
 
 build: deps
 	@mkdir -p bin
@@ -79,6 +80,10 @@ host-test:
 	@packaging/dev/deps.sh go gcc testhost
 	@CRIU_PRIVATE=1 packaging/dev/criu.sh
 	POSTERN_SUITES="$(SUITES)" $(GO) test -tags hosttest -count 1 -timeout 120m -v $(if $(RUN),-run '$(RUN)') ./e2e/hosttest
+
+upgrade-test:
+	@packaging/dev/deps.sh go postgresql jupyter
+	$(GO) test -tags upgrade -count 1 -timeout 30m -v ./e2e/upgrade
 
 clients:
 	@packaging/dev/deps.sh go postgresql jupyter bigclients
