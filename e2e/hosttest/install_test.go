@@ -162,3 +162,48 @@ func (h *host) nothingRuns() {
 		return nil
 	})
 }
+
+// TestSQLOnly: with the drop-in for hosts that only answer SQL those work, and kernels are
+// refused with a line.
+func TestSQLOnly(t *testing.T) {
+	for _, suite := range suites() {
+		t.Run(suite, func(t *testing.T) {
+			h := boot(t, suite)
+			h.install(newVersion, "postern-agentd", "postern-controlplane", "postern")
+			h.prepare()
+			_, sources, _ := strings.Cut(config, "sources:")
+			h.must(h.WriteFile("/etc/postern/agentd.yaml", []byte("url: http://127.0.0.1:8080\nname: db-host\nsources:"+sources), 0o600))
+			h.must(h.Copy(t.Context(), "../../systemd/agentd-sql-only.conf", "/etc/systemd/system/agentd.service.d/sql-only.conf", 0o644))
+			h.run("systemctl", "daemon-reload")
+			h.key()
+			h.run("systemctl", "enable", "--now", "-q", "agentd")
+			h.online()
+			h.query()
+			open := h.hold("db-host/warehouse")
+			open.ask("create temp table scratch as select 42 as i")
+			for _, how := range []string{"systemctl", "kill"} {
+				h.restart(how)
+				h.query()
+				if got := open.ask("select i from scratch"); !strings.Contains(got, "42") {
+					t.Errorf("after %s the open session says %q", how, got)
+				}
+			}
+			if _, err := h.tryPostern("kernel", "start", "db-host"); err == nil || strings.Contains(h.stderr(err), "\n") {
+				t.Errorf("a kernel: %v", err)
+			}
+			out, err := h.Run(t.Context(), "systemd-analyze", "security", "--no-pager", "--threshold=30", "agentd.service")
+			lines := strings.Split(strings.TrimSpace(out), "\n")
+			fmt.Printf("%s agentd.service with agentd-sql-only.conf: %s\n", suite, lines[len(lines)-1])
+			if err != nil {
+				t.Error(err)
+			}
+			// Without attachments: nothing keeps mounts.
+			h.until("agentd-mountd to end by itself", func() error {
+				if got := h.property("agentd-mountd", "ActiveState"); got != "inactive" {
+					return errors.New(got)
+				}
+				return nil
+			})
+		})
+	}
+}

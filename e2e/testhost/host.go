@@ -288,8 +288,16 @@ func (h *Host) off(gently bool) error {
 		_ = unix.Kill(h.pid, unix.SIGKILL)
 		<-h.exited
 	}
-	for _, g := range h.groups { // everything that is left, in v2's
-		if err := os.WriteFile(filepath.Join(g, "cgroup.kill"), []byte("1"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	for _, g := range h.groups { // everything that is left, in v2's: v1 has no such file
+		f, err := os.OpenFile(filepath.Join(g, "cgroup.kill"), os.O_WRONLY, 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err == nil {
+			_, err = f.WriteString("1")
+			err = errors.Join(err, f.Close())
+		}
+		if err != nil {
 			return fmt.Errorf("testhost: kill what is left: %w", err)
 		}
 	}
