@@ -15,8 +15,10 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/postern-dev/postern/agentd/audit"
 	"github.com/postern-dev/postern/agentd/control"
 	"github.com/postern-dev/postern/agentd/doctor"
+	"github.com/postern-dev/postern/proto/auditchain"
 )
 
 // unpack is what an archive has, by name.
@@ -153,5 +155,57 @@ func TestLogLevel(t *testing.T) {
 	l.stop()
 	if _, err := control.AskLevel(t.Context(), l.path("run"), ""); !errors.Is(err, control.ErrNotRunning) {
 		t.Errorf("not running: got %v", err)
+	}
+}
+
+// TestHostKeepsThePeersHead: each head of the control plane's chain once, also over restarts, and what does not fit
+// is an entry and a warning.
+func TestHostKeepsThePeersHead(t *testing.T) {
+	c := newTestControl(t)
+	l := newLab(t, c, "")
+	kept := func() (heads []uint64, failed int) {
+		t.Helper()
+		err := audit.List(l.path("state"), 1, func(_ []byte, e auditchain.Entry) error {
+			if h, ok := auditchain.PeerHead(e); ok {
+				heads = append(heads, h.Sequence)
+				if e.Outcome == "failed" {
+					failed++
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return heads, failed
+	}
+	for _, step := range []struct {
+		name    string
+		head    auditchain.Head
+		warning string
+		want    []uint64
+		failed  int
+	}{
+		{"a version before", auditchain.Head{}, "", nil, 0},
+		{"first", auditchain.Head{Sequence: 5, Hash: [32]byte{5}}, "", []uint64{5}, 0},
+		{"the same again", auditchain.Head{Sequence: 5, Hash: [32]byte{5}}, "", []uint64{5}, 0},
+		{"longer", auditchain.Head{Sequence: 9, Hash: [32]byte{9}}, "", []uint64{5, 9}, 0},
+		{"rewritten", auditchain.Head{Sequence: 9, Hash: [32]byte{1}}, "rewritten", []uint64{5, 9, 9}, 1},
+		{"cut", auditchain.Head{Sequence: 3, Hash: [32]byte{3}}, "had reached 9", []uint64{5, 9, 9, 3}, 2},
+	} {
+		c.mu.Lock()
+		c.own = step.head
+		n := len(c.hellos)
+		c.mu.Unlock()
+		l.start()
+		c.awaitHello(n + 1)
+		poll(t, "the link", func() bool { return l.d.link.State().Up })
+		if got := l.d.status().Audit.Warning; (got == "") != (step.warning == "") || !strings.Contains(got, step.warning) {
+			t.Errorf("%s: warning %q", step.name, got)
+		}
+		l.stop()
+		if heads, failed := kept(); !slices.Equal(heads, step.want) || failed != step.failed {
+			t.Errorf("%s: the log has %v, %d failed, want %v and %d", step.name, heads, failed, step.want, step.failed)
+		}
 	}
 }

@@ -56,6 +56,7 @@ type testControl struct {
 	hellos    []*posternv1.HelloRequest
 	rejoins   int
 	known     auditchain.Head // what Hello says of the agent's log
+	own       auditchain.Head // what it says of the organization's
 	inventory []*posternv1.SourceInfo
 	current   *tunnel.Tunnel
 	asking    map[*tunnel.Tunnel]int
@@ -331,7 +332,7 @@ func (s testLink) Hello(ctx context.Context, r *connect.Request[posternv1.HelloR
 	c.changed = make(chan struct{})
 	return connect.NewResponse(&posternv1.HelloResponse{
 		Version: proto.Version(), Features: proto.Features(), AgentId: "agt_test", Name: "renamed", Organization: "default",
-		ServerTime: timestamppb.Now(), Authorities: [][]byte{c.ca.Raw}, KnownAuditHead: c.known.Proto(),
+		ServerTime: timestamppb.Now(), Authorities: [][]byte{c.ca.Raw}, KnownAuditHead: c.known.Proto(), OrganizationAuditHead: c.own.Proto(),
 	}), nil
 }
 

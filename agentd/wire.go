@@ -311,6 +311,9 @@ func (d *Daemon) welcome(r *posternv1.HelloResponse) {
 		}
 	}
 	warning := d.compareHeads(r.KnownAuditHead)
+	if lost := d.notePeer(r.OrganizationAuditHead); warning == "" {
+		warning = lost
+	}
 	d.mu.Lock()
 	said := d.auditWarning
 	d.auditWarning = warning

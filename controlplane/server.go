@@ -191,7 +191,7 @@ func (s *Server) wire(ctx context.Context) error {
 	}
 	s.hub = hub.New(hub.Config{
 		Directory: directory, Members: members{s.files.AgentHandler()},
-		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions, s.outdated}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
+		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions, s.outdated, s.store.AuditHead}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
 	})
 	s.tunnels = tunnel.NewServer(tunnel.ServerConfig{
 		Config:  tunnel.Config{Logger: s.log, Metrics: tunnel.NewMetrics(registry)},

@@ -78,6 +78,7 @@ type joiner struct {
 	catalogs *catalog.Service
 	sessions *sessionCloser
 	outdated func(context.Context, hub.Identity) bool
+	head     func(ctx context.Context, organization string) (auditchain.Head, error)
 }
 
 func (j joiner) Renew(ctx context.Context, id hub.Identity, req *posternv1.RenewRequest, remote string) (*posternv1.RenewResponse, error) {
@@ -91,6 +92,11 @@ func (j joiner) Hello(ctx context.Context, id hub.Identity, req *posternv1.Hello
 	}
 	if err == nil {
 		resp.RenewIdentity = j.outdated(ctx, id)
+		var head auditchain.Head
+		if head, err = j.head(ctx, id.Organization); err != nil {
+			return nil, err
+		}
+		resp.OrganizationAuditHead = head.Proto()
 	}
 	if err == nil && req.FirstSinceStart {
 		j.catalogs.Restarted(id.Organization, id.Agent)

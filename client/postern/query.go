@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -122,15 +123,26 @@ func (a *app) auditCommand() *cobra.Command {
 	list.Flags().Uint64Var(&from, "from", 0, "ascending from this sequence number")
 	list.Flags().StringVar(&agent, "agent", "", "this agent's own log instead of the control plane's")
 	list.RegisterFlagCompletionFunc("agent", a.completeAgents) //nolint:errcheck // fails on unknown flags alone
+	var file string
 	verify := &cobra.Command{
-		Use: "verify", Short: "Verify the hash chains; exit 1 if one is broken", Example: "  postern audit verify", Args: cobra.NoArgs,
+		Use: "verify", Short: "Verify the hash chains; exit 1 if one is broken",
+		Long: `Verify the hash chains: the control plane's, that of each agent that is online, and each against what the other side
+remembers of it. Exit 1 if one is broken, with the first entry that was removed, altered or reordered.`,
+		Example: "  postern audit verify\n  postern audit verify --file audit.jsonl", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if file != "" {
+				if agent != "" {
+					return &usageError{errors.New("--file and --agent do not go together")}
+				}
+				return a.verifyExport(file)
+			}
 			return a.with(func(c *client.Client) error { return a.verifyAudit(cmd.Context(), c, agent) })
 		},
 	}
 	verify.Flags().StringVar(&agent, "agent", "", "only this agent's chain")
+	verify.Flags().StringVar(&file, "file", "", "verify JSON lines of postern audit export instead; - is standard input")
 	verify.RegisterFlagCompletionFunc("agent", a.completeAgents) //nolint:errcheck // fails on unknown flags alone
-	return group("audit", "Read and verify the audit log", list, verify)
+	return group("audit", "Read and verify the audit log", list, verify, a.auditExport())
 }
 
 // printAudit prints entries a line each; as JSON it leaves their bytes as they
@@ -183,8 +195,13 @@ func (a *app) verifyAudit(ctx context.Context, c *client.Client, agent string) e
 	if err != nil {
 		return err
 	}
+	return a.reportChains(resp.Msg.Reports)
+}
+
+// reportChains prints reports; an error if one is of a broken chain.
+func (a *app) reportChains(reports []*posternv1.ChainReport) error {
 	broken := 0
-	err = printList(a, resp.Msg.Reports, []string{"CHAIN", "ENTRIES", "RESULT", "MESSAGE"}, func(r *posternv1.ChainReport) []string {
+	err := printList(a, reports, []string{"CHAIN", "ENTRIES", "RESULT", "MESSAGE"}, func(r *posternv1.ChainReport) []string {
 		result := "ok"
 		if !r.Ok {
 			result = "broken"
@@ -194,13 +211,13 @@ func (a *app) verifyAudit(ctx context.Context, c *client.Client, agent string) e
 	if err != nil {
 		return err
 	}
-	for _, r := range resp.Msg.Reports {
+	for _, r := range reports {
 		if !r.Ok {
 			broken++
 		}
 	}
 	if broken > 0 {
-		return proto.Errorf(proto.CodeInternal, "%d of %d audit chains did not verify: keep the logs as they are and find out why", broken, len(resp.Msg.Reports))
+		return proto.Errorf(proto.CodeInternal, "%d of %d audit chains did not verify: keep the logs as they are and find out why", broken, len(reports))
 	}
 	return nil
 }

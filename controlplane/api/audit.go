@@ -46,7 +46,11 @@ func (a *API) VerifyAudit(ctx context.Context, req *connect.Request[posternv1.Ve
 			if err != nil {
 				return nil, err
 			}
-			resp.Reports = append(resp.Reports, a.verifyAgent(ctx, agent, l))
+			w := &witness{api: a, organization: c.Organization}
+			resp.Reports = append(resp.Reports, a.verifyAgent(ctx, agent, l, w))
+			if w.wrong != nil {
+				resp.Reports = append(resp.Reports, &posternv1.ChainReport{Chain: "control plane", Entries: w.wrong.Sequence - 1, Message: w.wrong.Error()})
+			}
 			return resp, nil
 		}
 		entries, err := a.cfg.Audit.Verify(ctx, c.Organization)
@@ -59,10 +63,14 @@ func (a *API) VerifyAudit(ctx context.Context, req *connect.Request[posternv1.Ve
 		if err != nil {
 			return nil, err
 		}
+		w := &witness{api: a, organization: c.Organization}
 		for _, agent := range agents {
 			if l, err := a.cfg.Agents.Agent(agent.Id); err == nil {
-				resp.Reports = append(resp.Reports, a.verifyAgent(ctx, agent, l))
+				resp.Reports = append(resp.Reports, a.verifyAgent(ctx, agent, l, w))
 			}
+		}
+		if report.Ok && w.wrong != nil {
+			report.Ok, report.Message = false, w.wrong.Error()
 		}
 		return resp, nil
 	})
@@ -83,8 +91,8 @@ func chainReport(chain string, entries uint64, err error) (*posternv1.ChainRepor
 // verifyAgent reads a host's whole chain page by page. It must also contain the
 // head that the agent last reported: a host whose log was cut short, or written
 // anew, does not.
-func (a *API) verifyAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent) *posternv1.ChainReport {
-	entries, err := a.walkAgent(ctx, agent, l)
+func (a *API) verifyAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent, w *witness) *posternv1.ChainReport {
+	entries, err := a.walkAgent(ctx, agent, l, w)
 	report, err := chainReport(agent.Name, entries, err)
 	if err != nil {
 		report = &posternv1.ChainReport{Chain: agent.Name, Entries: entries, Message: "not read to its end: " + proto.Detail(err).Message}
@@ -92,7 +100,7 @@ func (a *API) verifyAgent(ctx context.Context, agent *posternv1.Agent, l LiveAge
 	return report
 }
 
-func (a *API) walkAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent) (uint64, error) {
+func (a *API) walkAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent, w *witness) (uint64, error) {
 	known, err := a.cfg.Agents.AuditHead(ctx, agent.Id)
 	if err != nil {
 		return 0, err
@@ -111,6 +119,9 @@ func (a *API) walkAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent
 			if v.Head().Sequence == known.Sequence && v.Head() != known {
 				return v.Head().Sequence, &auditchain.BrokenError{Sequence: known.Sequence, Reason: "it is not the entry that the host reported earlier: the log was written anew"}
 			}
+			if err := w.hear(ctx, agent.Name, line); err != nil {
+				return v.Head().Sequence, err
+			}
 		}
 		if len(resp.Entries) == 0 {
 			break
@@ -122,4 +133,45 @@ func (a *API) walkAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent
 		}
 	}
 	return v.Head().Sequence, nil
+}
+
+// witness compares the control plane's chain with what hosts were told of it: an entry that was removed, or
+// that was altered with all that follow it written anew, does not fit what some host's chain says.
+type witness struct {
+	api          *API
+	organization string
+	// wrong is the first of the control plane's entries that does not fit.
+	wrong *auditchain.BrokenError
+}
+
+// hear takes an entry of a host's chain that has been verified. The error is of reading the control plane's.
+func (w *witness) hear(ctx context.Context, agent string, line []byte) error {
+	e, err := auditchain.Decode(line)
+	if err != nil {
+		return err // it was verified: this does not happen
+	}
+	told, ok := auditchain.PeerHead(e)
+	if !ok || w.wrong != nil && w.wrong.Sequence <= told.Sequence {
+		return nil
+	}
+	wrong := func(reason string) {
+		w.wrong = &auditchain.BrokenError{Sequence: told.Sequence, Reason: fmt.Sprintf("%s; the host of agent %s was told of it on %s", reason, agent, e.Time.UTC().Format("2006-01-02 15:04:05 UTC"))}
+	}
+	lines, err := w.api.cfg.Audit.List(ctx, w.organization, told.Sequence, 1)
+	if err != nil {
+		return err
+	}
+	if len(lines) == 0 {
+		wrong("it was removed")
+		return nil
+	}
+	ours, err := auditchain.Decode(lines[0])
+	switch head, herr := auditchain.HeadOf(ours); {
+	case err != nil || herr != nil:
+		wrong("it was altered")
+	case head.Sequence > told.Sequence: // that far back is retired; what follows is verified by itself
+	case head != told:
+		wrong("it was altered, or the log was written anew")
+	}
+	return nil
 }

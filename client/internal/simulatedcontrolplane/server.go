@@ -361,7 +361,7 @@ func (s *Server) CancelQuery(_ context.Context, req *connect.Request[posternv1.C
 }
 
 // ListAudit implements AuditService.
-func (s *Server) ListAudit(context.Context, *connect.Request[posternv1.ListAuditRequest]) (*connect.Response[posternv1.ListAuditResponse], error) {
+func (s *Server) ListAudit(_ context.Context, r *connect.Request[posternv1.ListAuditRequest]) (*connect.Response[posternv1.ListAuditResponse], error) {
 	var head auditchain.Head
 	var lines [][]byte
 	for _, e := range []auditchain.Entry{
@@ -370,7 +370,9 @@ func (s *Server) ListAudit(context.Context, *connect.Request[posternv1.ListAudit
 	} {
 		e.Time = at(1, 0).AsTime()
 		head = e.Seal(head)
-		lines = append(lines, e.Encode())
+		if head.Sequence >= r.Msg.From {
+			lines = append(lines, e.Encode())
+		}
 	}
 	return respond(&posternv1.ListAuditResponse{Entries: lines}, nil)
 }

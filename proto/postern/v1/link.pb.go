@@ -436,8 +436,10 @@ type HelloResponse struct {
 	Authorities [][]byte `protobuf:"bytes,8,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	// The certificate is of an authority that goes: renew it now.
 	RenewIdentity bool `protobuf:"varint,9,opt,name=renew_identity,json=renewIdentity,proto3" json:"renew_identity,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// The head of the organization's own chain at the control plane: the host keeps it in its chain.
+	OrganizationAuditHead *AuditHead `protobuf:"bytes,10,opt,name=organization_audit_head,json=organizationAuditHead,proto3" json:"organization_audit_head,omitempty"`
+	unknownFields         protoimpl.UnknownFields
+	sizeCache             protoimpl.SizeCache
 }
 
 func (x *HelloResponse) Reset() {
@@ -531,6 +533,13 @@ func (x *HelloResponse) GetRenewIdentity() bool {
 		return x.RenewIdentity
 	}
 	return false
+}
+
+func (x *HelloResponse) GetOrganizationAuditHead() *AuditHead {
+	if x != nil {
+		return x.OrganizationAuditHead
+	}
+	return nil
 }
 
 type UpdateInventoryRequest struct {
@@ -1183,7 +1192,7 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"audit_head\x18\x06 \x01(\v2\x15.postern.v1.AuditHeadR\tauditHead\x12*\n" +
 	"\x11first_since_start\x18\a \x01(\bR\x0ffirstSinceStart\x12#\n" +
 	"\ropen_sessions\x18\b \x01(\rR\fopenSessions\x12\x18\n" +
-	"\akernels\x18\t \x01(\rR\akernels\"\xfc\x02\n" +
+	"\akernels\x18\t \x01(\rR\akernels\"\xcb\x03\n" +
 	"\rHelloResponse\x125\n" +
 	"\aversion\x18\x01 \x01(\v2\x1b.postern.v1.ProtocolVersionR\aversion\x12\x1a\n" +
 	"\bfeatures\x18\x02 \x03(\tR\bfeatures\x12\x19\n" +
@@ -1194,7 +1203,9 @@ const file_postern_v1_link_proto_rawDesc = "" +
 	"serverTime\x12?\n" +
 	"\x10known_audit_head\x18\a \x01(\v2\x15.postern.v1.AuditHeadR\x0eknownAuditHead\x12 \n" +
 	"\vauthorities\x18\b \x03(\fR\vauthorities\x12%\n" +
-	"\x0erenew_identity\x18\t \x01(\bR\rrenewIdentity\"J\n" +
+	"\x0erenew_identity\x18\t \x01(\bR\rrenewIdentity\x12M\n" +
+	"\x17organization_audit_head\x18\n" +
+	" \x01(\v2\x15.postern.v1.AuditHeadR\x15organizationAuditHead\"J\n" +
 	"\x16UpdateInventoryRequest\x120\n" +
 	"\asources\x18\x01 \x03(\v2\x16.postern.v1.SourceInfoR\asources\"\x19\n" +
 	"\x17UpdateInventoryResponse\"X\n" +
@@ -1299,36 +1310,37 @@ var file_postern_v1_link_proto_depIdxs = []int32{
 	13, // 10: postern.v1.HelloResponse.version:type_name -> postern.v1.ProtocolVersion
 	17, // 11: postern.v1.HelloResponse.server_time:type_name -> google.protobuf.Timestamp
 	15, // 12: postern.v1.HelloResponse.known_audit_head:type_name -> postern.v1.AuditHead
-	18, // 13: postern.v1.UpdateInventoryRequest.sources:type_name -> postern.v1.SourceInfo
-	19, // 14: postern.v1.ReportRowsRequest.rows:type_name -> postern.v1.KeptRows
-	15, // 15: postern.v1.ReportStatementsRequest.after:type_name -> postern.v1.AuditHead
-	15, // 16: postern.v1.ReportStatementsRequest.through:type_name -> postern.v1.AuditHead
-	12, // 17: postern.v1.ReportStatementsRequest.statements:type_name -> postern.v1.KernelStatement
-	15, // 18: postern.v1.ReportStatementsResponse.through:type_name -> postern.v1.AuditHead
-	20, // 19: postern.v1.KernelStatement.principal:type_name -> postern.v1.Principal
-	17, // 20: postern.v1.KernelStatement.ended:type_name -> google.protobuf.Timestamp
-	21, // 21: postern.v1.KernelStatement.duration:type_name -> google.protobuf.Duration
-	22, // 22: postern.v1.KernelStatement.error:type_name -> postern.v1.ErrorDetail
-	19, // 23: postern.v1.KernelStatement.kept:type_name -> postern.v1.KeptRows
-	0,  // 24: postern.v1.LinkService.Register:input_type -> postern.v1.RegisterRequest
-	2,  // 25: postern.v1.LinkService.Rejoin:input_type -> postern.v1.RenewRequest
-	2,  // 26: postern.v1.LinkService.Renew:input_type -> postern.v1.RenewRequest
-	4,  // 27: postern.v1.LinkService.Hello:input_type -> postern.v1.HelloRequest
-	6,  // 28: postern.v1.LinkService.UpdateInventory:input_type -> postern.v1.UpdateInventoryRequest
-	8,  // 29: postern.v1.LinkService.ReportRows:input_type -> postern.v1.ReportRowsRequest
-	10, // 30: postern.v1.LinkService.ReportStatements:input_type -> postern.v1.ReportStatementsRequest
-	1,  // 31: postern.v1.LinkService.Register:output_type -> postern.v1.RegisterResponse
-	3,  // 32: postern.v1.LinkService.Rejoin:output_type -> postern.v1.RenewResponse
-	3,  // 33: postern.v1.LinkService.Renew:output_type -> postern.v1.RenewResponse
-	5,  // 34: postern.v1.LinkService.Hello:output_type -> postern.v1.HelloResponse
-	7,  // 35: postern.v1.LinkService.UpdateInventory:output_type -> postern.v1.UpdateInventoryResponse
-	9,  // 36: postern.v1.LinkService.ReportRows:output_type -> postern.v1.ReportRowsResponse
-	11, // 37: postern.v1.LinkService.ReportStatements:output_type -> postern.v1.ReportStatementsResponse
-	31, // [31:38] is the sub-list for method output_type
-	24, // [24:31] is the sub-list for method input_type
-	24, // [24:24] is the sub-list for extension type_name
-	24, // [24:24] is the sub-list for extension extendee
-	0,  // [0:24] is the sub-list for field type_name
+	15, // 13: postern.v1.HelloResponse.organization_audit_head:type_name -> postern.v1.AuditHead
+	18, // 14: postern.v1.UpdateInventoryRequest.sources:type_name -> postern.v1.SourceInfo
+	19, // 15: postern.v1.ReportRowsRequest.rows:type_name -> postern.v1.KeptRows
+	15, // 16: postern.v1.ReportStatementsRequest.after:type_name -> postern.v1.AuditHead
+	15, // 17: postern.v1.ReportStatementsRequest.through:type_name -> postern.v1.AuditHead
+	12, // 18: postern.v1.ReportStatementsRequest.statements:type_name -> postern.v1.KernelStatement
+	15, // 19: postern.v1.ReportStatementsResponse.through:type_name -> postern.v1.AuditHead
+	20, // 20: postern.v1.KernelStatement.principal:type_name -> postern.v1.Principal
+	17, // 21: postern.v1.KernelStatement.ended:type_name -> google.protobuf.Timestamp
+	21, // 22: postern.v1.KernelStatement.duration:type_name -> google.protobuf.Duration
+	22, // 23: postern.v1.KernelStatement.error:type_name -> postern.v1.ErrorDetail
+	19, // 24: postern.v1.KernelStatement.kept:type_name -> postern.v1.KeptRows
+	0,  // 25: postern.v1.LinkService.Register:input_type -> postern.v1.RegisterRequest
+	2,  // 26: postern.v1.LinkService.Rejoin:input_type -> postern.v1.RenewRequest
+	2,  // 27: postern.v1.LinkService.Renew:input_type -> postern.v1.RenewRequest
+	4,  // 28: postern.v1.LinkService.Hello:input_type -> postern.v1.HelloRequest
+	6,  // 29: postern.v1.LinkService.UpdateInventory:input_type -> postern.v1.UpdateInventoryRequest
+	8,  // 30: postern.v1.LinkService.ReportRows:input_type -> postern.v1.ReportRowsRequest
+	10, // 31: postern.v1.LinkService.ReportStatements:input_type -> postern.v1.ReportStatementsRequest
+	1,  // 32: postern.v1.LinkService.Register:output_type -> postern.v1.RegisterResponse
+	3,  // 33: postern.v1.LinkService.Rejoin:output_type -> postern.v1.RenewResponse
+	3,  // 34: postern.v1.LinkService.Renew:output_type -> postern.v1.RenewResponse
+	5,  // 35: postern.v1.LinkService.Hello:output_type -> postern.v1.HelloResponse
+	7,  // 36: postern.v1.LinkService.UpdateInventory:output_type -> postern.v1.UpdateInventoryResponse
+	9,  // 37: postern.v1.LinkService.ReportRows:output_type -> postern.v1.ReportRowsResponse
+	11, // 38: postern.v1.LinkService.ReportStatements:output_type -> postern.v1.ReportStatementsResponse
+	32, // [32:39] is the sub-list for method output_type
+	25, // [25:32] is the sub-list for method input_type
+	25, // [25:25] is the sub-list for extension type_name
+	25, // [25:25] is the sub-list for extension extendee
+	0,  // [0:25] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_link_proto_init() }
