@@ -22,6 +22,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/api"
 	"github.com/postern-dev/postern/controlplane/audit"
 	"github.com/postern-dev/postern/controlplane/blob"
+	"github.com/postern-dev/postern/controlplane/budget"
 	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/jupyter"
@@ -62,6 +63,10 @@ const (
 	// housekeepEvery is how often the store is told who is online.
 	housekeepEvery = 30 * time.Second
 )
+
+// bodyBudget bounds what the requests of agents, and those of users, take together while they are read: a request may
+// have 48 MiB, one peer's 64 MiB, all of them 192 MiB.
+var bodyBudget = budget.Config{Total: 192 << 20, Each: 64 << 20, Largest: 48 << 20, Wait: 30 * time.Second, Read: 2 * time.Minute}
 
 // Server is the whole control plane; one field for each part.
 type Server struct {
@@ -189,7 +194,9 @@ func (s *Server) wire(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// Agents have one budget and users another: neither can take the other's.
 	s.hub = hub.New(hub.Config{
+		Guard:     budget.New(bodyBudget).Guard,
 		Directory: directory, Members: members{s.files.AgentHandler()},
 		Logger: s.log, Gate: gate{s.ca, s.joins}, Joiner: joiner{s.joins, s.catalogs, s.sessions, s.outdated, s.store.AuditHead}, Rows: &rows{s}, Reports: &reports{s}, Events: events{s.events, s.catalogs, s.sessions, s}, Metrics: hub.NewMetrics(registry),
 	})
@@ -243,6 +250,7 @@ func (s *Server) wire(ctx context.Context) error {
 		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks, s.secrets}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca, Rotation: rotation{s},
 		Agents: agents{s.hub, s.store, s.replicas, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal, s.replicas}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter, Files: s.files,
 		DAV:      s.newDAV(requests),
+		Guard:    budget.New(bodyBudget).Guard,
 		Gatherer: registry, Tunnel: s.tunnelEndpoint(), Ready: s.ready, Requests: requests,
 	})
 	s.http.Handler = s.lastAnswers(s.api)

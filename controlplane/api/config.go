@@ -41,6 +41,9 @@ type Config struct {
 	Jupyter http.Handler
 	// Ready returns nil when this process can serve, else why not.
 	Ready func(context.Context) error
+	// Guard is optional: it bounds the memory of the bodies of procedures' requests, by the organization
+	// that asks; see package budget.
+	Guard func(next http.Handler, peer func(*http.Request) string) http.Handler
 	// Requests bounds the requests of each token, by its id.
 	Requests Limiter
 	// SignOfLife is how often a silent result says that it goes on, to clients

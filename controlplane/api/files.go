@@ -32,6 +32,7 @@ func (a *API) routeFiles(mux *routes) {
 		return
 	}
 	path, handler := a.cfg.Files.FileHandler()
+	handler = a.guarded(handler)
 	mux.Handle(path, a.authenticated(func(w http.ResponseWriter, r *http.Request, c Caller) {
 		if err := permit(c, r.URL.Path); err != nil {
 			writeConnectError(w, r, err)

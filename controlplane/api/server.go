@@ -65,6 +65,7 @@ func New(cfg Config) *API {
 		func() (string, http.Handler) { return posternv1connect.NewCAServiceHandler(a, option) },
 	} {
 		path, handler := service()
+		handler = a.guarded(handler)
 		mux.Handle(path, a.authenticated(func(w http.ResponseWriter, r *http.Request, c Caller) {
 			if err := permit(c, r.URL.Path); err != nil {
 				writeConnectError(w, r, err)
@@ -240,6 +241,14 @@ const defaultOrganization = "default"
 
 // errNotHere hides what exists from other organizations.
 var errNotHere = proto.Errorf(proto.CodeNotFound, "not found")
+
+// guarded bounds the memory of the bodies that next reads whole; only behind authenticated.
+func (a *API) guarded(next http.Handler) http.Handler {
+	if a.cfg.Guard == nil {
+		return next
+	}
+	return a.cfg.Guard(next, func(r *http.Request) string { return caller(r.Context()).Organization })
+}
 
 // call runs f for the caller and turns its result into a Connect reply.
 func call[T any](ctx context.Context, a *API, f func(Caller) (*T, error)) (*connect.Response[T], error) {

@@ -21,6 +21,9 @@ type Config struct {
 	Reports Reports
 	Events  Events
 	Metrics *Metrics
+	// Guard is optional: it bounds the memory of the bodies of procedures' requests, by the peer that
+	// asks; see package budget.
+	Guard func(next http.Handler, peer func(*http.Request) string) http.Handler
 	// Members is optional: what else agents may ask for on their tunnels.
 	Members Members
 	// Directory is optional: where agents are that are not here. nil: nowhere.

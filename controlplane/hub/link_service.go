@@ -3,6 +3,7 @@ package hub
 import (
 	"context"
 	"net/http"
+	"strings"
 
 	"connectrpc.com/connect"
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -24,17 +25,36 @@ func (h *Hub) routes() http.Handler {
 	mux := http.NewServeMux()
 	path, handler := posternv1connect.NewLinkServiceHandler(linkService{h}, connect.WithReadMaxBytes(maxLinkRequest))
 	mux.Handle(path, h.authorise(handler))
-	if h.cfg.Members == nil {
-		return mux
+	var all http.Handler = mux
+	if h.cfg.Members != nil {
+		all = http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if h.cfg.Members.Serves(r.URL.Path) {
+				h.serveMember(w, r)
+				return
+			}
+			mux.ServeHTTP(w, r)
+		})
 	}
+	if h.cfg.Guard == nil {
+		return all
+	}
+	guarded := h.cfg.Guard(all, func(r *http.Request) string {
+		if p := peerOf(r.Context()); p.id.Agent != "" {
+			return p.id.Agent
+		}
+		return "strangers" // together
+	})
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if h.cfg.Members.Serves(r.URL.Path) {
-			h.serveMember(w, r)
+		if strings.HasPrefix(r.URL.Path, procedures) {
+			guarded.ServeHTTP(w, r)
 			return
 		}
-		mux.ServeHTTP(w, r)
+		all.ServeHTTP(w, r) // bodies that are read piece by piece
 	})
 }
+
+// procedures begins the paths of procedures, whose requests are read whole.
+const procedures = "/postern.v1."
 
 // serveMember serves an attached agent, whose standing is checked at every request.
 func (h *Hub) serveMember(w http.ResponseWriter, r *http.Request) {
