@@ -48,11 +48,14 @@ func (k movedKernels) CheckSaved(saved []byte) error {
 	return k.d.kernels.CheckSaved(saved)
 }
 
-// ownDirectories refuses mounts of this host's own directories, whatever they are called
-// elsewhere.
+// ownDirectories refuses mounts of what is this host's own, directories and buckets: under
+// the same name another host may have something else.
 func (k movedKernels) ownDirectories(mounts []*posternv1.KernelMount, what string) error {
 	c := k.d.config.Load().Attachments
 	for _, m := range mounts {
+		if _, own := c.Bucket(m.Workspace); own {
+			return proto.Errorf(proto.CodeInvalid, "the kernel has %.80s mounted, which is a bucket of agent %s (attachments.buckets): %s", m.Workspace, k.d.identity.Agent().Name, what)
+		}
 		if _, own := c.Bind(m.Workspace); own {
 			return proto.Errorf(proto.CodeInvalid, "the kernel has %.80s mounted, which is a directory of agent %s (attachments.binds): %s", m.Workspace, k.d.identity.Agent().Name, what)
 		}
