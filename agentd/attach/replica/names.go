@@ -464,6 +464,11 @@ func (r *Replica) Forgotten(l Listener, id uint64) {
 			r.closeLocked(id, o)
 		}
 	}
+	if o := r.open[id]; o != nil && !o.lost && !held && o.handles == 0 && o.writers == 0 && n.Type == tree.File && n.Flags&(tree.Cached|tree.Writing) != 0 {
+		// Only an upload has it open.
+		r.releaseWriterLocked(n, o)
+		n = r.s.Node(id)
+	}
 	if n.Flags&(tree.Cached|tree.Writing) != 0 && r.open[id] == nil && !r.heldLocked(id, l) {
 		c := n.Clone()
 		c.Flags &^= tree.Cached | tree.Writing
