@@ -159,6 +159,65 @@ func TestWatch(t *testing.T) {
 }
 
 // What an editor saves while outputs are being written is not lost.
+// Two saves, one before and one after the file is replaced: the later one wins,
+// whichever moment it comes at. On a slow machine a save may come when all is over, and
+// then another try is made.
+func TestReplaceKeepsTheLastSave(t *testing.T) {
+	for _, when := range []string{"before it is given back", "after it is given back"} {
+		t.Run(when, func(t *testing.T) {
+			var got []string
+			for range 30 {
+				text, err := twoSaves(t, when == "after it is given back")
+				if errors.Is(err, ErrChanged) && text == "the last one" {
+					return
+				}
+				got = append(got, fmt.Sprintf("%q, %v", text, err))
+			}
+			t.Errorf("got %s", strings.Join(got, "; "))
+		})
+	}
+}
+
+// twoSaves replaces a file while an editor saves it twice, and returns what it has
+// then, and what Replace said.
+func twoSaves(t *testing.T, late bool) (text string, err error) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "n.ipynb")
+	open := func(flags int) *os.File {
+		f, err := os.OpenFile(path, flags, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = f.Close() })
+		return f
+	}
+	first := open(os.O_WRONLY | os.O_CREATE) // the first save is under way
+	_, _ = first.WriteString("old")
+	done := make(chan error, 1)
+	go func() { done <- Replace(path, []byte("old"), []byte("mine")) }()
+	await := func(want string) {
+		for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			if now, _ := os.ReadFile(path); string(now) == want || len(done) > 0 {
+				return
+			}
+		}
+		t.Fatalf("the file never had %q", want)
+	}
+	await("mine")
+	last := open(os.O_WRONLY) // the second one opens what is there now
+	if !late {
+		_, _ = last.WriteString("the last one")
+	}
+	_, _ = first.WriteAt([]byte("first"), 0)
+	if late {
+		await("first")
+		_, _ = last.WriteString("the last one")
+	}
+	err = <-done
+	now, _ := os.ReadFile(path)
+	return string(now), err
+}
+
 func TestReplaceLosesNothing(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "n.ipynb")
 	old, mine, theirs := []byte("old"), []byte("mine"), []byte("theirs")

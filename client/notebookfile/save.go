@@ -96,10 +96,30 @@ func Replace(path string, old, text []byte) error {
 			err = ErrChanged
 		}
 		if err != nil {
-			return errors.Join(err, exchange(tmp.Name(), real))
+			return errors.Join(err, giveBack(tmp.Name(), real, text))
 		}
 	}
 	return syncDir(filepath.Dir(real))
+}
+
+// giveBack puts the file that an editor has written to after it was replaced (old) into
+// its place again; unless the editor has saved once more since, into the file that is
+// there now, which held text: then that is the newer one. It is looked at before and,
+// as the editor may be about to, twice after.
+func giveBack(old, real string, text []byte) error {
+	if now, err := readBounded(real); err == nil && !bytes.Equal(now, text) {
+		return nil
+	}
+	if err := exchange(old, real); err != nil {
+		return err
+	}
+	for _, wait := range []time.Duration{0, settle} {
+		time.Sleep(wait)
+		if after, err := readBounded(old); err == nil && !bytes.Equal(after, text) {
+			return exchange(old, real)
+		}
+	}
+	return nil
 }
 
 func fill(f *os.File, text []byte, like os.FileInfo) error {
