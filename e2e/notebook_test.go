@@ -152,7 +152,7 @@ func startWatch(t *testing.T, s *stack.Stack, file, home, token string, args ...
 func awaitOutputs(t *testing.T, file, what string, want ...string) []string {
 	t.Helper()
 	var got []string
-	deadline := time.Now().Add(90 * time.Second)
+	deadline := time.Now().Add(4 * time.Minute)
 	for time.Now().Before(deadline) {
 		got = outputsOf(t, file)
 		good := len(got) == len(want)
