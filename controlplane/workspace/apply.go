@@ -362,6 +362,9 @@ func (h *host) conflictCopy(n *node, alive bool, op *posternv1.FileOp_SetContent
 	if err != nil {
 		return err
 	}
+	if err := h.keep(stored); err != nil {
+		return err
+	}
 	if err := h.charge(1, int64(stored), false); err != nil {
 		return err
 	}

@@ -200,6 +200,9 @@ func (t *tree) mayCharge(nodes, bytes int64) error {
 
 // makeFile makes a file or a symbolic link under a name that is free.
 func (t *tree) makeFile(p put, dir *node, name []byte, stored uint64) (*node, error) {
+	if err := t.keep(stored); err != nil {
+		return nil, err
+	}
 	if err := t.charge(1, int64(stored), false); err != nil {
 		return nil, err
 	}

@@ -118,6 +118,9 @@ func (t *tree) setVersion(n *node, c content, base uint64, mtime, at int64) erro
 	if err != nil {
 		return err
 	}
+	if err := t.keep(stored); err != nil {
+		return err
+	}
 	if err := t.charge(0, int64(stored)-int64(n.Stored), false); err != nil {
 		return err
 	}

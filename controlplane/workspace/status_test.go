@@ -186,3 +186,47 @@ func TestQuota(t *testing.T) {
 	k.want("w", "/b", strings.Repeat("b", 50))
 	k.want("w", "/a", strings.Repeat("a", 50))
 }
+
+// TestKeptIsBounded: what a host that was taken over may add to the history is a multiple of the quota,
+// and what is there of it stays.
+func TestKeptIsBounded(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, s *store.Store) {
+		k := newKit(t, s)
+		k.put("w", "/precious", "kept")
+		k.put("w", "/precious", "newer")
+		bytes, nodes := uint64(1000), uint64(100)
+		if _, err := k.files().UpdateWorkspace(ctx, connect.NewRequest(&posternv1.UpdateWorkspaceRequest{Workspace: "w", QuotaBytes: &bytes, QuotaNodes: &nodes})); err != nil {
+			t.Fatal(err)
+		}
+		h := k.host("alpha", "w")
+		id := h.newID()
+		h.ok(create(id, 1, "f", isFile))
+		var err error
+		n := 0
+		for ; n < 100 && err == nil; n++ {
+			_, err = h.try(write(id, uint64(n), strings.Repeat(string(rune('a'+n%26)), 500)))
+		}
+		wantCode(t, err, proto.CodeStorageFull)
+		if !strings.Contains(err.Error(), "old versions and trash") {
+			t.Errorf("it says %v", err)
+		}
+		if n < 5 || n > 12 {
+			t.Errorf("%d versions of 500 bytes", n)
+		}
+		// Removing is possible, and opens no way around it.
+		if _, err := k.files().RemoveFile(ctx, connect.NewRequest(&posternv1.RemoveFileRequest{Workspace: "w", Path: []byte("/f")})); err != nil {
+			t.Fatal(err)
+		}
+		another := h.newID()
+		h.ok(create(another, 1, "g", isFile))
+		_, err = h.try(write(another, 0, strings.Repeat("g", 500)))
+		wantCode(t, err, proto.CodeStorageFull)
+		if got, _ := k.get("w", "/precious?version=1"); got != "kept" {
+			t.Errorf("the history: %q", got)
+		}
+		if _, err := k.files().EmptyTrash(ctx, connect.NewRequest(&posternv1.EmptyTrashRequest{Workspace: "w"})); err != nil {
+			t.Fatal(err)
+		}
+		h.ok(write(another, 0, strings.Repeat("g", 500)))
+	})
+}

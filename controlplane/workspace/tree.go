@@ -25,6 +25,8 @@ type tree struct {
 	now time.Time
 	// by is "token NAME" or "agent NAME"; mount is the mount that does it, if one does.
 	by, mount string
+	// keptFull: errQuota was for what is kept.
+	keptFull bool
 	// quiet: changes get numbers, but are not in the log.
 	quiet bool
 
@@ -424,6 +426,20 @@ func (t *tree) flush() error {
 // errQuota says that something does not fit into the workspace's quota.
 var errQuota = errors.New("over quota")
 
+// keptTimes bounds what is kept of a workspace, with old versions, trash and snapshots, as a
+// multiple of its quota for what is there now.
+const keptTimes = 4
+
+// keep refuses a new content where too much is kept already. What is kept is never thrown away
+// early for it: whoever can write could destroy the history so.
+func (t *tree) keep(stored uint64) error {
+	if quota := t.ws.QuotaBytes; quota > 0 && stored > 0 && (t.ws.KeptBytes+stored)/keptTimes > quota {
+		t.keptFull = true
+		return errQuota
+	}
+	return nil
+}
+
 // charge counts nodes and bytes that come, or go if negative; over is set to let them
 // come though they don't fit.
 func (t *tree) charge(nodes, bytes int64, over bool) error {
@@ -443,6 +459,10 @@ func (t *tree) charge(nodes, bytes int64, over bool) error {
 
 // quotaError is errQuota for people.
 func (t *tree) quotaError() error {
+	if t.keptFull {
+		return proto.Errorf(proto.CodeStorageFull, "workspace %s is full: old versions and trash have %d bytes, %d times its quota: have an operator empty the trash, keep fewer versions, or raise the quota",
+			t.ws.Name, t.ws.KeptBytes, keptTimes)
+	}
 	return proto.Errorf(proto.CodeStorageFull, "workspace %s is full (%d bytes of %d, %d files and directories of %d): remove something, or have an operator raise its quota",
 		t.ws.Name, t.ws.UsedBytes, t.ws.QuotaBytes, t.ws.Nodes, t.ws.QuotaNodes)
 }
