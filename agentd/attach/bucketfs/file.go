@@ -2,7 +2,6 @@ package bucketfs
 
 import (
 	"context"
-	"errors"
 	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
@@ -195,7 +194,11 @@ func (f *FS) stageFor(ctx context.Context, h *handle, empty bool) (*stage, error
 			b.staged -= made.size
 			b.mu.Unlock()
 			b.remove(made.id)
-			return nil, errors.Join(err, made.f.Close())
+			made.f.Close() //nolint:errcheck // it is removed
+			if bucket.NotFound(err) {
+				err = syscall.ESTALE // it was removed since it was opened
+			}
+			return nil, err
 		}
 	}
 	b.mu.Lock()

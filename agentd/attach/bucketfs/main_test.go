@@ -243,14 +243,28 @@ func (m *mounted) abort() {
 
 func (m *mounted) close() {
 	m.in.Close()
-	select {
-	case <-m.done:
-	case <-time.After(20 * time.Second):
-		m.t.Error("the server does not end; aborting")
-		m.abort()
-		_ = syscall.Unmount(m.path, syscall.MNT_DETACH)
-		_ = m.cmd.Process.Kill()
-		<-m.done
+	for began, until := time.Now(), time.Now().Add(time.Minute); ; {
+		select {
+		case <-m.done:
+			return
+		case <-time.After(100 * time.Millisecond):
+		}
+		var st syscall.Stat_t
+		switch gone := syscall.Stat(m.path, &st) == nil && st.Dev != m.dev; {
+		case gone && time.Since(began) > 2*time.Second:
+			// It is unmounted here; whoever made a mount namespace meanwhile has a copy, and
+			// the connection would live as long as that.
+			m.abort()
+		case time.Now().After(until):
+			m.t.Error("the server does not end: aborting, and asking it where it is")
+			_ = m.cmd.Process.Signal(syscall.SIGQUIT)
+			time.Sleep(time.Second)
+			m.abort()
+			_ = syscall.Unmount(m.path, syscall.MNT_DETACH)
+			_ = m.cmd.Process.Kill()
+			<-m.done
+			return
+		}
 	}
 }
 
