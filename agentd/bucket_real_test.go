@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,16 +11,35 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
+	"connectrpc.com/connect"
 	"golang.org/x/sys/unix"
 
 	"github.com/postern-dev/postern/agentd/attach/mountd"
 	"github.com/postern-dev/postern/e2e/s3test"
 	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/jupyter"
+	"github.com/postern-dev/postern/proto/kernelstream"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
 // newRealBucket is a lab with two buckets of a real S3 server: raw, which may be written, and ro.
 func newRealBucket(t *testing.T) (m *mounts, objects string) {
+	t.Helper()
+	m, objects = realBucketLab(t, newTestControl(t), "")
+	m.start()
+	m.eventually("mountd", func() error {
+		if s := m.d.attachmentStatus(); s.PID == 0 {
+			return errors.New(s.Error)
+		}
+		return nil
+	})
+	return m, objects
+}
+
+// realBucketLab is the same before agentd is started; more is other configuration.
+func realBucketLab(t *testing.T, c *testControl, more string) (m *mounts, objects string) {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: mounts")
@@ -37,16 +57,65 @@ func newRealBucket(t *testing.T) (m *mounts, objects string) {
 		t.Fatal(err)
 	}
 	reach := fmt.Sprintf("bucket: acme-raw, endpoint: %q, path_style: true, access_key: {file: %s/key}, secret_key: {file: %s/secret}", s.URL, keys, keys)
-	m = &mounts{lab: newLab(t, newTestControl(t), "attachments:\n  workspaces: []\n  host_mounts: ["+dir+"]\n  buckets:\n    - {name: raw, "+reach+"}\n    - {name: ro, read_only: true, prefix: d/, "+reach+"}\n"), dir: dir}
+	m = &mounts{lab: newLab(t, c, more+"attachments:\n  workspaces: []\n  host_mounts: ["+dir+"]\n  buckets:\n    - {name: raw, "+reach+"}\n    - {name: ro, read_only: true, prefix: d/, "+reach+"}\n"), dir: dir}
 	t.Cleanup(m.clean)
-	m.start()
-	m.eventually("mountd", func() error {
-		if s := m.d.attachmentStatus(); s.PID == 0 {
-			return errors.New(s.Error)
-		}
-		return nil
-	})
 	return m, objects
+}
+
+// TestRealBucketInKernels gives two kernels a bucket, one of them read-only, and lets one write what the other reads.
+func TestRealBucketInKernels(t *testing.T) {
+	c := newTestControl(t)
+	m, objects := realBucketLab(t, c, "sources: []\nkernels: {specs: [python3], warm: 0, uid_base: 1983500000}\n")
+	startProcess(t, m.lab, unwatched)
+	up := c.awaitHello(1)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	api := kernels(up)
+	t.Cleanup(func() { endKernels(t, m.path("state/kernels")) }) // what a test that fails leaves
+	start := func(mounts ...*posternv1.KernelMount) (string, error) {
+		id := jupyter.NewID()
+		_, err := api.StartKernel(ctx, connect.NewRequest(&posternv1.StartKernelRequest{Id: id, Spec: "python3", Principal: ana, Mounts: mounts}))
+		return id, err
+	}
+	run := func(kernel, code string) string {
+		t.Helper()
+		stream, err := kernelstream.Dial(ctx, tunnelDoer{up}, &posternv1.KernelChannelsRequest{KernelId: kernel, Client: jupyter.NewID(), Principal: ana})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer stream.Close() //nolint:errcheck // it is done with
+		_, wait := cell(t, stream, code)
+		return wait()
+	}
+	if _, err := start(&posternv1.KernelMount{Workspace: "ro"}); proto.CodeOf(err) != proto.CodePolicyDenied {
+		t.Errorf("a read-only bucket for writing: %v", err)
+	}
+	writer, err := start(&posternv1.KernelMount{Workspace: "raw"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	reader, err := start(&posternv1.KernelMount{Workspace: "raw", ReadOnly: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := run(writer, "import csv,os\nos.makedirs('d')\nwith open('d/t.csv','w') as f: csv.writer(f).writerows([[i,i*i] for i in range(1000)])\nprint(len(os.listdir('/work/raw')))"); !strings.Contains(got, "1") {
+		t.Errorf("the writer said %s", got)
+	}
+	if got, err := os.ReadFile(filepath.Join(objects, "d/t.csv")); err != nil || !strings.HasSuffix(string(got), "999,998001\r\n") {
+		t.Errorf("the object: %d bytes, %v", len(got), err)
+	}
+	if got := run(reader, "import csv\nprint(sum(int(r[1]) for r in csv.reader(open('/work/raw/d/t.csv'))))\ntry: open('/work/raw/x','w')\nexcept OSError as e: print(e.errno)"); !strings.Contains(got, "332833500") || !strings.Contains(got, "30") {
+		t.Errorf("the reader said %s", got)
+	}
+	// The kernel has neither the keys nor a way to agentd's socket.
+	if got := run(writer, "print([k for k,v in os.environ.items() if 'a-secret-key' in v], os.path.exists('"+m.path("state/attach")+"'))"); !strings.Contains(got, "[] False") {
+		t.Errorf("the kernel sees %s", got)
+	}
+	for _, id := range []string{writer, reader} {
+		if _, err := api.StopKernel(ctx, connect.NewRequest(&posternv1.KernelRequest{Id: id, Principal: ana})); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // TestRealBucket mounts a bucket of a real S3 server, and lets everything happen to the

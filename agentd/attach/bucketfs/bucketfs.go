@@ -71,14 +71,13 @@ type Bucket struct {
 	lastError atomic.Pointer[string]
 	hidden    atomic.Int64
 
-	mu       sync.Mutex
-	byKey    map[string]*stage // of files that have a name
-	stages   map[string]*stage // all, by id
-	left     map[string]*stage // of a life before, not taken over yet
-	staged   int64             // bytes
-	opened   time.Time
-	mounted  map[uint8]*FS
-	fetching int
+	mu      sync.Mutex
+	byKey   map[string]*stage // of files that have a name
+	stages  map[string]*stage // all, by id
+	left    map[string]*stage // of a life before, not taken over yet
+	staged  int64             // bytes
+	opened  time.Time
+	mounted map[uint8]*FS
 }
 
 // Status is how things are.
