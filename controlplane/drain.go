@@ -70,7 +70,7 @@ func (s *Server) drain() {
 	if s.replicas != nil {
 		s.replicas.moveLanes(ctx)
 		// What other replicas have under way on tunnels that are still here.
-		for s.hub.Online() > 0 && ctx.Err() == nil {
+		for s.hub.Busy() && ctx.Err() == nil {
 			pause(ctx, 20*time.Millisecond)
 		}
 		s.replicas.shutdown(ctx)

@@ -516,7 +516,7 @@ func (s *Server) Close() error {
 // lockData keeps a second control plane out of the same directory; the kernel
 // drops the lock with the process.
 func lockData(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, lockName), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("--data: %w", err)
 	}
@@ -524,7 +524,20 @@ func lockData(dir string) (*os.File, error) {
 		f.Close() //nolint:errcheck // it was only for the lock
 		return nil, fmt.Errorf("--data %s: another control plane runs on it: stop that one, or give this one a directory of its own", dir)
 	}
+	// For `controlplane drain`.
+	if err := errors.Join(f.Truncate(0), writePID(f)); err != nil {
+		f.Close() //nolint:errcheck // likewise
+		return nil, fmt.Errorf("--data %s: %w", dir, err)
+	}
 	return f, nil
+}
+
+// lockName is the file in DATA whose lock a control plane holds; its pid is in it.
+const lockName = "lock"
+
+func writePID(f *os.File) error {
+	_, err := fmt.Fprintln(f, os.Getpid())
+	return err
 }
 
 // raiseFileLimit allows as many connections as the system does.

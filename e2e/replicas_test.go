@@ -2,15 +2,19 @@ package e2e
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/e2e/stack"
@@ -20,6 +24,8 @@ import (
 type replicaSet struct {
 	pg  *pgserver.Server
 	all []*stack.Stack
+	// clients are the addresses for clients of PostgreSQL.
+	clients []string
 }
 
 // newReplicas starts n control planes. The first one's stack is where agents and tokens
@@ -42,9 +48,10 @@ func newReplicas(t *testing.T, n int, args ...string) *replicaSet {
 		if err != nil {
 			t.Fatal(err)
 		}
+		set.clients = append(set.clients, freeAddress(t))
 		o := stack.Options{Dir: shortDir(t), Bin: binaries(t), Args: append([]string{
 			"--database", fmt.Sprintf("postgres://postern@127.0.0.1:%d/postern?sslmode=disable", pg.Port), "--database-password-file", file,
-			"--blob", filepath.Join(shared, "blob"), "--peer-listen", peers, "--log-level", "debug",
+			"--blob", filepath.Join(shared, "blob"), "--peer-listen", peers, "--pg-listen", set.clients[i], "--log-level", "debug",
 		}, args...)}
 		s, err := stack.New(o)
 		if err != nil {
@@ -161,6 +168,52 @@ func TestReplicas(t *testing.T) {
 			}
 		}
 	})
+	t.Run("PostgreSQL clients", func(t *testing.T) {
+		token := newToken(t, one, "ana", "analyst")
+		host, port, _ := net.SplitHostPort(set.clients[1])
+		conn, err := pgx.Connect(t.Context(), fmt.Sprintf("host=%s port=%s user=ana password=%s dbname=host/db sslmode=disable", host, port, token))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close(context.Background()) //nolint:errcheck // it may be gone
+		var answer int
+		if err := conn.QueryRow(t.Context(), "select 6 * 7").Scan(&answer); err != nil || answer != 42 {
+			t.Errorf("got %d, %v", answer, err)
+		}
+		// The cancel request is a connection of its own, which may come to the other replica.
+		failed := make(chan error, 1)
+		go func() {
+			_, err := conn.Exec(t.Context(), "select pg_sleep(300), 'cancel me from afar'")
+			failed <- err
+		}()
+		eventually(t, patience, "it runs", func() error {
+			if n := replicaStatements(t, set.pg, "cancel me from afar"); n != 1 {
+				return fmt.Errorf("%d statements", n)
+			}
+			return nil
+		})
+		request := binary.BigEndian.AppendUint32(nil, uint32(12+len(conn.PgConn().SecretKey())))
+		request = binary.BigEndian.AppendUint32(request, 80877102)
+		request = binary.BigEndian.AppendUint32(request, conn.PgConn().PID())
+		request = append(request, conn.PgConn().SecretKey()...)
+		other, err := net.Dial("tcp", set.clients[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer other.Close()
+		if _, err := other.Write(request); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case err := <-failed:
+			var pg *pgconn.PgError
+			if !errors.As(err, &pg) || pg.Code != "57014" {
+				t.Errorf("it ended with %v", err)
+			}
+		case <-time.After(patience):
+			t.Fatal("it was not cancelled")
+		}
+	})
 	t.Run("revoked", func(t *testing.T) {
 		must(t, one, "token", "create", "short", "--role", "analyst")
 		set.join(t, two, "doomed", one.URL)
@@ -180,6 +233,20 @@ func TestReplicas(t *testing.T) {
 	})
 	auditVerifies(t, one)
 	auditVerifies(t, two)
+
+	t.Run("drain", func(t *testing.T) {
+		program := filepath.Join(binaries(t), "controlplane")
+		finish(t, exec.CommandContext(t.Context(), program, "drain", "--data", t.TempDir())).said(t, 4, "no control plane has run there")
+		if e := finish(t, exec.CommandContext(t.Context(), program, "drain", "--data", one.DataDir())); e.code != 0 || e.stderr != "" {
+			t.Errorf("drain: exit code %d: %s", e.code, e.stderr)
+		}
+		select {
+		case <-one.ControlPlane.Done():
+		case <-time.After(patience):
+			t.Error("it runs on")
+		}
+		finish(t, exec.CommandContext(t.Context(), program, "drain", "--data", one.DataDir())).said(t, 4, "no control plane runs there")
+	})
 }
 
 // TestReplicaKilled kills the replica that has the agent, without a word.

@@ -135,6 +135,24 @@ func (h *Hub) Local(id string) *Link { return h.local(id) }
 // Settled reports whether every tunnel here was retired: no agent needs this replica.
 func (h *Hub) Settled() bool { return len(h.Generations()) == 0 }
 
+// Busy reports whether a request is under way on a tunnel here.
+func (h *Hub) Busy() bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for p := range h.peers {
+		if l := p.link; l != nil && l.requests() > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+func (l *Link) requests() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.active
+}
+
 // Stream opens a stream on the tunnel of an agent that is here, of that generation, for
 // another replica; AGENT_OFFLINE if there is none. It counts as a request under way until
 // it is closed.
