@@ -171,8 +171,11 @@ func (s *Server) wire(ctx context.Context) error {
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), buildInfo())
 	s.events = newLinkEvents(s.store, s.log)
 	s.sessions = newSessionCloser(s.store, func(id string) (liveAgent, error) {
-		l, err := s.hub.Agent(id)
-		return liveAgent{l}, err
+		l := s.hub.Local(id) // each replica does it for its own
+		if l == nil {
+			return liveAgent{}, errOffline
+		}
+		return liveAgent{l}, nil
 	}, s.log)
 	s.catalogs = catalog.New(catalog.Config{
 		Store: s.store, Audit: s.audit, Logger: s.log, Generation: store.NewGeneration,
@@ -300,6 +303,9 @@ func (s *Server) pgTLS() *tls.Config {
 	config.DynamicRecordSizingDisabled = true
 	return config
 }
+
+// errOffline is for an agent whose tunnel does not end here.
+var errOffline = proto.Errorf(proto.CodeAgentOffline, "the agent has no tunnel to this replica")
 
 // errDraining is what new statements get while the control plane stops.
 var errDraining = proto.Errorf(proto.CodeUnavailable, "this control plane is stopping: try again")

@@ -51,7 +51,7 @@ func measureReplicas(ctx context.Context, o Options, r *Report) error {
 	if err != nil {
 		return err
 	}
-	f.urls, f.apart = []string{one.URL, two.URL}, 3*time.Millisecond
+	f.urls, f.apart = []string{one.URL, two.URL}, 8*time.Millisecond
 	began := time.Now()
 	if err := f.register(ctx, n); err != nil {
 		return err
