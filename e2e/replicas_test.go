@@ -127,8 +127,7 @@ func TestReplicas(t *testing.T) {
 	t.Run("kept rows", func(t *testing.T) {
 		must(t, two, "sql", "host/db", "-f", "csv", "select 'kept at the other one' as said")
 		eventually(t, patience, "the rows are kept", func() error {
-			var list []struct{ ID, SQL string }
-			list = mustJSON[[]struct{ ID, SQL string }](t, two, "query", "list")
+			list := mustJSON[[]struct{ ID, SQL string }](t, two, "query", "list")
 			for _, q := range list {
 				if strings.Contains(q.SQL, "kept at the other one") {
 					if e := postern(t, one, "query", "show", q.ID, "--rows"); e.code != 0 || !strings.Contains(e.stdout, "kept at the other one") {

@@ -531,3 +531,32 @@ func TestBox(t *testing.T) {
 		t.Errorf("a box prints as %s", text)
 	}
 }
+
+// TestPeerTLS wants the same key from the same master key, and another one from another.
+func TestPeerTLS(t *testing.T) {
+	store := storetest.SQLite(t)
+	file := filepath.Join(t.TempDir(), "master.key")
+	var keys [][]byte
+	for range 2 {
+		a, err := pki.Open(ctx, pki.Config{Store: store, MasterKeyFile: file})
+		if err != nil {
+			t.Fatal(err)
+		}
+		config, err := a.PeerTLS()
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys = append(keys, config.Certificates[0].Leaf.RawSubjectPublicKeyInfo)
+	}
+	other, _ := newAuthority(t)
+	config, err := other.PeerTLS()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(keys[0], keys[1]) || bytes.Equal(keys[0], config.Certificates[0].Leaf.RawSubjectPublicKeyInfo) {
+		t.Error("the key does not follow from the master key")
+	}
+	if err := config.VerifyConnection(tls.ConnectionState{}); err == nil {
+		t.Error("a peer without a certificate is accepted")
+	}
+}
