@@ -74,7 +74,7 @@ with zipfile.ZipFile(sys.argv[1], "w", zipfile.ZIP_DEFLATED) as z:
 
 // TestTar packs and unpacks the source of Go's library, part of it or all, with modes and times.
 func TestTar(t *testing.T) {
-	source := filepath.Join(strings.TrimSpace(run(t, ".", "go", "env", "GOROOT")), "src")
+	source := filepath.Join(strings.TrimSpace(run(t, t.TempDir(), "go", "env", "GOROOT")), "src")
 	part := "net"
 	if long {
 		part = "."
