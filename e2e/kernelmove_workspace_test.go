@@ -145,8 +145,8 @@ g = open('map.bin', 'w+b'); g.truncate(8192); m = mmap.mmap(g.fileno(), 8192); m
 	refused(start("lab-here"), "lab-here")
 	refused(start("data"), "attachments.binds")
 	// What does not go up keeps it where it is.
-	must(t, s, "workspace", "set", "lab-full", "--quota", "1MiB")
 	id = start("lab-full")
+	must(t, s, "workspace", "set", "lab-full", "--quota", "1MiB") // the host has been told another one
 	must(t, s, "kernel", "exec", id, "import os; open('more', 'wb').write(os.urandom(4 << 20))")
 	refused(id, "not at the control plane")
 }
