@@ -183,9 +183,12 @@ func (r *Replica) uploadSome(ctx context.Context) (more bool, err error) {
 		r.unanswered(req.Ops, sent)
 		return false, err
 	}
-	if len(resp.Results) != len(req.Ops) {
-		return false, fmt.Errorf("the control plane answered %d of %d operations", len(resp.Results), len(req.Ops))
+	n := len(resp.Results)
+	if n == 0 || n > len(req.Ops) {
+		return false, fmt.Errorf("the control plane answered %d of %d operations", n, len(req.Ops))
 	}
+	// It stops before one that there is no room for; sent alone, that one gets an error that says so.
+	req.Ops = req.Ops[:n]
 	for i, res := range resp.Results {
 		if res.Number != req.Ops[i].Number {
 			return false, fmt.Errorf("the control plane answered operation %d instead of %d", res.Number, req.Ops[i].Number)
