@@ -80,12 +80,17 @@ func TestStreams(t *testing.T) {
 	// More than all windows together, so that a missing grant would stop it.
 	const size = 8 << 20
 	sum := sha256.New()
+	sent := make(chan error, 1)
 	go func() {
-		_, _ = io.CopyN(io.MultiWriter(conn, sum), rand.Reader, size)
+		_, err := io.CopyN(io.MultiWriter(conn, sum), rand.Reader, size)
+		sent <- err
 	}()
 	got := sha256.New()
 	if n, err := io.CopyN(got, conn, size); n != size || err != nil {
 		t.Fatalf("got %d bytes, %v", n, err)
+	}
+	if err := <-sent; err != nil {
+		t.Fatal(err)
 	}
 	if string(got.Sum(nil)) != string(sum.Sum(nil)) {
 		t.Error("other bytes came back")
