@@ -2,16 +2,19 @@ package main
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
 	"connectrpc.com/connect"
+	_ "modernc.org/sqlite"
 
 	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
 	"github.com/postern-dev/postern/proto/jupyter"
@@ -33,7 +36,8 @@ func TestKernelsAskForSQL(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := newTestControl(t)
-	const rest = "kernels: {specs: [python3], warm: 1, uid_base: 1981000000, sources: [shop]}\n"
+	const rest = "kernels: {specs: [python3], warm: 1, uid_base: 1981000000, sources: [shop, notes]}\n"
+	source += "  - {name: notes, engine: sqlite, dsn: path=" + notesDatabase(t) + ", policy: {mode: read-only}}\n"
 	l := newLab(t, c, source+rest)
 	p := startProcess(t, l, unwatched)
 	up := c.awaitHello(1)
@@ -65,12 +69,14 @@ func TestKernelsAskForSQL(t *testing.T) {
 	run("least = 48; evil = \"'; drop table orders; --\"; names = ['o1', 'o50']", "")
 	run("%%sql --source shop --to rows\nselect n, name, card from orders where n > {{least}} and name <> {{evil}} order by n", "rows: 2 rows")
 	run("print(type(rows).__name__, rows.n.tolist(), rows.card.tolist())", "DataFrame [49, 50] ['***', '***']")
-	run("print(postern.sql('select count(*) from orders where name in ({{names|list}})').scalar())", `2\n`)
-	run("try: postern.sql('delete from orders')\nexcept postern.Error as e: print(e.code, e.position)", "POLICY_DENIED 1")
-	run("try: postern.sql('select nix')\nexcept postern.Error as e: print(e.sqlstate, e.position)", "42703 8")
-	run("try: postern.sql('select generate_series(1, 2000)')\nexcept postern.Error as e: print(e.code)", "ROW_LIMIT")
+	run("print(postern.sql('select count(*) from orders where name in ({{names|list}})', source='shop').scalar())", `2\n`)
+	run("try: postern.sql('delete from orders', source='shop')\nexcept postern.Error as e: print(e.code, e.position)", "POLICY_DENIED 1")
+	run("try: postern.sql('select nix', source='shop')\nexcept postern.Error as e: print(e.sqlstate, e.position)", "42703 8")
+	run("try: postern.sql('select generate_series(1, 2000)', source='shop')\nexcept postern.Error as e: print(e.code)", "ROW_LIMIT")
+	// The same text asks for other values where [ ] is a name in quotes: `it's :evil`.
+	run("print(postern.sql(\"select [it's :evil], 'x\\\\', :least from notes\", source='notes').rows)", `[('kept', 'x\\\\', 48)]`)
 	// A statement under way stands in the way of a checkpoint, and is named.
-	run("import threading; threading.Thread(target=lambda: postern.sql('select pg_sleep(600)'), daemon=True).start()", "")
+	run("import threading; threading.Thread(target=lambda: postern.sql('select pg_sleep(600)', source='shop'), daemon=True).start()", "")
 	statementInTheWay(t, ctx, up, id)
 	// The credential is nowhere in the kernel's process.
 	// The pattern does not hold the text itself.
@@ -97,7 +103,7 @@ print(f'found {found}')`, `found 0`)
 	api = kernels(up)
 	attach()
 	defer stream.Close() //nolint:errcheck // it ends with the kernel
-	run("print(postern.sql('select max(n) from orders where n > {{least}}').scalar())", `50\n`)
+	run("print(postern.sql('select max(n) from orders where n > {{least}}', source='shop').scalar())", `50\n`)
 	if _, err := api.StopKernel(ctx, connect.NewRequest(&posternv1.KernelRequest{Id: id, Principal: ana})); err != nil {
 		t.Error(err)
 	}
@@ -114,9 +120,26 @@ print(f'found {found}')`, `found 0`)
 			}
 		}
 	}
-	if statements != 7 {
-		t.Errorf("the log has %d statements, want 7", statements)
+	if statements != 8 {
+		t.Errorf("the log has %d statements, want 8", statements)
 	}
+}
+
+// notesDatabase makes an SQLite database.
+func notesDatabase(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "notes.db")
+	db, err := sql.Open("sqlite", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := db.ExecContext(t.Context(), "create table notes ([it's :evil] text); insert into notes values ('kept')"); err != nil {
+		t.Fatal(err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 // statementInTheWay waits until the dry check names the statement that runs in a kernel, and

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/postern-dev/postern/proto/sqlsplit/sqlsplittest"
 )
 
 func feed(s *Splitter, text string) (got []string) {
@@ -125,30 +127,16 @@ func TestSplitter(t *testing.T) {
 }
 
 func TestPlaceholders(t *testing.T) {
-	all := []Engine{Postgres, MySQL, SQLite}
-	for _, test := range []struct {
-		engines []Engine
-		text    string
-		want    string
-	}{
-		{all, "select :a, {{b}}, {{ c | list }}, {{c|identifier}}, x::int, ':no', /* :no */ :d -- :no\n", "a b c d"},
-		{all, "{{1}} {{}} {{ {{a|}} :é :1", ""},
-		{all, "", ""},
-		{all, "select :a1_b, :a, :a", "a a1_b"},
-		{[]Engine{Postgres}, `select "{{no}}", $$ :no $$, E'\':no', :d::text, $x$ :no`, "d"},
-		{[]Engine{Postgres}, "a[1:n] a[:n] a[(1):n] a[:n::int] := :b", "b n"},
-		{[]Engine{Postgres}, "a[1:n] a[{{x}}:n] a[b[1]:n]", "x"},
-		{[]Engine{Postgres}, "select `:a`, # :b", "a b"},
-		{[]Engine{Postgres}, "select e'' -- ' \n '\\' :no', :a", "a"},
-		{[]Engine{MySQL}, `select ':no \' {{no}}', "\" :no", {{a}} # :no it's`, "a"},
-		{[]Engine{MySQL}, "select 1--:a, `:no`, $$ :b $$", "a b"},
-		{[]Engine{SQLite}, "select ':no\\', :a, [:no], `:no`, $x, $$ :b /* /* */ :c", "a b c"},
-	} {
-		for _, engine := range test.engines {
-			if got := strings.Join(Placeholders(engine, test.text), " "); got != test.want {
-				t.Errorf("%s: %q: got %q, want %q", engine, test.text, got, test.want)
+	for _, test := range sqlsplittest.Placeholders() {
+		for _, engine := range test.Engines {
+			if got := Placeholders(Engine(engine), test.Text); !slices.Equal(got, test.Names) {
+				t.Errorf("%s: %q: got %q, want %q", engine, test.Text, got, test.Names)
 			}
 		}
+	}
+	braced, colons := PlaceholdersByForm(Postgres, "select :b, {{c}}, {{a}}, :a, :b, {{c|list}}")
+	if !slices.Equal(braced, []string{"a", "c"}) || !slices.Equal(colons, []string{"a", "b"}) {
+		t.Errorf("got %q and %q", braced, colons)
 	}
 }
 

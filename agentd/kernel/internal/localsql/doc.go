@@ -6,6 +6,10 @@
 //	                    ◀─────  'd' pieces of an Arrow IPC stream ...
 //	                    ◀─────  'e' Outcome (JSON), and the end
 //
+// A request runs a statement, or asks which data sources there are, or which
+// placeholders a statement has: what is a quote or a comment differs between engines,
+// so the module leaves finding them to the host and sends the values of these names.
+//
 // A frame is a type (1 byte), a length (4 bytes, big-endian) and a payload: 8 MiB of a
 // request, 256 KiB of data, 1 MiB of an outcome at most. One connection carries one
 // request; closing it cancels the statement. Nothing on the connection says who asks:

@@ -14,6 +14,7 @@ import (
 
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/sqlsplit"
 )
 
 // Bounds of frames, in bytes.
@@ -32,7 +33,7 @@ const (
 
 // Request is what a kernel asks for.
 type Request struct {
-	// Op is sql or sources.
+	// Op is sql, sources or placeholders: which names the statement asks values for.
 	Op         string      `json:"op"`
 	SQL        string      `json:"sql"`
 	Source     string      `json:"source"` // "": the only one there is
@@ -91,33 +92,62 @@ func Serve(ctx context.Context, conn net.Conn, b Backend) error {
 	switch request.Op {
 	case "sources":
 		return w.end(&posternv1.QueryOutcome{}, b.Sources())
-	case "sql":
+	case "sql", "placeholders":
 		source, err := pick(request.Source, b.Sources())
 		if err != nil {
 			return w.end(&posternv1.QueryOutcome{Error: proto.Detail(err)}, nil)
 		}
-		return w.end(b.Run(ctx, statement(request, source), w), nil)
+		if request.Op == "sql" {
+			return w.end(b.Run(ctx, statement(request, source.Name), w), nil)
+		}
+		names, err := find(source.Engine, request.SQL)
+		if err != nil {
+			return w.end(&posternv1.QueryOutcome{Error: proto.Detail(err)}, nil)
+		}
+		return w.send(outcome{Placeholders: names})
 	}
 	err = proto.Errorf(proto.CodeInvalid, "agentd does not know what %.40q is: restart the kernel to have a module of its version", request.Op)
 	return w.end(&posternv1.QueryOutcome{Error: proto.Detail(err)}, nil)
 }
 
 // pick finds the source that a request means.
-func pick(name string, sources []Source) (string, error) {
+func pick(name string, sources []Source) (Source, error) {
 	switch {
 	case len(sources) == 0:
-		return "", proto.Errorf(proto.CodePolicyDenied, "kernels may use no data source of this host: its owner names them in kernels.sources of agentd.yaml")
+		return Source{}, proto.Errorf(proto.CodePolicyDenied, "kernels may use no data source of this host: its owner names them in kernels.sources of agentd.yaml")
 	case name == "" && len(sources) == 1:
-		return sources[0].Name, nil
+		return sources[0], nil
 	case name == "":
-		return "", proto.Errorf(proto.CodeInvalid, "say which data source is meant (--source): %s", list(sources))
+		return Source{}, proto.Errorf(proto.CodeInvalid, "say which data source is meant (--source): %s", list(sources))
 	}
 	for _, s := range sources {
 		if s.Name == name {
-			return name, nil
+			return s, nil
 		}
 	}
-	return "", proto.Errorf(proto.CodePolicyDenied, "kernels may not use a data source %.64q of this host: its owner names them in kernels.sources of agentd.yaml, which has %s", name, list(sources))
+	return Source{}, proto.Errorf(proto.CodePolicyDenied, "kernels may not use a data source %.64q of this host: its owner names them in kernels.sources of agentd.yaml, which has %s", name, list(sources))
+}
+
+// maxNames bounds the names of placeholders that are told, in bytes together.
+const maxNames = maxOutcome / 2
+
+// find finds a statement's placeholders, by the rules of its engine.
+func find(engine, text string) (*placeholders, error) {
+	e, err := sqlsplit.ParseEngine(engine)
+	if err != nil {
+		return nil, proto.Errorf(proto.CodeInternal, "placeholders: %v", err)
+	}
+	braced, colons := sqlsplit.PlaceholdersByForm(e, text)
+	size := 0
+	for _, names := range [][]string{braced, colons} {
+		for _, name := range names {
+			size += len(name) + len(`"",`)
+		}
+	}
+	if size > maxNames {
+		return nil, proto.Errorf(proto.CodeInvalid, "the names of the statement's placeholders have %d bytes, more than %d", size, maxNames)
+	}
+	return &placeholders{append([]string{}, braced...), append([]string{}, colons...)}, nil
 }
 
 // list names sources, ten at most.
@@ -209,6 +239,15 @@ type outcome struct {
 	Parameters []parameter `json:"parameters,omitempty"`
 	Sources    []Source    `json:"sources,omitempty"`
 	Error      *fault      `json:"error,omitempty"`
+	// Placeholders answers the request of that name.
+	Placeholders *placeholders `json:"placeholders,omitempty"`
+}
+
+// placeholders are names, each once: those in {{ }} need a value, those behind a colon
+// are sent one if there is one.
+type placeholders struct {
+	Braces []string `json:"braces"`
+	Colons []string `json:"colons"`
 }
 
 type notice struct {
@@ -250,6 +289,10 @@ func (w *writer) end(q *posternv1.QueryOutcome, sources []Source) error {
 			o.Error.SQL = &sqlFault{s.GetSqlstate(), uint32(max(s.GetPosition(), 0)), s.GetDetail(), s.GetHint()}
 		}
 	}
+	return w.send(o)
+}
+
+func (w *writer) send(o outcome) error {
 	text, err := json.Marshal(o)
 	if err != nil {
 		return err

@@ -24,6 +24,7 @@ import (
 	"github.com/postern-dev/postern/agentd/kernel/python"
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
+	"github.com/postern-dev/postern/proto/sqlsplit/sqlsplittest"
 )
 
 // simulatedBackend stands for the SQL of agentd: it answers a few texts.
@@ -341,6 +342,68 @@ shell.run_cell_magic("sql", "-p n=6", "insert :n")
 	}
 	if got := h.python(true, "import postern\ntry: postern.sql('select nix')\nexcept postern.Error as e: print(e.code, e.sqlstate, e.position, e.hint)"); got != "SQL 42P01 15 look again" {
 		t.Error(got)
+	}
+}
+
+// The module asks for the values that the statement needs on its engine, and for no others.
+func TestPlaceholders(t *testing.T) {
+	var sources []Source
+	for _, engine := range []string{"postgres", "mysql", "sqlite"} {
+		sources = append(sources, Source{Name: "my " + engine, Engine: engine})
+	}
+	h := newHost(t, sources...)
+	type question struct {
+		Source, Text string
+		Want         []string
+	}
+	var ask []question
+	for _, test := range sqlsplittest.Placeholders() {
+		for _, engine := range test.Engines {
+			ask = append(ask, question{"my " + engine, test.Text, append([]string{}, test.Names...)})
+		}
+	}
+	text, err := json.Marshal(ask)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "cases")
+	if err := os.WriteFile(file, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	got := h.python(true, `
+import json, postern
+from postern import _client
+cases = json.load(open("`+file+`"))
+for c in cases:
+    braces, colons = _client._placeholders(c["Text"], c["Source"])
+    if sorted(braces | colons) != c["Want"]: print(c, braces, colons)
+print(len(cases))
+`)
+	if got != fmt.Sprint(len(ask)) {
+		t.Error(got)
+	}
+	got = h.python(false, `
+import postern
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+shell.extension_manager.load_extension("postern")
+shell.push(dict(n=5))
+shell.run_cell_magic("sql", "--source 'my mysql'", "insert 'it\\'s {{no}}', \":n\", {{n}} # it's :no")
+try: postern.sql("insert 'it\\'s {{no}}'", source="my postgres")
+except NameError as e: print(e)
+try: postern.sql("insert " + " ".join(":n%0250d" % i for i in range(3000)), source="my sqlite")
+except postern.Error as e: print(e.code, e)
+`)
+	if !strings.Contains(got, "asks for {{no}}, and there is no variable") || !strings.Contains(got, "INVALID the names of the statement's placeholders have 762000 bytes") {
+		t.Error(got)
+	}
+	h.backend.mu.Lock()
+	defer h.backend.mu.Unlock()
+	if len(h.backend.asked) != 1 || len(h.backend.asked[0].Parameters) != 1 || h.backend.asked[0].Parameters[0].Name != "n" {
+		t.Errorf("it ran %v", h.backend.asked)
+	}
+	if _, err := find("oracle", "select 1"); err == nil || proto.CodeOf(err) != proto.CodeInternal {
+		t.Errorf("an engine that nobody knows: %v", err)
 	}
 }
 

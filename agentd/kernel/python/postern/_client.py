@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 
-from . import _arrow, _text, _values
+from . import _arrow, _values
 from ._result import Result
 
 _MAX_REQUEST = 8 << 20
@@ -143,6 +143,21 @@ def _namespace():
     return shell.user_ns if shell is not None else {}
 
 
+def _placeholders(query, source):
+    """The names in {{name}} and those in :name that a statement asks for, as two sets.
+
+    agentd says it: what is a quote or a comment differs between engines.
+    """
+    if "{{" not in query and ":" not in query:
+        return set(), set()
+    with _Connection() as c:
+        c.ask({"op": "placeholders", "sql": query, "source": source or ""})
+        outcome = c.outcome()
+    _raise(outcome)
+    found = outcome["placeholders"]
+    return set(found["braces"]), set(found["colons"])
+
+
 def sql(query, source=None, params=None, max_rows=None, to=None, **variables):
     """Runs one statement on a data source of this host and returns a Result.
 
@@ -157,7 +172,7 @@ def sql(query, source=None, params=None, max_rows=None, to=None, **variables):
         raise ValueError("to is %r: it can be 'df' or 'arrow'" % (to,))
     given = dict(params or {})
     given.update(variables)
-    braces, colons = _text.placeholders(query)
+    braces, colons = _placeholders(query, source)
     names, live = dict(given), _namespace()
     for name in sorted(braces | colons):
         if name in names:

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/postern-dev/postern/proto/sqlsplit"
+	"github.com/postern-dev/postern/proto/sqlsplit/sqlsplittest"
 )
 
 // ours are the placeholders of a text as Bind finds them, if each name has a value.
@@ -43,6 +44,18 @@ func ours(lex func(*scanner) kind, text string) (names []string) {
 	return slices.Compact(names)
 }
 
+// Sessions bind the placeholders that the shell and kernels send values for.
+func TestPlaceholders(t *testing.T) {
+	lexers := map[string]func(*scanner) kind{"postgres": nil, "mysql": MySQL.lex, "sqlite": SQLite.lex}
+	for _, test := range sqlsplittest.Placeholders() {
+		for _, engine := range test.Engines {
+			if got := ours(lexers[engine], test.Text); !slices.Equal(got, test.Names) {
+				t.Errorf("%s: %q: got %q, want %q", engine, test.Text, got, test.Names)
+			}
+		}
+	}
+}
+
 // What the shell takes for a placeholder is what a session binds, on each engine: the
 // two know the same quotes and comments.
 func FuzzSplitAgrees(f *testing.F) {
@@ -51,6 +64,9 @@ func FuzzSplitAgrees(f *testing.F) {
 		"1--:a\n--\t:b\n?:c $1:d @x:e 0xe'\\':f' 1e':g\\' :h' U&\"x\":i", "a[1:n] a[:m] a[(1):o] [:p", "{{ a | b }} {{a|}} {{ {{x}} }}", "/*! ':a */ :b", "e'a' -- x\r'\\' :a",
 	} {
 		f.Add(text)
+	}
+	for _, test := range sqlsplittest.Placeholders() {
+		f.Add(test.Text)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
 		for engine, lex := range map[sqlsplit.Engine]func(*scanner) kind{sqlsplit.Postgres: nil, sqlsplit.MySQL: MySQL.lex, sqlsplit.SQLite: SQLite.lex} {
