@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/postern-dev/postern/controlplane/audit"
 	"github.com/postern-dev/postern/controlplane/blob"
 	"github.com/postern-dev/postern/controlplane/store"
 )
@@ -42,6 +43,8 @@ type Options struct {
 	// DrainDelay is how long everything is still served at a stop, while /readyz
 	// already fails.
 	DrainDelay time.Duration
+	// AuditRetention is how long audit entries are kept; 0 means for ever.
+	AuditRetention time.Duration
 	// HistoryAge is how long queries and their rows are kept.
 	HistoryAge time.Duration
 	// DrainTimeout bounds how long requests under way may take to end at a stop.
@@ -59,6 +62,8 @@ func (o Options) Validate() error {
 		return errors.New("--tls-cert and --tls-key belong together")
 	case o.DatabasePasswordFile != "" && o.Database == "":
 		return errors.New("--database-password-file needs --database")
+	case o.AuditRetention != 0 && o.AuditRetention < audit.LeastRetention:
+		return fmt.Errorf("--audit-retention %s is less than %s", o.AuditRetention, audit.LeastRetention)
 	case o.HistoryAge != 0 && o.HistoryAge < time.Minute:
 		return errors.New("--history-age must be at least 1m")
 	case o.DrainTimeout < 0:
@@ -151,6 +156,7 @@ the password and dbname=AGENT/SOURCE.`,
 	f.StringVar(&o.PeerAdvertise, "peer-advertise", "", "https://HOST:PORT under which the others reach --peer-listen; default: that address")
 	f.DurationVar(&o.DrainDelay, "drain-delay", 0, "how long everything is still served at a stop while /readyz already fails, for load balancers that ask it")
 	f.DurationVar(&o.HistoryAge, "history-age", store.DefaultHistoryAge, "how long queries and the rows kept with them stay in the history")
+	f.Var((*age)(&o.AuditRetention), "audit-retention", "how long audit entries are kept, such as 400d, at least 24h; without it for ever; see docs/controlplane.md before you set it")
 	f.DurationVar(&o.DrainTimeout, "drain-timeout", 30*time.Second, "how long requests under way may take to end at a stop")
 	f.StringVar(&o.LogLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&o.LogFormat, "log-format", "text", "text or json")

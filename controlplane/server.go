@@ -361,6 +361,7 @@ func (s *Server) Run(ctx context.Context) error {
 		})
 	}
 	group.Go(func() error { s.housekeep(work); return nil })
+	group.Go(func() error { s.retireAudit(work); return nil })
 	group.Go(func() error { s.collectFiles(work); return nil })
 	group.Go(func() error { s.followCA(work); return nil })
 	group.Go(func() error { s.awaitBlob(work); return nil })

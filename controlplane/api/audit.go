@@ -53,8 +53,8 @@ func (a *API) VerifyAudit(ctx context.Context, req *connect.Request[posternv1.Ve
 			}
 			return resp, nil
 		}
-		entries, err := a.cfg.Audit.Verify(ctx, c.Organization)
-		report, err := chainReport("control plane", entries, err)
+		kept, err := a.cfg.Audit.Verify(ctx, c.Organization)
+		report, err := chainReport("control plane", kept, err)
 		if err != nil {
 			return nil, err
 		}
@@ -77,13 +77,13 @@ func (a *API) VerifyAudit(ctx context.Context, req *connect.Request[posternv1.Ve
 }
 
 // chainReport makes a report of a broken chain, and an error of anything else.
-func chainReport(chain string, entries uint64, err error) (*posternv1.ChainReport, error) {
+func chainReport(chain string, kept auditchain.Kept, err error) (*posternv1.ChainReport, error) {
 	var broken *auditchain.BrokenError
 	switch {
 	case err == nil:
-		return &posternv1.ChainReport{Chain: chain, Entries: entries, Ok: true}, nil
+		return &posternv1.ChainReport{Chain: chain, Entries: kept.Entries(), Ok: true, Message: kept.String()}, nil
 	case errors.As(err, &broken):
-		return &posternv1.ChainReport{Chain: chain, Entries: entries, Message: broken.Error()}, nil
+		return &posternv1.ChainReport{Chain: chain, Entries: kept.Entries(), Message: broken.Error()}, nil
 	}
 	return nil, err
 }
@@ -93,7 +93,7 @@ func chainReport(chain string, entries uint64, err error) (*posternv1.ChainRepor
 // anew, does not.
 func (a *API) verifyAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent, w *witness) *posternv1.ChainReport {
 	entries, err := a.walkAgent(ctx, agent, l, w)
-	report, err := chainReport(agent.Name, entries, err)
+	report, err := chainReport(agent.Name, auditchain.Kept{First: 1, Last: entries}, err)
 	if err != nil {
 		report = &posternv1.ChainReport{Chain: agent.Name, Entries: entries, Message: "not read to its end: " + proto.Detail(err).Message}
 	}

@@ -154,7 +154,7 @@ type Audit interface {
 	// if from is 0.
 	List(ctx context.Context, organization string, from uint64, limit int) ([][]byte, error)
 	// Verify returns the number of entries and nil, or what is wrong.
-	Verify(ctx context.Context, organization string) (uint64, error)
+	Verify(ctx context.Context, organization string) (auditchain.Kept, error)
 }
 
 // CA shows the authorities.

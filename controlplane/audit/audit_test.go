@@ -40,8 +40,8 @@ func write(t *testing.T, l *audit.Log, n int) {
 
 func verified(t *testing.T, l *audit.Log, organization string, want uint64) {
 	t.Helper()
-	if n, err := l.Verify(ctx, organization); err != nil || n != want {
-		t.Errorf("verify %s: got %d, %v, want %d", organization, n, err, want)
+	if n, err := l.Verify(ctx, organization); err != nil || n.Entries() != want {
+		t.Errorf("verify %s: got %+v, %v, want %d", organization, n, err, want)
 	}
 }
 

@@ -5,5 +5,6 @@
 // An entry is on the disk when Append returns. Entries that arrive while others
 // are being written go to the disk together. Several control planes may write one
 // chain: who finds that the chain has moved on seals its entries anew. All
-// methods may be called concurrently.
+// methods may be called concurrently. Retire drops old entries; one of the chain's own
+// then stands for them.
 package audit

@@ -72,7 +72,8 @@ func TestKill(t *testing.T) {
 
 		s := storetest.Open(t, store.Config{SQLitePath: path})
 		l := newLog(s)
-		n, err := l.Verify(ctx, org)
+		kept, err := l.Verify(ctx, org)
+		n := kept.Entries()
 		if err != nil || int(n) < total+len(acknowledged) {
 			t.Fatalf("round %d: %d entries, %v; %d were acknowledged", round, n, err, total+len(acknowledged))
 		}

@@ -43,6 +43,11 @@ type Store interface {
 	// one's number; no entries mean the end.
 	AuditAfter(ctx context.Context, organization string, after uint64, limit int) ([][]byte, uint64, error)
 	AuditNewest(ctx context.Context, organization string, limit int) ([][]byte, error)
+	// AuditOrganizations are those that have a chain.
+	AuditOrganizations(ctx context.Context) ([]string, error)
+	// RetireAudit is AppendAudit that drops the entries up to through with it; NOT_FOUND
+	// if there is none, and then nothing is written.
+	RetireAudit(ctx context.Context, organization string, through uint64, prev auditchain.Head, lines [][]byte, head auditchain.Head) error
 }
 
 // Config is what a Log needs.
@@ -256,55 +261,79 @@ func (l *Log) List(ctx context.Context, organization string, from uint64, limit 
 	return lines, err
 }
 
-// Verify reads an organization's whole chain and returns the number of entries
-// that fit. A *auditchain.BrokenError says which is the first that does not, and
-// how; any other error means that the chain could not be read.
-func (l *Log) Verify(ctx context.Context, organization string) (uint64, error) {
+// Verify reads an organization's whole chain and returns what of it is there and fits. A
+// *auditchain.BrokenError says which is the first entry that does not, and how; any
+// other error means that the chain could not be read. What Retire dropped must be stood
+// for by an entry that is there.
+func (l *Log) Verify(ctx context.Context, organization string) (auditchain.Kept, error) {
+	for tries := 1; ; tries++ {
+		kept, err := l.verify(ctx, organization)
+		if !IsBroken(err) || kept.First == 0 || tries == attempts {
+			return kept, err
+		}
+		// Another control plane may have retired entries between two pages.
+		lines, _, rerr := l.cfg.Store.AuditAfter(ctx, organization, 0, 1)
+		if rerr != nil {
+			return kept, rerr
+		}
+		if len(lines) > 0 {
+			if e, derr := auditchain.Decode(lines[0]); derr == nil && e.Sequence > kept.First {
+				continue
+			}
+		}
+		return kept, err
+	}
+}
+
+func (l *Log) verify(ctx context.Context, organization string) (auditchain.Kept, error) {
 	before, err := l.cfg.Store.AuditHead(ctx, organization)
 	if err != nil {
-		return 0, err
+		return auditchain.Kept{}, err
 	}
-	v := auditchain.NewVerifier(auditchain.Head{})
-	broken := func(reason string) (uint64, error) {
-		return v.Head().Sequence, &auditchain.BrokenError{Sequence: v.Head().Sequence + 1, Reason: reason}
+	var v auditchain.KeptVerifier
+	broken := func(sequence uint64, reason string) (auditchain.Kept, error) {
+		return v.Kept(), &auditchain.BrokenError{Sequence: sequence, Reason: reason}
 	}
 	ours := ownerMark(organization)
 	for after := uint64(0); ; {
 		lines, last, err := l.cfg.Store.AuditAfter(ctx, organization, after, verifyPage)
 		if err != nil {
-			return v.Head().Sequence, err
+			return v.Kept(), err
 		}
 		if len(lines) == 0 {
 			break
 		}
 		for _, line := range lines {
-			if !bytes.Contains(line, ours) {
-				return broken("it was altered: it is not an entry of this organization")
+			if !ownedBy(line, ours) {
+				return broken(v.Head().Sequence+1, "it was altered: it is not an entry of this organization")
 			}
 			if err := v.Add(line); err != nil {
-				return v.Head().Sequence, err
+				return v.Kept(), err
 			}
 			if v.Head().Sequence == before.Sequence && v.Head() != before {
-				return v.Head().Sequence - 1, &auditchain.BrokenError{Sequence: before.Sequence, Reason: "it was altered: it is not the entry that the log's head names"}
+				return broken(before.Sequence, "it was altered: it is not the entry that the log's head names")
 			}
 		}
 		if last != v.Head().Sequence {
-			return broken(fmt.Sprintf("reordered: it is stored as entry %d", last))
+			return broken(v.Head().Sequence+1, fmt.Sprintf("reordered: it is stored as entry %d", last))
 		}
 		after = last
 	}
 	if v.Head().Sequence < before.Sequence {
-		return broken(fmt.Sprintf("removed: the log had reached entry %d", before.Sequence))
+		return broken(v.Head().Sequence+1, fmt.Sprintf("removed: the log had reached entry %d", before.Sequence))
+	}
+	if err := v.End(); err != nil {
+		return v.Kept(), err
 	}
 	// Others may have appended meanwhile, but then the head has moved too.
 	now, err := l.cfg.Store.AuditHead(ctx, organization)
 	if err != nil {
-		return v.Head().Sequence, err
+		return v.Kept(), err
 	}
 	if v.Head().Sequence > now.Sequence {
-		return now.Sequence, &auditchain.BrokenError{Sequence: now.Sequence + 1, Reason: "it was added behind the log's head"}
+		return broken(now.Sequence+1, "it was added behind the log's head")
 	}
-	return v.Head().Sequence, nil
+	return v.Kept(), nil
 }
 
 // ownerMark is how an entry's line says whose it is. Quotes within other fields
@@ -316,6 +345,8 @@ func ownerMark(organization string) []byte {
 	}
 	return append([]byte(`"organization":`), name...)
 }
+
+func ownedBy(line, mark []byte) bool { return bytes.Contains(line, mark) }
 
 // IsBroken reports whether Verify found the chain broken, as against unreadable.
 func IsBroken(err error) bool {

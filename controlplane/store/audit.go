@@ -81,6 +81,44 @@ func (s *Store) appendAudit(ctx context.Context, org string, prev auditchain.Hea
 	})
 }
 
+// RetireAudit appends sealed entries as AppendAudit does, and drops the entries up to
+// through with it. NOT_FOUND if there are none: somebody else was first, and nothing is
+// written.
+func (s *Store) RetireAudit(ctx context.Context, org string, through uint64, prev auditchain.Head, lines [][]byte, head auditchain.Head) error {
+	if through > prev.Sequence {
+		return proto.Errorf(proto.CodeAlreadyExists, "the audit chain has moved on from entry %d", prev.Sequence)
+	}
+	if len(lines) == 0 {
+		return fmt.Errorf("retire audit entries up to %d with none that stands for them", through)
+	}
+	return s.appendAudit(ctx, org, prev, lines, head, func(tx handle) error {
+		n, err := tx.exec(ctx, "DELETE FROM audit WHERE organization = ? AND sequence <= ?", org, int64(through))
+		if err == nil && n == 0 {
+			return proto.Errorf(proto.CodeNotFound, "there are no audit entries up to %d", through)
+		}
+		return err
+	})
+}
+
+// AuditOrganizations are the ids of the organizations that have a chain.
+func (s *Store) AuditOrganizations(ctx context.Context) ([]string, error) {
+	const op = "read the audit logs' heads"
+	rows, err := s.reader().query(ctx, "SELECT organization FROM audit_heads ORDER BY organization")
+	if err != nil {
+		return nil, s.fail(ctx, op, err)
+	}
+	defer func() { _ = rows.Close() }()
+	var all []string
+	for rows.Next() {
+		var one string
+		if err := rows.Scan(&one); err != nil {
+			return nil, s.fail(ctx, op, err)
+		}
+		all = append(all, one)
+	}
+	return all, s.fail(ctx, op, rows.Err())
+}
+
 // AuditAfter returns at most limit entries whose number is above after, in
 // ascending order, and the last one's number as the store has it. It returns
 // fewer when they are long, but at least one if there is one.

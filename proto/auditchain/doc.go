@@ -7,6 +7,7 @@
 // an empty hash; prev is the hash of the entry before, 32 zero bytes for the
 // first. Removing, altering or reordering an entry breaks the chain at that
 // place; cutting its end shows only against a head that somebody else holds,
-// which is why the two sides exchange heads. The package does no I/O; a Verifier
-// is for one goroutine.
+// which is why the two sides exchange heads. Its beginning may be dropped if an entry of
+// the chain stands for it (RetireAction); KeptVerifier verifies such a chain. The package does no
+// I/O; a Verifier is for one goroutine.
 package auditchain
