@@ -221,7 +221,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if err := d.openAttachments(); err != nil {
 		return fmt.Errorf("attachments: %w", err)
 	}
-	if d.control, err = control.Listen(d.runtimeDir(), control.Config{Status: d.status, Check: d.checkSource, Candidate: d.checkCandidate, Mount: d.mount, Level: d.setLevel}); err != nil {
+	if d.control, err = control.Listen(d.runtimeDir(), control.Config{Status: d.status, Check: d.checkSource, Candidate: d.checkCandidate, Mount: d.mount, Level: d.setLevel, Keys: d.keys}); err != nil {
 		return err
 	}
 	d.registerMetrics()

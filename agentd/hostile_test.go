@@ -203,7 +203,7 @@ func TestHostileControlPlane(t *testing.T) {
 
 	// What is no procedure, or is none of a host's.
 	for _, path := range []string{
-		"/", "/etc/passwd", "/../../../../" + outside, "/debug/pprof/", "/status", "/candidate", "/mount", "/log-level", "/postern.v1.LinkService/Hello",
+		"/", "/etc/passwd", "/../../../../" + outside, "/debug/pprof/", "/status", "/candidate", "/mount", "/key", "/log-level", "/postern.v1.LinkService/Hello",
 		"/postern.v1.AttachService/OpenWorkspace", "/postern.v1.TokenService/ListTokens", kernelstream.Path, proto.SQLPath + "/../../metrics",
 	} {
 		status, answer := post(path, "application/json", []byte("{}"))

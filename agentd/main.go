@@ -119,7 +119,7 @@ func newRoot() *cobra.Command {
 		}
 		return usagef("%s: see %s --help", oneLine(text), cmd.CommandPath())
 	})
-	root.AddCommand(newRegister(), newRun(), newStatus(), newMount(), newUmount(), newDoctor(), newLogLevel(), newSource(), newAudit(), newVersion(), clidoc.ManCommand(root, "8", proto.Software()))
+	root.AddCommand(newRegister(), newRun(), newStatus(), newMount(), newUmount(), newDoctor(), newLogLevel(), newKeys(), newSource(), newAudit(), newVersion(), clidoc.ManCommand(root, "8", proto.Software()))
 	return root
 }
 

@@ -2,18 +2,15 @@ package checkpoint
 
 import (
 	"context"
-	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"sync"
 	"time"
 
-	"github.com/postern-dev/postern/agentd/atomicfile"
 	"github.com/postern-dev/postern/agentd/checkpoint/internal/convoy"
 	"github.com/postern-dev/postern/agentd/checkpoint/pagestore"
 	"github.com/postern-dev/postern/proto"
@@ -102,7 +99,7 @@ type RestoreOrder struct {
 
 // Config is what an Engine works with.
 type Config struct {
-	// State is agentd's state directory. The store is STATE/checkpoints, its key
+	// State is agentd's state directory. The store is STATE/checkpoints, its ring of keys
 	// STATE/checkpoint.key (0600, made at the first start).
 	State   string
 	Kernels Kernels
@@ -146,15 +143,10 @@ type Engine struct {
 	coming  map[string]*coming
 }
 
-// keySize is the host key's, in bytes.
-const keySize = 32
-
 // Open opens the store and clears away what earlier operations left behind.
 func Open(c Config) (*Engine, error) {
-	key, err := hostKey(filepath.Join(c.State, "checkpoint.key"))
-	if err != nil {
-		return nil, err
-	}
+	file := keyFile{path: filepath.Join(c.State, "checkpoint.key")}
+	var err error
 	if c.Memory == "" {
 		sum := sha256.Sum256([]byte(c.State)) // a host may have several agentds
 		c.Memory = fmt.Sprintf("/dev/shm/postern-agentd-%x", sum[:6])
@@ -163,7 +155,7 @@ func Open(c Config) (*Engine, error) {
 	if e.spool, err = openSpool(c.Memory, filepath.Join(c.State, "spool"), c.Logger); err != nil {
 		return nil, err
 	}
-	if e.store, err = pagestore.Open(pagestore.Options{Dir: filepath.Join(c.State, "checkpoints"), Key: key, Limit: c.MaxBytes, Logger: c.Logger}); err != nil {
+	if e.store, err = pagestore.Open(pagestore.Options{Dir: filepath.Join(c.State, "checkpoints"), LoadRing: file.load, SaveRing: file.save, Limit: c.MaxBytes, Logger: c.Logger}); err != nil {
 		return nil, err
 	}
 	e.ctx, e.cancel = context.WithCancel(context.Background())
@@ -175,27 +167,6 @@ func Open(c Config) (*Engine, error) {
 		}
 	}
 	return e, nil
-}
-
-// hostKey reads the key that everything at rest is sealed with, or makes it.
-func hostKey(path string) (key pagestore.Key, err error) {
-	b, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		b = make([]byte, keySize)
-		if _, err := rand.Read(b); err != nil {
-			return key, err
-		}
-		var files atomicfile.FS
-		err = files.Write(path, b, 0o600)
-	}
-	if err != nil {
-		return key, fmt.Errorf("checkpoint key: %w", err)
-	}
-	if len(b) != keySize {
-		return key, fmt.Errorf("checkpoint key %s has %d bytes, must have %d: put the right file back, or delete it with STATE/checkpoints", path, len(b), keySize)
-	}
-	copy(key[:], b)
-	return key, nil
 }
 
 // Close waits for the operations under way, at most until their own deadlines.
@@ -245,6 +216,7 @@ const (
 func (e *Engine) clean() {
 	every := time.NewTicker(collectEvery)
 	defer every.Stop()
+	e.reseal() // a rotation may have been cut short, or made while no agentd ran
 	for {
 		select {
 		case <-e.ctx.Done():
@@ -253,22 +225,28 @@ func (e *Engine) clean() {
 		case <-every.C:
 			e.expireMoves()
 		}
-		for {
-			s, err := e.store.Collect(e.ctx, collectBudget)
-			if err != nil {
-				if e.ctx.Err() == nil {
-					e.cfg.Logger.Error("checkpoint store: space not given back", "err", err)
-				}
-				break
+		e.collect()
+		e.reseal()
+	}
+}
+
+// collect frees what nothing refers to, in bounded steps.
+func (e *Engine) collect() {
+	for {
+		s, err := e.store.Collect(e.ctx, collectBudget)
+		if err != nil {
+			if e.ctx.Err() == nil {
+				e.cfg.Logger.Error("checkpoint store: space not given back", "err", err)
 			}
-			if s.Done {
-				break
-			}
-			select {
-			case <-e.ctx.Done():
-				return
-			case <-time.After(collectPause):
-			}
+			return
+		}
+		if s.Done {
+			return
+		}
+		select {
+		case <-e.ctx.Done():
+			return
+		case <-time.After(collectPause):
 		}
 	}
 }

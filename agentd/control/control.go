@@ -41,6 +41,8 @@ type Config struct {
 	// Level sets the level of the log until the configuration is read again, and returns the
 	// one in force; empty text asks alone.
 	Level func(level string) (string, error)
+	// Keys lists the host's keys for checkpoints, after it made a new one if that is asked for.
+	Keys func(ctx context.Context, o KeyOrder) ([]Key, error)
 	// Mount does what a command that mounts or unmounts a workspace on this host asks for.
 	Mount func(ctx context.Context, m Mount) MountAnswer
 }
@@ -123,6 +125,7 @@ func Listen(runtimeDir string, cfg Config) (*Server, error) {
 		}
 		write(w, levelAnswer{Level: level})
 	})
+	mux.HandleFunc("POST /key", handleKeys(cfg.Keys))
 	mux.HandleFunc("POST /mount", func(w http.ResponseWriter, r *http.Request) {
 		var m Mount
 		if err := json.NewDecoder(http.MaxBytesReader(w, r.Body, 64<<10)).Decode(&m); err != nil {

@@ -22,6 +22,7 @@ type history struct {
 	acked    map[ID]string // checkpoint to what it must restore to
 	maybe    map[ID]string // Puts and Deletes that the crash, and Deletes that an error cut short
 	protect  map[ID]bool
+	ring     *kept   // nil: testKey
 	errs     []error // of operations that were not acknowledged
 }
 
@@ -56,7 +57,11 @@ func newHistory(t *testing.T, fs *faultFS, contents []string) *history {
 }
 
 func (h *history) open() bool {
-	s, err := Open(Options{Dir: "store", Key: testKey, Logger: quiet(), Workers: 2, files: h.fs})
+	o := Options{Dir: "store", Key: testKey, Logger: quiet(), Workers: 2, files: h.fs}
+	if h.ring != nil {
+		h.ring.use(h.t)(&o)
+	}
+	s, err := Open(o)
 	if err != nil {
 		h.errs = append(h.errs, err)
 		return false

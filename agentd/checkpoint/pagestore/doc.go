@@ -29,7 +29,9 @@
 // sealing derived (HKDF-SHA256) from the host's key and its id. A chunk is known by
 // the first 128 bits of its HMAC-SHA256 under the organization's key, so neither
 // equal contents nor guesses of contents show on disk or across organizations. Every
-// pack has a key of its own from a random salt. What was altered, cut, exchanged or
+// pack has a key of its own from a random salt. The host's key is a [Ring]: RotateKey adds
+// one that seals from then on, files bear the id of theirs, Reseal moves the older files
+// to it and drops the keys that nothing needs; the hashes' keys stay. What was altered, cut, exchanged or
 // renamed fails its authentication and is refused with [ErrDamaged]. What the store
 // can't see is that somebody put a whole older state of its directory back.
 //

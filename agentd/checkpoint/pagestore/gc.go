@@ -314,6 +314,7 @@ func (o *orgStore) rewritePack(ctx context.Context, p *pack, info *packInfo, liv
 	}
 	o.mu.Lock()
 	info.size, size = size, info.size-size
+	info.key = w.key
 	o.mu.Unlock()
 	o.store.used.Add(-size)
 	stats.Rewritten++

@@ -40,7 +40,7 @@ func (s *Store) HashKey(organization string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	return o.keys.hash[:], nil
+	return o.keyset().newest.hash[:], nil
 }
 
 // asker gathers chunks, asks for them together, and writes those that are missing.

@@ -123,7 +123,8 @@ func (o *orgStore) changeRecord(id ID, edit func(*record) bool) error {
 	if !edit(&rec) {
 		return nil
 	}
-	meta, err := o.sealRecord(&rec)
+	k := o.keyset().newest
+	meta, err := o.sealRecord(k, &rec)
 	if err != nil {
 		return err
 	}
@@ -137,7 +138,7 @@ func (o *orgStore) changeRecord(id ID, edit func(*record) bool) error {
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.points[id].rec = &rec
+	o.points[id].rec, o.points[id].metaKey = &rec, k.id
 	return nil
 }
 

@@ -112,26 +112,26 @@ func (m *Meta) check() error {
 func (o *orgStore) place(id ID) string { return o.name + "\x00" + string(id) }
 
 // sealRecord is the content of r's .meta file.
-func (o *orgStore) sealRecord(r *record) ([]byte, error) {
+func (o *orgStore) sealRecord(k *keys, r *record) ([]byte, error) {
 	b, err := json.Marshal(r)
 	if err != nil {
 		return nil, err
 	}
-	sealed := o.keys.seal(metaMagic, o.place(r.ID), b)
+	sealed := k.seal(metaMagic, o.place(r.ID), b)
 	if len(sealed) > maxMeta {
 		return nil, invalid("store checkpoint %s: its label and attributes take %d bytes, the bound is %d", r.ID, len(sealed), maxMeta)
 	}
 	return sealed, nil
 }
 
-func (o *orgStore) unsealRecord(id ID, sealed []byte) (*record, error) {
-	b, ok := o.keys.unseal(metaMagic, o.place(id), sealed)
-	if !ok {
-		return nil, damaged("the description of checkpoint %s does not authenticate", id)
+func (o *orgStore) unsealRecord(id ID, sealed []byte) (*record, keyID, error) {
+	b, key, err := o.keyset().unseal(metaMagic, o.place(id), "the description of checkpoint "+string(id), sealed)
+	if err != nil {
+		return nil, key, err
 	}
 	var r record
 	if err := json.Unmarshal(b, &r); err != nil || r.ID != id || r.Organization != o.name || r.Size < 0 || r.FileSize < 0 {
-		return nil, damaged("the description of checkpoint %s is malformed", id)
+		return nil, key, damaged("the description of checkpoint %s is malformed", id)
 	}
-	return &r, nil
+	return &r, key, nil
 }

@@ -28,7 +28,7 @@ const (
 	packChunks    = packSegments * segmentChunks // 64 MiB of memory
 
 	packMagic  = "PSTPACK1"
-	packHead   = len(packMagic) + 32 // magic, salt
+	packHead   = len(packMagic) + 32 // magic, salt; with the magic's other form the salt begins with the key's id
 	packTail   = 4 + 4 + len(packMagic)
 	sealedMore = 16 // what GCM adds
 
@@ -92,6 +92,7 @@ const tableRow = 1 + 1 + 4 + 8
 // goroutines. Not for concurrent use but for sealing with aead.
 type packWriter struct {
 	id     packID
+	key    keyID // of the ring
 	fs     fileSystem
 	dir    string
 	f      file
@@ -106,15 +107,20 @@ func (o *orgStore) newPack(id packID) (*packWriter, error) {
 	if _, err := rand.Read(salt[:]); err != nil {
 		return nil, err
 	}
-	aead, err := o.keys.packKey(id, salt[:])
+	k, magic := o.keyset().newest, packMagic
+	if !k.first {
+		magic = named(packMagic)
+		copy(salt[:], k.id[:])
+	}
+	aead, err := k.packKey(id, salt[:])
 	if err != nil {
 		return nil, err
 	}
-	w := &packWriter{id: id, fs: o.fs, dir: o.packDir(), aead: aead}
+	w := &packWriter{id: id, key: k.id, fs: o.fs, dir: o.packDir(), aead: aead}
 	if w.f, err = w.fs.create(w.tmp()); err != nil {
 		return nil, err
 	}
-	if err := w.write(append([]byte(packMagic), salt[:]...)); err != nil {
+	if err := w.write(append([]byte(magic), salt[:]...)); err != nil {
 		w.abort()
 		return nil, err
 	}
@@ -192,6 +198,7 @@ func (w *packWriter) abort() {
 // use.
 type pack struct {
 	id     packID
+	key    keyID // of the ring
 	f      file
 	aead   cipher.AEAD
 	segs   []segment
@@ -203,6 +210,17 @@ type pack struct {
 
 // openPack reads and authenticates a pack's table. The caller closes it.
 func (o *orgStore) openPack(id packID) (*pack, error) {
+	for {
+		set := o.keyset()
+		p, err := o.openPackWith(set, id)
+		if errors.Is(err, errNoKey) && o.keyset() != set {
+			continue // it was sealed anew meanwhile
+		}
+		return p, err
+	}
+}
+
+func (o *orgStore) openPackWith(set *keyset, id packID) (*pack, error) {
 	f, err := o.fs.open(filepath.Join(o.packDir(), id.String()+packSuffix))
 	if err != nil {
 		if errors.Is(err, os.ErrNotExist) {
@@ -211,7 +229,7 @@ func (o *orgStore) openPack(id packID) (*pack, error) {
 		return nil, err
 	}
 	p := &pack{id: id, f: f}
-	if err := p.readTable(o); err != nil {
+	if err := p.readTable(set); err != nil {
 		f.Close() //nolint:errcheck // only read
 		return nil, err
 	}
@@ -226,7 +244,7 @@ const (
 	maxHashes = packChunks*16 + sealedMore
 )
 
-func (p *pack) readTable(o *orgStore) error {
+func (p *pack) readTable(set *keyset) error {
 	size, err := p.f.size()
 	if err != nil {
 		return err
@@ -242,7 +260,8 @@ func (p *pack) readTable(o *orgStore) error {
 		return err
 	}
 	tableLen, hashesLen := int64(binary.BigEndian.Uint32(tail)), int64(binary.BigEndian.Uint32(tail[4:]))
-	if string(head[:len(packMagic)]) != packMagic || string(tail[8:]) != packMagic ||
+	key, bears, _, ok := sealedBy(packMagic, head)
+	if !ok || string(tail[8:]) != packMagic ||
 		tableLen < sealedMore || tableLen > maxTable || hashesLen < sealedMore || hashesLen > maxHashes {
 		return damaged("pack %s has no valid header or trailer", p.id)
 	}
@@ -252,7 +271,12 @@ func (p *pack) readTable(o *orgStore) error {
 	if tableAt < int64(packHead) {
 		return damaged("pack %s is cut short", p.id)
 	}
-	if p.aead, err = o.keys.packKey(p.id, head[len(packMagic):]); err != nil {
+	k := set.of(key, bears)
+	if k == nil {
+		return noKey(fmt.Sprintf("pack %s", p.id), key)
+	}
+	p.key = k.id
+	if p.aead, err = k.packKey(p.id, head[len(packMagic):]); err != nil {
 		return err
 	}
 	sealed := make([]byte, tableLen)

@@ -158,7 +158,7 @@ func (p *putter) chunks(ctx context.Context, e *entry, b *block) error {
 var zeroChunk [ChunkSize]byte
 
 func (p *putter) hashBlocks(ctx context.Context) error {
-	h := newHasher(&p.o.keys)
+	h := newHasher(p.o.keyset().newest)
 	for {
 		b, ok, err := receive(ctx, p.pipes.hash)
 		if err != nil || !ok {
@@ -259,7 +259,7 @@ func (p *putter) beginPack() error {
 	}
 	o.mu.Lock()
 	info := o.addPackLocked(w.id)
-	info.pending = true
+	info.pending, info.key = true, w.key
 	o.mu.Unlock()
 	p.packs = append(p.packs, &newPackState{info: info, w: w})
 	p.refer(info.num, w.id)

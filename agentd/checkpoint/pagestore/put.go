@@ -113,7 +113,7 @@ func (s *Store) reserveID(o *orgStore, id ID) error {
 		}
 	}
 	o.mu.Lock()
-	o.points[id] = &point{storing: true}
+	o.points[id] = &point{storing: true, since: s.rotations}
 	o.mu.Unlock()
 	return nil
 }
@@ -255,7 +255,8 @@ func (p *putter) commit() (Checkpoint, error) {
 	if err != nil {
 		return Checkpoint{}, err
 	}
-	files := o.keys.seal(filesMagic, o.place(rec.ID)+"\x00"+rec.Files, plain)
+	k := o.keyset().newest
+	files := k.seal(filesMagic, o.place(rec.ID)+"\x00"+rec.Files, plain)
 	if len(files) > maxFiles {
 		return Checkpoint{}, invalid("its list of files takes %d MiB, the bound is %d", len(files)>>20, maxFiles>>20)
 	}
@@ -264,7 +265,7 @@ func (p *putter) commit() (Checkpoint, error) {
 	}
 	rec.FileSize = int64(len(files))
 	rec.Written = p.reserved
-	meta, err := o.sealRecord(rec)
+	meta, err := o.sealRecord(k, rec)
 	if err != nil {
 		return Checkpoint{}, err
 	}
@@ -287,12 +288,12 @@ func (p *putter) commit() (Checkpoint, error) {
 	}
 	p.stats.Written = p.reserved
 	p.stats.Files = len(p.manifest.entries)
-	p.publish(rec)
+	p.publish(rec, k.id)
 	return rec.Checkpoint, nil
 }
 
 // publish lets others see the checkpoint and its chunks.
-func (p *putter) publish(rec *record) {
+func (p *putter) publish(rec *record, key keyID) {
 	o := p.o
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -304,7 +305,7 @@ func (p *putter) publish(rec *record) {
 		o.gc.mark(p.manifest)
 	}
 	p.unpinLocked()
-	o.points[rec.ID] = &point{rec: rec}
+	o.points[rec.ID] = &point{rec: rec, metaKey: key, filesKey: key}
 }
 
 func (p *putter) unpinLocked() {

@@ -33,6 +33,9 @@ type keys struct {
 	hash [32]byte // HMAC-SHA256: which chunks are equal
 	pack [32]byte // HKDF input for each pack's key
 	meta cipher.AEAD
+
+	id    keyID
+	first bool // what it seals bears no id
 }
 
 func deriveKeys(host Key, organization string) (keys, error) {
@@ -82,10 +85,35 @@ func counterNonce(n uint64) []byte {
 	return nonce[:]
 }
 
-// seal returns magic | nonce | sealed plain. what binds it to its place.
+// named is how a magic reads where the key's id follows it.
+func named(magic string) string { return magic[:len(magic)-1] + "2" }
+
+// sealedBy reads which key sealed head, the beginning of what seal returned, and where
+// its nonce begins; false if it is too short or has another magic. The id is the zero
+// one if bears is false.
+func sealedBy(magic string, head []byte) (id keyID, bears bool, nonceAt int, ok bool) {
+	if len(head) < len(magic)+len(id) {
+		return id, false, 0, false
+	}
+	switch string(head[:len(magic)]) {
+	case magic:
+		return id, false, len(magic), true
+	case named(magic):
+		copy(id[:], head[len(magic):])
+		return id, true, len(magic) + len(id), true
+	}
+	return id, false, 0, false
+}
+
+// seal returns magic | nonce | sealed plain, with the key's id behind the magic unless it
+// is the first. what binds it to its place.
 func (k *keys) seal(magic, what string, plain []byte) []byte {
-	out := make([]byte, 0, len(magic)+12+len(plain)+16)
-	out = append(out, magic...)
+	out := make([]byte, 0, len(magic)+len(k.id)+12+len(plain)+16)
+	if k.first {
+		out = append(out, magic...)
+	} else {
+		out = append(append(out, named(magic)...), k.id[:]...)
+	}
 	var nonce [12]byte
 	if _, err := rand.Read(nonce[:]); err != nil {
 		panic(err) // never happens: crypto/rand aborts the program itself
@@ -94,14 +122,22 @@ func (k *keys) seal(magic, what string, plain []byte) []byte {
 	return k.meta.Seal(out, nonce[:], plain, []byte(magic+"\x00"+what))
 }
 
-// unseal is the reverse of seal; false if it is not what seal made for this place.
-func (k *keys) unseal(magic, what string, sealed []byte) ([]byte, bool) {
-	head := len(magic) + 12
-	if len(sealed) < head+16 || string(sealed[:len(magic)]) != magic {
-		return nil, false
+// unseal is the reverse of seal. It returns the id of the key, too. The error is
+// [errNoKey], wrapped, or one that says that text does not authenticate.
+func (s *keyset) unseal(magic, what, text string, sealed []byte) ([]byte, keyID, error) {
+	id, bears, at, ok := sealedBy(magic, sealed)
+	if !ok || len(sealed) < at+12+sealedMore {
+		return nil, id, damaged("%s does not authenticate", text)
 	}
-	plain, err := k.meta.Open(nil, sealed[len(magic):head], sealed[head:], []byte(magic+"\x00"+what))
-	return plain, err == nil
+	k := s.of(id, bears)
+	if k == nil {
+		return nil, id, noKey(text, id)
+	}
+	plain, err := k.meta.Open(nil, sealed[at:at+12], sealed[at+12:], []byte(magic+"\x00"+what))
+	if err != nil {
+		return nil, k.id, damaged("%s does not authenticate", text)
+	}
+	return plain, k.id, nil
 }
 
 // chunkHash says which chunks are equal, to those who have the organization's key.

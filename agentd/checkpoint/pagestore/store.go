@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -19,7 +20,7 @@ import (
 // Options say where a store lies and what it may use.
 type Options struct {
 	Dir    string       // made if missing, 0700; on a file system of its own choice
-	Key    Key          // the host's; without it nothing can be read again
+	Key    Key          // the host's; without it nothing can be read again. Unused if LoadRing is set
 	Logger *slog.Logger // required
 
 	// Limit bounds what the store takes on disk, in bytes; Put refuses what would
@@ -31,6 +32,12 @@ type Options struct {
 	// Workers is how many goroutines hash, compress and encrypt for one Put or
 	// Restore. Zero means as many as processors, at most 8.
 	Workers int
+
+	// LoadRing returns the host's keys, once, when the store is locked; SaveRing makes what
+	// it is called with durable in their place before it returns. Without them there is Key
+	// alone and no rotation.
+	LoadRing func() (*Ring, error)
+	SaveRing func(*Ring) error
 
 	files fileSystem // tests only; nil means the disk
 }
@@ -52,6 +59,12 @@ type Store struct {
 	mu     sync.Mutex // above every orgStore.mu
 	orgs   map[string]*orgStore
 	closed bool
+	ring   *Ring
+	// rotations counts them since Open, so that it can be told what began before one.
+	rotations int
+	// unsure is why the ring on disk may be another than ring: then no organization is
+	// added, whose chunks' hashes would depend on which one it is.
+	unsure error
 	busy   sync.WaitGroup // calls under way
 }
 
@@ -61,7 +74,7 @@ type orgStore struct {
 	fs    fileSystem
 	name  string
 	dir   string
-	keys  keys
+	set   atomic.Pointer[keyset]
 
 	collecting sync.Mutex // one Collect at a time; above mu
 
@@ -79,6 +92,10 @@ type point struct {
 	rec     *record // nil while it is being stored, and if it is damaged
 	damage  error   // why rec is nil
 	storing bool
+	since   int // storing: Store.rotations when it began
+	// metaKey and filesKey are the keys of the ring that its files are sealed with.
+	metaKey, filesKey keyID
+
 	readers int // Restore, Export and Verify calls; it can't be deleted meanwhile
 }
 
@@ -87,9 +104,10 @@ type packInfo struct {
 	id      packID
 	num     uint32
 	size    int64
-	pins    int  // Puts that found chunks in it and are not committed yet
-	pending bool // of a Put that is not committed yet
-	edition int  // grows whenever chunks of it are dropped
+	pins    int   // Puts that found chunks in it and are not committed yet
+	pending bool  // of a Put that is not committed yet
+	key     keyID // of the ring
+	edition int   // grows whenever chunks of it are dropped
 
 	damaged   bool // Verify said so: no new checkpoint may lean on it
 	rewriting bool // its file may still list chunks that are to be dropped
@@ -114,11 +132,24 @@ func Open(o Options) (*Store, error) {
 			return nil, err
 		}
 	}
+	if err := s.loadRing(); err != nil {
+		s.unlock()
+		return nil, err
+	}
 	if err := s.load(); err != nil {
 		s.unlock()
 		return nil, fmt.Errorf("open the checkpoint store %s: %w", o.Dir, err)
 	}
 	return s, nil
+}
+
+func (s *Store) loadRing() (err error) {
+	if s.opts.LoadRing != nil {
+		s.ring, err = s.opts.LoadRing()
+	} else {
+		s.ring, err = ringOf(s.opts.Key, time.Now())
+	}
+	return err
 }
 
 func (s *Store) takeLock() error {
@@ -184,6 +215,9 @@ func (s *Store) organization(name string, create bool) (*orgStore, error) {
 	if o := s.orgs[name]; o != nil || !create {
 		return o, nil
 	}
+	if s.unsure != nil {
+		return nil, fmt.Errorf("the checkpoint key could not be saved when it was rotated: rotate it again, or restart agentd (%w)", s.unsure)
+	}
 	o, err := s.newOrg(name)
 	if err != nil {
 		return nil, err
@@ -202,16 +236,22 @@ func (s *Store) organization(name string, create bool) (*orgStore, error) {
 	return o, nil
 }
 
+// newOrg makes an organization's part; the caller holds mu, or is Open.
 func (s *Store) newOrg(name string) (*orgStore, error) {
-	k, err := deriveKeys(s.opts.Key, name)
+	set, err := s.ring.derive(name)
 	if err != nil {
 		return nil, err
 	}
-	return &orgStore{
-		store: s, fs: s.fs, name: name, dir: filepath.Join(s.opts.Dir, name), keys: k,
+	o := &orgStore{
+		store: s, fs: s.fs, name: name, dir: filepath.Join(s.opts.Dir, name),
 		points: map[ID]*point{}, packs: map[packID]*packInfo{}, index: newIndex(s.opts.IndexChunks),
-	}, nil
+	}
+	o.set.Store(set)
+	return o, nil
 }
+
+// keyset are the organization's keys as they are now.
+func (o *orgStore) keyset() *keyset { return o.set.Load() }
 
 func (o *orgStore) packDir() string  { return filepath.Join(o.dir, "packs") }
 func (o *orgStore) pointDir() string { return filepath.Join(o.dir, "checkpoints") }
@@ -274,7 +314,11 @@ func (o *orgStore) load() error {
 			continue
 		}
 		if id, ok := parsePackName(e.name); ok {
-			o.addPackLocked(id).size = e.size
+			info := o.addPackLocked(id)
+			info.size = e.size
+			if info.key, err = o.sealerOf(filepath.Join(o.packDir(), e.name), packMagic); err != nil {
+				return err
+			}
 			o.store.used.Add(e.size)
 		}
 	}
@@ -315,13 +359,43 @@ func (o *orgStore) loadPoint(id ID) error {
 	case err != nil:
 		return err
 	default:
-		p.rec, p.damage = o.unsealRecord(id, sealed)
+		p.rec, p.metaKey, p.damage = o.unsealRecord(id, sealed)
 	}
 	if p.damage != nil {
 		o.store.log.Error("a checkpoint is damaged", "checkpoint", id, "organization", o.name, "err", p.damage)
 	}
 	o.points[id] = p
+	if p.filesKey, err = o.sealerOf(o.filesPath(id), filesMagic); err != nil {
+		return err
+	}
 	return nil
+}
+
+// sealerOf reads which key sealed a file. Where the ring has one alone, it is that one; of
+// a file that is missing or not ours it is none, the zero id.
+func (o *orgStore) sealerOf(path, magic string) (keyID, error) {
+	set := o.keyset()
+	if len(set.byID) == 1 {
+		return set.newest.id, nil
+	}
+	f, err := o.fs.open(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return keyID{}, nil
+	} else if err != nil {
+		return keyID{}, err
+	}
+	defer f.Close() //nolint:errcheck // only read
+	head := make([]byte, len(magic)+len(keyID{}))
+	if err := readAt(f, head, 0); errors.Is(err, ErrDamaged) {
+		return keyID{}, nil
+	} else if err != nil {
+		return keyID{}, err
+	}
+	id, bears, _, ok := sealedBy(magic, head)
+	if k := set.of(id, bears); ok && k != nil {
+		return k.id, nil
+	}
+	return keyID{}, nil
 }
 
 func (o *orgStore) metaPath(id ID) string {
@@ -377,6 +451,25 @@ func (s *Store) read(id ID) (o *orgStore, rec record, done func(), err error) {
 
 // loadFiles reads and authenticates what a checkpoint is made of.
 func (o *orgStore) loadFiles(rec *record) (*manifest, error) {
+	for {
+		set := o.keyset()
+		plain, err := o.readFiles(set, rec)
+		if errors.Is(err, errNoKey) && o.keyset() != set {
+			continue // it was sealed anew meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		m, err := decodeManifest(plain)
+		if err != nil {
+			return nil, damaged("%s", err)
+		}
+		return m, nil
+	}
+}
+
+// readFiles reads what loadFiles decodes.
+func (o *orgStore) readFiles(set *keyset, rec *record) ([]byte, error) {
 	sealed, err := readWhole(o.fs, o.filesPath(rec.ID), maxFiles)
 	if err != nil {
 		if errors.Is(err, os.ErrNotExist) || errors.Is(err, errTooLarge) || errors.Is(err, ErrDamaged) {
@@ -384,13 +477,6 @@ func (o *orgStore) loadFiles(rec *record) (*manifest, error) {
 		}
 		return nil, err
 	}
-	plain, ok := o.keys.unseal(filesMagic, o.place(rec.ID)+"\x00"+rec.Files, sealed)
-	if !ok {
-		return nil, damaged("its list of files does not authenticate")
-	}
-	m, err := decodeManifest(plain)
-	if err != nil {
-		return nil, damaged("%s", err)
-	}
-	return m, nil
+	plain, _, err := set.unseal(filesMagic, o.place(rec.ID)+"\x00"+rec.Files, "its list of files", sealed)
+	return plain, err
 }

@@ -139,7 +139,7 @@ func (o *orgStore) verifyPack(ctx context.Context, id packID, s *scratch) (*veri
 		v.all = err
 		return v, nil
 	}
-	h := newHasher(&o.keys)
+	h := newHasher(o.keyset().newest)
 	for n := range p.segs {
 		if err := ctx.Err(); err != nil {
 			return nil, err
