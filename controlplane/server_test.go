@@ -360,6 +360,7 @@ func TestOtherOrganizations(t *testing.T) {
 			"cancel":       second(queriesOf.CancelQuery(ctx, connect.NewRequest(&posternv1.CancelOrganizationQueryRequest{QueryId: outcome.QueryId}))),
 			"revoke key":   second(posternv1connect.NewKeyServiceClient(other, s.url).RevokeKey(ctx, connect.NewRequest(&posternv1.RevokeKeyRequest{KeyId: key.ID}))),
 			"revoke token": second(posternv1connect.NewTokenServiceClient(other, s.url).RevokeToken(ctx, connect.NewRequest(&posternv1.RevokeTokenRequest{Token: strings.Split(s.token, "_")[1]}))),
+			"rotate token": second(posternv1connect.NewTokenServiceClient(other, s.url).RotateToken(ctx, connect.NewRequest(&posternv1.RotateTokenRequest{Token: strings.Split(s.token, "_")[1]}))),
 			"list orgs":    second(orgsOf.ListOrganizations(ctx, connect.NewRequest(&posternv1.ListOrganizationsRequest{}))),
 			"disable org":  second(orgsOf.SetOrganizationDisabled(ctx, connect.NewRequest(&posternv1.SetOrganizationDisabledRequest{Organization: "default", Disabled: true}))),
 		} {

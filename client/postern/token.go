@@ -120,7 +120,7 @@ func (a *app) tokenCommand() *cobra.Command {
 			})
 		},
 	}
-	return group("token", "Make, list and revoke API tokens", create, list, revoke)
+	return group("token", "Make, list, rotate and revoke API tokens", create, list, a.tokenRotateCommand(), revoke)
 }
 
 func (a *app) keyCommand() *cobra.Command {

@@ -75,6 +75,9 @@ type Tokens interface {
 	// Create makes a token and returns its text, which is not stored.
 	Create(ctx context.Context, organization, name, role string, ttl time.Duration) (*posternv1.Token, string, error)
 	Revoke(ctx context.Context, organization, idOrName string) (*posternv1.Token, error)
+	// Rotate gives a token a new secret, whose text it returns, with the time until which the
+	// one of before is good. A ttl of 0 is 90 days, or without end as before.
+	Rotate(ctx context.Context, organization, idOrName string, overlap, ttl time.Duration) (*posternv1.Token, string, time.Time, error)
 }
 
 // Keys makes registration keys.

@@ -94,6 +94,7 @@ var needed = map[string]string{
 	posternv1connect.TokenServiceCreateTokenProcedure:                    "admin",
 	posternv1connect.TokenServiceListTokensProcedure:                     "admin",
 	posternv1connect.TokenServiceRevokeTokenProcedure:                    "admin",
+	posternv1connect.TokenServiceRotateTokenProcedure:                    "admin",
 	posternv1connect.OrganizationServiceCreateOrganizationProcedure:      "admin",
 	posternv1connect.OrganizationServiceListOrganizationsProcedure:       "admin",
 	posternv1connect.OrganizationServiceSetOrganizationDisabledProcedure: "admin",

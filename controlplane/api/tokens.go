@@ -81,3 +81,29 @@ func (a *API) RevokeToken(ctx context.Context, req *connect.Request[posternv1.Re
 		return &posternv1.RevokeTokenResponse{Token: token}, nil
 	})
 }
+
+// defaultOverlap is how long a rotated token's old secret is good.
+const defaultOverlap = time.Hour
+
+// RotateToken implements TokenService.
+func (a *API) RotateToken(ctx context.Context, req *connect.Request[posternv1.RotateTokenRequest]) (*connect.Response[posternv1.RotateTokenResponse], error) {
+	return call(ctx, a, func(c Caller) (*posternv1.RotateTokenResponse, error) {
+		overlap, ttl := defaultOverlap, time.Duration(0)
+		if req.Msg.Overlap != nil {
+			overlap = req.Msg.Overlap.AsDuration()
+		}
+		if req.Msg.Ttl != nil {
+			if ttl = req.Msg.Ttl.AsDuration(); ttl < time.Minute || ttl > maxTokenTTL {
+				return nil, proto.Errorf(proto.CodeInvalid, "a token's life must be between 1m and %s, not %s", maxTokenTTL, ttl)
+			}
+		}
+		token, secret, until, err := a.cfg.Tokens.Rotate(ctx, c.Organization, req.Msg.Token, overlap, ttl)
+		if err != nil {
+			return nil, err
+		}
+		if err := a.audit(ctx, c, auditchain.Entry{Action: "token.rotate", Target: token.Id + " " + token.Name}); err != nil {
+			return nil, err
+		}
+		return &posternv1.RotateTokenResponse{Token: token, Secret: secret, FormerUntil: timestamppb.New(until)}, nil
+	})
+}

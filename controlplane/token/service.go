@@ -33,6 +33,11 @@ type Store interface {
 	// TokenByID returns NOT_FOUND for an unknown one, and one of any state else.
 	TokenByID(ctx context.Context, id string) (*posternv1.Organization, *posternv1.Token, [sha256.Size]byte, error)
 	RevokeToken(ctx context.Context, organization, idOrName string, now time.Time) (*posternv1.Token, error)
+	// RotateToken replaces a token's secret: see store.Store.
+	RotateToken(ctx context.Context, organization, idOrName string, hash [sha256.Size]byte, formerUntil, expires time.Time, endless bool) (*posternv1.Token, time.Time, error)
+	// FormerSecret returns what a token's secret was before its last rotation, and until when
+	// it is good; zero values if there is none.
+	FormerSecret(ctx context.Context, id string) ([sha256.Size]byte, time.Time, error)
 	TouchToken(ctx context.Context, id string, now time.Time) error
 	CountAdmins(ctx context.Context, organization string, now time.Time) (int, error)
 	EnsureDefaultOrganization(ctx context.Context, now time.Time) (*posternv1.Organization, error)
@@ -205,11 +210,23 @@ func (s *Service) look(ctx context.Context, text string, now time.Time) (Princip
 		return Principal{}, err
 	}
 	got := token.Hash()
+	good := subtle.ConstantTimeCompare(got[:], want[:]) == 1 && err == nil
+	var until time.Time // of a secret that was replaced
+	if !good {
+		former, end, ferr := s.cfg.Store.FormerSecret(ctx, token.ID)
+		if ferr != nil {
+			return Principal{}, ferr
+		}
+		good = subtle.ConstantTimeCompare(got[:], former[:]) == 1 && err == nil && !end.IsZero()
+		until = end
+	}
 	switch {
-	case subtle.ConstantTimeCompare(got[:], want[:]) != 1 || err != nil:
+	case !good:
 		return Principal{}, unknown()
 	case t.Revoked != nil:
 		return Principal{}, proto.Errorf(proto.CodeUnauthenticated, "API token %s was revoked on %s: %s", t.Name, at(t.Revoked), another)
+	case ended(until, now):
+		return Principal{}, proto.Errorf(proto.CodeUnauthenticated, "API token %s was rotated, and this secret of it ended on %s: use the new one, or ask an admin for another (`postern token rotate`)", t.Name, at(timestamppb.New(until)))
 	case t.Expires != nil && ended(t.Expires.AsTime(), now):
 		return Principal{}, proto.Errorf(proto.CodeUnauthenticated, "API token %s expired on %s: %s", t.Name, at(t.Expires), another)
 	case org.Disabled:
@@ -224,6 +241,9 @@ func (s *Service) look(ctx context.Context, text string, now time.Time) (Princip
 	}
 	if t.Expires != nil {
 		p.Expires = t.Expires.AsTime()
+	}
+	if !until.IsZero() && (p.Expires.IsZero() || until.Before(p.Expires)) {
+		p.Expires = until
 	}
 	return p, nil
 }

@@ -185,6 +185,116 @@ func TestAuthenticate(t *testing.T) {
 	})
 }
 
+func TestRotate(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, s *store.Store) {
+		c := &clock{at: time.Unix(1_800_000_000, 0)}
+		service := token.New(token.Config{Store: s, Now: c.now})
+		if _, err := s.EnsureDefaultOrganization(ctx, c.now()); err != nil {
+			t.Fatal(err)
+		}
+		org := store.DefaultOrganizationID
+		made, first, err := service.Create(ctx, org, "ci", "analyst", 24*time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		good := func(text string) token.Principal {
+			t.Helper()
+			p, err := service.Authenticate(ctx, text, "")
+			if err != nil || p.TokenId != made.Id || p.Role != "analyst" || p.TokenName != "ci" {
+				t.Fatalf("got %+v, %v", p, err)
+			}
+			return p
+		}
+		bad := func(text, why string) {
+			t.Helper()
+			_, err := service.Authenticate(ctx, text, "")
+			wantCode(t, err, proto.CodeUnauthenticated)
+			if err == nil || !strings.Contains(err.Error(), why) || strings.Contains(err.Error(), "\n") {
+				t.Errorf("got %v, want %s", err, why)
+			}
+		}
+		good(first)
+		now, second, until, err := service.Rotate(ctx, org, "ci", time.Hour, 0)
+		if err != nil || now.Id != made.Id || now.Role != "analyst" || second == first || !until.Equal(c.now().Add(time.Hour)) ||
+			!now.Expires.AsTime().Equal(c.now().Add(90*24*time.Hour)) {
+			t.Fatalf("got %v until %v, %v", now, until, err)
+		}
+		if p := good(first); !p.Expires.Equal(until) {
+			t.Errorf("the old secret ends at %v, want %v", p.Expires, until)
+		}
+		if p := good(second); !p.Expires.Equal(now.Expires.AsTime()) {
+			t.Errorf("the new secret ends at %v", p.Expires)
+		}
+		c.advance(59 * time.Minute)
+		good(first)
+		c.advance(time.Minute) // and no cache serves it longer
+		bad(first, "was rotated")
+		good(second)
+
+		// At most two are good; without an overlap one is, at once.
+		_, third, _, err := service.Rotate(ctx, org, made.Id, time.Hour, time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad(first, "does not know")
+		_, fourth, _, err := service.Rotate(ctx, org, "ci", 0, 2*time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		bad(second, "does not know")
+		bad(third, "was rotated")
+		good(fourth)
+
+		// The old secret never outlives what it would have had.
+		c.advance(90 * time.Minute)
+		_, fifth, until, err := service.Rotate(ctx, org, "ci", 24*time.Hour, 0)
+		if err != nil || !until.Equal(c.now().Add(30*time.Minute)) {
+			t.Errorf("the old secret ends at %v, %v", until, err)
+		}
+		c.advance(30 * time.Minute)
+		bad(fourth, "was rotated")
+		good(fifth)
+
+		// Revoked, both end, and it can't be rotated.
+		_, sixth, _, err := service.Rotate(ctx, org, "ci", time.Hour, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := service.Revoke(ctx, org, "ci"); err != nil {
+			t.Fatal(err)
+		}
+		bad(fifth, "revoked")
+		bad(sixth, "revoked")
+		for _, name := range []string{"ci", made.Id, "nobody"} {
+			_, _, _, err = service.Rotate(ctx, org, name, 0, 0)
+			wantCode(t, err, proto.CodeNotFound)
+		}
+		for _, wrong := range [][2]time.Duration{{-1, 0}, {token.MaxOverlap + 1, 0}, {0, -1}, {0, 20 * 365 * 24 * time.Hour}} {
+			_, _, _, err = service.Rotate(ctx, org, "ci", wrong[0], wrong[1])
+			wantCode(t, err, proto.CodeInvalid)
+		}
+	})
+}
+
+func TestRotateKeepsOneWithoutEnd(t *testing.T) {
+	s := storetest.SQLite(t)
+	service := token.New(token.Config{Store: s})
+	file := filepath.Join(t.TempDir(), "admin.token")
+	if _, err := service.Bootstrap(ctx, file); err != nil {
+		t.Fatal(err)
+	}
+	got, text, _, err := service.Rotate(ctx, store.DefaultOrganizationID, "admin", 0, 0)
+	if err != nil || got.Expires != nil {
+		t.Fatalf("got %v, %v", got, err)
+	}
+	if p, err := service.Authenticate(ctx, text, ""); err != nil || !p.Expires.IsZero() {
+		t.Errorf("got %+v, %v", p, err)
+	}
+	if got, _, _, err = service.Rotate(ctx, store.DefaultOrganizationID, "admin", 0, time.Hour); err != nil || got.Expires == nil {
+		t.Errorf("with an end: got %v, %v", got, err)
+	}
+}
+
 func TestExpiryEndsTheCache(t *testing.T) {
 	s := storetest.SQLite(t)
 	c := &clock{at: time.Now().Truncate(time.Millisecond)}

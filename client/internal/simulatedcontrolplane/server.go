@@ -172,6 +172,17 @@ func (s *Server) ListTokens(context.Context, *connect.Request[posternv1.ListToke
 	}}, nil)
 }
 
+// RotateToken implements TokenService.
+func (s *Server) RotateToken(_ context.Context, req *connect.Request[posternv1.RotateTokenRequest]) (*connect.Response[posternv1.RotateTokenResponse], error) {
+	if req.Msg.Token != "notebooks" {
+		return respond[posternv1.RotateTokenResponse](nil, proto.Errorf(proto.CodeNotFound, "no token %q: see `postern token list`", req.Msg.Token))
+	}
+	return respond(&posternv1.RotateTokenResponse{
+		Token: &posternv1.Token{Id: "tok_2", Name: "notebooks", Role: "analyst", Created: at(0, 30), Expires: at(2, 0)}, Secret: "rotated-secret",
+		FormerUntil: timestamppb.New(at(1, 0).AsTime().Add(req.Msg.Overlap.AsDuration())),
+	}, nil)
+}
+
 // RevokeToken implements TokenService.
 func (s *Server) RevokeToken(_ context.Context, req *connect.Request[posternv1.RevokeTokenRequest]) (*connect.Response[posternv1.RevokeTokenResponse], error) {
 	if req.Msg.Token != "notebooks" {

@@ -521,6 +521,131 @@ func (x *RevokeTokenResponse) GetToken() *Token {
 	return nil
 }
 
+type RotateTokenRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Id or name.
+	Token string `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// How long the secret of before is good, 0 to 30 days. Absent: 1 hour.
+	Overlap *durationpb.Duration `protobuf:"bytes,2,opt,name=overlap,proto3" json:"overlap,omitempty"`
+	// How long the token lives from now on. Absent: 90 days, or without end as before.
+	Ttl           *durationpb.Duration `protobuf:"bytes,3,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateTokenRequest) Reset() {
+	*x = RotateTokenRequest{}
+	mi := &file_postern_v1_api_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateTokenRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateTokenRequest) ProtoMessage() {}
+
+func (x *RotateTokenRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateTokenRequest.ProtoReflect.Descriptor instead.
+func (*RotateTokenRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *RotateTokenRequest) GetToken() string {
+	if x != nil {
+		return x.Token
+	}
+	return ""
+}
+
+func (x *RotateTokenRequest) GetOverlap() *durationpb.Duration {
+	if x != nil {
+		return x.Overlap
+	}
+	return nil
+}
+
+func (x *RotateTokenRequest) GetTtl() *durationpb.Duration {
+	if x != nil {
+		return x.Ttl
+	}
+	return nil
+}
+
+type RotateTokenResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Token *Token                 `protobuf:"bytes,1,opt,name=token,proto3" json:"token,omitempty"`
+	// Shown this once; only a hash is stored.
+	Secret string `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
+	// When the secret of before ends.
+	FormerUntil   *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=former_until,json=formerUntil,proto3" json:"former_until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RotateTokenResponse) Reset() {
+	*x = RotateTokenResponse{}
+	mi := &file_postern_v1_api_proto_msgTypes[10]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RotateTokenResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RotateTokenResponse) ProtoMessage() {}
+
+func (x *RotateTokenResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_api_proto_msgTypes[10]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RotateTokenResponse.ProtoReflect.Descriptor instead.
+func (*RotateTokenResponse) Descriptor() ([]byte, []int) {
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{10}
+}
+
+func (x *RotateTokenResponse) GetToken() *Token {
+	if x != nil {
+		return x.Token
+	}
+	return nil
+}
+
+func (x *RotateTokenResponse) GetSecret() string {
+	if x != nil {
+		return x.Secret
+	}
+	return ""
+}
+
+func (x *RotateTokenResponse) GetFormerUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.FormerUntil
+	}
+	return nil
+}
+
 type Key struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -537,7 +662,7 @@ type Key struct {
 
 func (x *Key) Reset() {
 	*x = Key{}
-	mi := &file_postern_v1_api_proto_msgTypes[9]
+	mi := &file_postern_v1_api_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -549,7 +674,7 @@ func (x *Key) String() string {
 func (*Key) ProtoMessage() {}
 
 func (x *Key) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[9]
+	mi := &file_postern_v1_api_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -562,7 +687,7 @@ func (x *Key) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Key.ProtoReflect.Descriptor instead.
 func (*Key) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{9}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *Key) GetId() string {
@@ -634,7 +759,7 @@ type CreateKeyRequest struct {
 
 func (x *CreateKeyRequest) Reset() {
 	*x = CreateKeyRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[10]
+	mi := &file_postern_v1_api_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -646,7 +771,7 @@ func (x *CreateKeyRequest) String() string {
 func (*CreateKeyRequest) ProtoMessage() {}
 
 func (x *CreateKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[10]
+	mi := &file_postern_v1_api_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -659,7 +784,7 @@ func (x *CreateKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKeyRequest.ProtoReflect.Descriptor instead.
 func (*CreateKeyRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{10}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *CreateKeyRequest) GetTtl() *durationpb.Duration {
@@ -694,7 +819,7 @@ type CreateKeyResponse struct {
 
 func (x *CreateKeyResponse) Reset() {
 	*x = CreateKeyResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[11]
+	mi := &file_postern_v1_api_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -706,7 +831,7 @@ func (x *CreateKeyResponse) String() string {
 func (*CreateKeyResponse) ProtoMessage() {}
 
 func (x *CreateKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[11]
+	mi := &file_postern_v1_api_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -719,7 +844,7 @@ func (x *CreateKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateKeyResponse.ProtoReflect.Descriptor instead.
 func (*CreateKeyResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{11}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *CreateKeyResponse) GetKey() *Key {
@@ -744,7 +869,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[12]
+	mi := &file_postern_v1_api_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -756,7 +881,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[12]
+	mi := &file_postern_v1_api_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -769,7 +894,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{12}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{14}
 }
 
 type ListKeysResponse struct {
@@ -781,7 +906,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[13]
+	mi := &file_postern_v1_api_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -793,7 +918,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[13]
+	mi := &file_postern_v1_api_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -806,7 +931,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{13}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *ListKeysResponse) GetKeys() []*Key {
@@ -825,7 +950,7 @@ type RevokeKeyRequest struct {
 
 func (x *RevokeKeyRequest) Reset() {
 	*x = RevokeKeyRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[14]
+	mi := &file_postern_v1_api_proto_msgTypes[16]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -837,7 +962,7 @@ func (x *RevokeKeyRequest) String() string {
 func (*RevokeKeyRequest) ProtoMessage() {}
 
 func (x *RevokeKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[14]
+	mi := &file_postern_v1_api_proto_msgTypes[16]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -850,7 +975,7 @@ func (x *RevokeKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKeyRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKeyRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{14}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{16}
 }
 
 func (x *RevokeKeyRequest) GetKeyId() string {
@@ -869,7 +994,7 @@ type RevokeKeyResponse struct {
 
 func (x *RevokeKeyResponse) Reset() {
 	*x = RevokeKeyResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[15]
+	mi := &file_postern_v1_api_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -881,7 +1006,7 @@ func (x *RevokeKeyResponse) String() string {
 func (*RevokeKeyResponse) ProtoMessage() {}
 
 func (x *RevokeKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[15]
+	mi := &file_postern_v1_api_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -894,7 +1019,7 @@ func (x *RevokeKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKeyResponse.ProtoReflect.Descriptor instead.
 func (*RevokeKeyResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{15}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RevokeKeyResponse) GetKey() *Key {
@@ -930,7 +1055,7 @@ type Agent struct {
 
 func (x *Agent) Reset() {
 	*x = Agent{}
-	mi := &file_postern_v1_api_proto_msgTypes[16]
+	mi := &file_postern_v1_api_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -942,7 +1067,7 @@ func (x *Agent) String() string {
 func (*Agent) ProtoMessage() {}
 
 func (x *Agent) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[16]
+	mi := &file_postern_v1_api_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -955,7 +1080,7 @@ func (x *Agent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agent.ProtoReflect.Descriptor instead.
 func (*Agent) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{16}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *Agent) GetId() string {
@@ -1090,7 +1215,7 @@ type LinkEvent struct {
 
 func (x *LinkEvent) Reset() {
 	*x = LinkEvent{}
-	mi := &file_postern_v1_api_proto_msgTypes[17]
+	mi := &file_postern_v1_api_proto_msgTypes[19]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1102,7 +1227,7 @@ func (x *LinkEvent) String() string {
 func (*LinkEvent) ProtoMessage() {}
 
 func (x *LinkEvent) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[17]
+	mi := &file_postern_v1_api_proto_msgTypes[19]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1115,7 +1240,7 @@ func (x *LinkEvent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use LinkEvent.ProtoReflect.Descriptor instead.
 func (*LinkEvent) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{17}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{19}
 }
 
 func (x *LinkEvent) GetTime() *timestamppb.Timestamp {
@@ -1147,7 +1272,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[18]
+	mi := &file_postern_v1_api_proto_msgTypes[20]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1159,7 +1284,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[18]
+	mi := &file_postern_v1_api_proto_msgTypes[20]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1172,7 +1297,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{18}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{20}
 }
 
 type ListAgentsResponse struct {
@@ -1184,7 +1309,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[19]
+	mi := &file_postern_v1_api_proto_msgTypes[21]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1196,7 +1321,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[19]
+	mi := &file_postern_v1_api_proto_msgTypes[21]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1209,7 +1334,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{19}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{21}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*Agent {
@@ -1229,7 +1354,7 @@ type GetAgentRequest struct {
 
 func (x *GetAgentRequest) Reset() {
 	*x = GetAgentRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[20]
+	mi := &file_postern_v1_api_proto_msgTypes[22]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1241,7 +1366,7 @@ func (x *GetAgentRequest) String() string {
 func (*GetAgentRequest) ProtoMessage() {}
 
 func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[20]
+	mi := &file_postern_v1_api_proto_msgTypes[22]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1254,7 +1379,7 @@ func (x *GetAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentRequest.ProtoReflect.Descriptor instead.
 func (*GetAgentRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{20}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{22}
 }
 
 func (x *GetAgentRequest) GetAgent() string {
@@ -1273,7 +1398,7 @@ type GetAgentResponse struct {
 
 func (x *GetAgentResponse) Reset() {
 	*x = GetAgentResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[21]
+	mi := &file_postern_v1_api_proto_msgTypes[23]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1285,7 +1410,7 @@ func (x *GetAgentResponse) String() string {
 func (*GetAgentResponse) ProtoMessage() {}
 
 func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[21]
+	mi := &file_postern_v1_api_proto_msgTypes[23]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1298,7 +1423,7 @@ func (x *GetAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetAgentResponse.ProtoReflect.Descriptor instead.
 func (*GetAgentResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{21}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{23}
 }
 
 func (x *GetAgentResponse) GetAgent() *Agent {
@@ -1320,7 +1445,7 @@ type RevokeAgentRequest struct {
 
 func (x *RevokeAgentRequest) Reset() {
 	*x = RevokeAgentRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[22]
+	mi := &file_postern_v1_api_proto_msgTypes[24]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1332,7 +1457,7 @@ func (x *RevokeAgentRequest) String() string {
 func (*RevokeAgentRequest) ProtoMessage() {}
 
 func (x *RevokeAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[22]
+	mi := &file_postern_v1_api_proto_msgTypes[24]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1345,7 +1470,7 @@ func (x *RevokeAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAgentRequest.ProtoReflect.Descriptor instead.
 func (*RevokeAgentRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{22}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{24}
 }
 
 func (x *RevokeAgentRequest) GetAgent() string {
@@ -1371,7 +1496,7 @@ type RevokeAgentResponse struct {
 
 func (x *RevokeAgentResponse) Reset() {
 	*x = RevokeAgentResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[23]
+	mi := &file_postern_v1_api_proto_msgTypes[25]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1383,7 +1508,7 @@ func (x *RevokeAgentResponse) String() string {
 func (*RevokeAgentResponse) ProtoMessage() {}
 
 func (x *RevokeAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[23]
+	mi := &file_postern_v1_api_proto_msgTypes[25]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1396,7 +1521,7 @@ func (x *RevokeAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeAgentResponse.ProtoReflect.Descriptor instead.
 func (*RevokeAgentResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{23}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{25}
 }
 
 func (x *RevokeAgentResponse) GetAgent() *Agent {
@@ -1416,7 +1541,7 @@ type ListOrganizationSourcesRequest struct {
 
 func (x *ListOrganizationSourcesRequest) Reset() {
 	*x = ListOrganizationSourcesRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[24]
+	mi := &file_postern_v1_api_proto_msgTypes[26]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1428,7 +1553,7 @@ func (x *ListOrganizationSourcesRequest) String() string {
 func (*ListOrganizationSourcesRequest) ProtoMessage() {}
 
 func (x *ListOrganizationSourcesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[24]
+	mi := &file_postern_v1_api_proto_msgTypes[26]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1441,7 +1566,7 @@ func (x *ListOrganizationSourcesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrganizationSourcesRequest.ProtoReflect.Descriptor instead.
 func (*ListOrganizationSourcesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{24}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{26}
 }
 
 func (x *ListOrganizationSourcesRequest) GetAgent() string {
@@ -1462,7 +1587,7 @@ type OrganizationSource struct {
 
 func (x *OrganizationSource) Reset() {
 	*x = OrganizationSource{}
-	mi := &file_postern_v1_api_proto_msgTypes[25]
+	mi := &file_postern_v1_api_proto_msgTypes[27]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1474,7 +1599,7 @@ func (x *OrganizationSource) String() string {
 func (*OrganizationSource) ProtoMessage() {}
 
 func (x *OrganizationSource) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[25]
+	mi := &file_postern_v1_api_proto_msgTypes[27]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1487,7 +1612,7 @@ func (x *OrganizationSource) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OrganizationSource.ProtoReflect.Descriptor instead.
 func (*OrganizationSource) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{25}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{27}
 }
 
 func (x *OrganizationSource) GetAgent() string {
@@ -1520,7 +1645,7 @@ type ListOrganizationSourcesResponse struct {
 
 func (x *ListOrganizationSourcesResponse) Reset() {
 	*x = ListOrganizationSourcesResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[26]
+	mi := &file_postern_v1_api_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1532,7 +1657,7 @@ func (x *ListOrganizationSourcesResponse) String() string {
 func (*ListOrganizationSourcesResponse) ProtoMessage() {}
 
 func (x *ListOrganizationSourcesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[26]
+	mi := &file_postern_v1_api_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1545,7 +1670,7 @@ func (x *ListOrganizationSourcesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrganizationSourcesResponse.ProtoReflect.Descriptor instead.
 func (*ListOrganizationSourcesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{26}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *ListOrganizationSourcesResponse) GetSources() []*OrganizationSource {
@@ -1567,7 +1692,7 @@ type CheckOrganizationSourceRequest struct {
 
 func (x *CheckOrganizationSourceRequest) Reset() {
 	*x = CheckOrganizationSourceRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[27]
+	mi := &file_postern_v1_api_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1579,7 +1704,7 @@ func (x *CheckOrganizationSourceRequest) String() string {
 func (*CheckOrganizationSourceRequest) ProtoMessage() {}
 
 func (x *CheckOrganizationSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[27]
+	mi := &file_postern_v1_api_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1592,7 +1717,7 @@ func (x *CheckOrganizationSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckOrganizationSourceRequest.ProtoReflect.Descriptor instead.
 func (*CheckOrganizationSourceRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{27}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *CheckOrganizationSourceRequest) GetAgent() string {
@@ -1640,7 +1765,7 @@ type IntrospectSourceRequest struct {
 
 func (x *IntrospectSourceRequest) Reset() {
 	*x = IntrospectSourceRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[28]
+	mi := &file_postern_v1_api_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1652,7 +1777,7 @@ func (x *IntrospectSourceRequest) String() string {
 func (*IntrospectSourceRequest) ProtoMessage() {}
 
 func (x *IntrospectSourceRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[28]
+	mi := &file_postern_v1_api_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1665,7 +1790,7 @@ func (x *IntrospectSourceRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IntrospectSourceRequest.ProtoReflect.Descriptor instead.
 func (*IntrospectSourceRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{28}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *IntrospectSourceRequest) GetAgent() string {
@@ -1746,7 +1871,7 @@ type IntrospectSourceResponse struct {
 
 func (x *IntrospectSourceResponse) Reset() {
 	*x = IntrospectSourceResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[29]
+	mi := &file_postern_v1_api_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1758,7 +1883,7 @@ func (x *IntrospectSourceResponse) String() string {
 func (*IntrospectSourceResponse) ProtoMessage() {}
 
 func (x *IntrospectSourceResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[29]
+	mi := &file_postern_v1_api_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1771,7 +1896,7 @@ func (x *IntrospectSourceResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use IntrospectSourceResponse.ProtoReflect.Descriptor instead.
 func (*IntrospectSourceResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{29}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *IntrospectSourceResponse) GetSchemas() []*CatalogSchema {
@@ -1853,7 +1978,7 @@ type RunSQLRequest struct {
 
 func (x *RunSQLRequest) Reset() {
 	*x = RunSQLRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[30]
+	mi := &file_postern_v1_api_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1865,7 +1990,7 @@ func (x *RunSQLRequest) String() string {
 func (*RunSQLRequest) ProtoMessage() {}
 
 func (x *RunSQLRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[30]
+	mi := &file_postern_v1_api_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1878,7 +2003,7 @@ func (x *RunSQLRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RunSQLRequest.ProtoReflect.Descriptor instead.
 func (*RunSQLRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{30}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *RunSQLRequest) GetSql() string {
@@ -1950,7 +2075,7 @@ type OpenSQLSessionRequest struct {
 
 func (x *OpenSQLSessionRequest) Reset() {
 	*x = OpenSQLSessionRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[31]
+	mi := &file_postern_v1_api_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1962,7 +2087,7 @@ func (x *OpenSQLSessionRequest) String() string {
 func (*OpenSQLSessionRequest) ProtoMessage() {}
 
 func (x *OpenSQLSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[31]
+	mi := &file_postern_v1_api_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1975,7 +2100,7 @@ func (x *OpenSQLSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSQLSessionRequest.ProtoReflect.Descriptor instead.
 func (*OpenSQLSessionRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{31}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *OpenSQLSessionRequest) GetAgent() string {
@@ -2008,7 +2133,7 @@ type OpenSQLSessionResponse struct {
 
 func (x *OpenSQLSessionResponse) Reset() {
 	*x = OpenSQLSessionResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[32]
+	mi := &file_postern_v1_api_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2020,7 +2145,7 @@ func (x *OpenSQLSessionResponse) String() string {
 func (*OpenSQLSessionResponse) ProtoMessage() {}
 
 func (x *OpenSQLSessionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[32]
+	mi := &file_postern_v1_api_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2033,7 +2158,7 @@ func (x *OpenSQLSessionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use OpenSQLSessionResponse.ProtoReflect.Descriptor instead.
 func (*OpenSQLSessionResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{32}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *OpenSQLSessionResponse) GetSession() *SQLSession {
@@ -2054,7 +2179,7 @@ type CloseSQLSessionRequest struct {
 
 func (x *CloseSQLSessionRequest) Reset() {
 	*x = CloseSQLSessionRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[33]
+	mi := &file_postern_v1_api_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2066,7 +2191,7 @@ func (x *CloseSQLSessionRequest) String() string {
 func (*CloseSQLSessionRequest) ProtoMessage() {}
 
 func (x *CloseSQLSessionRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[33]
+	mi := &file_postern_v1_api_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2079,7 +2204,7 @@ func (x *CloseSQLSessionRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseSQLSessionRequest.ProtoReflect.Descriptor instead.
 func (*CloseSQLSessionRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{33}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *CloseSQLSessionRequest) GetAgent() string {
@@ -2104,7 +2229,7 @@ type CloseSQLSessionResponse struct {
 
 func (x *CloseSQLSessionResponse) Reset() {
 	*x = CloseSQLSessionResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[34]
+	mi := &file_postern_v1_api_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2116,7 +2241,7 @@ func (x *CloseSQLSessionResponse) String() string {
 func (*CloseSQLSessionResponse) ProtoMessage() {}
 
 func (x *CloseSQLSessionResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[34]
+	mi := &file_postern_v1_api_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2129,7 +2254,7 @@ func (x *CloseSQLSessionResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CloseSQLSessionResponse.ProtoReflect.Descriptor instead.
 func (*CloseSQLSessionResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{34}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{36}
 }
 
 type ListSQLSessionsRequest struct {
@@ -2142,7 +2267,7 @@ type ListSQLSessionsRequest struct {
 
 func (x *ListSQLSessionsRequest) Reset() {
 	*x = ListSQLSessionsRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[35]
+	mi := &file_postern_v1_api_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2154,7 +2279,7 @@ func (x *ListSQLSessionsRequest) String() string {
 func (*ListSQLSessionsRequest) ProtoMessage() {}
 
 func (x *ListSQLSessionsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[35]
+	mi := &file_postern_v1_api_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2167,7 +2292,7 @@ func (x *ListSQLSessionsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSQLSessionsRequest.ProtoReflect.Descriptor instead.
 func (*ListSQLSessionsRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{35}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *ListSQLSessionsRequest) GetAgent() string {
@@ -2188,7 +2313,7 @@ type ListSQLSessionsResponse struct {
 
 func (x *ListSQLSessionsResponse) Reset() {
 	*x = ListSQLSessionsResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[36]
+	mi := &file_postern_v1_api_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2200,7 +2325,7 @@ func (x *ListSQLSessionsResponse) String() string {
 func (*ListSQLSessionsResponse) ProtoMessage() {}
 
 func (x *ListSQLSessionsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[36]
+	mi := &file_postern_v1_api_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2213,7 +2338,7 @@ func (x *ListSQLSessionsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListSQLSessionsResponse.ProtoReflect.Descriptor instead.
 func (*ListSQLSessionsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{36}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *ListSQLSessionsResponse) GetSessions() []*SQLSession {
@@ -2254,7 +2379,7 @@ type Query struct {
 
 func (x *Query) Reset() {
 	*x = Query{}
-	mi := &file_postern_v1_api_proto_msgTypes[37]
+	mi := &file_postern_v1_api_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2266,7 +2391,7 @@ func (x *Query) String() string {
 func (*Query) ProtoMessage() {}
 
 func (x *Query) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[37]
+	mi := &file_postern_v1_api_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2279,7 +2404,7 @@ func (x *Query) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Query.ProtoReflect.Descriptor instead.
 func (*Query) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{37}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Query) GetId() string {
@@ -2384,7 +2509,7 @@ type ListQueriesRequest struct {
 
 func (x *ListQueriesRequest) Reset() {
 	*x = ListQueriesRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[38]
+	mi := &file_postern_v1_api_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2396,7 +2521,7 @@ func (x *ListQueriesRequest) String() string {
 func (*ListQueriesRequest) ProtoMessage() {}
 
 func (x *ListQueriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[38]
+	mi := &file_postern_v1_api_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2409,7 +2534,7 @@ func (x *ListQueriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQueriesRequest.ProtoReflect.Descriptor instead.
 func (*ListQueriesRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{38}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListQueriesRequest) GetLimit() uint32 {
@@ -2435,7 +2560,7 @@ type ListQueriesResponse struct {
 
 func (x *ListQueriesResponse) Reset() {
 	*x = ListQueriesResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[39]
+	mi := &file_postern_v1_api_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2447,7 +2572,7 @@ func (x *ListQueriesResponse) String() string {
 func (*ListQueriesResponse) ProtoMessage() {}
 
 func (x *ListQueriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[39]
+	mi := &file_postern_v1_api_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2460,7 +2585,7 @@ func (x *ListQueriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListQueriesResponse.ProtoReflect.Descriptor instead.
 func (*ListQueriesResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{39}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListQueriesResponse) GetQueries() []*Query {
@@ -2481,7 +2606,7 @@ type GetQueryRequest struct {
 
 func (x *GetQueryRequest) Reset() {
 	*x = GetQueryRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[40]
+	mi := &file_postern_v1_api_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2493,7 +2618,7 @@ func (x *GetQueryRequest) String() string {
 func (*GetQueryRequest) ProtoMessage() {}
 
 func (x *GetQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[40]
+	mi := &file_postern_v1_api_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2506,7 +2631,7 @@ func (x *GetQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetQueryRequest.ProtoReflect.Descriptor instead.
 func (*GetQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{40}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *GetQueryRequest) GetQueryId() string {
@@ -2534,7 +2659,7 @@ type GetQueryResponse struct {
 
 func (x *GetQueryResponse) Reset() {
 	*x = GetQueryResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[41]
+	mi := &file_postern_v1_api_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2546,7 +2671,7 @@ func (x *GetQueryResponse) String() string {
 func (*GetQueryResponse) ProtoMessage() {}
 
 func (x *GetQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[41]
+	mi := &file_postern_v1_api_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2559,7 +2684,7 @@ func (x *GetQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetQueryResponse.ProtoReflect.Descriptor instead.
 func (*GetQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{41}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *GetQueryResponse) GetQuery() *Query {
@@ -2585,7 +2710,7 @@ type CancelOrganizationQueryRequest struct {
 
 func (x *CancelOrganizationQueryRequest) Reset() {
 	*x = CancelOrganizationQueryRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[42]
+	mi := &file_postern_v1_api_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2597,7 +2722,7 @@ func (x *CancelOrganizationQueryRequest) String() string {
 func (*CancelOrganizationQueryRequest) ProtoMessage() {}
 
 func (x *CancelOrganizationQueryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[42]
+	mi := &file_postern_v1_api_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2610,7 +2735,7 @@ func (x *CancelOrganizationQueryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOrganizationQueryRequest.ProtoReflect.Descriptor instead.
 func (*CancelOrganizationQueryRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{42}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *CancelOrganizationQueryRequest) GetQueryId() string {
@@ -2629,7 +2754,7 @@ type CancelOrganizationQueryResponse struct {
 
 func (x *CancelOrganizationQueryResponse) Reset() {
 	*x = CancelOrganizationQueryResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[43]
+	mi := &file_postern_v1_api_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2641,7 +2766,7 @@ func (x *CancelOrganizationQueryResponse) String() string {
 func (*CancelOrganizationQueryResponse) ProtoMessage() {}
 
 func (x *CancelOrganizationQueryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[43]
+	mi := &file_postern_v1_api_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2654,7 +2779,7 @@ func (x *CancelOrganizationQueryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CancelOrganizationQueryResponse.ProtoReflect.Descriptor instead.
 func (*CancelOrganizationQueryResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{43}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *CancelOrganizationQueryResponse) GetQuery() *Query {
@@ -2678,7 +2803,7 @@ type ListAuditRequest struct {
 
 func (x *ListAuditRequest) Reset() {
 	*x = ListAuditRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[44]
+	mi := &file_postern_v1_api_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2690,7 +2815,7 @@ func (x *ListAuditRequest) String() string {
 func (*ListAuditRequest) ProtoMessage() {}
 
 func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[44]
+	mi := &file_postern_v1_api_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2703,7 +2828,7 @@ func (x *ListAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditRequest.ProtoReflect.Descriptor instead.
 func (*ListAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{44}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ListAuditRequest) GetFrom() uint64 {
@@ -2737,7 +2862,7 @@ type ListAuditResponse struct {
 
 func (x *ListAuditResponse) Reset() {
 	*x = ListAuditResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[45]
+	mi := &file_postern_v1_api_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2749,7 +2874,7 @@ func (x *ListAuditResponse) String() string {
 func (*ListAuditResponse) ProtoMessage() {}
 
 func (x *ListAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[45]
+	mi := &file_postern_v1_api_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2762,7 +2887,7 @@ func (x *ListAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAuditResponse.ProtoReflect.Descriptor instead.
 func (*ListAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{45}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *ListAuditResponse) GetEntries() [][]byte {
@@ -2782,7 +2907,7 @@ type VerifyAuditRequest struct {
 
 func (x *VerifyAuditRequest) Reset() {
 	*x = VerifyAuditRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[46]
+	mi := &file_postern_v1_api_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2794,7 +2919,7 @@ func (x *VerifyAuditRequest) String() string {
 func (*VerifyAuditRequest) ProtoMessage() {}
 
 func (x *VerifyAuditRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[46]
+	mi := &file_postern_v1_api_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2807,7 +2932,7 @@ func (x *VerifyAuditRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyAuditRequest.ProtoReflect.Descriptor instead.
 func (*VerifyAuditRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{46}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *VerifyAuditRequest) GetAgent() string {
@@ -2826,7 +2951,7 @@ type VerifyAuditResponse struct {
 
 func (x *VerifyAuditResponse) Reset() {
 	*x = VerifyAuditResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[47]
+	mi := &file_postern_v1_api_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2838,7 +2963,7 @@ func (x *VerifyAuditResponse) String() string {
 func (*VerifyAuditResponse) ProtoMessage() {}
 
 func (x *VerifyAuditResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[47]
+	mi := &file_postern_v1_api_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2851,7 +2976,7 @@ func (x *VerifyAuditResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use VerifyAuditResponse.ProtoReflect.Descriptor instead.
 func (*VerifyAuditResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{47}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *VerifyAuditResponse) GetReports() []*ChainReport {
@@ -2875,7 +3000,7 @@ type ChainReport struct {
 
 func (x *ChainReport) Reset() {
 	*x = ChainReport{}
-	mi := &file_postern_v1_api_proto_msgTypes[48]
+	mi := &file_postern_v1_api_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2887,7 +3012,7 @@ func (x *ChainReport) String() string {
 func (*ChainReport) ProtoMessage() {}
 
 func (x *ChainReport) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[48]
+	mi := &file_postern_v1_api_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2900,7 +3025,7 @@ func (x *ChainReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChainReport.ProtoReflect.Descriptor instead.
 func (*ChainReport) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{48}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *ChainReport) GetChain() string {
@@ -2943,7 +3068,7 @@ type Organization struct {
 
 func (x *Organization) Reset() {
 	*x = Organization{}
-	mi := &file_postern_v1_api_proto_msgTypes[49]
+	mi := &file_postern_v1_api_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2955,7 +3080,7 @@ func (x *Organization) String() string {
 func (*Organization) ProtoMessage() {}
 
 func (x *Organization) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[49]
+	mi := &file_postern_v1_api_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2968,7 +3093,7 @@ func (x *Organization) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Organization.ProtoReflect.Descriptor instead.
 func (*Organization) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{49}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *Organization) GetId() string {
@@ -3008,7 +3133,7 @@ type CreateOrganizationRequest struct {
 
 func (x *CreateOrganizationRequest) Reset() {
 	*x = CreateOrganizationRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[50]
+	mi := &file_postern_v1_api_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3020,7 +3145,7 @@ func (x *CreateOrganizationRequest) String() string {
 func (*CreateOrganizationRequest) ProtoMessage() {}
 
 func (x *CreateOrganizationRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[50]
+	mi := &file_postern_v1_api_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3033,7 +3158,7 @@ func (x *CreateOrganizationRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateOrganizationRequest.ProtoReflect.Descriptor instead.
 func (*CreateOrganizationRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{50}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *CreateOrganizationRequest) GetName() string {
@@ -3054,7 +3179,7 @@ type CreateOrganizationResponse struct {
 
 func (x *CreateOrganizationResponse) Reset() {
 	*x = CreateOrganizationResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[51]
+	mi := &file_postern_v1_api_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3066,7 +3191,7 @@ func (x *CreateOrganizationResponse) String() string {
 func (*CreateOrganizationResponse) ProtoMessage() {}
 
 func (x *CreateOrganizationResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[51]
+	mi := &file_postern_v1_api_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3079,7 +3204,7 @@ func (x *CreateOrganizationResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateOrganizationResponse.ProtoReflect.Descriptor instead.
 func (*CreateOrganizationResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{51}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *CreateOrganizationResponse) GetOrganization() *Organization {
@@ -3104,7 +3229,7 @@ type ListOrganizationsRequest struct {
 
 func (x *ListOrganizationsRequest) Reset() {
 	*x = ListOrganizationsRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[52]
+	mi := &file_postern_v1_api_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3116,7 +3241,7 @@ func (x *ListOrganizationsRequest) String() string {
 func (*ListOrganizationsRequest) ProtoMessage() {}
 
 func (x *ListOrganizationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[52]
+	mi := &file_postern_v1_api_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3129,7 +3254,7 @@ func (x *ListOrganizationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrganizationsRequest.ProtoReflect.Descriptor instead.
 func (*ListOrganizationsRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{52}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{54}
 }
 
 type ListOrganizationsResponse struct {
@@ -3141,7 +3266,7 @@ type ListOrganizationsResponse struct {
 
 func (x *ListOrganizationsResponse) Reset() {
 	*x = ListOrganizationsResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[53]
+	mi := &file_postern_v1_api_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3153,7 +3278,7 @@ func (x *ListOrganizationsResponse) String() string {
 func (*ListOrganizationsResponse) ProtoMessage() {}
 
 func (x *ListOrganizationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[53]
+	mi := &file_postern_v1_api_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3166,7 +3291,7 @@ func (x *ListOrganizationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListOrganizationsResponse.ProtoReflect.Descriptor instead.
 func (*ListOrganizationsResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{53}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *ListOrganizationsResponse) GetOrganizations() []*Organization {
@@ -3186,7 +3311,7 @@ type SetOrganizationDisabledRequest struct {
 
 func (x *SetOrganizationDisabledRequest) Reset() {
 	*x = SetOrganizationDisabledRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[54]
+	mi := &file_postern_v1_api_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3198,7 +3323,7 @@ func (x *SetOrganizationDisabledRequest) String() string {
 func (*SetOrganizationDisabledRequest) ProtoMessage() {}
 
 func (x *SetOrganizationDisabledRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[54]
+	mi := &file_postern_v1_api_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3211,7 +3336,7 @@ func (x *SetOrganizationDisabledRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrganizationDisabledRequest.ProtoReflect.Descriptor instead.
 func (*SetOrganizationDisabledRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{54}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *SetOrganizationDisabledRequest) GetOrganization() string {
@@ -3237,7 +3362,7 @@ type SetOrganizationDisabledResponse struct {
 
 func (x *SetOrganizationDisabledResponse) Reset() {
 	*x = SetOrganizationDisabledResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[55]
+	mi := &file_postern_v1_api_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3249,7 +3374,7 @@ func (x *SetOrganizationDisabledResponse) String() string {
 func (*SetOrganizationDisabledResponse) ProtoMessage() {}
 
 func (x *SetOrganizationDisabledResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[55]
+	mi := &file_postern_v1_api_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3262,7 +3387,7 @@ func (x *SetOrganizationDisabledResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SetOrganizationDisabledResponse.ProtoReflect.Descriptor instead.
 func (*SetOrganizationDisabledResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{55}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *SetOrganizationDisabledResponse) GetOrganization() *Organization {
@@ -3280,7 +3405,7 @@ type ShowCARequest struct {
 
 func (x *ShowCARequest) Reset() {
 	*x = ShowCARequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[56]
+	mi := &file_postern_v1_api_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3292,7 +3417,7 @@ func (x *ShowCARequest) String() string {
 func (*ShowCARequest) ProtoMessage() {}
 
 func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[56]
+	mi := &file_postern_v1_api_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3305,7 +3430,7 @@ func (x *ShowCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCARequest.ProtoReflect.Descriptor instead.
 func (*ShowCARequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{56}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{58}
 }
 
 type ShowCAResponse struct {
@@ -3317,7 +3442,7 @@ type ShowCAResponse struct {
 
 func (x *ShowCAResponse) Reset() {
 	*x = ShowCAResponse{}
-	mi := &file_postern_v1_api_proto_msgTypes[57]
+	mi := &file_postern_v1_api_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3329,7 +3454,7 @@ func (x *ShowCAResponse) String() string {
 func (*ShowCAResponse) ProtoMessage() {}
 
 func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[57]
+	mi := &file_postern_v1_api_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3342,7 +3467,7 @@ func (x *ShowCAResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ShowCAResponse.ProtoReflect.Descriptor instead.
 func (*ShowCAResponse) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{57}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *ShowCAResponse) GetAuthorities() []*Authority {
@@ -3369,7 +3494,7 @@ type Authority struct {
 
 func (x *Authority) Reset() {
 	*x = Authority{}
-	mi := &file_postern_v1_api_proto_msgTypes[58]
+	mi := &file_postern_v1_api_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3381,7 +3506,7 @@ func (x *Authority) String() string {
 func (*Authority) ProtoMessage() {}
 
 func (x *Authority) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[58]
+	mi := &file_postern_v1_api_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3394,7 +3519,7 @@ func (x *Authority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Authority.ProtoReflect.Descriptor instead.
 func (*Authority) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{58}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *Authority) GetFingerprint() string {
@@ -3449,7 +3574,7 @@ type RotateCARequest struct {
 
 func (x *RotateCARequest) Reset() {
 	*x = RotateCARequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[59]
+	mi := &file_postern_v1_api_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3461,7 +3586,7 @@ func (x *RotateCARequest) String() string {
 func (*RotateCARequest) ProtoMessage() {}
 
 func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[59]
+	mi := &file_postern_v1_api_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3474,7 +3599,7 @@ func (x *RotateCARequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateCARequest.ProtoReflect.Descriptor instead.
 func (*RotateCARequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{59}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *RotateCARequest) GetForce() bool {
@@ -3492,7 +3617,7 @@ type GetCAStatusRequest struct {
 
 func (x *GetCAStatusRequest) Reset() {
 	*x = GetCAStatusRequest{}
-	mi := &file_postern_v1_api_proto_msgTypes[60]
+	mi := &file_postern_v1_api_proto_msgTypes[62]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3504,7 +3629,7 @@ func (x *GetCAStatusRequest) String() string {
 func (*GetCAStatusRequest) ProtoMessage() {}
 
 func (x *GetCAStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[60]
+	mi := &file_postern_v1_api_proto_msgTypes[62]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3517,7 +3642,7 @@ func (x *GetCAStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetCAStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetCAStatusRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{60}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{62}
 }
 
 // CAStatus is how far a rotation of the certificate authority is.
@@ -3542,7 +3667,7 @@ type CAStatus struct {
 
 func (x *CAStatus) Reset() {
 	*x = CAStatus{}
-	mi := &file_postern_v1_api_proto_msgTypes[61]
+	mi := &file_postern_v1_api_proto_msgTypes[63]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3554,7 +3679,7 @@ func (x *CAStatus) String() string {
 func (*CAStatus) ProtoMessage() {}
 
 func (x *CAStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[61]
+	mi := &file_postern_v1_api_proto_msgTypes[63]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3567,7 +3692,7 @@ func (x *CAStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CAStatus.ProtoReflect.Descriptor instead.
 func (*CAStatus) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{61}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{63}
 }
 
 func (x *CAStatus) GetStage() string {
@@ -3629,7 +3754,7 @@ type AgentOfAuthority struct {
 
 func (x *AgentOfAuthority) Reset() {
 	*x = AgentOfAuthority{}
-	mi := &file_postern_v1_api_proto_msgTypes[62]
+	mi := &file_postern_v1_api_proto_msgTypes[64]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3641,7 +3766,7 @@ func (x *AgentOfAuthority) String() string {
 func (*AgentOfAuthority) ProtoMessage() {}
 
 func (x *AgentOfAuthority) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_api_proto_msgTypes[62]
+	mi := &file_postern_v1_api_proto_msgTypes[64]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3654,7 +3779,7 @@ func (x *AgentOfAuthority) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AgentOfAuthority.ProtoReflect.Descriptor instead.
 func (*AgentOfAuthority) Descriptor() ([]byte, []int) {
-	return file_postern_v1_api_proto_rawDescGZIP(), []int{62}
+	return file_postern_v1_api_proto_rawDescGZIP(), []int{64}
 }
 
 func (x *AgentOfAuthority) GetOrganization() string {
@@ -3742,7 +3867,15 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\x12RevokeTokenRequest\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\">\n" +
 	"\x13RevokeTokenResponse\x12'\n" +
-	"\x05token\x18\x01 \x01(\v2\x11.postern.v1.TokenR\x05token\"\xf5\x02\n" +
+	"\x05token\x18\x01 \x01(\v2\x11.postern.v1.TokenR\x05token\"\x8c\x01\n" +
+	"\x12RotateTokenRequest\x12\x14\n" +
+	"\x05token\x18\x01 \x01(\tR\x05token\x123\n" +
+	"\aoverlap\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\aoverlap\x12+\n" +
+	"\x03ttl\x18\x03 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"\x95\x01\n" +
+	"\x13RotateTokenResponse\x12'\n" +
+	"\x05token\x18\x01 \x01(\v2\x11.postern.v1.TokenR\x05token\x12\x16\n" +
+	"\x06secret\x18\x02 \x01(\tR\x06secret\x12=\n" +
+	"\fformer_until\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\vformerUntil\"\xf5\x02\n" +
 	"\x03Key\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x123\n" +
 	"\x06labels\x18\x02 \x03(\v2\x1b.postern.v1.Key.LabelsEntryR\x06labels\x12\x19\n" +
@@ -3972,12 +4105,13 @@ const file_postern_v1_api_proto_rawDesc = "" +
 	"\tlast_seen\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\blastSeen\x12K\n" +
 	"\x13certificate_expires\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x12certificateExpires2T\n" +
 	"\x0fIdentityService\x12A\n" +
-	"\x06WhoAmI\x12\x19.postern.v1.WhoAmIRequest\x1a\x1a.postern.v1.WhoAmIResponse\"\x002\x81\x02\n" +
+	"\x06WhoAmI\x12\x19.postern.v1.WhoAmIRequest\x1a\x1a.postern.v1.WhoAmIResponse\"\x002\xd3\x02\n" +
 	"\fTokenService\x12P\n" +
 	"\vCreateToken\x12\x1e.postern.v1.CreateTokenRequest\x1a\x1f.postern.v1.CreateTokenResponse\"\x00\x12M\n" +
 	"\n" +
 	"ListTokens\x12\x1d.postern.v1.ListTokensRequest\x1a\x1e.postern.v1.ListTokensResponse\"\x00\x12P\n" +
-	"\vRevokeToken\x12\x1e.postern.v1.RevokeTokenRequest\x1a\x1f.postern.v1.RevokeTokenResponse\"\x002\xed\x01\n" +
+	"\vRevokeToken\x12\x1e.postern.v1.RevokeTokenRequest\x1a\x1f.postern.v1.RevokeTokenResponse\"\x00\x12P\n" +
+	"\vRotateToken\x12\x1e.postern.v1.RotateTokenRequest\x1a\x1f.postern.v1.RotateTokenResponse\"\x002\xed\x01\n" +
 	"\n" +
 	"KeyService\x12J\n" +
 	"\tCreateKey\x12\x1c.postern.v1.CreateKeyRequest\x1a\x1d.postern.v1.CreateKeyResponse\"\x00\x12G\n" +
@@ -4025,7 +4159,7 @@ func file_postern_v1_api_proto_rawDescGZIP() []byte {
 	return file_postern_v1_api_proto_rawDescData
 }
 
-var file_postern_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 66)
+var file_postern_v1_api_proto_msgTypes = make([]protoimpl.MessageInfo, 68)
 var file_postern_v1_api_proto_goTypes = []any{
 	(*WhoAmIRequest)(nil),                   // 0: postern.v1.WhoAmIRequest
 	(*WhoAmIResponse)(nil),                  // 1: postern.v1.WhoAmIResponse
@@ -4036,202 +4170,210 @@ var file_postern_v1_api_proto_goTypes = []any{
 	(*ListTokensResponse)(nil),              // 6: postern.v1.ListTokensResponse
 	(*RevokeTokenRequest)(nil),              // 7: postern.v1.RevokeTokenRequest
 	(*RevokeTokenResponse)(nil),             // 8: postern.v1.RevokeTokenResponse
-	(*Key)(nil),                             // 9: postern.v1.Key
-	(*CreateKeyRequest)(nil),                // 10: postern.v1.CreateKeyRequest
-	(*CreateKeyResponse)(nil),               // 11: postern.v1.CreateKeyResponse
-	(*ListKeysRequest)(nil),                 // 12: postern.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),                // 13: postern.v1.ListKeysResponse
-	(*RevokeKeyRequest)(nil),                // 14: postern.v1.RevokeKeyRequest
-	(*RevokeKeyResponse)(nil),               // 15: postern.v1.RevokeKeyResponse
-	(*Agent)(nil),                           // 16: postern.v1.Agent
-	(*LinkEvent)(nil),                       // 17: postern.v1.LinkEvent
-	(*ListAgentsRequest)(nil),               // 18: postern.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),              // 19: postern.v1.ListAgentsResponse
-	(*GetAgentRequest)(nil),                 // 20: postern.v1.GetAgentRequest
-	(*GetAgentResponse)(nil),                // 21: postern.v1.GetAgentResponse
-	(*RevokeAgentRequest)(nil),              // 22: postern.v1.RevokeAgentRequest
-	(*RevokeAgentResponse)(nil),             // 23: postern.v1.RevokeAgentResponse
-	(*ListOrganizationSourcesRequest)(nil),  // 24: postern.v1.ListOrganizationSourcesRequest
-	(*OrganizationSource)(nil),              // 25: postern.v1.OrganizationSource
-	(*ListOrganizationSourcesResponse)(nil), // 26: postern.v1.ListOrganizationSourcesResponse
-	(*CheckOrganizationSourceRequest)(nil),  // 27: postern.v1.CheckOrganizationSourceRequest
-	(*IntrospectSourceRequest)(nil),         // 28: postern.v1.IntrospectSourceRequest
-	(*IntrospectSourceResponse)(nil),        // 29: postern.v1.IntrospectSourceResponse
-	(*RunSQLRequest)(nil),                   // 30: postern.v1.RunSQLRequest
-	(*OpenSQLSessionRequest)(nil),           // 31: postern.v1.OpenSQLSessionRequest
-	(*OpenSQLSessionResponse)(nil),          // 32: postern.v1.OpenSQLSessionResponse
-	(*CloseSQLSessionRequest)(nil),          // 33: postern.v1.CloseSQLSessionRequest
-	(*CloseSQLSessionResponse)(nil),         // 34: postern.v1.CloseSQLSessionResponse
-	(*ListSQLSessionsRequest)(nil),          // 35: postern.v1.ListSQLSessionsRequest
-	(*ListSQLSessionsResponse)(nil),         // 36: postern.v1.ListSQLSessionsResponse
-	(*Query)(nil),                           // 37: postern.v1.Query
-	(*ListQueriesRequest)(nil),              // 38: postern.v1.ListQueriesRequest
-	(*ListQueriesResponse)(nil),             // 39: postern.v1.ListQueriesResponse
-	(*GetQueryRequest)(nil),                 // 40: postern.v1.GetQueryRequest
-	(*GetQueryResponse)(nil),                // 41: postern.v1.GetQueryResponse
-	(*CancelOrganizationQueryRequest)(nil),  // 42: postern.v1.CancelOrganizationQueryRequest
-	(*CancelOrganizationQueryResponse)(nil), // 43: postern.v1.CancelOrganizationQueryResponse
-	(*ListAuditRequest)(nil),                // 44: postern.v1.ListAuditRequest
-	(*ListAuditResponse)(nil),               // 45: postern.v1.ListAuditResponse
-	(*VerifyAuditRequest)(nil),              // 46: postern.v1.VerifyAuditRequest
-	(*VerifyAuditResponse)(nil),             // 47: postern.v1.VerifyAuditResponse
-	(*ChainReport)(nil),                     // 48: postern.v1.ChainReport
-	(*Organization)(nil),                    // 49: postern.v1.Organization
-	(*CreateOrganizationRequest)(nil),       // 50: postern.v1.CreateOrganizationRequest
-	(*CreateOrganizationResponse)(nil),      // 51: postern.v1.CreateOrganizationResponse
-	(*ListOrganizationsRequest)(nil),        // 52: postern.v1.ListOrganizationsRequest
-	(*ListOrganizationsResponse)(nil),       // 53: postern.v1.ListOrganizationsResponse
-	(*SetOrganizationDisabledRequest)(nil),  // 54: postern.v1.SetOrganizationDisabledRequest
-	(*SetOrganizationDisabledResponse)(nil), // 55: postern.v1.SetOrganizationDisabledResponse
-	(*ShowCARequest)(nil),                   // 56: postern.v1.ShowCARequest
-	(*ShowCAResponse)(nil),                  // 57: postern.v1.ShowCAResponse
-	(*Authority)(nil),                       // 58: postern.v1.Authority
-	(*RotateCARequest)(nil),                 // 59: postern.v1.RotateCARequest
-	(*GetCAStatusRequest)(nil),              // 60: postern.v1.GetCAStatusRequest
-	(*CAStatus)(nil),                        // 61: postern.v1.CAStatus
-	(*AgentOfAuthority)(nil),                // 62: postern.v1.AgentOfAuthority
-	nil,                                     // 63: postern.v1.Key.LabelsEntry
-	nil,                                     // 64: postern.v1.CreateKeyRequest.LabelsEntry
-	nil,                                     // 65: postern.v1.Agent.LabelsEntry
-	(*timestamppb.Timestamp)(nil),           // 66: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),             // 67: google.protobuf.Duration
-	(*SourceInfo)(nil),                      // 68: postern.v1.SourceInfo
-	(*CatalogSchema)(nil),                   // 69: postern.v1.CatalogSchema
-	(*CatalogTable)(nil),                    // 70: postern.v1.CatalogTable
-	(*CatalogFunction)(nil),                 // 71: postern.v1.CatalogFunction
-	(*CatalogType)(nil),                     // 72: postern.v1.CatalogType
-	(*CatalogSequence)(nil),                 // 73: postern.v1.CatalogSequence
-	(*Parameter)(nil),                       // 74: postern.v1.Parameter
-	(Explain)(0),                            // 75: postern.v1.Explain
-	(*SQLSession)(nil),                      // 76: postern.v1.SQLSession
-	(*ErrorDetail)(nil),                     // 77: postern.v1.ErrorDetail
-	(*KeptRows)(nil),                        // 78: postern.v1.KeptRows
-	(*CheckSourceResponse)(nil),             // 79: postern.v1.CheckSourceResponse
+	(*RotateTokenRequest)(nil),              // 9: postern.v1.RotateTokenRequest
+	(*RotateTokenResponse)(nil),             // 10: postern.v1.RotateTokenResponse
+	(*Key)(nil),                             // 11: postern.v1.Key
+	(*CreateKeyRequest)(nil),                // 12: postern.v1.CreateKeyRequest
+	(*CreateKeyResponse)(nil),               // 13: postern.v1.CreateKeyResponse
+	(*ListKeysRequest)(nil),                 // 14: postern.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),                // 15: postern.v1.ListKeysResponse
+	(*RevokeKeyRequest)(nil),                // 16: postern.v1.RevokeKeyRequest
+	(*RevokeKeyResponse)(nil),               // 17: postern.v1.RevokeKeyResponse
+	(*Agent)(nil),                           // 18: postern.v1.Agent
+	(*LinkEvent)(nil),                       // 19: postern.v1.LinkEvent
+	(*ListAgentsRequest)(nil),               // 20: postern.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),              // 21: postern.v1.ListAgentsResponse
+	(*GetAgentRequest)(nil),                 // 22: postern.v1.GetAgentRequest
+	(*GetAgentResponse)(nil),                // 23: postern.v1.GetAgentResponse
+	(*RevokeAgentRequest)(nil),              // 24: postern.v1.RevokeAgentRequest
+	(*RevokeAgentResponse)(nil),             // 25: postern.v1.RevokeAgentResponse
+	(*ListOrganizationSourcesRequest)(nil),  // 26: postern.v1.ListOrganizationSourcesRequest
+	(*OrganizationSource)(nil),              // 27: postern.v1.OrganizationSource
+	(*ListOrganizationSourcesResponse)(nil), // 28: postern.v1.ListOrganizationSourcesResponse
+	(*CheckOrganizationSourceRequest)(nil),  // 29: postern.v1.CheckOrganizationSourceRequest
+	(*IntrospectSourceRequest)(nil),         // 30: postern.v1.IntrospectSourceRequest
+	(*IntrospectSourceResponse)(nil),        // 31: postern.v1.IntrospectSourceResponse
+	(*RunSQLRequest)(nil),                   // 32: postern.v1.RunSQLRequest
+	(*OpenSQLSessionRequest)(nil),           // 33: postern.v1.OpenSQLSessionRequest
+	(*OpenSQLSessionResponse)(nil),          // 34: postern.v1.OpenSQLSessionResponse
+	(*CloseSQLSessionRequest)(nil),          // 35: postern.v1.CloseSQLSessionRequest
+	(*CloseSQLSessionResponse)(nil),         // 36: postern.v1.CloseSQLSessionResponse
+	(*ListSQLSessionsRequest)(nil),          // 37: postern.v1.ListSQLSessionsRequest
+	(*ListSQLSessionsResponse)(nil),         // 38: postern.v1.ListSQLSessionsResponse
+	(*Query)(nil),                           // 39: postern.v1.Query
+	(*ListQueriesRequest)(nil),              // 40: postern.v1.ListQueriesRequest
+	(*ListQueriesResponse)(nil),             // 41: postern.v1.ListQueriesResponse
+	(*GetQueryRequest)(nil),                 // 42: postern.v1.GetQueryRequest
+	(*GetQueryResponse)(nil),                // 43: postern.v1.GetQueryResponse
+	(*CancelOrganizationQueryRequest)(nil),  // 44: postern.v1.CancelOrganizationQueryRequest
+	(*CancelOrganizationQueryResponse)(nil), // 45: postern.v1.CancelOrganizationQueryResponse
+	(*ListAuditRequest)(nil),                // 46: postern.v1.ListAuditRequest
+	(*ListAuditResponse)(nil),               // 47: postern.v1.ListAuditResponse
+	(*VerifyAuditRequest)(nil),              // 48: postern.v1.VerifyAuditRequest
+	(*VerifyAuditResponse)(nil),             // 49: postern.v1.VerifyAuditResponse
+	(*ChainReport)(nil),                     // 50: postern.v1.ChainReport
+	(*Organization)(nil),                    // 51: postern.v1.Organization
+	(*CreateOrganizationRequest)(nil),       // 52: postern.v1.CreateOrganizationRequest
+	(*CreateOrganizationResponse)(nil),      // 53: postern.v1.CreateOrganizationResponse
+	(*ListOrganizationsRequest)(nil),        // 54: postern.v1.ListOrganizationsRequest
+	(*ListOrganizationsResponse)(nil),       // 55: postern.v1.ListOrganizationsResponse
+	(*SetOrganizationDisabledRequest)(nil),  // 56: postern.v1.SetOrganizationDisabledRequest
+	(*SetOrganizationDisabledResponse)(nil), // 57: postern.v1.SetOrganizationDisabledResponse
+	(*ShowCARequest)(nil),                   // 58: postern.v1.ShowCARequest
+	(*ShowCAResponse)(nil),                  // 59: postern.v1.ShowCAResponse
+	(*Authority)(nil),                       // 60: postern.v1.Authority
+	(*RotateCARequest)(nil),                 // 61: postern.v1.RotateCARequest
+	(*GetCAStatusRequest)(nil),              // 62: postern.v1.GetCAStatusRequest
+	(*CAStatus)(nil),                        // 63: postern.v1.CAStatus
+	(*AgentOfAuthority)(nil),                // 64: postern.v1.AgentOfAuthority
+	nil,                                     // 65: postern.v1.Key.LabelsEntry
+	nil,                                     // 66: postern.v1.CreateKeyRequest.LabelsEntry
+	nil,                                     // 67: postern.v1.Agent.LabelsEntry
+	(*timestamppb.Timestamp)(nil),           // 68: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),             // 69: google.protobuf.Duration
+	(*SourceInfo)(nil),                      // 70: postern.v1.SourceInfo
+	(*CatalogSchema)(nil),                   // 71: postern.v1.CatalogSchema
+	(*CatalogTable)(nil),                    // 72: postern.v1.CatalogTable
+	(*CatalogFunction)(nil),                 // 73: postern.v1.CatalogFunction
+	(*CatalogType)(nil),                     // 74: postern.v1.CatalogType
+	(*CatalogSequence)(nil),                 // 75: postern.v1.CatalogSequence
+	(*Parameter)(nil),                       // 76: postern.v1.Parameter
+	(Explain)(0),                            // 77: postern.v1.Explain
+	(*SQLSession)(nil),                      // 78: postern.v1.SQLSession
+	(*ErrorDetail)(nil),                     // 79: postern.v1.ErrorDetail
+	(*KeptRows)(nil),                        // 80: postern.v1.KeptRows
+	(*CheckSourceResponse)(nil),             // 81: postern.v1.CheckSourceResponse
 }
 var file_postern_v1_api_proto_depIdxs = []int32{
-	66, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
-	66, // 1: postern.v1.Token.created:type_name -> google.protobuf.Timestamp
-	66, // 2: postern.v1.Token.expires:type_name -> google.protobuf.Timestamp
-	66, // 3: postern.v1.Token.revoked:type_name -> google.protobuf.Timestamp
-	66, // 4: postern.v1.Token.last_used:type_name -> google.protobuf.Timestamp
-	67, // 5: postern.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	68, // 0: postern.v1.WhoAmIResponse.expires:type_name -> google.protobuf.Timestamp
+	68, // 1: postern.v1.Token.created:type_name -> google.protobuf.Timestamp
+	68, // 2: postern.v1.Token.expires:type_name -> google.protobuf.Timestamp
+	68, // 3: postern.v1.Token.revoked:type_name -> google.protobuf.Timestamp
+	68, // 4: postern.v1.Token.last_used:type_name -> google.protobuf.Timestamp
+	69, // 5: postern.v1.CreateTokenRequest.ttl:type_name -> google.protobuf.Duration
 	2,  // 6: postern.v1.CreateTokenResponse.token:type_name -> postern.v1.Token
 	2,  // 7: postern.v1.ListTokensResponse.tokens:type_name -> postern.v1.Token
 	2,  // 8: postern.v1.RevokeTokenResponse.token:type_name -> postern.v1.Token
-	63, // 9: postern.v1.Key.labels:type_name -> postern.v1.Key.LabelsEntry
-	66, // 10: postern.v1.Key.created:type_name -> google.protobuf.Timestamp
-	66, // 11: postern.v1.Key.expires:type_name -> google.protobuf.Timestamp
-	66, // 12: postern.v1.Key.revoked:type_name -> google.protobuf.Timestamp
-	67, // 13: postern.v1.CreateKeyRequest.ttl:type_name -> google.protobuf.Duration
-	64, // 14: postern.v1.CreateKeyRequest.labels:type_name -> postern.v1.CreateKeyRequest.LabelsEntry
-	9,  // 15: postern.v1.CreateKeyResponse.key:type_name -> postern.v1.Key
-	9,  // 16: postern.v1.ListKeysResponse.keys:type_name -> postern.v1.Key
-	9,  // 17: postern.v1.RevokeKeyResponse.key:type_name -> postern.v1.Key
-	65, // 18: postern.v1.Agent.labels:type_name -> postern.v1.Agent.LabelsEntry
-	66, // 19: postern.v1.Agent.registered:type_name -> google.protobuf.Timestamp
-	66, // 20: postern.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
-	66, // 21: postern.v1.Agent.revoked:type_name -> google.protobuf.Timestamp
-	66, // 22: postern.v1.Agent.certificate_expires:type_name -> google.protobuf.Timestamp
-	68, // 23: postern.v1.Agent.sources:type_name -> postern.v1.SourceInfo
-	67, // 24: postern.v1.Agent.round_trip:type_name -> google.protobuf.Duration
-	17, // 25: postern.v1.Agent.link_events:type_name -> postern.v1.LinkEvent
-	66, // 26: postern.v1.LinkEvent.time:type_name -> google.protobuf.Timestamp
-	16, // 27: postern.v1.ListAgentsResponse.agents:type_name -> postern.v1.Agent
-	16, // 28: postern.v1.GetAgentResponse.agent:type_name -> postern.v1.Agent
-	16, // 29: postern.v1.RevokeAgentResponse.agent:type_name -> postern.v1.Agent
-	68, // 30: postern.v1.OrganizationSource.source:type_name -> postern.v1.SourceInfo
-	25, // 31: postern.v1.ListOrganizationSourcesResponse.sources:type_name -> postern.v1.OrganizationSource
-	69, // 32: postern.v1.IntrospectSourceResponse.schemas:type_name -> postern.v1.CatalogSchema
-	70, // 33: postern.v1.IntrospectSourceResponse.tables:type_name -> postern.v1.CatalogTable
-	71, // 34: postern.v1.IntrospectSourceResponse.functions:type_name -> postern.v1.CatalogFunction
-	66, // 35: postern.v1.IntrospectSourceResponse.refreshed:type_name -> google.protobuf.Timestamp
-	72, // 36: postern.v1.IntrospectSourceResponse.types:type_name -> postern.v1.CatalogType
-	73, // 37: postern.v1.IntrospectSourceResponse.sequences:type_name -> postern.v1.CatalogSequence
-	67, // 38: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
-	74, // 39: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
-	75, // 40: postern.v1.RunSQLRequest.explain:type_name -> postern.v1.Explain
-	67, // 41: postern.v1.OpenSQLSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
-	76, // 42: postern.v1.OpenSQLSessionResponse.session:type_name -> postern.v1.SQLSession
-	76, // 43: postern.v1.ListSQLSessionsResponse.sessions:type_name -> postern.v1.SQLSession
-	66, // 44: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
-	67, // 45: postern.v1.Query.duration:type_name -> google.protobuf.Duration
-	77, // 46: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
-	37, // 47: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
-	37, // 48: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
-	78, // 49: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
-	37, // 50: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
-	48, // 51: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
-	66, // 52: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
-	49, // 53: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
-	49, // 54: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
-	49, // 55: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
-	58, // 56: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
-	66, // 57: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
-	66, // 58: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
-	58, // 59: postern.v1.CAStatus.authorities:type_name -> postern.v1.Authority
-	66, // 60: postern.v1.CAStatus.takes_over:type_name -> google.protobuf.Timestamp
-	62, // 61: postern.v1.CAStatus.behind:type_name -> postern.v1.AgentOfAuthority
-	66, // 62: postern.v1.AgentOfAuthority.last_seen:type_name -> google.protobuf.Timestamp
-	66, // 63: postern.v1.AgentOfAuthority.certificate_expires:type_name -> google.protobuf.Timestamp
-	0,  // 64: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
-	3,  // 65: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
-	5,  // 66: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
-	7,  // 67: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
-	10, // 68: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
-	12, // 69: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
-	14, // 70: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
-	18, // 71: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
-	20, // 72: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
-	22, // 73: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
-	24, // 74: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
-	27, // 75: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
-	28, // 76: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
-	31, // 77: postern.v1.SessionService.OpenSession:input_type -> postern.v1.OpenSQLSessionRequest
-	33, // 78: postern.v1.SessionService.CloseSession:input_type -> postern.v1.CloseSQLSessionRequest
-	35, // 79: postern.v1.SessionService.ListSessions:input_type -> postern.v1.ListSQLSessionsRequest
-	38, // 80: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
-	40, // 81: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
-	42, // 82: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
-	44, // 83: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
-	46, // 84: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
-	50, // 85: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
-	52, // 86: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
-	54, // 87: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
-	56, // 88: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
-	59, // 89: postern.v1.CAService.RotateCA:input_type -> postern.v1.RotateCARequest
-	60, // 90: postern.v1.CAService.GetCAStatus:input_type -> postern.v1.GetCAStatusRequest
-	1,  // 91: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
-	4,  // 92: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
-	6,  // 93: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
-	8,  // 94: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
-	11, // 95: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
-	13, // 96: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
-	15, // 97: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
-	19, // 98: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
-	21, // 99: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
-	23, // 100: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
-	26, // 101: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
-	79, // 102: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
-	29, // 103: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
-	32, // 104: postern.v1.SessionService.OpenSession:output_type -> postern.v1.OpenSQLSessionResponse
-	34, // 105: postern.v1.SessionService.CloseSession:output_type -> postern.v1.CloseSQLSessionResponse
-	36, // 106: postern.v1.SessionService.ListSessions:output_type -> postern.v1.ListSQLSessionsResponse
-	39, // 107: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
-	41, // 108: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
-	43, // 109: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
-	45, // 110: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
-	47, // 111: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
-	51, // 112: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
-	53, // 113: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
-	55, // 114: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
-	57, // 115: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
-	61, // 116: postern.v1.CAService.RotateCA:output_type -> postern.v1.CAStatus
-	61, // 117: postern.v1.CAService.GetCAStatus:output_type -> postern.v1.CAStatus
-	91, // [91:118] is the sub-list for method output_type
-	64, // [64:91] is the sub-list for method input_type
-	64, // [64:64] is the sub-list for extension type_name
-	64, // [64:64] is the sub-list for extension extendee
-	0,  // [0:64] is the sub-list for field type_name
+	69, // 9: postern.v1.RotateTokenRequest.overlap:type_name -> google.protobuf.Duration
+	69, // 10: postern.v1.RotateTokenRequest.ttl:type_name -> google.protobuf.Duration
+	2,  // 11: postern.v1.RotateTokenResponse.token:type_name -> postern.v1.Token
+	68, // 12: postern.v1.RotateTokenResponse.former_until:type_name -> google.protobuf.Timestamp
+	65, // 13: postern.v1.Key.labels:type_name -> postern.v1.Key.LabelsEntry
+	68, // 14: postern.v1.Key.created:type_name -> google.protobuf.Timestamp
+	68, // 15: postern.v1.Key.expires:type_name -> google.protobuf.Timestamp
+	68, // 16: postern.v1.Key.revoked:type_name -> google.protobuf.Timestamp
+	69, // 17: postern.v1.CreateKeyRequest.ttl:type_name -> google.protobuf.Duration
+	66, // 18: postern.v1.CreateKeyRequest.labels:type_name -> postern.v1.CreateKeyRequest.LabelsEntry
+	11, // 19: postern.v1.CreateKeyResponse.key:type_name -> postern.v1.Key
+	11, // 20: postern.v1.ListKeysResponse.keys:type_name -> postern.v1.Key
+	11, // 21: postern.v1.RevokeKeyResponse.key:type_name -> postern.v1.Key
+	67, // 22: postern.v1.Agent.labels:type_name -> postern.v1.Agent.LabelsEntry
+	68, // 23: postern.v1.Agent.registered:type_name -> google.protobuf.Timestamp
+	68, // 24: postern.v1.Agent.last_seen:type_name -> google.protobuf.Timestamp
+	68, // 25: postern.v1.Agent.revoked:type_name -> google.protobuf.Timestamp
+	68, // 26: postern.v1.Agent.certificate_expires:type_name -> google.protobuf.Timestamp
+	70, // 27: postern.v1.Agent.sources:type_name -> postern.v1.SourceInfo
+	69, // 28: postern.v1.Agent.round_trip:type_name -> google.protobuf.Duration
+	19, // 29: postern.v1.Agent.link_events:type_name -> postern.v1.LinkEvent
+	68, // 30: postern.v1.LinkEvent.time:type_name -> google.protobuf.Timestamp
+	18, // 31: postern.v1.ListAgentsResponse.agents:type_name -> postern.v1.Agent
+	18, // 32: postern.v1.GetAgentResponse.agent:type_name -> postern.v1.Agent
+	18, // 33: postern.v1.RevokeAgentResponse.agent:type_name -> postern.v1.Agent
+	70, // 34: postern.v1.OrganizationSource.source:type_name -> postern.v1.SourceInfo
+	27, // 35: postern.v1.ListOrganizationSourcesResponse.sources:type_name -> postern.v1.OrganizationSource
+	71, // 36: postern.v1.IntrospectSourceResponse.schemas:type_name -> postern.v1.CatalogSchema
+	72, // 37: postern.v1.IntrospectSourceResponse.tables:type_name -> postern.v1.CatalogTable
+	73, // 38: postern.v1.IntrospectSourceResponse.functions:type_name -> postern.v1.CatalogFunction
+	68, // 39: postern.v1.IntrospectSourceResponse.refreshed:type_name -> google.protobuf.Timestamp
+	74, // 40: postern.v1.IntrospectSourceResponse.types:type_name -> postern.v1.CatalogType
+	75, // 41: postern.v1.IntrospectSourceResponse.sequences:type_name -> postern.v1.CatalogSequence
+	69, // 42: postern.v1.RunSQLRequest.timeout:type_name -> google.protobuf.Duration
+	76, // 43: postern.v1.RunSQLRequest.parameters:type_name -> postern.v1.Parameter
+	77, // 44: postern.v1.RunSQLRequest.explain:type_name -> postern.v1.Explain
+	69, // 45: postern.v1.OpenSQLSessionRequest.idle_timeout:type_name -> google.protobuf.Duration
+	78, // 46: postern.v1.OpenSQLSessionResponse.session:type_name -> postern.v1.SQLSession
+	78, // 47: postern.v1.ListSQLSessionsResponse.sessions:type_name -> postern.v1.SQLSession
+	68, // 48: postern.v1.Query.started:type_name -> google.protobuf.Timestamp
+	69, // 49: postern.v1.Query.duration:type_name -> google.protobuf.Duration
+	79, // 50: postern.v1.Query.error:type_name -> postern.v1.ErrorDetail
+	39, // 51: postern.v1.ListQueriesResponse.queries:type_name -> postern.v1.Query
+	39, // 52: postern.v1.GetQueryResponse.query:type_name -> postern.v1.Query
+	80, // 53: postern.v1.GetQueryResponse.rows:type_name -> postern.v1.KeptRows
+	39, // 54: postern.v1.CancelOrganizationQueryResponse.query:type_name -> postern.v1.Query
+	50, // 55: postern.v1.VerifyAuditResponse.reports:type_name -> postern.v1.ChainReport
+	68, // 56: postern.v1.Organization.created:type_name -> google.protobuf.Timestamp
+	51, // 57: postern.v1.CreateOrganizationResponse.organization:type_name -> postern.v1.Organization
+	51, // 58: postern.v1.ListOrganizationsResponse.organizations:type_name -> postern.v1.Organization
+	51, // 59: postern.v1.SetOrganizationDisabledResponse.organization:type_name -> postern.v1.Organization
+	60, // 60: postern.v1.ShowCAResponse.authorities:type_name -> postern.v1.Authority
+	68, // 61: postern.v1.Authority.not_before:type_name -> google.protobuf.Timestamp
+	68, // 62: postern.v1.Authority.not_after:type_name -> google.protobuf.Timestamp
+	60, // 63: postern.v1.CAStatus.authorities:type_name -> postern.v1.Authority
+	68, // 64: postern.v1.CAStatus.takes_over:type_name -> google.protobuf.Timestamp
+	64, // 65: postern.v1.CAStatus.behind:type_name -> postern.v1.AgentOfAuthority
+	68, // 66: postern.v1.AgentOfAuthority.last_seen:type_name -> google.protobuf.Timestamp
+	68, // 67: postern.v1.AgentOfAuthority.certificate_expires:type_name -> google.protobuf.Timestamp
+	0,  // 68: postern.v1.IdentityService.WhoAmI:input_type -> postern.v1.WhoAmIRequest
+	3,  // 69: postern.v1.TokenService.CreateToken:input_type -> postern.v1.CreateTokenRequest
+	5,  // 70: postern.v1.TokenService.ListTokens:input_type -> postern.v1.ListTokensRequest
+	7,  // 71: postern.v1.TokenService.RevokeToken:input_type -> postern.v1.RevokeTokenRequest
+	9,  // 72: postern.v1.TokenService.RotateToken:input_type -> postern.v1.RotateTokenRequest
+	12, // 73: postern.v1.KeyService.CreateKey:input_type -> postern.v1.CreateKeyRequest
+	14, // 74: postern.v1.KeyService.ListKeys:input_type -> postern.v1.ListKeysRequest
+	16, // 75: postern.v1.KeyService.RevokeKey:input_type -> postern.v1.RevokeKeyRequest
+	20, // 76: postern.v1.AgentService.ListAgents:input_type -> postern.v1.ListAgentsRequest
+	22, // 77: postern.v1.AgentService.GetAgent:input_type -> postern.v1.GetAgentRequest
+	24, // 78: postern.v1.AgentService.RevokeAgent:input_type -> postern.v1.RevokeAgentRequest
+	26, // 79: postern.v1.SourceService.ListSources:input_type -> postern.v1.ListOrganizationSourcesRequest
+	29, // 80: postern.v1.SourceService.CheckSource:input_type -> postern.v1.CheckOrganizationSourceRequest
+	30, // 81: postern.v1.SourceService.Introspect:input_type -> postern.v1.IntrospectSourceRequest
+	33, // 82: postern.v1.SessionService.OpenSession:input_type -> postern.v1.OpenSQLSessionRequest
+	35, // 83: postern.v1.SessionService.CloseSession:input_type -> postern.v1.CloseSQLSessionRequest
+	37, // 84: postern.v1.SessionService.ListSessions:input_type -> postern.v1.ListSQLSessionsRequest
+	40, // 85: postern.v1.QueryService.ListQueries:input_type -> postern.v1.ListQueriesRequest
+	42, // 86: postern.v1.QueryService.GetQuery:input_type -> postern.v1.GetQueryRequest
+	44, // 87: postern.v1.QueryService.CancelQuery:input_type -> postern.v1.CancelOrganizationQueryRequest
+	46, // 88: postern.v1.AuditService.ListAudit:input_type -> postern.v1.ListAuditRequest
+	48, // 89: postern.v1.AuditService.VerifyAudit:input_type -> postern.v1.VerifyAuditRequest
+	52, // 90: postern.v1.OrganizationService.CreateOrganization:input_type -> postern.v1.CreateOrganizationRequest
+	54, // 91: postern.v1.OrganizationService.ListOrganizations:input_type -> postern.v1.ListOrganizationsRequest
+	56, // 92: postern.v1.OrganizationService.SetOrganizationDisabled:input_type -> postern.v1.SetOrganizationDisabledRequest
+	58, // 93: postern.v1.CAService.ShowCA:input_type -> postern.v1.ShowCARequest
+	61, // 94: postern.v1.CAService.RotateCA:input_type -> postern.v1.RotateCARequest
+	62, // 95: postern.v1.CAService.GetCAStatus:input_type -> postern.v1.GetCAStatusRequest
+	1,  // 96: postern.v1.IdentityService.WhoAmI:output_type -> postern.v1.WhoAmIResponse
+	4,  // 97: postern.v1.TokenService.CreateToken:output_type -> postern.v1.CreateTokenResponse
+	6,  // 98: postern.v1.TokenService.ListTokens:output_type -> postern.v1.ListTokensResponse
+	8,  // 99: postern.v1.TokenService.RevokeToken:output_type -> postern.v1.RevokeTokenResponse
+	10, // 100: postern.v1.TokenService.RotateToken:output_type -> postern.v1.RotateTokenResponse
+	13, // 101: postern.v1.KeyService.CreateKey:output_type -> postern.v1.CreateKeyResponse
+	15, // 102: postern.v1.KeyService.ListKeys:output_type -> postern.v1.ListKeysResponse
+	17, // 103: postern.v1.KeyService.RevokeKey:output_type -> postern.v1.RevokeKeyResponse
+	21, // 104: postern.v1.AgentService.ListAgents:output_type -> postern.v1.ListAgentsResponse
+	23, // 105: postern.v1.AgentService.GetAgent:output_type -> postern.v1.GetAgentResponse
+	25, // 106: postern.v1.AgentService.RevokeAgent:output_type -> postern.v1.RevokeAgentResponse
+	28, // 107: postern.v1.SourceService.ListSources:output_type -> postern.v1.ListOrganizationSourcesResponse
+	81, // 108: postern.v1.SourceService.CheckSource:output_type -> postern.v1.CheckSourceResponse
+	31, // 109: postern.v1.SourceService.Introspect:output_type -> postern.v1.IntrospectSourceResponse
+	34, // 110: postern.v1.SessionService.OpenSession:output_type -> postern.v1.OpenSQLSessionResponse
+	36, // 111: postern.v1.SessionService.CloseSession:output_type -> postern.v1.CloseSQLSessionResponse
+	38, // 112: postern.v1.SessionService.ListSessions:output_type -> postern.v1.ListSQLSessionsResponse
+	41, // 113: postern.v1.QueryService.ListQueries:output_type -> postern.v1.ListQueriesResponse
+	43, // 114: postern.v1.QueryService.GetQuery:output_type -> postern.v1.GetQueryResponse
+	45, // 115: postern.v1.QueryService.CancelQuery:output_type -> postern.v1.CancelOrganizationQueryResponse
+	47, // 116: postern.v1.AuditService.ListAudit:output_type -> postern.v1.ListAuditResponse
+	49, // 117: postern.v1.AuditService.VerifyAudit:output_type -> postern.v1.VerifyAuditResponse
+	53, // 118: postern.v1.OrganizationService.CreateOrganization:output_type -> postern.v1.CreateOrganizationResponse
+	55, // 119: postern.v1.OrganizationService.ListOrganizations:output_type -> postern.v1.ListOrganizationsResponse
+	57, // 120: postern.v1.OrganizationService.SetOrganizationDisabled:output_type -> postern.v1.SetOrganizationDisabledResponse
+	59, // 121: postern.v1.CAService.ShowCA:output_type -> postern.v1.ShowCAResponse
+	63, // 122: postern.v1.CAService.RotateCA:output_type -> postern.v1.CAStatus
+	63, // 123: postern.v1.CAService.GetCAStatus:output_type -> postern.v1.CAStatus
+	96, // [96:124] is the sub-list for method output_type
+	68, // [68:96] is the sub-list for method input_type
+	68, // [68:68] is the sub-list for extension type_name
+	68, // [68:68] is the sub-list for extension extendee
+	0,  // [0:68] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_api_proto_init() }
@@ -4248,7 +4390,7 @@ func file_postern_v1_api_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_api_proto_rawDesc), len(file_postern_v1_api_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   66,
+			NumMessages:   68,
 			NumExtensions: 0,
 			NumServices:   10,
 		},

@@ -61,6 +61,9 @@ const (
 	// TokenServiceRevokeTokenProcedure is the fully-qualified name of the TokenService's RevokeToken
 	// RPC.
 	TokenServiceRevokeTokenProcedure = "/postern.v1.TokenService/RevokeToken"
+	// TokenServiceRotateTokenProcedure is the fully-qualified name of the TokenService's RotateToken
+	// RPC.
+	TokenServiceRotateTokenProcedure = "/postern.v1.TokenService/RotateToken"
 	// KeyServiceCreateKeyProcedure is the fully-qualified name of the KeyService's CreateKey RPC.
 	KeyServiceCreateKeyProcedure = "/postern.v1.KeyService/CreateKey"
 	// KeyServiceListKeysProcedure is the fully-qualified name of the KeyService's ListKeys RPC.
@@ -197,6 +200,9 @@ type TokenServiceClient interface {
 	CreateToken(context.Context, *connect.Request[v1.CreateTokenRequest]) (*connect.Response[v1.CreateTokenResponse], error)
 	ListTokens(context.Context, *connect.Request[v1.ListTokensRequest]) (*connect.Response[v1.ListTokensResponse], error)
 	RevokeToken(context.Context, *connect.Request[v1.RevokeTokenRequest]) (*connect.Response[v1.RevokeTokenResponse], error)
+	// RotateToken gives a token a new secret. Id, name, role, secrets and whatever else is the
+	// token's stay; the secret of before is good for the overlap.
+	RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error)
 }
 
 // NewTokenServiceClient constructs a client for the postern.v1.TokenService service. By default, it
@@ -228,6 +234,12 @@ func NewTokenServiceClient(httpClient connect.HTTPClient, baseURL string, opts .
 			connect.WithSchema(tokenServiceMethods.ByName("RevokeToken")),
 			connect.WithClientOptions(opts...),
 		),
+		rotateToken: connect.NewClient[v1.RotateTokenRequest, v1.RotateTokenResponse](
+			httpClient,
+			baseURL+TokenServiceRotateTokenProcedure,
+			connect.WithSchema(tokenServiceMethods.ByName("RotateToken")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
@@ -236,6 +248,7 @@ type tokenServiceClient struct {
 	createToken *connect.Client[v1.CreateTokenRequest, v1.CreateTokenResponse]
 	listTokens  *connect.Client[v1.ListTokensRequest, v1.ListTokensResponse]
 	revokeToken *connect.Client[v1.RevokeTokenRequest, v1.RevokeTokenResponse]
+	rotateToken *connect.Client[v1.RotateTokenRequest, v1.RotateTokenResponse]
 }
 
 // CreateToken calls postern.v1.TokenService.CreateToken.
@@ -253,11 +266,19 @@ func (c *tokenServiceClient) RevokeToken(ctx context.Context, req *connect.Reque
 	return c.revokeToken.CallUnary(ctx, req)
 }
 
+// RotateToken calls postern.v1.TokenService.RotateToken.
+func (c *tokenServiceClient) RotateToken(ctx context.Context, req *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error) {
+	return c.rotateToken.CallUnary(ctx, req)
+}
+
 // TokenServiceHandler is an implementation of the postern.v1.TokenService service.
 type TokenServiceHandler interface {
 	CreateToken(context.Context, *connect.Request[v1.CreateTokenRequest]) (*connect.Response[v1.CreateTokenResponse], error)
 	ListTokens(context.Context, *connect.Request[v1.ListTokensRequest]) (*connect.Response[v1.ListTokensResponse], error)
 	RevokeToken(context.Context, *connect.Request[v1.RevokeTokenRequest]) (*connect.Response[v1.RevokeTokenResponse], error)
+	// RotateToken gives a token a new secret. Id, name, role, secrets and whatever else is the
+	// token's stay; the secret of before is good for the overlap.
+	RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error)
 }
 
 // NewTokenServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -285,6 +306,12 @@ func NewTokenServiceHandler(svc TokenServiceHandler, opts ...connect.HandlerOpti
 		connect.WithSchema(tokenServiceMethods.ByName("RevokeToken")),
 		connect.WithHandlerOptions(opts...),
 	)
+	tokenServiceRotateTokenHandler := connect.NewUnaryHandler(
+		TokenServiceRotateTokenProcedure,
+		svc.RotateToken,
+		connect.WithSchema(tokenServiceMethods.ByName("RotateToken")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/postern.v1.TokenService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case TokenServiceCreateTokenProcedure:
@@ -293,6 +320,8 @@ func NewTokenServiceHandler(svc TokenServiceHandler, opts ...connect.HandlerOpti
 			tokenServiceListTokensHandler.ServeHTTP(w, r)
 		case TokenServiceRevokeTokenProcedure:
 			tokenServiceRevokeTokenHandler.ServeHTTP(w, r)
+		case TokenServiceRotateTokenProcedure:
+			tokenServiceRotateTokenHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -312,6 +341,10 @@ func (UnimplementedTokenServiceHandler) ListTokens(context.Context, *connect.Req
 
 func (UnimplementedTokenServiceHandler) RevokeToken(context.Context, *connect.Request[v1.RevokeTokenRequest]) (*connect.Response[v1.RevokeTokenResponse], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.TokenService.RevokeToken is not implemented"))
+}
+
+func (UnimplementedTokenServiceHandler) RotateToken(context.Context, *connect.Request[v1.RotateTokenRequest]) (*connect.Response[v1.RotateTokenResponse], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.TokenService.RotateToken is not implemented"))
 }
 
 // KeyServiceClient is a client for the postern.v1.KeyService service.
