@@ -314,13 +314,19 @@ func (o *orgStore) rewritePack(ctx context.Context, p *pack, info *packInfo, liv
 	}
 	o.mu.Lock()
 	info.size, size = size, info.size-size
-	info.key = w.key
 	o.mu.Unlock()
 	o.store.used.Add(-size)
 	stats.Rewritten++
 	stats.Freed += size
 	stats.IO += w.off + size + w.off
-	return o.fs.syncDir(o.packDir())
+	if err := o.fs.syncDir(o.packDir()); err != nil {
+		return err
+	}
+	// Not before: a power cut could bring back the file that an old key seals.
+	o.mu.Lock()
+	info.key = w.key
+	o.mu.Unlock()
+	return nil
 }
 
 func rewriteSegments(ctx context.Context, s *scratch, w *packWriter, p *pack, hashes []chunkHash, live *liveBits) error {
