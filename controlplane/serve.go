@@ -37,6 +37,9 @@ type Options struct {
 	// Blob is where the contents of files are: a directory, or s3://BUCKET?...; empty means
 	// the directory blob in Data.
 	Blob string
+	// OrganizationFiles bounds the files, directories and links of an organization's
+	// workspaces; 0: no limit.
+	OrganizationFiles uint64
 	// PeerListen is the address for other control planes on the same database; empty means
 	// that there are none. PeerAdvertise is the https URL under which they reach it.
 	PeerListen, PeerAdvertise string
@@ -152,6 +155,7 @@ the password and dbname=AGENT/SOURCE.`,
 	f.StringVar(&o.Database, "database", "", "PostgreSQL for the metadata, postgres://user@host/db; default SQLite in --data")
 	f.StringVar(&o.DatabasePasswordFile, "database-password-file", "", "file with that database's password; may change at any time")
 	f.StringVar(&o.Blob, "blob", "", "where contents of files are kept: a directory, or s3://BUCKET?region=R&endpoint=URL&prefix=P/; default: the directory blob in --data")
+	f.Uint64Var(&o.OrganizationFiles, "organization-files", 100_000_000, "how many files, directories and links all workspaces of an organization may have together; 0: no limit")
 	f.StringVar(&o.PeerListen, "peer-listen", "", "address for other control planes on the same --database, such as 10.0.0.5:9443; none if empty")
 	f.StringVar(&o.PeerAdvertise, "peer-advertise", "", "https://HOST:PORT under which the others reach --peer-listen; default: that address")
 	f.DurationVar(&o.DrainDelay, "drain-delay", 0, "how long everything is still served at a stop while /readyz already fails, for load balancers that ask it")

@@ -70,7 +70,7 @@ func (s *Server) wireFiles(ctx context.Context, registry prometheus.Registerer) 
 			return workspace.Agent{Organization: m.Organization, ID: m.Agent, Name: m.Name}
 		},
 		Ask: s.askAttachments,
-		Ops: ratelimit.New(fileRate, fileBurst), Poll: poll, Metrics: workspace.NewMetrics(registry),
+		Ops: ratelimit.New(fileRate, fileBurst), Poll: poll, OrganizationNodes: s.options.OrganizationFiles, Metrics: workspace.NewMetrics(registry),
 	})
 	return nil
 }

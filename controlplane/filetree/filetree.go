@@ -56,6 +56,9 @@ type Workspace struct {
 	UsedBytes, KeptBytes uint64
 	// Nodes counts what is below the root.
 	Nodes uint64
+	// KeptRows counts the rows that are kept: nodes that are there or in the trash, names of
+	// files beyond their first, versions, and what snapshots know of nodes and names.
+	KeptRows uint64
 	// Agents are the names of those that may mount it; empty: all.
 	Agents []string
 	// KeepVersions and KeepFor bound the history of each file, and KeepFor the trash.
@@ -219,6 +222,10 @@ type Tx interface {
 	// PutBlock sets node numbers aside for an agent; OwnsNode tells whether one was.
 	PutBlock(ctx context.Context, agent string, first, last uint64) error
 	OwnsNode(ctx context.Context, agent string, id uint64) (bool, error)
+	// CountBlocks is how many rows such numbers take, of all agents; limit if there are more.
+	CountBlocks(ctx context.Context, limit int) (int, error)
+	// Siblings are the Nodes and KeptRows of the organization's other workspaces, together.
+	Siblings(ctx context.Context) (nodes, rows uint64, err error)
 	// Redirect is where an agent's operations on node go that are based on base; 0: to
 	// the node. NoBase stands for those that have no base.
 	Redirect(ctx context.Context, agent string, node, base uint64) (uint64, error)

@@ -77,6 +77,7 @@ func (t *fileTx) PutVersion(ctx context.Context, v *filetree.Version, lists map[
 		t.w.Number, v.Node, v.Version, v.Base, v.Size, v.Stored, millis(v.Created), plainText(v.By), v.ETag[:], null(segments), inline); err != nil {
 		return err
 	}
+	t.w.KeptRows++
 	for _, hash := range v.Segments {
 		var refs int64
 		err := t.h.row(ctx, `INSERT INTO file_segments (workspace, hash, chunks, refs) VALUES (?, ?, ?, 1)
@@ -201,6 +202,7 @@ func (t *fileTx) DropVersions(ctx context.Context, node uint64, versions ...uint
 			return err
 		}
 		t.w.KeptBytes -= min(uint64(len(inline)), t.w.KeptBytes)
+		t.fewerRows(1)
 		hashes, err := splitHashes(segments)
 		if err != nil {
 			return err
@@ -213,6 +215,9 @@ func (t *fileTx) DropVersions(ctx context.Context, node uint64, versions ...uint
 	}
 	return nil
 }
+
+// fewerRows counts rows that are gone.
+func (t *fileTx) fewerRows(n int) { t.w.KeptRows -= min(uint64(n), t.w.KeptRows) }
 
 func (t *fileTx) releaseSegment(ctx context.Context, hash filetree.Hash) error {
 	var refs int64

@@ -89,6 +89,13 @@ func (t *fileTx) OwnsNode(ctx context.Context, agent string, id uint64) (bool, e
 	return owner == agent && id <= last, err
 }
 
+// CountBlocks implements filetree.Tx.
+func (t *fileTx) CountBlocks(ctx context.Context, limit int) (int, error) {
+	var n int
+	err := t.h.row(ctx, "SELECT count(*) FROM (SELECT 1 FROM file_blocks WHERE workspace = ? LIMIT ?) AS few", t.w.Number, limit).Scan(&n)
+	return n, err
+}
+
 // Redirect implements filetree.Tx.
 func (t *fileTx) Redirect(ctx context.Context, agent string, node, base uint64) (uint64, error) {
 	var kept uint64

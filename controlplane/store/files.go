@@ -185,9 +185,10 @@ func (t *fileTx) keepNodes(ctx context.Context, ids []uint64) error {
 		return nil
 	}
 	return batches(ids, func(ids []uint64) error {
-		_, err := t.h.exec(ctx, `INSERT INTO file_node_history (workspace, until, id, type, mode, uid, gid, size, stored, mtime, ctime, btime, links, version, seq, target, xattrs, parent, name)
+		n, err := t.h.exec(ctx, `INSERT INTO file_node_history (workspace, until, id, type, mode, uid, gid, size, stored, mtime, ctime, btime, links, version, seq, target, xattrs, parent, name)
 			SELECT n.workspace, ?, `+nodeColumns+` FROM file_nodes n WHERE n.workspace = ? AND n.seq <= ? AND n.id IN (`+placeholders(len(ids))+`) ON CONFLICT DO NOTHING`,
 			anys([]any{t.w.Seq, t.w.Number, t.w.SnapshotSeq}, ids)...)
+		t.w.KeptRows += uint64(n)
 		return err
 	})
 }
@@ -227,6 +228,9 @@ func (t *fileTx) DeleteNodes(ctx context.Context, ids []uint64) error {
 		return err
 	}
 	return batches(ids, func(ids []uint64) error {
+		if _, err := t.h.exec(ctx, "DELETE FROM file_redirects WHERE workspace = ? AND kept IN ("+placeholders(len(ids))+")", anys([]any{t.w.Number}, ids)...); err != nil {
+			return err
+		}
 		_, err := t.h.exec(ctx, "DELETE FROM file_nodes WHERE workspace = ? AND id IN ("+placeholders(len(ids))+")", anys([]any{t.w.Number}, ids)...)
 		return err
 	})
@@ -250,11 +254,13 @@ func (t *fileTx) keepEntries(ctx context.Context, entries []filetree.Entry) erro
 		return nil
 	}
 	for _, e := range entries {
-		if _, err := t.h.exec(ctx, `INSERT INTO file_entry_history (workspace, parent, name, seq, until, node)
+		n, err := t.h.exec(ctx, `INSERT INTO file_entry_history (workspace, parent, name, seq, until, node)
 			SELECT workspace, parent, name, seq, ?, node FROM file_entries WHERE workspace = ? AND parent = ? AND name = ? AND seq <= ? ON CONFLICT DO NOTHING`,
-			t.w.Seq, t.w.Number, e.Parent, e.Name, t.w.SnapshotSeq); err != nil {
+			t.w.Seq, t.w.Number, e.Parent, e.Name, t.w.SnapshotSeq)
+		if err != nil {
 			return err
 		}
+		t.w.KeptRows += uint64(n)
 	}
 	return nil
 }

@@ -114,6 +114,7 @@ func (t *fileTx) DropHistory(ctx context.Context, limit int) (int, error) {
 			}
 		}
 	}
+	t.fewerRows(len(entries) + len(nodes))
 	return len(entries) + len(nodes), nil
 }
 

@@ -16,14 +16,14 @@ import (
 const maxWorkspaces = 10_000
 
 const workspaceColumns = `number, id, organization, name, created, seq, next_id, snapshot_seq, oldest_change,
-	quota_bytes, quota_nodes, used_bytes, kept_bytes, nodes, agents, keep_versions, keep_for`
+	quota_bytes, quota_nodes, used_bytes, kept_bytes, nodes, kept_rows, agents, keep_versions, keep_for`
 
 func scanWorkspace(scan func(...any) error) (*filetree.Workspace, error) {
 	w := &filetree.Workspace{}
 	var created, keepFor int64
 	var agents string
 	err := scan(&w.Number, &w.ID, &w.Organization, &w.Name, &created, &w.Seq, &w.NextID, &w.SnapshotSeq, &w.OldestChange,
-		&w.QuotaBytes, &w.QuotaNodes, &w.UsedBytes, &w.KeptBytes, &w.Nodes, &agents, &w.KeepVersions, &keepFor)
+		&w.QuotaBytes, &w.QuotaNodes, &w.UsedBytes, &w.KeptBytes, &w.Nodes, &w.KeptRows, &agents, &w.KeepVersions, &keepFor)
 	if err != nil {
 		return nil, err
 	}
@@ -138,10 +138,17 @@ func (s *Store) UpdateFiles(ctx context.Context, organization, id string, f func
 			return err
 		}
 		w := t.w
-		_, err = tx.exec(ctx, `UPDATE workspaces SET seq = ?, next_id = ?, snapshot_seq = ?, oldest_change = ?, used_bytes = ?, kept_bytes = ?, nodes = ? WHERE number = ?`,
-			w.Seq, w.NextID, w.SnapshotSeq, w.OldestChange, w.UsedBytes, w.KeptBytes, w.Nodes, w.Number)
+		_, err = tx.exec(ctx, `UPDATE workspaces SET seq = ?, next_id = ?, snapshot_seq = ?, oldest_change = ?, used_bytes = ?, kept_bytes = ?, nodes = ?, kept_rows = ? WHERE number = ?`,
+			w.Seq, w.NextID, w.SnapshotSeq, w.OldestChange, w.UsedBytes, w.KeptBytes, w.Nodes, w.KeptRows, w.Number)
 		return err
 	})
+}
+
+// Siblings implements filetree.Tx. Others may change them meanwhile.
+func (t *fileTx) Siblings(ctx context.Context) (nodes, rows uint64, err error) {
+	err = t.h.row(ctx, "SELECT coalesce(sum(nodes), 0), coalesce(sum(kept_rows), 0) FROM workspaces WHERE organization = ? AND deleted IS NULL AND number <> ?",
+		t.w.Organization, t.w.Number).Scan(&nodes, &rows)
+	return nodes, rows, err
 }
 
 // ReadFiles runs f on a workspace as it is at one moment; f must not change anything, and

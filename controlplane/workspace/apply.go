@@ -544,6 +544,9 @@ func (h *host) makeLink(op *posternv1.FileOp_MakeLink, at int64, result *postern
 			return nil // it has that name
 		}
 	}
+	if err := h.mayKeep(1); err != nil {
+		return err
+	}
 	d, name, conflict, err := h.free(op.Parent, op.Name)
 	if err != nil {
 		return err

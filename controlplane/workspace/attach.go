@@ -22,6 +22,7 @@ const (
 	maxDirectories = 256
 	maxGetNodes    = 1000
 	maxBlock       = 65536
+	maxBlocks      = 100_000 // rows of numbers that are set aside, of all agents
 	maxMissing     = 1024
 	maxMounts      = 1000 // of an agent on a workspace
 	listPage       = 2000 // entries
@@ -139,6 +140,11 @@ func (h attach) ReserveIDs(ctx context.Context, req *connect.Request[posternv1.R
 			ws := tx.Workspace()
 			if ws.NextID >= 1<<62 {
 				return proto.Errorf(proto.CodeOverloaded, "the workspace has no node numbers left")
+			}
+			if n, err := tx.CountBlocks(ctx, maxBlocks); err != nil {
+				return err
+			} else if n >= maxBlocks {
+				return proto.Errorf(proto.CodeStorageFull, "workspace %s has set aside node numbers %d times: copy what is in it to a new one", ws.Name, n)
 			}
 			resp.First = ws.NextID
 			ws.NextID += uint64(count)
@@ -258,6 +264,7 @@ func (s *Service) applyAll(ctx context.Context, tx filetree.Tx, a Agent, r *post
 		ops = ops[1:]
 	}
 	t := newTree(ctx, tx, time.Now(), "agent "+a.Name, m.ID)
+	t.organization = s.cfg.OrganizationNodes
 	host := &host{tree: t, agent: a.ID, name: a.Name, mine: map[uint64]bool{}, did: did}
 	var fresh []*posternv1.FileOpResult
 	for _, op := range ops {

@@ -120,6 +120,7 @@ func (s *Service) change(ctx context.Context, c Caller, workspace string, f func
 	}
 	err = s.cfg.Store.UpdateFiles(ctx, w.Organization, w.ID, func(tx filetree.Tx) error {
 		t := newTree(ctx, tx, time.Now(), "token "+c.TokenName, "")
+		t.organization = s.cfg.OrganizationNodes
 		err := f(t)
 		if err == nil {
 			err = t.flush()

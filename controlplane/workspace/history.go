@@ -70,6 +70,9 @@ func (t *tree) restoreVersion(path []byte, version uint64) (*posternv1.FileInfo,
 		return nil, proto.Errorf(proto.CodeNotFound, "%s:%s has no version %d: it may have been too old to be kept", t.ws.Name, clip(string(path)), version)
 	}
 	if version != n.Version {
+		if err := t.mayKeep(1); err != nil {
+			return nil, err
+		}
 		if err := t.charge(0, int64(v.Stored)-int64(n.Stored), false); err != nil {
 			return nil, err
 		}
@@ -171,6 +174,9 @@ func (t *tree) restoreTrashed(path []byte, id uint64) (*posternv1.FileInfo, erro
 	}
 	if t.overQuota() {
 		return nil, errQuota
+	}
+	if err := t.mayAdd(0); err != nil {
+		return nil, err
 	}
 	if _, err := t.done(); err != nil {
 		return nil, err

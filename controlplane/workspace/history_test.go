@@ -92,7 +92,7 @@ func TestVersionsAndTrash(t *testing.T) {
 			t.Fatalf("emptied: %v, %v", emptied, err)
 		}
 		w, err = f.GetWorkspace(ctx, connect.NewRequest(&posternv1.WorkspaceRequest{Workspace: "w"}))
-		if err != nil || w.Msg.Nodes != 0 || w.Msg.UsedBytes != 0 || w.Msg.KeptBytes != 0 {
+		if err != nil || w.Msg.Nodes != 0 || w.Msg.UsedBytes != 0 || w.Msg.KeptBytes != 0 || k.keptRows("w") != 0 {
 			t.Errorf("emptied, but: %v, %v", w, err)
 		}
 	})
@@ -291,7 +291,7 @@ func TestSnapshots(t *testing.T) {
 			t.Fatal(err)
 		}
 		w, err := f.GetWorkspace(ctx, connect.NewRequest(&posternv1.WorkspaceRequest{Workspace: "w"}))
-		if err != nil || w.Msg.Nodes != 0 || w.Msg.UsedBytes != 0 || w.Msg.KeptBytes != 0 {
+		if err != nil || w.Msg.Nodes != 0 || w.Msg.UsedBytes != 0 || w.Msg.KeptBytes != 0 || k.keptRows("w") != 0 {
 			t.Errorf("all is gone, but: %v, %v", w, err)
 		}
 		time.Sleep(5 * time.Millisecond) // the grace

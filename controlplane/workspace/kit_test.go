@@ -47,6 +47,8 @@ type kit struct {
 	server *httptest.Server
 	org    string
 
+	// organizationNodes bounds the nodes of an organization; 0: no limit.
+	organizationNodes uint64
 	// grace is how long chunks wait that nothing refers to; 0: a day.
 	grace time.Duration
 	// ask answers for agents; nil: they are offline.
@@ -96,7 +98,7 @@ func (k *kit) start(where string, serviceLog *slog.Logger) {
 		t.Fatal(err)
 	}
 	k.s = workspace.New(workspace.Config{
-		Logger: serviceLog, Store: kitStore{k.store, k}, Chunks: k.blobs, Ops: always{}, SignOfLife: 200 * time.Millisecond,
+		Logger: serviceLog, Store: kitStore{k.store, k}, Chunks: k.blobs, Ops: always{}, OrganizationNodes: k.organizationNodes, SignOfLife: 200 * time.Millisecond,
 		Ask: func(_ context.Context, agent string, _ *posternv1.GetAttachStatusRequest) (*posternv1.GetAttachStatusResponse, error) {
 			if k.ask == nil {
 				return nil, proto.Errorf(proto.CodeAgentOffline, "offline")

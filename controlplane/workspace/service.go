@@ -74,6 +74,10 @@ type Config struct {
 	Poll time.Duration
 	// SignOfLife is how often a silent stream of changes says so; 0 means 15 s.
 	SignOfLife time.Duration
+	// OrganizationNodes bounds the files, directories and links of all workspaces of an
+	// organization together, and four times it the rows that are kept of them; 0: no limit.
+	// Workspaces that are changed at the same moment may exceed it by what those changes add.
+	OrganizationNodes uint64
 	// Metrics is optional.
 	Metrics *Metrics
 }

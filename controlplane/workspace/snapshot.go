@@ -37,6 +37,10 @@ func (f files) CreateSnapshot(ctx context.Context, req *connect.Request[posternv
 			if !snapshotName.MatchString(name) {
 				return proto.Errorf(proto.CodeInvalid, "%q is no name for a snapshot: 1 to 63 letters, digits, '-', '_' and '.', beginning with a letter or digit", clip(name))
 			}
+			// Each snapshot may come to keep a row of every node and name.
+			if err := t.mayKeep(1); err != nil {
+				return err
+			}
 			all, err := t.tx.Snapshots(ctx)
 			if err != nil {
 				return err
@@ -170,6 +174,9 @@ func (t *tree) rewind(seq uint64, path []byte) (*posternv1.RestoreSnapshotRespon
 	}
 	if t.overQuota() {
 		return nil, errQuota
+	}
+	if err := t.mayAdd(0); err != nil {
+		return nil, err
 	}
 	return r.resp, nil
 }

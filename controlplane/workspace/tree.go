@@ -25,8 +25,12 @@ type tree struct {
 	now time.Time
 	// by is "token NAME" or "agent NAME"; mount is the mount that does it, if one does.
 	by, mount string
-	// keptFull: errQuota was for what is kept.
-	keptFull bool
+	// full is what errQuota was for.
+	full fullness
+	// organization bounds the nodes of all of its workspaces; 0: it doesn't. siblings, once
+	// known, are those of the others.
+	organization uint64
+	siblings     *siblings
 	// quiet: changes get numbers, but are not in the log.
 	quiet bool
 
@@ -252,7 +256,9 @@ func (t *tree) link(parent uint64, name []byte, n *node, at int64) error {
 	if n.Type == filetree.Directory {
 		n.Links = 1
 	} else {
-		n.Links++
+		if n.Links++; n.Links > 1 {
+			t.ws.KeptRows++ // a further name is a row of its own
+		}
 	}
 	n.Parent, n.Name = parent, bytes.Clone(name)
 	change := t.namesOf(n)
@@ -280,7 +286,9 @@ func (t *tree) unlink(parent uint64, name []byte, n *node, at int64) error {
 	if n.Type == filetree.Directory {
 		n.Links = 0
 	} else {
-		n.Links--
+		if n.Links--; n.Links > 0 {
+			t.fewerRows()
+		}
 	}
 	if n.Links > 0 && n.Parent == parent && bytes.Equal(n.Name, name) {
 		if err := t.rename(n); err != nil {
@@ -434,10 +442,10 @@ const keptTimes = 4
 // early for it: whoever can write could destroy the history so.
 func (t *tree) keep(stored uint64) error {
 	if quota := t.ws.QuotaBytes; quota > 0 && stored > 0 && (t.ws.KeptBytes+stored)/keptTimes > quota {
-		t.keptFull = true
+		t.full = keptBytesFull
 		return errQuota
 	}
-	return nil
+	return t.mayKeep(1)
 }
 
 // charge counts nodes and bytes that come, or go if negative; over is set to let them
@@ -451,7 +459,13 @@ func (t *tree) charge(nodes, bytes int64, over bool) error {
 	}
 	moreNodes, moreBytes := add(t.ws.Nodes, nodes), add(t.ws.UsedBytes, bytes)
 	if !over && (nodes > 0 && t.ws.QuotaNodes > 0 && moreNodes > t.ws.QuotaNodes || bytes > 0 && t.ws.QuotaBytes > 0 && moreBytes > t.ws.QuotaBytes) {
+		t.full = quotaFull
 		return errQuota
+	}
+	if !over && nodes > 0 {
+		if err := t.mayAdd(uint64(nodes)); err != nil {
+			return err
+		}
 	}
 	t.ws.Nodes, t.ws.UsedBytes = moreNodes, moreBytes
 	return nil
@@ -459,7 +473,10 @@ func (t *tree) charge(nodes, bytes int64, over bool) error {
 
 // quotaError is errQuota for people.
 func (t *tree) quotaError() error {
-	if t.keptFull {
+	switch t.full {
+	case keptRowsFull, organizationFull, organizationRowsFull:
+		return t.rowsError()
+	case keptBytesFull:
 		return proto.Errorf(proto.CodeStorageFull, "workspace %s is full: old versions and trash have %d bytes, %d times its quota: have an operator empty the trash, keep fewer versions, or raise the quota",
 			t.ws.Name, t.ws.KeptBytes, keptTimes)
 	}
@@ -477,6 +494,7 @@ func (t *tree) newID() uint64 {
 // make makes a node without a name.
 func (t *tree) make(n filetree.Node) *node {
 	made := &node{Node: n, dirty: true}
+	t.ws.KeptRows++
 	t.nodes[n.ID] = made
 	t.touch(made)
 	return made
@@ -551,6 +569,7 @@ func (t *tree) drop(n *node) error {
 func (t *tree) dropUncounted(n *node) error {
 	t.touch(n)
 	n.gone = true
+	t.fewerRows()
 	if n.Type != filetree.File || n.Version == 0 {
 		return nil
 	}
