@@ -65,7 +65,7 @@ s3-test:
 	cd e2e/s3server && CGO_ENABLED=0 $(GO) build -o ../../bin/versitygw github.com/versity/versitygw/cmd/versitygw
 	POSTERN_S3SERVER=$(CURDIR)/bin/versitygw $(GO) test -tags reals3 -v ./controlplane/blob ./agentd/attach/bucket
 	POSTERN_S3SERVER=$(CURDIR)/bin/versitygw $(GO) test -tags reals3 -run TestRealBucket -v ./agentd
-	POSTERN_S3SERVER=$(CURDIR)/bin/versitygw $(GO) test -tags reals3 -run TestKill -v ./controlplane/workspace
+	POSTERN_S3SERVER=$(CURDIR)/bin/versitygw $(GO) test -tags reals3 -run 'TestKill|TestRealBucket' -v ./controlplane/workspace
 	POSTERN_S3SERVER=$(CURDIR)/bin/versitygw $(GO) test -tags reals3 -run TestRealS3 -v ./e2e
 
 # The server runs as the user mysql, which can't look into every home directory.
