@@ -70,7 +70,7 @@ func (d *Daemon) openAttachments() error {
 	if err != nil {
 		return err
 	}
-	a := &attachments{daemon: d, buckets: &buckets{daemon: d, open: map[string]*openBucket{}}, client: mountd.Client{Dir: dir}, starting: map[string]int{}}
+	a := &attachments{daemon: d, buckets: &buckets{daemon: d, metrics: bucket.NewMetrics(d.registry), open: map[string]*openBucket{}}, client: mountd.Client{Dir: dir}, starting: map[string]int{}}
 	d.attach = a
 	ctx, cancel := context.WithCancel(context.Background())
 	a.cancel = cancel

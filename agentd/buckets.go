@@ -18,7 +18,8 @@ import (
 // buckets are the object stores that mounts of this host reach through agentd, which alone
 // has their credentials. What is not in the configuration any more is refused at once.
 type buckets struct {
-	daemon *Daemon
+	daemon  *Daemon
+	metrics *bucket.Metrics
 
 	mu   sync.Mutex
 	open map[string]*openBucket
@@ -53,7 +54,7 @@ func (b *buckets) find(ctx context.Context, name string) (*bucket.Store, func(),
 		return nil, nil, proto.Errorf(proto.CodePolicyDenied, "there is no bucket %.64q in attachments.buckets in agentd.yaml", name)
 	}
 	if o == nil {
-		store, err := openStore(ctx, c, how, may.ReadOnly, func(ctx context.Context, ref secret.Ref) (secret.Secret, error) {
+		store, err := openStore(ctx, c, how, may.ReadOnly, b.metrics, func(ctx context.Context, ref secret.Ref) (secret.Secret, error) {
 			return b.daemon.readSecret(ctx, ref)
 		})
 		if err != nil {
@@ -90,14 +91,14 @@ func (b *buckets) close() {
 
 // openStore opens a bucket of the configuration. It reaches it as the tunnel is reached:
 // through the same proxy, with the same authorities.
-func openStore(ctx context.Context, c *config.Config, how config.Bucket, readOnly bool, read func(context.Context, secret.Ref) (secret.Secret, error)) (*bucket.Store, error) {
+func openStore(ctx context.Context, c *config.Config, how config.Bucket, readOnly bool, metrics *bucket.Metrics, read func(context.Context, secret.Ref) (secret.Secret, error)) (*bucket.Store, error) {
 	proxy := http.ProxyFromEnvironment
 	if c.Proxy != nil {
 		proxy = func(r *http.Request) (*url.URL, error) { return c.Proxy(r.URL) }
 	}
 	return bucket.Open(ctx, bucket.Config{
 		Name: how.Name, Bucket: how.Bucket, Region: how.Region, Prefix: how.Prefix, Endpoint: how.Endpoint, PathStyle: how.PathStyle, ReadOnly: readOnly,
-		Proxy: proxy, RootCAs: c.OuterRootCAs,
+		Metrics: metrics, Proxy: proxy, RootCAs: c.OuterRootCAs,
 		Keys: func(ctx context.Context) (bucket.Keys, error) {
 			var values [3]string
 			for i, ref := range how.Refs() {

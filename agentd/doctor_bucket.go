@@ -45,7 +45,7 @@ func examineBuckets(ctx context.Context, r *doctor.Report, c *config.Config) {
 func lookAtBucket(ctx context.Context, c *config.Config, b config.Bucket, read func(context.Context, secret.Ref) (secret.Secret, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, bucketTime)
 	defer cancel()
-	store, err := openStore(ctx, c, b, true, read)
+	store, err := openStore(ctx, c, b, true, nil, read)
 	if err != nil {
 		return err
 	}

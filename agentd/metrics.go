@@ -39,20 +39,21 @@ func (d *Daemon) registerMetrics() {
 			_, expires := d.identity.Validity()
 			return float64(expires.Unix())
 		}),
-		gauge("agentd_attachments_workspaces", "Workspaces that are open on this host.", func() float64 {
-			return d.attach.sum(func(mountd.MountedStatus) float64 { return 1 })
+		gauge("agentd_attachments_workspaces", "Workspaces and buckets that are open on this host.", func() float64 {
+			one := func(mountd.MountedStatus) float64 { return 1 }
+			return d.attach.sum(false, one) + d.attach.sum(true, one)
 		}),
 		gauge("agentd_attachments_unsent_changes", "Changes that the control plane has not got, of all workspaces.", func() float64 {
-			return d.attach.sum(func(w mountd.MountedStatus) float64 { return float64(w.UnsentOps) })
+			return d.attach.sum(false, func(w mountd.MountedStatus) float64 { return float64(w.UnsentOps) })
 		}),
 		gauge("agentd_attachments_unsent_bytes", "Bytes of contents that the control plane has not got, of all workspaces.", func() float64 {
-			return d.attach.sum(func(w mountd.MountedStatus) float64 { return float64(w.UnsentBytes) })
+			return d.attach.sum(false, func(w mountd.MountedStatus) float64 { return float64(w.UnsentBytes) })
 		}),
-		gauge("agentd_attachments_oldest_unsent_timestamp_seconds", "When the oldest change that the control plane has not got was made; 0: there is none.", func() float64 {
+		gauge("agentd_attachments_oldest_unsent_timestamp_seconds", "When the oldest change that the control plane, or a bucket, has not got was made; 0: there is none.", func() float64 {
 			return d.attach.oldest()
 		}),
 		gauge("agentd_attachments_cache_bytes", "What contents take on disk, of all workspaces.", func() float64 {
-			return d.attach.sum(func(w mountd.MountedStatus) float64 { return float64(w.CacheBytes) })
+			return d.attach.sum(false, func(w mountd.MountedStatus) float64 { return float64(w.CacheBytes) })
 		}),
 		gauge("agentd_mountd_up", "1 while the process that serves mounts answers.", func() float64 {
 			if d.attach.seen.Load() == nil {
@@ -62,13 +63,16 @@ func (d *Daemon) registerMetrics() {
 		}),
 		gauge("agentd_sources", "Data sources declared.", func() float64 { return float64(len(d.config.Load().Sources)) }),
 	)
+	d.registerBucketMetrics()
 }
 
-// sum adds something up over the workspaces that mountd told of last.
-func (a *attachments) sum(of func(mountd.MountedStatus) float64) (n float64) {
+// sum adds something up over the workspaces, or the buckets, that mountd told of last.
+func (a *attachments) sum(buckets bool, of func(mountd.MountedStatus) float64) (n float64) {
 	if s := a.seen.Load(); s != nil {
 		for _, w := range s.Workspaces {
-			n += of(w)
+			if w.Bucket == buckets {
+				n += of(w)
+			}
 		}
 	}
 	return n

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -72,12 +73,15 @@ func answer(w http.ResponseWriter, r *http.Request, s *Store, op string) {
 		if err = s.Read(ctx, q.Get("key"), q.Get("etag"), number("off"), body.n, body); err == nil {
 			_, err = body.Write(nil)
 		}
+		s.cfg.Metrics.got(body.sent)
 		if err != nil && body.begun {
+			s.cfg.Metrics.ended(op, err)
 			// The length tells the asker, who asks for what is missing and then hears why.
 			http.NewResponseController(w).Flush() //nolint:errcheck // it has gone, or not
 			panic(http.ErrAbortHandler)
 		}
 		if err == nil {
+			s.cfg.Metrics.ended(op, nil)
 			return
 		}
 	case "write":
@@ -85,13 +89,18 @@ func answer(w http.ResponseWriter, r *http.Request, s *Store, op string) {
 			err = proto.Errorf(proto.CodeInvalid, "the body's length is missing")
 			break
 		}
-		out, err = s.WriteStream(ctx, q.Get("key"), r.Body, r.ContentLength)
+		if out, err = s.WriteStream(ctx, q.Get("key"), r.Body, r.ContentLength); err == nil {
+			s.cfg.Metrics.took(r.ContentLength)
+		}
 	case "copy":
 		out, err = s.Copy(ctx, q.Get("key"), q.Get("from"))
 	case "delete":
 		err = s.Delete(ctx, q.Get("key"))
 	default:
 		err = proto.Errorf(proto.CodeNotFound, "no such question about a bucket")
+	}
+	if slices.Contains(operations, op) {
+		s.cfg.Metrics.ended(op, err)
 	}
 	if err != nil {
 		if Changed(err) {
@@ -109,6 +118,7 @@ func answer(w http.ResponseWriter, r *http.Request, s *Store, op string) {
 type lateHeader struct {
 	w     http.ResponseWriter
 	n     int64
+	sent  int64
 	begun bool
 }
 
@@ -120,7 +130,9 @@ func (l *lateHeader) Write(b []byte) (int, error) {
 		l.w.Header().Set("Content-Length", strconv.FormatInt(l.n, 10))
 		l.w.WriteHeader(http.StatusOK)
 	}
-	return l.w.Write(b)
+	n, err := l.w.Write(b)
+	l.sent += int64(n)
+	return n, err
 }
 
 // Client is a Remote by agentd's unix socket. It waits for an agentd that is being

@@ -64,6 +64,8 @@ type Config struct {
 	ReadOnly bool
 	// Keys reads the credentials, at most once a minute; its error is one line without them.
 	Keys func(context.Context) (Keys, error)
+	// Metrics is optional.
+	Metrics *Metrics
 	// Proxy and RootCAs are optional; RootCAs are trusted beside the system's.
 	Proxy   func(*http.Request) (*url.URL, error)
 	RootCAs *x509.CertPool

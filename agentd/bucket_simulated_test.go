@@ -1,0 +1,163 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/postern-dev/postern/agentd/config"
+	"github.com/postern-dev/postern/agentd/doctor"
+	"github.com/postern-dev/postern/e2e/simulateds3"
+	"github.com/postern-dev/postern/e2e/simulatedvault"
+)
+
+// vaultWith starts a simulated Vault with an object store's keys at secret/team/s3, and returns
+// the configuration that opens it.
+func vaultWith(t *testing.T, s *simulateds3.Server) (v *simulatedvault.Server, text string) {
+	t.Helper()
+	v = simulatedvault.Start(simulatedvault.Config{})
+	t.Cleanup(v.Close)
+	v.Put("team/s3", map[string]any{"access": s.Key, "key": s.Secret})
+	dir := t.TempDir()
+	for name, text := range map[string]string{"token": simulatedvault.RootToken, "ca.pem": string(v.CA())} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return v, fmt.Sprintf("vault: {address: '%s', ca_file: '%s/ca.pem', token: {file: '%[2]s/token'}}\n", v.URL(), dir)
+}
+
+const keysInVault = "access_key: {vault: {kv: secret/team/s3, field: access}}, secret_key: {vault: {kv: secret/team/s3, field: key}}"
+
+// TestSimulatedBucketByVault mounts a bucket whose keys are in a simulated Vault, and looks at the
+// metrics of what is done there.
+func TestSimulatedBucketByVault(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounts")
+	}
+	s := simulateds3.Start(t, "acme-raw")
+	s.Put("d/there", "what was there")
+	s.Put("d/"+strings.Repeat("n", 256), "it cannot be a file")
+	_, text := vaultWith(t, s)
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &mounts{lab: newLab(t, newTestControl(t), text+fmt.Sprintf("attachments:\n  workspaces: []\n  host_mounts: [%s]\n  buckets:\n    - {name: raw, bucket: acme-raw, endpoint: %q, path_style: true, %s}\n", dir, s.URL, keysInVault)), dir: dir}
+	t.Cleanup(m.clean)
+	m.start()
+	m.eventually("mountd", func() error {
+		if s := m.d.attachmentStatus(); s.PID == 0 {
+			return errors.New(s.Error)
+		}
+		return nil
+	})
+	at := m.target("raw")
+	if err := m.mount("raw", at, false); err != nil {
+		t.Fatal(err)
+	}
+	if got := m.sh("cat %s/d/there && echo && echo hello > %s/d/new && ls %s/d && cat %s/d/none", at, at, at, at); !strings.HasPrefix(got, "what was there\nnew\nthere") {
+		t.Errorf("got %s", got)
+	}
+	if s.Count() != 3 {
+		t.Errorf("%d objects, want 3", s.Count())
+	}
+	m.eventually("the metrics", func() error {
+		for name, least := range map[string]float64{
+			`agentd_bucket_requests_total list done`: 1, `agentd_bucket_requests_total read done`: 1, `agentd_bucket_requests_total write done`: 1,
+			`agentd_bucket_received_bytes_total`: 14, `agentd_bucket_sent_bytes_total`: 6, `agentd_buckets`: 1, `agentd_bucket_hidden_keys`: 1, `agentd_attachments_workspaces`: 1,
+		} {
+			if got := m.metric(name); got < least {
+				return fmt.Errorf("%s is %v, want %v or more", name, got, least)
+			}
+		}
+		return nil
+	})
+	for _, name := range []string{"agentd_bucket_unsent_files", "agentd_bucket_unsent_bytes", "agentd_attachments_unsent_changes", "agentd_bucket_requests_total write failed"} {
+		if got := m.metric(name); got != 0 {
+			t.Errorf("%s is %v", name, got)
+		}
+	}
+	// Nothing of the keys is in the log or the status.
+	if strings.Contains(m.log.String(), s.Secret) || strings.Contains(fmt.Sprintf("%+v", m.d.attachmentStatus()), s.Secret) {
+		t.Error("the secret is told")
+	}
+	if err := umountHere(t.Context(), &m.d.places, at, false); err != nil {
+		t.Error(err)
+	}
+}
+
+// metric is the value of a metric of the daemon: its name, and the values of its labels in the
+// order of their names; -1: there is none.
+func (m *mounts) metric(name string) float64 {
+	m.t.Helper()
+	families, err := m.d.registry.Gather()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	for _, f := range families {
+		for _, one := range f.GetMetric() {
+			is := f.GetName()
+			for _, l := range one.GetLabel() {
+				is += " " + l.GetValue()
+			}
+			if is == name {
+				return one.GetCounter().GetValue() + one.GetGauge().GetValue()
+			}
+		}
+	}
+	return -1
+}
+
+// TestSimulatedBucketDoctor: agentd doctor tells what is wrong with a bucket, and never its keys.
+func TestSimulatedBucketDoctor(t *testing.T) {
+	s := simulateds3.Start(t, "acme-raw")
+	keys := t.TempDir()
+	for name, text := range map[string]string{"key": s.Key, "wrong": "NOTTHEKEY", "secret": s.Secret} {
+		if err := os.WriteFile(filepath.Join(keys, name), []byte(text+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	inFiles := func(key string) string {
+		return fmt.Sprintf("access_key: {file: %s/%s}, secret_key: {file: %[1]s/secret}", keys, key)
+	}
+	v, vault := vaultWith(t, s)
+	sealed, sealedText := vaultWith(t, s)
+	sealed.Seal(true)
+	v.Put("team/half", map[string]any{"access": s.Key})
+	for name, c := range map[string]struct {
+		vault, bucket, endpoint, keys string
+		want                          doctor.Result
+		says                          string
+	}{
+		"good":               {"", "acme-raw", s.URL, inFiles("key"), doctor.OK, "acme-raw can be listed"},
+		"keys in Vault":      {vault, "acme-raw", s.URL, keysInVault, doctor.OK, "acme-raw can be listed"},
+		"wrong keys":         {"", "acme-raw", s.URL, inFiles("wrong"), doctor.Failed, "refuses the credentials (InvalidAccessKeyId)"},
+		"no such bucket":     {"", "elsewhere", s.URL, inFiles("key"), doctor.Failed, "there is no such bucket"},
+		"away":               {"", "acme-raw", "http://127.0.0.1:1", inFiles("key"), doctor.Failed, "connection refused"},
+		"no file with a key": {"", "acme-raw", s.URL, inFiles("absent"), doctor.Failed, "absent"},
+		"Vault sealed":       {sealedText, "acme-raw", s.URL, keysInVault, doctor.Failed, "sealed"},
+		"half in Vault":      {vault, "acme-raw", s.URL, strings.ReplaceAll(keysInVault, "team/s3", "team/half"), doctor.Failed, "key"},
+		"environment":        {"", "acme-raw", s.URL, "access_key: {env: POSTERN_TEST_KEY}, secret_key: {env: POSTERN_TEST_SECRET}", doctor.Warning, "environment"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			text := fmt.Sprintf("url: https://cp\n%sattachments: {workspaces: [], buckets: [{name: raw, bucket: %s, endpoint: %q, path_style: true, %s}]}\n", c.vault, c.bucket, c.endpoint, c.keys)
+			parsed, err := config.Parse("f.yaml", []byte(text), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var r doctor.Report
+			examineBuckets(t.Context(), &r, parsed)
+			if len(r.Checks) != 1 || r.Checks[0].Name != "bucket raw" || r.Checks[0].Result != c.want || !strings.Contains(r.Checks[0].Message, c.says) {
+				t.Errorf("got %+v, want %s %q", r.Checks, c.want, c.says)
+			}
+			if got := fmt.Sprint(r.Checks); strings.Contains(got, s.Secret) || strings.Contains(got, "\n") {
+				t.Errorf("it tells %s", got)
+			}
+		})
+	}
+}
