@@ -13,7 +13,7 @@
 #                   restarts, watchdog, reboot, bad days; as root, a few minutes each; SUITES="trixie bookworm",
 #                   RUN=TestName for some, POSTERN_LONG=1 for 100 restarts
 #   make clients    clients that are large to install, through the whole system: JDBC,
-#                   node-postgres (from npm), pgx's own tests, and JupyterLab's client library (from npm)
+#                   node-postgres (from npm), pgx's own tests, JupyterLab's client library and, as root, DuckDB on a mount (from npm)
 #   make upgrade-test  this version with the one before (packaging/previous): each part with each, and in place
 #   make race       the Go tests alone, with the race detector
 #   make lint       gofumpt, vet, staticcheck
@@ -87,7 +87,7 @@ upgrade-test:
 
 clients:
 	@packaging/dev/deps.sh go postgresql jupyter bigclients
-	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestJDBCMetadata|TestPgxSuite|TestJupyterLabClient' ./e2e
+	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestJDBCMetadata|TestPgxSuite|TestJupyterLabClient|TestDuckDB' ./e2e
 
 race:
 	$(GO) test -race ./...
