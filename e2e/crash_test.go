@@ -81,8 +81,8 @@ func startAgent(t *testing.T, a *stack.Agent) {
 
 // stateFiles are what a control plane and an agent may leave behind when they
 // stop; everything else is a leak.
-var stateFiles = regexp.MustCompile(`^(controlplane/(admin\.token|controlplane\.db|controlplane\.db\.lock|lock|master\.key|replica)` +
-	`|agent-[a-z0-9-]+/(agentd\.yaml|agentd\.log|state/agentd\.lock|state/audit/\d{6}\.jsonl|state/identity/(agent\.json|authorities\.pem|cert\.pem|key\.pem))` +
+var stateFiles = regexp.MustCompile(`^(controlplane/(admin\.token|blob\.known|controlplane\.db|controlplane\.db\.lock|lock|master\.key|replica)` +
+	`|agent-[a-z0-9-]+/(agentd\.yaml|agentd\.log|state/agentd\.lock|state/audit-peer\.json|state/audit/\d{6}\.jsonl|state/identity/(agent\.json|authorities\.pem|cert\.pem|key\.pem))` +
 	`|controlplane\.log|[a-z]+\.pw|config/.*)$`)
 
 // stoppedClean stops everything and looks for what is left.

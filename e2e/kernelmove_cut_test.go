@@ -174,6 +174,18 @@ func TestKernelMoveNetworkCut(t *testing.T) {
 		if test.victim == "to" {
 			cut = wires[there]
 		}
+		// The tunnels that a cut before this one has broken are noticed, and others are up.
+		eventually(t, patience, "both hosts are back", func() error {
+			for range 3 {
+				for name := range agents {
+					if err := online(t, s, name, true)(); err != nil {
+						return fmt.Errorf("%s: %w", name, err)
+					}
+				}
+				time.Sleep(500 * time.Millisecond)
+			}
+			return nil
+		})
 		t.Logf("%s's network cut while %s (%s to %s)", test.victim, test.stage, here, there)
 		m := startMove(t, s, id, there)
 		m.until(test.stage)
