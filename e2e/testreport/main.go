@@ -1,6 +1,6 @@
 // Command testreport reads `go test -json` and prints what a person wants: one
 // line per package, the whole output of what failed, every skipped test with its
-// reason, and totals. It exits 1 if a test failed, if no test ran, or if a skip
+// reason, the slowest tests, and totals. It exits 1 if a test failed, if no test ran, or if a skip
 // is not on the allowed list below: a skip must never hide a missing part.
 package main
 
@@ -29,6 +29,18 @@ type event struct {
 
 type key struct{ pkg, test string }
 
+// module is what every package's path begins with.
+const module = "github.com/postern-dev/postern/"
+
+// slowest is how many of the slowest tests are listed.
+const slowest = 15
+
+// timed is how many seconds a test took, with its subtests.
+type timed struct {
+	key
+	seconds float64
+}
+
 func main() {
 	os.Exit(run())
 }
@@ -37,6 +49,7 @@ func run() int {
 	outputs := map[key]*strings.Builder{}
 	results := map[string]map[string]int{}
 	var failed, skipped []key
+	var times []timed
 	total := map[string]int{}
 	finished := map[key]bool{}
 	in := bufio.NewScanner(os.Stdin)
@@ -72,6 +85,9 @@ func run() int {
 			results[e.Package][e.Action]++
 			total[e.Action]++
 			finished[k] = true
+			if !strings.Contains(e.Test, "/") {
+				times = append(times, timed{k, e.Elapsed})
+			}
 			switch e.Action {
 			case "fail":
 				failed = append(failed, k)
@@ -87,11 +103,24 @@ func run() int {
 		fmt.Fprintln(os.Stderr, "testreport:", err)
 		return 1
 	}
+	printSlowest(times)
 	return report(outputs, total, failed, skipped)
 }
 
+// printSlowest says where the time of a run goes.
+func printSlowest(times []timed) {
+	sort.Slice(times, func(i, j int) bool { return times[i].seconds > times[j].seconds })
+	if len(times) > slowest {
+		times = times[:slowest]
+	}
+	fmt.Println("\nthe slowest tests:")
+	for _, t := range times {
+		fmt.Printf("  %6.1f s  %s %s\n", t.seconds, strings.TrimPrefix(t.pkg, module), t.test)
+	}
+}
+
 func packageLine(e event, counts map[string]int, output *strings.Builder) {
-	name := strings.TrimPrefix(e.Package, "github.com/postern-dev/postern/")
+	name := strings.TrimPrefix(e.Package, module)
 	switch {
 	case e.Action == "skip" || len(counts) == 0 && e.Action == "pass":
 		fmt.Printf("  %-28s no tests\n", name)
