@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -14,14 +13,11 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
-	gproto "google.golang.org/protobuf/proto"
 
-	"github.com/postern-dev/postern/controlplane/api"
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/peer"
 	"github.com/postern-dev/postern/controlplane/store"
 	"github.com/postern-dev/postern/proto"
-	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 	"github.com/postern-dev/postern/tunnel"
 )
 
@@ -97,12 +93,6 @@ type replicas struct {
 	seen   map[string]sighting // by name
 	alive  map[string]string   // URLs of the others that live, by name
 	passed map[string]*passed  // tunnels with lanes that come by way of this replica, by id
-}
-
-// passed are the lanes of one tunnel that this replica passes on.
-type passed struct {
-	link  store.Link
-	lanes int
 }
 
 // detach is the end of a tunnel.
@@ -380,261 +370,6 @@ func (r *replicas) urlOf(name string) string {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.alive[name]
-}
-
-// tunnelEndpoint serves agents' WebSockets: further lanes of a tunnel that another replica
-// has are passed on to that one.
-func (s *Server) tunnelEndpoint() http.Handler {
-	if s.replicas == nil {
-		return s.tunnels
-	}
-	return http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
-		id, here := s.tunnels.Joins(q)
-		switch {
-		case here:
-		case id != "" && s.replicas.passLane(w, q, id):
-			return
-		case id == "" && s.draining.Load():
-			w.Header().Set("Retry-After", "1")
-			http.Error(w, "draining", http.StatusServiceUnavailable)
-			return
-		}
-		s.tunnels.ServeHTTP(w, q)
-	})
-}
-
-// passLane hands a lane's connection to the replica that has its tunnel; false if there is
-// none, and then nothing was done.
-func (r *replicas) passLane(w http.ResponseWriter, q *http.Request, id string) bool {
-	select {
-	case r.lanes <- struct{}{}:
-	default:
-		return false // the tunnel's server says no in its own words
-	}
-	link, conn, err := r.openLane(q, id)
-	<-r.lanes
-	if err != nil {
-		r.server.log.Debug("lane not passed on", "tunnel", id, "err", err)
-		return false
-	}
-	client, buffered, err := http.NewResponseController(w).Hijack()
-	if err != nil {
-		conn.Close() //nolint:errcheck // nothing was said on it
-		return false
-	}
-	r.mu.Lock()
-	if r.passed[id] == nil {
-		r.passed[id] = &passed{link: link}
-	}
-	r.passed[id].lanes++
-	r.mu.Unlock()
-	defer func() {
-		client.Close() //nolint:errcheck // both ends are done with
-		conn.Close()   //nolint:errcheck // likewise
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		if r.passed[id].lanes--; r.passed[id].lanes == 0 {
-			delete(r.passed, id)
-		}
-	}()
-	q.Header.Del("X-Forwarded-For")
-	if err := q.Write(conn); err != nil {
-		return true
-	}
-	peer.Join(conn, client, buffered.Reader)
-	return true
-}
-
-func (r *replicas) openLane(q *http.Request, id string) (store.Link, net.Conn, error) {
-	l, err := r.server.store.LinkOfTunnel(q.Context(), id)
-	if err != nil {
-		return l, nil, err
-	}
-	if l.URL == "" || l.Replica == r.server.replica {
-		return l, nil, errNowhere
-	}
-	conn, err := r.client.Lane(q.Context(), l.URL, api.RemoteAddress(q))
-	return l, conn, err
-}
-
-// moveLanes has agents whose lanes are passed on here make new tunnels, and waits until the
-// old lanes have ended, or ctx has.
-func (r *replicas) moveLanes(ctx context.Context) {
-	r.mu.Lock()
-	links := make([]store.Link, 0, len(r.passed))
-	for _, one := range r.passed {
-		links = append(links, one.link)
-	}
-	r.mu.Unlock()
-	for _, l := range links {
-		if _, err := r.ask(ctx, l.URL, callMove, moveCall{l.Agent, l.Generation}); err != nil {
-			r.server.log.Warn("agent with lanes through this replica not asked to move", "agent", l.Name, "err", err)
-		}
-	}
-	for ctx.Err() == nil {
-		r.mu.Lock()
-		left := len(r.passed)
-		r.mu.Unlock()
-		if left == 0 {
-			return
-		}
-		pause(ctx, 20*time.Millisecond)
-	}
-}
-
-// The calls between replicas, JSON both ways.
-const (
-	callCancelQuery = "cancel-query"
-	callCancelKey   = "cancel-key"
-	callReportRows  = "report-rows"
-	callMove        = "move-agent"
-)
-
-// moveCall asks for an agent to be moved that has this tunnel.
-type moveCall struct {
-	Agent      string
-	Generation int64
-}
-
-// queryCall asks about a query; Principal and Rows are encoded messages.
-type queryCall struct {
-	Organization, Agent, Query string
-	Principal, Rows            []byte
-}
-
-// found is the answer: whether there was what was asked for.
-type found struct{ Found bool }
-
-// cancelQuery cancels a query that runs at another replica. That the caller may do
-// so has been decided.
-func (r *replicas) cancelQuery(ctx context.Context, by *posternv1.Principal, id string) (bool, error) {
-	if r == nil {
-		return false, nil
-	}
-	name, err := r.server.store.RunningAt(ctx, by.Organization, id)
-	if err != nil || name == "" || name == r.server.replica {
-		return false, err
-	}
-	base := r.urlOf(name)
-	if base == "" {
-		return true, proto.Errorf(proto.CodeUnavailable, "the control plane's replica that runs query %s is lost; its host cancels the query in the database", id)
-	}
-	principal, err := gproto.Marshal(by)
-	if err != nil {
-		return true, err
-	}
-	return r.ask(ctx, base, callCancelQuery, queryCall{Query: id, Principal: principal})
-}
-
-// reportRows passes an agent's report on to the replica that asked for the query; found
-// is false if that is not another one.
-func (r *replicas) reportRows(ctx context.Context, id hub.Identity, query string, rows *posternv1.KeptRows) (bool, error) {
-	if r == nil {
-		return false, nil
-	}
-	name, err := r.server.store.AskedBy(ctx, id.Organization, query)
-	base := ""
-	if err == nil && name != r.server.replica {
-		base = r.urlOf(name)
-	}
-	if err != nil || base == "" {
-		return err != nil, err
-	}
-	encoded, err := gproto.Marshal(rows)
-	if err != nil {
-		return true, proto.Errorf(proto.CodeInvalid, "the rows cannot be encoded: %w", err)
-	}
-	_, err = r.ask(ctx, base, callReportRows, queryCall{Organization: id.Organization, Agent: id.Agent, Query: query, Rows: encoded})
-	return true, err
-}
-
-// cancelKey passes a cancel request of PostgreSQL's protocol to all others.
-func (r *replicas) cancelKey(ctx context.Context, rest []byte) bool {
-	if r == nil {
-		return false
-	}
-	r.mu.Lock()
-	bases := make([]string, 0, len(r.alive))
-	for _, base := range r.alive {
-		bases = append(bases, base)
-	}
-	r.mu.Unlock()
-	results := make(chan bool, len(bases))
-	for _, base := range bases {
-		go func() {
-			ok, err := r.ask(ctx, base, callCancelKey, rest)
-			results <- ok && err == nil
-		}()
-	}
-	any := false
-	for range bases {
-		any = <-results || any
-	}
-	return any
-}
-
-func (r *replicas) ask(ctx context.Context, base, name string, question any) (bool, error) {
-	body, err := json.Marshal(question)
-	if err != nil {
-		return false, err
-	}
-	answer, err := r.client.Call(ctx, base, name, body)
-	if err != nil {
-		return false, err
-	}
-	var f found
-	err = json.Unmarshal(answer, &f)
-	return f.Found, err
-}
-
-// call answers another replica.
-func (r *replicas) call(ctx context.Context, name string, body []byte) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(ctx, storeTime)
-	defer cancel()
-	s := r.server
-	bad := func(err error) ([]byte, error) {
-		return nil, proto.Errorf(proto.CodeInvalid, "call %s: %w", name, err)
-	}
-	var f found
-	var err error
-	switch name {
-	case callCancelQuery, callReportRows:
-		var q queryCall
-		if err := json.Unmarshal(body, &q); err != nil {
-			return bad(err)
-		}
-		if name == callReportRows {
-			rows := &posternv1.KeptRows{}
-			if err := gproto.Unmarshal(q.Rows, rows); err != nil {
-				return bad(err)
-			}
-			f.Found, err = true, s.queries.ReportRows(ctx, q.Organization, q.Agent, q.Query, rows)
-			break
-		}
-		by := &posternv1.Principal{}
-		if err := gproto.Unmarshal(q.Principal, by); err != nil {
-			return bad(err)
-		}
-		f.Found, err = queries{s.queries, s.journal, nil}.cancelHere(ctx, by, q.Query)
-	case callMove:
-		var m moveCall
-		if err := json.Unmarshal(body, &m); err != nil {
-			return bad(err)
-		}
-		s.hub.MoveGeneration(m.Agent, m.Generation)
-	case callCancelKey:
-		var rest []byte
-		if err := json.Unmarshal(body, &rest); err != nil {
-			return bad(err)
-		}
-		f.Found = s.pg.CancelKey(ctx, rest)
-	default:
-		return nil, proto.Errorf(proto.CodeNotFound, "no such call: %q: are all replicas of one version?", name)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return json.Marshal(f)
 }
 
 // shutdown ends the service for other replicas: what is under way may end before ctx does.
