@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/postern-dev/postern/client"
-	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/e2e/stack"
 )
 
@@ -19,18 +18,11 @@ func measureKernelSQL(ctx context.Context, o Options, r *Report) error {
 	if os.Geteuid() != 0 {
 		return fmt.Errorf("kernels need root")
 	}
-	rows := bigRows
-	if o.Short {
-		rows = shortBigRows
-	}
-	pg, err := pgserver.Launch(ctx, pgserver.Options{Settings: map[string]string{"shared_buffers": "1GB", "max_wal_size": "4GB"}})
+	pg, rows, err := launchTable(ctx, o, bigTable, "big")
 	if err != nil {
 		return err
 	}
 	defer pg.Stop() //nolint:errcheck // a throwaway
-	if err := pg.SQL(ctx, fmt.Sprintf(bigTable, rows), "vacuum analyze big"); err != nil {
-		return err
-	}
 	s, err := stack.New(stack.Options{Bin: o.Bin})
 	if err != nil {
 		return err

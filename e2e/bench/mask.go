@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/postern-dev/postern/client"
-	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/e2e/stack"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
@@ -23,18 +22,11 @@ const maskTable = `create table people as
 // hash and one in part, with those of one that masks nothing, through agent, tunnel
 // and control plane. Both are read in turn. docs/performance.md says what limits it.
 func measureMask(ctx context.Context, o Options, r *Report) (err error) {
-	rows := bigRows
-	if o.Short {
-		rows = shortBigRows
-	}
-	pg, err := pgserver.Launch(ctx, pgserver.Options{Settings: map[string]string{"shared_buffers": "1GB", "max_wal_size": "4GB"}})
+	pg, _, err := launchTable(ctx, o, maskTable, "people")
 	if err != nil {
 		return err
 	}
 	defer pg.Stop() //nolint:errcheck // a throwaway
-	if err := pg.SQL(ctx, fmt.Sprintf(maskTable, rows), "vacuum analyze people"); err != nil {
-		return err
-	}
 	s, err := stack.New(stack.Options{Bin: o.Bin})
 	if err != nil {
 		return err

@@ -36,18 +36,11 @@ type pgwireBench struct {
 // measurePGWire compares psql and pgbench through Postern's PostgreSQL port with the
 // same straight to the database. Both are plain TCP on loopback.
 func measurePGWire(ctx context.Context, o Options, r *Report) error {
-	rows := bigRows
-	if o.Short {
-		rows = shortBigRows
-	}
-	pg, err := pgserver.Launch(ctx, pgserver.Options{Settings: map[string]string{"shared_buffers": "1GB", "max_wal_size": "4GB"}})
+	pg, _, err := launchTable(ctx, o, bigTable, "big")
 	if err != nil {
 		return err
 	}
 	defer pg.Stop() //nolint:errcheck // a throwaway
-	if err := pg.SQL(ctx, fmt.Sprintf(bigTable, rows), "vacuum analyze big"); err != nil {
-		return err
-	}
 	listen, err := stack.FreeAddress()
 	if err != nil {
 		return err

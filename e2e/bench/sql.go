@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -36,23 +37,33 @@ const bigTable = `create table big as
 	       timestamptz '2020-01-01' + i * interval '1 second' as at
 	from generate_series(1, %d) i`
 
+// launchTable starts a database with one table: statement makes it with as many rows as it is told, which are
+// fewer in a short run. The caller stops the database.
+func launchTable(ctx context.Context, o Options, statement, table string) (pg *pgserver.Server, rows int, err error) {
+	rows = bigRows
+	if o.Short {
+		rows = shortBigRows
+	}
+	pg, err = pgserver.Launch(ctx, pgserver.Options{Settings: map[string]string{"shared_buffers": "1GB", "max_wal_size": "4GB"}})
+	if err != nil {
+		return nil, 0, err
+	}
+	if err := pg.SQL(ctx, fmt.Sprintf(statement, rows), "vacuum analyze "+table); err != nil {
+		return nil, 0, errors.Join(err, pg.Stop())
+	}
+	return pg, rows, nil
+}
+
 // copyBig is the peer: what psql needs to fetch the same rows in binary.
 const copyBig = "copy (select * from big) to stdout (format binary)"
 
 // measureSQL measures results through agent, tunnel and control plane.
 func measureSQL(ctx context.Context, o Options, r *Report) (err error) {
-	rows := bigRows
-	if o.Short {
-		rows = shortBigRows
-	}
-	pg, err := pgserver.Launch(ctx, pgserver.Options{Settings: map[string]string{"shared_buffers": "1GB", "max_wal_size": "4GB"}})
+	pg, rows, err := launchTable(ctx, o, bigTable, "big")
 	if err != nil {
 		return err
 	}
 	defer pg.Stop() //nolint:errcheck // a throwaway
-	if err := pg.SQL(ctx, fmt.Sprintf(bigTable, rows), "vacuum analyze big"); err != nil {
-		return err
-	}
 	s, err := stack.New(stack.Options{Bin: o.Bin})
 	if err != nil {
 		return err

@@ -19,18 +19,11 @@ import (
 // measureSQLAgent measures SQL sessions alone: what agentd adds to the
 // database before any byte has left the host.
 func measureSQLAgent(ctx context.Context, o Options, r *Report) (err error) {
-	rows := bigRows
-	if o.Short {
-		rows = shortBigRows
-	}
-	pg, err := pgserver.Launch(ctx, pgserver.Options{Settings: map[string]string{"shared_buffers": "1GB", "max_wal_size": "4GB"}})
+	pg, rows, err := launchTable(ctx, o, bigTable, "big")
 	if err != nil {
 		return err
 	}
 	defer pg.Stop() //nolint:errcheck // a throwaway
-	if err := pg.SQL(ctx, fmt.Sprintf(bigTable, rows), "vacuum analyze big"); err != nil {
-		return err
-	}
 	agentd, err := filepath.Abs(filepath.Join(o.Bin, "agentd"))
 	if err != nil {
 		return err
