@@ -24,19 +24,22 @@ func PeerHead(e Entry) (Head, bool) {
 	if e.Action != PeerAction {
 		return Head{}, false
 	}
-	rest, ok := strings.CutPrefix(e.Target, peerPrefix)
-	number, sum, found := strings.Cut(rest, " ")
+	return headIn(e.Target, peerPrefix, " ")
+}
+
+// headIn reads a head out of an entry's target: prefix, number, between, hash.
+func headIn(target, prefix, between string) (Head, bool) {
+	rest, ok := strings.CutPrefix(target, prefix)
+	number, sum, found := strings.Cut(rest, between)
 	if !ok || !found {
 		return Head{}, false
 	}
-	var h Head
-	raw, err := hex.DecodeString(sum)
-	if err != nil || len(raw) != len(h.Hash) {
+	sequence, err := strconv.ParseUint(number, 10, 64)
+	if err != nil || sequence == 0 {
 		return Head{}, false
 	}
-	copy(h.Hash[:], raw)
-	h.Sequence, err = strconv.ParseUint(number, 10, 64)
-	return h, err == nil && h.Sequence > 0
+	h, err := HeadOf(Entry{Sequence: sequence, Hash: sum})
+	return h, err == nil
 }
 
 // HeadOf is the head that a sealed entry makes; an error if it has no hash.

@@ -5,7 +5,6 @@ import (
 	"encoding/hex"
 	"fmt"
 	"strconv"
-	"strings"
 	"time"
 )
 
@@ -28,19 +27,8 @@ func RetiredHead(e Entry) (Head, bool) {
 	if e.Action != RetireAction {
 		return Head{}, false
 	}
-	rest, ok := strings.CutPrefix(e.Target, retirePrefix)
-	number, sum, found := strings.Cut(rest, ", hash ")
-	if !ok || !found {
-		return Head{}, false
-	}
-	var h Head
-	raw, err := hex.DecodeString(sum)
-	if err != nil || len(raw) != len(h.Hash) {
-		return Head{}, false
-	}
-	copy(h.Hash[:], raw)
-	h.Sequence, err = strconv.ParseUint(number, 10, 64)
-	return h, err == nil && h.Sequence > 0 && h.Sequence < e.Sequence
+	h, ok := headIn(e.Target, retirePrefix, ", hash ")
+	return h, ok && h.Sequence < e.Sequence
 }
 
 // Before is the head that an entry says it follows: of the entry before it.
