@@ -242,10 +242,25 @@ func TestManyEntries(t *testing.T) {
 	}
 }
 
+// TestReadOnly wants every change refused by the mount itself, and the bucket as it was.
 func TestReadOnly(t *testing.T) {
 	w := newWorld(t)
 	w.put("f", "f")
+	w.put("d/", "")
 	m := w.mount(serving{ReadOnly: true})
 	m.want("f", "f")
 	m.wantErr("write", os.WriteFile(m.path+"/f", []byte("x"), 0o600), syscall.EROFS)
+	m.wantErr("create", os.WriteFile(m.path+"/new", []byte("x"), 0o600), syscall.EROFS)
+	m.wantErr("mkdir", os.Mkdir(m.path+"/new", 0o700), syscall.EROFS)
+	m.wantErr("rmdir", syscall.Rmdir(m.path+"/d"), syscall.EROFS)
+	if info, err := os.Stat(m.path + "/f"); err != nil || info.Mode() != 0o444 {
+		t.Errorf("the file's mode: %v, %v", info, err)
+	}
+	m.wantErr("truncate", os.Truncate(m.path+"/f", 0), syscall.EROFS)
+	m.wantErr("rename", os.Rename(m.path+"/f", m.path+"/g"), syscall.EROFS)
+	m.wantErr("remove", syscall.Unlink(m.path+"/f"), syscall.EROFS)
+	m.want("f", "f")
+	if got := names(t, m.path); got != "d/ f" {
+		t.Errorf("there is %q", got)
+	}
 }
