@@ -79,6 +79,16 @@ func (p *process) signal(s os.Signal) {
 	}
 }
 
+// reload makes the daemon read its configuration again, and waits until it has: the
+// READY=1 of its start may still be unread.
+func (p *process) reload() (told string) {
+	p.t.Helper()
+	p.signal(syscall.SIGHUP)
+	told = p.await("RELOADING=1")
+	p.await("READY=1")
+	return told
+}
+
 func (p *process) proc(name string) string {
 	p.t.Helper()
 	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", p.cmd.Process.Pid, name))
@@ -118,11 +128,9 @@ func TestUnderSystemd(t *testing.T) {
 		t.Error("the command line shows the password")
 	}
 
-	p.signal(syscall.SIGHUP)
-	if told := p.await("RELOADING=1"); !regexp.MustCompile(`\nMONOTONIC_USEC=\d+$`).MatchString(told) {
+	if told := p.reload(); !regexp.MustCompile(`\nMONOTONIC_USEC=\d+$`).MatchString(told) {
 		t.Errorf("told %q", told)
 	}
-	p.await("READY=1")
 	if r := c.ask(t.Context(), up, "q2", "shop", "select 1"); r.err != nil {
 		t.Errorf("after a reload: %v", r.err)
 	}

@@ -141,8 +141,7 @@ func TestSecretsOfKernels(t *testing.T) {
 		t.Errorf("printed %s", got)
 	}
 	l.configure(fmt.Sprintf(settings, ", secrets: {control_plane: allow}"))
-	p.signal(syscall.SIGHUP)
-	p.await("READY=1")
+	p.reload()
 	if got, err = l.put(ana, "TOKEN", first); err != nil || len(got.Refused) != 0 || got.Waiting || got.Unchanged {
 		t.Fatalf("allowed: %v, %v", got, err)
 	}
@@ -196,8 +195,7 @@ func TestSecretsOfKernels(t *testing.T) {
 	}
 	// The policy takes it back.
 	l.configure(fmt.Sprintf(settings, ""))
-	p.signal(syscall.SIGHUP)
-	p.await("READY=1")
+	p.reload()
 	poll(t, "the secret to be taken back", func() bool { return strings.Contains(l.run("print('TOKEN' in os.environ)"), "False") })
 
 	l.stopKernel()
@@ -339,15 +337,13 @@ kernels:
 	}
 	// It is read again; what can't be read stays as it is.
 	v.Seal(true)
-	p.signal(syscall.SIGHUP)
-	p.await("READY=1")
+	p.reload()
 	if got := l.run("print(os.environ['TEAM'])"); !strings.Contains(got, "[secret TEAM]") {
 		t.Errorf("while Vault is sealed: %s", got)
 	}
 	v.Seal(false)
 	v.Put("team/token", map[string]any{"value": second})
-	p.signal(syscall.SIGHUP)
-	p.await("READY=1")
+	p.reload()
 	poll(t, "the new value", func() bool {
 		return strings.Contains(l.run("print(os.environ['TEAM'].endswith('"+second[len(second)-7:]+"'))"), "True")
 	})

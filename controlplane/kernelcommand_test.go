@@ -127,7 +127,7 @@ func TestKernelCommand(t *testing.T) {
 		t.Errorf("stop once more: %d, want 4", code)
 	}
 	l.hub.Disconnect(l.agent.id, nil)
-	for deadline := time.Now().Add(10 * time.Second); l.hub.Online() > 0; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); l.hub.Online() > 0; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the agent stays online")
 		}

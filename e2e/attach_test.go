@@ -113,14 +113,14 @@ func TestAttachments(t *testing.T) {
 		succeeds(t, finish(t, cmd))
 	}
 	put("/dir/api.txt", "from the API\n")
-	eventually(t, 10*time.Second, "a file of the API on the mount", func() error {
+	eventually(t, time.Minute, "a file of the API on the mount", func() error {
 		if got, err := exec.CommandContext(t.Context(), "cat", filepath.Join(target, "dir/api.txt")).CombinedOutput(); err != nil || string(got) != "from the API\n" {
 			return fmt.Errorf("%q, %w", got, err)
 		}
 		return nil
 	})
 	shell(t, target, "echo from the host > host.txt; ln -s host.txt link; mkdir sub; chmod 750 sub")
-	eventually(t, 10*time.Second, "a file of the host at the control plane", func() error {
+	eventually(t, time.Minute, "a file of the host at the control plane", func() error {
 		if got := postern(t, s, "file", "cat", "lab:/host.txt"); got.stdout != "from the host\n" {
 			return fmt.Errorf("%+v", got)
 		}
@@ -151,7 +151,7 @@ func TestAttachments(t *testing.T) {
 	// A full quota: the host keeps what it has, says so, and is not cut off by accident.
 	must(t, s, "workspace", "set", "lab", "--quota", "1")
 	shell(t, target, "head -c 100000 /dev/zero | tr '\\0' x > big; sync big")
-	eventually(t, 20*time.Second, "unsent writes, and why", func() error {
+	eventually(t, time.Minute, "unsent writes, and why", func() error {
 		if got := postern(t, s, "file", "status", "lab"); !strings.Contains(got.stderr, "stand still") || !strings.Contains(got.stderr, "quota") {
 			return fmt.Errorf("%+v", got)
 		}
@@ -185,7 +185,7 @@ func TestMountAfterRemoval(t *testing.T) {
 	for i := range 3 {
 		name := fmt.Sprintf("f%d", i)
 		shell(t, target, "echo "+name+" > "+name)
-		eventually(t, 20*time.Second, "the unmount", func() error {
+		eventually(t, time.Minute, "the unmount", func() error {
 			if got := agentd(t, a, "umount", target); got.code != 0 {
 				return errors.New(got.stderr)
 			}

@@ -90,7 +90,7 @@ func TestBadStatements(t *testing.T) {
 		t.Fatal(err)
 	}
 	stop(t, s.Agents[1].Process)
-	eventually(t, 10*time.Second, "away is offline", online(t, s, "away", false))
+	eventually(t, time.Minute, "away is offline", online(t, s, "away", false))
 	denied := func(name, target, sql string, says ...string) badStatement {
 		return badStatement{name: name, args: []string{target, sql}, code: 3, lines: -1, says: says, outcome: "denied", begun: true}
 	}
@@ -257,7 +257,7 @@ func TestBadStatements(t *testing.T) {
 		}
 		a.Process.Signal(syscall.SIGHUP)
 		want := fmt.Sprintf("%s:%d: unknown key sources.colour", a.ConfigFile(), line)
-		eventually(t, 5*time.Second, "agentd says what is wrong", func() error {
+		eventually(t, time.Minute, "agentd says what is wrong", func() error {
 			if !strings.Contains(a.Process.Log(), want) {
 				return fmt.Errorf("its log has no %q", want)
 			}

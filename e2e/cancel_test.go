@@ -75,7 +75,7 @@ func TestGivingUp(t *testing.T) {
 					t.Errorf("standard error: %s", end.stderr)
 				}
 				var query struct{ State string }
-				eventually(t, 5*time.Second, "the history knows", func() error {
+				eventually(t, time.Minute, "the history knows", func() error {
 					if query = mustJSON[struct{ State string }](t, s, "query", "show", id); query.State != "cancelled" {
 						return fmt.Errorf("the state is %s", query.State)
 					}

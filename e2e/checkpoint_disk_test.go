@@ -270,7 +270,7 @@ func (k *savedKernel) kill() {
 	if shim := k.shim(); shim != 0 {
 		_ = unix.Kill(shim, syscall.SIGKILL)
 	}
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		left := k.processes()
 		for pid := range left {
 			_ = unix.Kill(pid, syscall.SIGKILL)

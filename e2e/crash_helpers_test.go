@@ -160,7 +160,7 @@ func processesOf(t *testing.T, dir string) []int {
 // stack has programs of its own (see ownBinaries).
 func noOthers(t *testing.T, s *stack.Stack) {
 	t.Helper()
-	eventually(t, 20*time.Second, "no orphans", func() error {
+	eventually(t, time.Minute, "no orphans", func() error {
 		known := map[int]bool{}
 		for _, p := range append([]*stack.Process{s.ControlPlane}, agentProcesses(s)...) {
 			if p != nil && p.Running() {
@@ -279,7 +279,7 @@ func backends(t *testing.T, database string) int {
 // noBackends waits until the role reader has no connection to a database.
 func noBackends(t *testing.T, database string) {
 	t.Helper()
-	eventually(t, 10*time.Second, "no backend is left", func() error {
+	eventually(t, time.Minute, "no backend is left", func() error {
 		if n := backends(t, database); n != 0 {
 			return fmt.Errorf("%d are", n)
 		}

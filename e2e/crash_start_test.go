@@ -100,7 +100,7 @@ func comesOnline(t *testing.T, s *stack.Stack, a *stack.Agent) {
 	if err := a.Start(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 20*time.Second, "one agent is online", func() error {
+	eventually(t, time.Minute, "one agent is online", func() error {
 		n := 0
 		for _, agent := range mustJSON[[]struct{ Online bool }](t, s, "agent", "list") {
 			if agent.Online {
@@ -132,7 +132,7 @@ func TestKillOfTheDatabase(t *testing.T) {
 	} {
 		f := fly(t, s, "host/db", statement.sql)
 		f.rows(t, statement.rows)
-		eventually(t, 10*time.Second, "the database runs the query", func() error {
+		eventually(t, time.Minute, "the database runs the query", func() error {
 			conn, err := pg.Connect(t.Context(), "postgres")
 			if err != nil {
 				return err

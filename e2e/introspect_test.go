@@ -81,7 +81,7 @@ func TestIntrospection(t *testing.T) {
 		t.Fatal(err)
 	}
 	agent.Process.Signal(syscall.SIGHUP)
-	eventually(t, 20*time.Second, "the cache forgets what is hidden now", func() error {
+	eventually(t, time.Minute, "the cache forgets what is hidden now", func() error {
 		if got := mustJSON[catalogView](t, s, "source", "introspect", "host/db").names(); got != "public.items" {
 			return errors.New(got)
 		}
@@ -110,7 +110,7 @@ func TestIntrospection(t *testing.T) {
 	if err := agent.Process.Stop(40 * time.Second); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "the agent is offline", func() error {
+	eventually(t, time.Minute, "the agent is offline", func() error {
 		if e := postern(t, s, "source", "introspect", "host/db", "--refresh"); e.code != 5 {
 			return errors.New(e.stderr)
 		}

@@ -3,6 +3,7 @@ package e2e
 import (
 	"bufio"
 	"context"
+	"errors"
 	"net/http"
 	"os"
 	"os/exec"
@@ -85,9 +86,12 @@ func TestKernelMoves(t *testing.T) {
 			t.Errorf("stderr lacks %q: %s", stage, e.stderr)
 		}
 	}
-	if line := where(t, s, id); !strings.Contains(line, "other") || !strings.Contains(line, "idle") {
-		t.Errorf("after the move: %s", line)
-	}
+	eventually(t, time.Minute, "the moved kernel is idle where it is now", func() error {
+		if line := where(t, s, id); !strings.Contains(line, "other") || !strings.Contains(line, "idle") {
+			return errors.New(line)
+		}
+		return nil
+	})
 	execIs(t, s, id, "n += 1; print(n, len(big), open('f').read(), h[1].recv(100))", "42 1048576 mine b'in a pipe'")
 	// Its checkpoints came along.
 	list := checkpointList(t, s, id)

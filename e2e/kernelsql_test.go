@@ -80,7 +80,7 @@ except postern.Error as e: print(e.sqlstate)`)
 		"select nix":        {State: "failed"},
 	} {
 		var got []historyQuery
-		eventually(t, 20*time.Second, mark, func() error {
+		eventually(t, time.Minute, mark, func() error {
 			if got = history(mark); len(got) != 1 {
 				return fmt.Errorf("%d statements with %q in the history", len(got), mark)
 			}
@@ -116,7 +116,7 @@ def ask():
         try: postern.sql("select 'revoked'")
         except Exception as e: last = e
 threading.Thread(target=ask, daemon=True).start()`, n))
-	eventually(t, 20*time.Second, "the first statements", func() error {
+	eventually(t, time.Minute, "the first statements", func() error {
 		if len(history("as away")) < 3 {
 			return fmt.Errorf("%d statements", len(history("as away")))
 		}

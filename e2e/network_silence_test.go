@@ -82,7 +82,7 @@ func TestStoppedPeers(t *testing.T) {
 // linkIsUp asks agentd itself.
 func linkIsUp(t *testing.T, a *stack.Agent) bool {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	text, err := a.Run(ctx, "", "status", "-o", "json", "--state", a.StateDir(), "--runtime", filepath.Join(a.Dir(), "run"))
 	if err != nil {

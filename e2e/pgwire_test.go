@@ -284,7 +284,7 @@ func historyOfClients(t *testing.T, e *endpoint) {
 		Rows                                     json.Number
 	}
 	var all []entry
-	eventually(t, 10*time.Second, "the statements in the history", func() error {
+	eventually(t, time.Minute, "the statements in the history", func() error {
 		out, err := e.Postern(t.Context(), "query", "list", "--limit", "1000", "-o", "json")
 		if err != nil {
 			return err
@@ -314,7 +314,7 @@ func historyOfClients(t *testing.T, e *endpoint) {
 		failed <- err
 	}()
 	id := ""
-	eventually(t, 10*time.Second, "the running statement in the history", func() error {
+	eventually(t, time.Minute, "the running statement in the history", func() error {
 		out, err := e.Postern(t.Context(), "query", "list", "--running", "-o", "json")
 		if err != nil {
 			return err

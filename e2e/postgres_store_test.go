@@ -54,7 +54,7 @@ func TestControlPlaneOnPostgreSQL(t *testing.T) {
 	write("second")
 	serves := func(what string) {
 		t.Helper()
-		eventually(t, 20*time.Second, what, func() error {
+		eventually(t, time.Minute, what, func() error {
 			if e := postern(t, s, "sql", "host/db", "-f", "csv", "select 1"); e.code != 0 {
 				return errors.New(e.stderr)
 			}
@@ -92,7 +92,7 @@ func TestControlPlaneOnPostgreSQL(t *testing.T) {
 	before := must(t, s, "agent", "list", "-o", "json")
 	s.ControlPlane.Kill()
 	startControlPlane(t, s)
-	eventually(t, 5*time.Second, "agentd is back", online(t, s, "host", true))
+	eventually(t, time.Minute, "agentd is back", online(t, s, "host", true))
 	serves("it works after a kill")
 	if after := must(t, s, "agent", "list", "-o", "json"); strings.Count(after, `"id"`) != strings.Count(before, `"id"`) {
 		t.Errorf("the agents were %s and are %s", before, after)

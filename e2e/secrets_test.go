@@ -291,7 +291,7 @@ func testSecrets(t *testing.T, engine string) {
 	if err := long.Start(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "a statement runs", func() error {
+	eventually(t, time.Minute, "a statement runs", func() error {
 		if e := run("query", "list", "--running", "-o", "json"); !strings.Contains(e.stdout, "pg_sleep") {
 			return errors.New(e.stdout)
 		}
@@ -534,7 +534,7 @@ func unlimitCore(t *testing.T) {
 	if err := sleep.Start(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 5*time.Second, "sleep runs", func() error { // not the fork of ourselves
+	eventually(t, time.Minute, "sleep runs", func() error { // not the fork of ourselves
 		comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", sleep.Process.Pid))
 		if string(comm) != "sleep\n" {
 			return fmt.Errorf("it is %q, %v", comm, err)

@@ -104,7 +104,7 @@ func TestFatalFaults(t *testing.T) {
 					go func() {
 						defer close(ended)
 						for {
-							ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+							ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 							c, err := d.Open(ctx, class)
 							cancel()
 							if err != nil {

@@ -296,7 +296,7 @@ func TestAppendSoon(t *testing.T) {
 	}
 	// It is in the file at once, and in the head soon.
 	mustVerify(t, state, 2)
-	for end := time.Now().Add(10 * time.Second); l.Head().Sequence != 2; time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); l.Head().Sequence != 2; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("it is never on stable storage")
 		}

@@ -93,7 +93,7 @@ func TestWire(t *testing.T) {
 				}
 				_ = stream.Close()
 			}
-			for end := time.Now().Add(10 * time.Second); !strings.Contains(b.audit.actions(), "wire.close") && time.Now().Before(end); {
+			for end := time.Now().Add(time.Minute); !strings.Contains(b.audit.actions(), "wire.close") && time.Now().Before(end); {
 				time.Sleep(time.Millisecond)
 			}
 			if got := b.audit.actions(); got != test.record {

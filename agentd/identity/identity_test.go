@@ -438,7 +438,7 @@ func handshake(t *testing.T, client *tls.Config, server tls.Certificate) error {
 			return
 		}
 		defer conn.Close()                                 //nolint:errcheck // loopback
-		conn.SetDeadline(time.Now().Add(10 * time.Second)) //nolint:errcheck // loopback
+		conn.SetDeadline(time.Now().Add(time.Minute)) //nolint:errcheck // loopback
 		s := tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{server}, ClientAuth: tls.RequestClientCert, MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true})
 		s.Handshake() //nolint:errcheck // the client's word counts
 	}()
@@ -446,7 +446,7 @@ func handshake(t *testing.T, client *tls.Config, server tls.Certificate) error {
 	if err != nil {
 		t.Fatal(err)
 	}
-	conn.SetDeadline(time.Now().Add(10 * time.Second)) //nolint:errcheck // loopback
+	conn.SetDeadline(time.Now().Add(time.Minute)) //nolint:errcheck // loopback
 	err = tls.Client(conn, client).Handshake()
 	conn.Close() //nolint:errcheck // loopback
 	<-done

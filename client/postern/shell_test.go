@@ -95,7 +95,7 @@ func TestShellOnATerminal(t *testing.T) {
 	// Ctrl-C ends the statement, also one without a first row, and the session stays.
 	for i, wait := range []string{"wait;\r", "wait silently;\r"} {
 		term.line(wait)
-		for deadline := time.Now().Add(10 * time.Second); !s.Running() && time.Now().Before(deadline); {
+		for deadline := time.Now().Add(time.Minute); !s.Running() && time.Now().Before(deadline); {
 			time.Sleep(5 * time.Millisecond)
 		}
 		term.line("\x03")

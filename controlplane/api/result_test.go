@@ -189,7 +189,7 @@ func TestResultStreamStopsWhenTheClientHangsUp(t *testing.T) {
 		if err == nil {
 			t.Error("it ended as if all had been read")
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("the query goes on")
 	}
 }

@@ -143,7 +143,7 @@ func TestPlainFromAfar(t *testing.T) {
 	s := startServer(t)
 	near, far := net.Pipe()
 	go s.accept(&remote{Conn: far})
-	near.SetDeadline(time.Now().Add(5 * time.Second))
+	near.SetDeadline(time.Now().Add(time.Minute))
 	body := append([]byte{0, 3, 0, 0}, pairs("user", "ana", "database", "lab/shop")...)
 	near.Write(append(binary.BigEndian.AppendUint32(nil, uint32(len(body)+4)), body...))
 	answer, err := io.ReadAll(near)
@@ -190,7 +190,7 @@ func TestGreetings(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer conn.Close()
-			conn.SetDeadline(time.Now().Add(10 * time.Second))
+			conn.SetDeadline(time.Now().Add(time.Minute))
 			conn.Write(c.sends)
 			answer, err := io.ReadAll(conn)
 			var netErr net.Error
@@ -467,7 +467,7 @@ func TestFlood(t *testing.T) {
 	var work sync.WaitGroup
 	for range 20 {
 		work.Go(func() {
-			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			c, err := pgconn.Connect(ctx, s.dsn("ana", "sslmode=disable"))
 			if err != nil {

@@ -72,14 +72,14 @@ func ask(conn net.Conn, r io.Reader, patience time.Duration) error {
 // connect asks the proxy for a way to address and returns its status.
 func connect(t *testing.T, l *Lab, address, auth string) (int, net.Conn) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	conn, err := Dial(ctx, l.Customer, ProxyAddress)
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { conn.Close() })
-	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	conn.SetDeadline(time.Now().Add(time.Minute))
 	fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %s\r\n", address, address)
 	if auth != "" {
 		fmt.Fprintf(conn, "Proxy-Authorization: Basic %s\r\n", base64.StdEncoding.EncodeToString([]byte(auth)))
@@ -173,7 +173,7 @@ func TestCutIsSilentAndHeals(t *testing.T) {
 	}
 	// The old connection goes on where it was: its word was only late.
 	answer := make([]byte, 5)
-	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	conn.SetDeadline(time.Now().Add(time.Minute))
 	if _, err := io.ReadFull(conn, answer); err != nil || string(answer) != "hello" {
 		t.Errorf("after healing: got %q, %v", answer, err)
 	}

@@ -185,7 +185,7 @@ func TestExtendedAttributesAndPassthrough(t *testing.T) {
 		if err != nil {
 			t.Error(err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("a write waits for the daemon")
 		_ = m.cmd.Process.Signal(syscall.SIGCONT)
 		<-done

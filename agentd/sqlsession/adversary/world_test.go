@@ -225,7 +225,7 @@ func (w *world) fill(text, database string) string {
 }
 
 func (w *world) stop() error {
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	w.busyEnd()
 	for _, conn := range []*pgx.Conn{w.watcher, w.sentinel, w.busy} {
