@@ -104,6 +104,19 @@ func (s *Store) Remove(id uint64) error {
 	return err
 }
 
+// Exists tells whether something lies in the store under a node's id, be it half of a content.
+func (s *Store) Exists(id uint64) bool { return exists(s.Path(id)) || exists(s.mapPath(id)) }
+
+// Unlink is Remove in two steps: it takes the names away, and done gives back what the content takes on
+// disk, which may take long. A lock may be held for the first.
+func (s *Store) Unlink(id uint64) (done func(), err error) {
+	done = func() {}
+	if f, err := os.Open(s.Path(id)); err == nil {
+		done = func() { f.Close() } // until then the inode is there
+	}
+	return done, s.Remove(id)
+}
+
 // ForgetMap forgets which chunks of a content are here.
 func (s *Store) ForgetMap(id uint64) { _ = os.Remove(s.mapPath(id)) }
 

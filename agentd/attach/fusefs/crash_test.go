@@ -260,8 +260,9 @@ func TestCrash(t *testing.T) {
 		t.Fatal(err)
 	}
 	var writers []*writer
+	boot := 0
 	for round := range rounds {
-		s.Config.Boot = fmt.Sprint("boot ", round)
+		s.Config.Boot = fmt.Sprint("boot ", boot)
 		s.NoPassthrough = r.Intn(2) == 0
 		m := w.mount(s)
 		m.watchdog(20 * time.Second)
@@ -283,11 +284,10 @@ func TestCrash(t *testing.T) {
 		m.detach()
 		if r.Intn(2) == 0 {
 			losePower(t, r, s.Dir, s.Shadow)
-		} else {
-			s.Config.Boot = "" // the page cache is still there
-		}
+			boot++
+		} // else the page cache is still there
 	}
-	s.Config.Boot = "the last"
+	s.Config.Boot = fmt.Sprint("boot ", boot)
 	m := w.mount(s)
 	for _, x := range writers {
 		x.check(t, m.path)

@@ -196,6 +196,7 @@ func (f *FS) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.Rea
 	}
 	n, err := syscall.Pread(fd, buf[:min(len(buf), int(in.Size))], int64(in.Offset))
 	if err != nil {
+		f.r.ReadFailed(in.NodeId, err)
 		return nil, status(err)
 	}
 	if n < int(in.Size) && f.r.Short(in.NodeId, int64(in.Offset)+int64(n)) {

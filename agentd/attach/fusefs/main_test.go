@@ -311,6 +311,11 @@ func (m *mounted) close() {
 // watchdog aborts the mount when the test takes too long.
 func (m *mounted) watchdog(d time.Duration) {
 	t := time.AfterFunc(d, func() {
+		select {
+		case <-m.done:
+			return // and another mount may have its number
+		default:
+		}
 		fmt.Fprintln(os.Stderr, "test hangs; aborting the mount, and asking the server where it is")
 		m.abort()
 		_ = m.cmd.Process.Signal(syscall.SIGQUIT)

@@ -12,6 +12,9 @@
 //	crc      4 bytes  CRC-32C of length, synced, kind and payload
 //	payload
 //
+// The first segment is on disk as a whole before it has its name, so that a newest segment that is not
+// whole always has one before it.
+//
 // Append hands an entry to the kernel, so it survives the end of this process; Sync makes
 // all that was appended survive the end of the machine, one fdatasync for all who wait.
 //

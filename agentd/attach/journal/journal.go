@@ -28,6 +28,9 @@ const (
 	spare = 1 << 20
 )
 
+// firstName is the first segment while it is made.
+const firstName = "first"
+
 const (
 	kindEntry byte = iota + 1
 	kindDump
@@ -137,11 +140,42 @@ func open(dir string, replay func([]byte, Place) error, synced func(string, int6
 		}
 		return j, nil
 	}
-	err = j.Begin(func(func([]byte) error) error { return nil })
-	if err != nil {
+	if err := j.first(); err != nil {
 		return nil, err
 	}
 	return j, nil
+}
+
+// first begins the journal. Its first segment is whole on disk before it has its name: with nothing
+// before it, one that is not whole is damage, and not the end of a process or a host.
+func (j *Journal) first() error {
+	name := j.path(1)
+	file, err := os.OpenFile(filepath.Join(j.dir, firstName), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	w := &dumpWriter{file: file}
+	if err = w.add(kindDumpEnd, nil); err == nil {
+		err = w.flush()
+	}
+	if err == nil {
+		err = file.Sync()
+	}
+	if err == nil {
+		err = os.Rename(file.Name(), name)
+	}
+	if err == nil {
+		err = syncDir(j.dir)
+	}
+	if err != nil {
+		file.Close()
+		return err
+	}
+	j.file, j.segment, j.end, j.room, j.begun, j.durable, j.settled = file, 1, w.end, w.end, w.end, w.end, true
+	if j.synced != nil {
+		j.synced(name, w.end)
+	}
+	return nil
 }
 
 func segments(dir string) ([]uint64, error) {
@@ -293,6 +327,14 @@ func (j *Journal) syncLocked() {
 		}
 		j.previous = nil
 	}
+}
+
+// End is the position of all that is in the journal: what Open replayed may be in the page cache only, if it
+// was the process that ended.
+func (j *Journal) End() Position {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return Position{j.segment, j.end}
 }
 
 // Size tells how many bytes the journal has grown since its dump.

@@ -233,3 +233,34 @@ func FuzzScan(f *testing.F) {
 		}
 	})
 }
+
+// TestFirstCutShort: a journal whose making was cut short is begun again, and its first segment is on disk
+// before anything is in it.
+func TestFirstCutShort(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, firstName), []byte("half of a segm"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	told := map[string]int64{}
+	j, err := OpenForTest(dir, func([]byte, Place) error { return errors.New("there is nothing in it") }, func(path string, n int64) { told[path] = n })
+	if err != nil {
+		t.Fatal(err)
+	}
+	if told[j.path(1)] != headerSize {
+		t.Errorf("synced are %v, want the mark of %s", told, j.path(1))
+	}
+	appendAll(t, j, "a")
+	if err := j.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if names, _ := filepath.Glob(filepath.Join(dir, "*")); len(names) != 1 {
+		t.Errorf("files are %v", names)
+	}
+	j, got := read(t, dir)
+	same(t, got, "a")
+	// What was replayed is not known to be on disk.
+	if err := j.Sync(j.End()); err != nil || j.durable != j.end {
+		t.Errorf("synced up to %d of %d, %v", j.durable, j.end, err)
+	}
+	j.Close()
+}

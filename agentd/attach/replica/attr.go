@@ -84,7 +84,7 @@ func (r *Replica) absorbLocked(n *tree.Node, o *opened) error {
 	}
 	size, mtime, ctime, err := o.file.Stat()
 	if err != nil {
-		return syscall.EIO
+		return r.refuse("content cannot be looked at", n.ID, err)
 	}
 	if ctime == n.Stamp && size == n.Size {
 		return nil

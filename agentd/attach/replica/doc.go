@@ -8,6 +8,11 @@
 // goroutine; another takes over what changes elsewhere. What is not here is fetched when it is
 // needed, within Config.Deadline, or is EIO.
 //
+// A loss of power may keep the journal's word for a change and lose the change, or the other way round, as
+// long as nobody was promised it. So a content is only removed, as room or because its node is gone, when the
+// journal's word for that is durable; ids of lost nodes under which something lies are not used again; and files
+// are looked at before the journal is believed.
+//
 // Errors of operations are syscall.Errno. One lock, mu, is over the tree and all that goes with
 // it; it is held for memory and the page cache, never for the network or a sync.
 //

@@ -3,6 +3,8 @@ package replica
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -22,12 +24,12 @@ func (r *Replica) fetchErrno(ctx context.Context, id uint64, err error) error {
 	if ctx.Err() != nil && errors.Is(context.Cause(ctx), context.Canceled) {
 		return syscall.EINTR
 	}
-	r.log.Warn("content cannot be fetched", "node", id, "err", err)
 	var errno syscall.Errno
 	if errors.As(err, &errno) && errno == syscall.ENOSPC {
+		r.say(slog.LevelWarn, "content cannot be fetched", "node", id, "err", err)
 		return errno
 	}
-	return syscall.EIO
+	return r.refuse("content cannot be fetched", id, err)
 }
 
 // dirtyLocked marks a content as newer than its version, and queues it unless it is
@@ -77,8 +79,15 @@ func (r *Replica) Short(id uint64, off int64) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n, err := r.nodeLocked(id)
-	return err == nil && uint64(off) < n.Size
+	if err != nil || uint64(off) >= n.Size {
+		return false
+	}
+	_ = r.refuse("content is shorter on this host's disk than it was", id, fmt.Errorf("it ends at byte %d of %d", off, n.Size))
+	return true
 }
+
+// ReadFailed notes why bytes of a file that are here could not be read.
+func (r *Replica) ReadFailed(id uint64, err error) { _ = r.refuse("content cannot be read", id, err) }
 
 // Write writes to an open file.
 func (r *Replica) Write(ctx context.Context, id uint64, off int64, data []byte) (int, error) {
@@ -218,7 +227,7 @@ func (r *Replica) recordLocked(n *tree.Node, o *opened, small bool) error {
 	if small {
 		data := make([]byte, n.Size)
 		if _, err := o.file.ReadAt(data, 0); err != nil && n.Size > 0 {
-			return syscall.EIO
+			return r.refuse("content cannot be read", n.ID, err)
 		}
 		c.Flags |= tree.Redo
 		r.redo[n.ID] = true
@@ -355,7 +364,7 @@ func (r *Replica) Seek(id uint64, off int64, whence int) (int64, error) {
 	size, _, _, err := o.file.Stat()
 	switch {
 	case err != nil:
-		return 0, syscall.EIO
+		return 0, r.refuse("content cannot be looked at", id, err)
 	case off < 0 || uint64(off) >= size:
 		return 0, syscall.ENXIO
 	case whence == unix.SEEK_HOLE:

@@ -2,7 +2,9 @@ package replica
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/attach/tree"
@@ -55,14 +57,25 @@ func (r *Replica) reserveIDs(ctx context.Context, enough uint64) error {
 	}
 }
 
+var errNoIDs = errors.New("none of the ids for new nodes is left that the control plane reserved")
+
 // takeIDLocked takes an id for a new node; 0: there is none.
 func (r *Replica) takeIDLocked(b *tree.Batch) uint64 {
-	m, id := r.s.Meta().TakeID()
-	if id == 0 || r.s.Node(id) != nil {
-		return 0
+	for m, id := r.s.Meta().TakeID(); id != 0; m, id = m.TakeID() {
+		if r.s.Node(id) == nil && !r.leftLocked(id) {
+			b.Meta(m)
+			return id
+		}
 	}
-	b.Meta(m)
-	return id
+	return 0
+}
+
+// leftLocked tells whether a content lies under the id of a node that is gone. A loss of power takes
+// nodes away that nobody was promised, and so their ids are free again, while what was written to them is
+// there in whole or in part: another node of that id would begin with it, and lose its own when
+// the first one's is removed.
+func (r *Replica) leftLocked(id uint64) bool {
+	return r.doomed[id] || !r.stocked && r.store.Exists(id)
 }
 
 // haveID returns when there is an id to take.
@@ -74,7 +87,7 @@ func (r *Replica) haveID(ctx context.Context) error {
 		return nil
 	}
 	if err := r.reserveIDs(ctx, 1); err != nil {
-		r.log.Warn("no ids for new files", "err", err)
+		r.say(slog.LevelWarn, "no ids for new files", "err", err)
 		return errnoOf(err)
 	}
 	return nil

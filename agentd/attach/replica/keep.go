@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"maps"
 	"slices"
 	"syscall"
 	"time"
@@ -124,28 +126,35 @@ func (r *Replica) sweepLoop() {
 // bury removes the files of contents whose nodes are gone.
 func (r *Replica) bury() {
 	r.mu.Lock()
-	doomed := r.takeDoomedLocked()
+	doomed := slices.Collect(maps.Keys(r.doomed))
 	r.mu.Unlock()
 	if len(doomed) == 0 || r.sync() != nil {
 		return // found again by the next Open
 	}
-	r.removeContents(doomed)
-}
-
-// takeDoomedLocked takes the contents of nodes that are gone. Some may have come back, as nodes
-// that the control plane listed again.
-func (r *Replica) takeDoomedLocked() []uint64 {
-	doomed := slices.DeleteFunc(r.doomed, func(id uint64) bool { return r.s.Node(id) != nil })
-	r.doomed = nil
-	return doomed
-}
-
-func (r *Replica) removeContents(doomed []uint64) {
 	for _, id := range doomed {
-		if err := r.store.Remove(id); err != nil {
-			r.log.Warn("content cannot be removed", "node", id, "err", err)
-		}
+		r.mu.Lock()
+		done := r.removeLocked(id)
+		r.mu.Unlock()
+		done()
 	}
+}
+
+// removeLocked removes a content whose node is gone, if it still is: the control plane may have listed it
+// again. done must be called, without the lock.
+func (r *Replica) removeLocked(id uint64) (done func()) {
+	if !r.doomed[id] {
+		return func() {}
+	}
+	delete(r.doomed, id)
+	if r.s.Node(id) != nil {
+		return func() {}
+	}
+	done, err := r.store.Unlink(id)
+	if err != nil {
+		r.doomed[id] = true
+		r.say(slog.LevelWarn, "content cannot be removed", "node", id, "err", err)
+	}
+	return done
 }
 
 func (r *Replica) sweep() {
@@ -239,14 +248,13 @@ func (r *Replica) evictLocked(over int64) (freed int64) {
 		if r.open[id] != nil || n.Version == 0 || n.Flags&(tree.Dirty|tree.Writing|tree.Cached) != 0 || r.heldOpenLocked(id) {
 			return true
 		}
+		if r.removeCachedLocked(id) != nil {
+			return false
+		}
 		c := n.Clone()
 		c.Flags &^= tree.Local | tree.Partial | tree.Redo | tree.Mapped
 		delete(r.redo, id)
 		b.Put(c)
-		if err := r.store.Remove(id); err != nil {
-			r.log.Warn("content cannot be removed", "node", id, "err", err)
-		}
-		r.lru.remove(id)
 		freed += bytes
 		return freed < over
 	})
@@ -254,6 +262,20 @@ func (r *Replica) evictLocked(over int64) (freed int64) {
 		_ = r.commitLocked(b) //nolint:errcheck // it was logged, and nobody waits
 	}
 	return freed
+}
+
+// removeCachedLocked removes a content that can be fetched again. A loss of power must not bring back that it
+// is not uploaded; so the journal is synced, which it nearly always is already.
+func (r *Replica) removeCachedLocked(id uint64) error {
+	if err := r.journal.Sync(r.confirmed); err != nil {
+		r.say(slog.LevelError, "journal cannot be synced", "err", err)
+		return syscall.EIO
+	}
+	if err := r.store.Remove(id); err != nil {
+		r.say(slog.LevelWarn, "content cannot be removed", "node", id, "err", err)
+	}
+	r.lru.remove(id)
+	return nil
 }
 
 // noRoom tells whether an error says that the disk is full.
@@ -271,12 +293,18 @@ func (r *Replica) MakeRoom(bytes int64) bool {
 	}
 	// Some more, so that not every write does this.
 	freed := r.evictLocked(bytes + 16<<20)
-	doomed := r.takeDoomedLocked()
-	if len(doomed) > 0 && r.journal.Sync(r.last) == nil {
-		r.removeContents(doomed)
-		return true
+	if len(r.doomed) > 0 && r.journal.Sync(r.last) == nil {
+		left := 0
+		for id := range r.doomed {
+			r.removeLocked(id)()
+			if r.doomed[id] {
+				left++
+			}
+		}
+		if left == 0 {
+			return true
+		}
 	}
-	r.doomed = append(r.doomed, doomed...)
 	if freed == 0 {
 		r.cramped = time.Now()
 	}

@@ -160,11 +160,14 @@ func (r *Replica) load(ctx context.Context, ids ...uint64) error {
 	for total := 0; ; {
 		resp, err := r.cfg.Remote.ListNodes(ctx, &posternv1.ListNodesRequest{WorkspaceId: ws, Directories: ids, PageToken: token})
 		if err != nil {
+			errno := errnoOf(err)
 			if ctx.Err() != nil {
-				return deadline(ctx)
+				errno = deadline(ctx)
 			}
-			r.log.Debug("directory cannot be listed", "node", ids[0], "err", err)
-			return errnoOf(err)
+			if errno == syscall.EIO {
+				return r.refuse("directory cannot be listed", ids[0], err)
+			}
+			return errno
 		}
 		if len(token) == 0 {
 			seq = resp.Seq
@@ -179,7 +182,7 @@ func (r *Replica) load(ctx context.Context, ids ...uint64) error {
 			}
 		}
 		if total += len(resp.Entries); total > maxDirectory {
-			return syscall.EIO
+			return r.refuse("directory cannot be listed", ids[0], fmt.Errorf("it has more than %d names", maxDirectory))
 		}
 		if token = resp.NextPageToken; len(token) == 0 {
 			return take(ids[0], seq)
@@ -273,10 +276,9 @@ func (r *Replica) takeNodeLocked(b *tree.Batch, p *posternv1.Node) error {
 		}
 		n.Flags &^= tree.Local | tree.Partial | tree.Redo
 		delete(r.redo, n.ID)
-		if err := r.store.Remove(n.ID); err != nil {
-			r.log.Warn("content cannot be removed", "node", n.ID, "err", err)
+		if err := r.removeCachedLocked(n.ID); err != nil {
+			return err
 		}
-		r.lru.remove(n.ID)
 	}
 	if n.ID == tree.Root {
 		n.Parent, n.Links = tree.Root, 1
@@ -402,7 +404,7 @@ func (r *Replica) dropLocked(b *tree.Batch, id uint64) {
 			r.unsent -= int64(n.Size)
 		}
 		if n.Has(tree.Local) || n.Has(tree.Partial) {
-			r.doomed = append(r.doomed, id)
+			r.doomed[id] = true
 		}
 		r.lru.remove(id)
 		delete(r.redo, id)

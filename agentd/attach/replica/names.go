@@ -200,7 +200,7 @@ func (r *Replica) Make(ctx context.Context, by Caller, dir uint64, name string, 
 	b := r.s.Batch()
 	n := r.newNodeLocked(b, by, m)
 	if n == nil {
-		return Attr{}, syscall.EIO
+		return Attr{}, r.refuse("nothing can be made", dir, errNoIDs)
 	}
 	n.Parent = dir
 	b.Put(n)
@@ -276,7 +276,7 @@ func (r *Replica) MakeUnnamed(ctx context.Context, by Caller, mode uint16) (Attr
 	b := r.s.Batch()
 	n := r.newNodeLocked(b, by, Make{Type: tree.File, Mode: mode, Open: true})
 	if n == nil {
-		return Attr{}, syscall.EIO
+		return Attr{}, r.refuse("nothing can be made", tree.Root, errNoIDs)
 	}
 	n.Links = 0
 	b.Put(n)

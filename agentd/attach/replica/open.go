@@ -3,6 +3,7 @@ package replica
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"syscall"
 	"time"
 
@@ -22,7 +23,7 @@ func (r *Replica) openLocked(n *tree.Node, write bool) (*opened, error) {
 		w := content.Want{ID: n.ID, Version: n.Version, Size: n.Size, Whole: n.Has(tree.Local), Changed: n.Has(tree.Dirty) || n.Version == 0, Stamp: n.Stamp}
 		f, err := r.store.Acquire(w)
 		if err != nil {
-			r.log.Error("content cannot be opened", "node", n.ID, "err", err)
+			r.say(slog.LevelError, "content cannot be opened", "node", n.ID, "err", err)
 			return nil, errnoOrIO(err)
 		}
 		if w.Whole && !n.Has(tree.Dirty) && !n.Has(tree.Writing) && n.Version != 0 {
@@ -32,6 +33,7 @@ func (r *Replica) openLocked(n *tree.Node, write bool) (*opened, error) {
 				r.store.Release(f)
 				w.Whole, w.Doubt = false, true
 				if f, err = r.store.Acquire(w); err != nil {
+					r.say(slog.LevelError, "content cannot be opened", "node", n.ID, "err", err)
 					return nil, errnoOrIO(err)
 				}
 			}
@@ -40,6 +42,10 @@ func (r *Replica) openLocked(n *tree.Node, write bool) (*opened, error) {
 			n.Flags &^= tree.Local // its file is gone, or in doubt; it is fetched again
 		}
 		o = &opened{file: f, flushed: n.Stamp, recorded: n.Stamp}
+		if n.Has(tree.Dirty) {
+			// Its last change may have been noted by a process before this one, or by nobody's close.
+			o.flushed = unflushed
+		}
 		if n.Flags&(tree.Local|tree.Partial) == 0 {
 			n.Flags |= tree.Partial // in the journal with the next change; Walk finds it anyway
 		}
@@ -52,6 +58,9 @@ func (r *Replica) openLocked(n *tree.Node, write bool) (*opened, error) {
 	r.lru.use(n.ID)
 	return o, nil
 }
+
+// unflushed is the stamp of no content.
+const unflushed = -1
 
 func errnoOrIO(err error) error {
 	var errno syscall.Errno

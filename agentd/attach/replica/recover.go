@@ -29,7 +29,12 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 		if crashed && n.Type == tree.File && n.Has(tree.Partial) && !n.Has(tree.Dirty) {
 			r.store.ForgetMap(n.ID) // which chunks are here was not synced
 		}
-		if n.Type == tree.File && n.Flags&(tree.Writing|tree.Redo|tree.Mapped) != 0 {
+		switch {
+		case n.Type != tree.File:
+		case n.Flags&(tree.Writing|tree.Redo|tree.Mapped) != 0:
+			look = append(look, n)
+		case crashed && n.Has(tree.Dirty):
+			// What the last close without a sync noted is in the journal, perhaps, and in the file, perhaps.
 			look = append(look, n)
 		}
 	})
@@ -69,6 +74,9 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 		if n.Type == tree.File && n.Has(tree.Dirty) {
 			r.unsent += int64(n.Size)
 		}
+		if unsure(n) {
+			r.stale[n.ID] = true
+		}
 	})
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -84,6 +92,12 @@ func (r *Replica) recover(redo map[uint64]redoAt) error {
 	return r.commitLocked(b)
 }
 
+// unsure tells whether a file is to be asked for at the control plane before it is what it says: it lost a
+// conflict, or what was written to it here was lost.
+func unsure(n *tree.Node) bool {
+	return n.Type == tree.File && !n.Has(tree.Dirty) && n.Version != 0 && n.Seq == 0
+}
+
 // takeStock finds out what contents take on disk, and which of them belong to nobody. It runs
 // while the replica is used already: a file of the store is there only while its node is, or was.
 func (r *Replica) takeStock() {
@@ -91,15 +105,21 @@ func (r *Replica) takeStock() {
 		r.mu.Lock()
 		defer r.mu.Unlock()
 		if n := r.s.Node(id); n == nil || n.Type != tree.File {
-			r.doomed = append(r.doomed, id)
+			r.doomed[id] = true
 		} else if r.open[id] == nil {
 			r.lru.add(id, bytes)
 		}
 		return r.ctx.Err()
 	})
-	if err != nil && r.ctx.Err() == nil {
-		r.log.Warn("what contents take on disk is not known", "err", err)
+	if err != nil {
+		if r.ctx.Err() == nil {
+			r.log.Warn("what contents take on disk is not known", "err", err)
+		}
+		return
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.stocked = true
 }
 
 // rewrite puts the content that the journal has into the file.
@@ -131,10 +151,18 @@ func (r *Replica) settle(b *tree.Batch, c *tree.Node) error {
 	err := syscall.Stat(r.store.Path(c.ID), &st)
 	switch {
 	case errors.Is(err, syscall.ENOENT):
-		if c.Size > 0 && (c.Has(tree.Dirty) || c.Version == 0) {
+		switch {
+		case c.Size == 0 || !c.Has(tree.Dirty) && c.Version != 0:
+		case c.Version == 0:
 			// It was made since the last sync, and the host crashed: nobody was promised it.
 			r.log.Warn("content that was not synced is gone", "node", c.ID, "bytes", c.Size)
 			c.Size = 0
+		default:
+			// So was what was written to it, but not the version that it was written to.
+			r.log.Warn("content that was not synced is gone; it is fetched again as it was before", "node", c.ID, "bytes", c.Size)
+			c.Flags &^= tree.Local | tree.Partial | tree.Dirty | tree.Redo | tree.Mapped
+			r.store.ForgetMap(c.ID)
+			c.Seq = 0 // its size and times are asked for; see unsure
 		}
 		return nil
 	case err != nil:

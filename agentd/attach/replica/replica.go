@@ -65,11 +65,14 @@ type Replica struct {
 	kick    chan struct{} // the queue has something
 	compact chan struct{} // the journal has grown
 
-	mu      sync.Mutex
-	s       *tree.State
-	last    journal.Position
-	open    map[uint64]*opened
-	loading map[uint64]chan struct{}
+	mu   sync.Mutex
+	s    *tree.State
+	last journal.Position
+	// confirmed is where the journal says last that something was uploaded: a content is only removed from this
+	// host, to be fetched again, when that is durable.
+	confirmed journal.Position
+	open      map[uint64]*opened
+	loading   map[uint64]chan struct{}
 	// lookedInto is the directory of which another one was listed last.
 	lookedInto uint64
 	listeners  []Listener
@@ -89,7 +92,9 @@ type Replica struct {
 	stale     map[uint64]bool
 	// Contents of nodes that are gone; their files go when the journal's word for it is
 	// durable, so that a node that a loss of power brings back has its content.
-	doomed  []uint64
+	doomed map[uint64]bool
+	// stocked: every content whose node a loss of power took away is doomed, or gone.
+	stocked bool
 	refused map[uint64]time.Time // contents to offer again, and when
 	lru     lru
 
@@ -102,7 +107,8 @@ type Replica struct {
 	// resent is the number of the last operation that repeats such a one; mu guards it.
 	resent uint64
 
-	notes notes
+	notes  notes
+	limits limits
 }
 
 // opened is a content that handles are open on.
@@ -111,7 +117,7 @@ type opened struct {
 	users   int // handles, requests and uploads
 	handles int
 	writers int
-	// Stamps of what was last made durable, and of what the journal knows.
+	// Stamps of what was last made durable, unflushed if that is not known, and of what the journal knows.
 	flushed, recorded int64
 	// lost: opened after a takeover, for handles that were not counted.
 	lost bool
@@ -151,7 +157,7 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 	r := &Replica{
 		cfg: cfg, log: cfg.Log.With("workspace", cfg.Workspace), s: tree.New(),
 		open: map[uint64]*opened{}, loading: map[uint64]chan struct{}{}, queued: map[uint64]uint64{},
-		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, refused: map[uint64]time.Time{}, attempts: map[uint64]string{}, closed: map[uint64]time.Time{}, stale: map[uint64]bool{},
+		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, refused: map[uint64]time.Time{}, attempts: map[uint64]string{}, closed: map[uint64]time.Time{}, doomed: map[uint64]bool{}, stale: map[uint64]bool{},
 		kick: make(chan struct{}, 1), compact: make(chan struct{}, 1), changed: make(chan struct{}),
 		readOnly: cfg.ReadOnly,
 	}
@@ -177,6 +183,7 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 		store.Close()
 		return nil, fmt.Errorf("workspace %s: %w", cfg.Workspace, err)
 	}
+	r.last = r.journal.End()
 	if err := r.recover(redo); err != nil {
 		store.Close()
 		return nil, errors.Join(fmt.Errorf("workspace %s: %w", cfg.Workspace, err), r.journal.Close())
@@ -371,7 +378,7 @@ func (r *Replica) reserved(err error) error {
 	case noRoom(err):
 		return syscall.ENOSPC
 	default:
-		r.log.Error("journal cannot be written", "err", err)
+		r.say(slog.LevelError, "journal cannot be written", "err", err)
 		return syscall.EIO
 	}
 }
@@ -384,7 +391,7 @@ func (r *Replica) commitLocked(b *tree.Batch) error {
 	pos, _, err := r.journal.Append(b.Bytes())
 	if err != nil {
 		// Memory is ahead of the journal now, which refuses everything from here on.
-		r.log.Error("journal cannot be written; nothing can be changed until mountd is restarted", "err", err)
+		r.say(slog.LevelError, "journal cannot be written; nothing can be changed until mountd is restarted", "err", err)
 		return syscall.EIO
 	}
 	r.last = pos
@@ -403,7 +410,7 @@ func (r *Replica) sync() error {
 	pos := r.last
 	r.mu.Unlock()
 	if err := r.journal.Sync(pos); err != nil {
-		r.log.Error("journal cannot be synced", "err", err)
+		r.say(slog.LevelError, "journal cannot be synced", "err", err)
 		return syscall.EIO
 	}
 	return nil

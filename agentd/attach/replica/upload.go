@@ -241,6 +241,7 @@ func (r *Replica) confirm(ops []*posternv1.FileOp, resp *posternv1.CommitRespons
 	if err := r.commitLocked(b); err != nil {
 		return false, err
 	}
+	r.confirmed = r.last
 	r.movedLocked()
 	return len(r.s.Queue()) > 0 || len(r.stale) > 0, nil
 }
@@ -288,13 +289,7 @@ func (r *Replica) confirmOneLocked(b *tree.Batch, op *posternv1.FileOp, res *pos
 			r.cleanLocked(c)
 			c.Flags &^= tree.Local | tree.Partial | tree.Redo
 			c.Version, c.Seq = ^uint64(0), 0
-			delete(r.redo, id)
-			if r.open[id] == nil {
-				if err := r.store.Remove(id); err != nil {
-					r.log.Warn("content cannot be removed", "node", id, "err", err)
-				}
-				r.lru.remove(id)
-			}
+			delete(r.redo, id) // its file goes when the node is taken over, and this is durable
 		}
 		b.Put(c)
 		return
