@@ -59,7 +59,7 @@ func (r *Replica) Read(ctx context.Context, id uint64, off int64, n int) (fd int
 	}
 	if !o.file.Whole() {
 		wctx, cancel := r.wait(ctx)
-		err := o.file.Ensure(wctx, off, int64(n))
+		err := r.retry(wctx, func() error { return o.file.Ensure(wctx, off, int64(n)) })
 		cancel()
 		if err != nil {
 			r.unuse(id, o)
@@ -140,7 +140,11 @@ func (r *Replica) change(ctx context.Context, id uint64, o *opened, off, n int64
 	}
 	wctx, cancel := r.wait(ctx)
 	defer cancel()
-	if done, err = o.file.Change(wctx, off, n); err != nil {
+	err = r.retry(wctx, func() (err error) {
+		done, err = o.file.Change(wctx, off, n)
+		return err
+	})
+	if err != nil {
 		return nil, r.fetchErrno(ctx, id, err)
 	}
 	return done, nil
@@ -287,7 +291,7 @@ func (r *Replica) truncate(ctx context.Context, id, size uint64) error {
 	}
 	wctx, cancel := r.wait(ctx)
 	defer cancel()
-	err = o.file.Truncate(wctx, int64(size))
+	err = r.retry(wctx, func() error { return o.file.Truncate(wctx, int64(size)) })
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	o.writers--

@@ -86,7 +86,9 @@ func (r *Replica) haveID(ctx context.Context) error {
 	if free > 0 {
 		return nil
 	}
-	if err := r.reserveIDs(ctx, 1); err != nil {
+	wctx, cancel := r.wait(ctx)
+	defer cancel()
+	if err := r.retry(wctx, func() error { return r.reserveIDs(wctx, 1) }); err != nil {
 		r.say(slog.LevelWarn, "no ids for new files", "err", err)
 		return errnoOf(err)
 	}

@@ -18,7 +18,7 @@ func errnoOf(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.As(err, &errno):
+	case errors.As(err, &errno) && !ofNetwork(err):
 		return errno
 	case errors.Is(err, context.Canceled):
 		return syscall.EINTR
@@ -158,7 +158,11 @@ func (r *Replica) load(ctx context.Context, ids ...uint64) error {
 	var seq uint64
 	var token []byte
 	for total := 0; ; {
-		resp, err := r.cfg.Remote.ListNodes(ctx, &posternv1.ListNodesRequest{WorkspaceId: ws, Directories: ids, PageToken: token})
+		var resp *posternv1.ListNodesResponse
+		err := r.retry(ctx, func() (err error) {
+			resp, err = r.cfg.Remote.ListNodes(ctx, &posternv1.ListNodesRequest{WorkspaceId: ws, Directories: ids, PageToken: token})
+			return err
+		})
 		if err != nil {
 			errno := errnoOf(err)
 			if ctx.Err() != nil {

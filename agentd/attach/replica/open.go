@@ -171,7 +171,7 @@ func (r *Replica) Open(ctx context.Context, id uint64, write, truncate bool) (Op
 	if !o.file.Whole() && (n.Size <= filechunk.Size || write && n.Size <= fetchToWrite) {
 		// Small: it is wanted whole anyway.
 		wctx, cancel := r.wait(ctx)
-		err := o.file.EnsureAll(wctx)
+		err := r.retry(wctx, func() error { return o.file.EnsureAll(wctx) })
 		cancel()
 		if err != nil {
 			r.mu.Lock()

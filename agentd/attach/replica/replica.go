@@ -85,6 +85,7 @@ type Replica struct {
 	unsent   int64 // bytes of dirty contents
 	readOnly bool  // by the control plane or Config
 	status   Status
+	unlinked time.Time // while status.Connected is false: since when, or when Open was called
 	// The newest of what was kept under another name, at most maxConflicts.
 	conflicts []Conflict
 	cramped   time.Time     // when makeRoomLocked last found nothing
@@ -159,7 +160,7 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 		open: map[uint64]*opened{}, loading: map[uint64]chan struct{}{}, queued: map[uint64]uint64{},
 		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, refused: map[uint64]time.Time{}, attempts: map[uint64]string{}, closed: map[uint64]time.Time{}, doomed: map[uint64]bool{}, stale: map[uint64]bool{},
 		kick: make(chan struct{}, 1), compact: make(chan struct{}, 1), changed: make(chan struct{}),
-		readOnly: cfg.ReadOnly,
+		readOnly: cfg.ReadOnly, unlinked: time.Now(),
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
 	ccfg := content.Config{Dir: filepath.Join(cfg.Dir, "data"), Fetcher: fetcher{r}, MakeRoom: r.MakeRoom, NowForTest: cfg.NowForTest}

@@ -41,6 +41,7 @@ func (r *Replica) connected(yes bool, err error) {
 		r.log.Info("control plane tells of changes")
 		r.wakeUploader()
 	} else {
+		r.unlinked = time.Now()
 		r.log.Warn("control plane does not tell of changes; what is here stays as it is", "err", err)
 	}
 }

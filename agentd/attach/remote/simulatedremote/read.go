@@ -44,6 +44,7 @@ type Remote struct {
 	changes []*posternv1.NodeChange
 	mounts  map[string]*mount
 	fetched int
+	refused int
 	listed  int
 	quota   uint64
 	delay   time.Duration
@@ -108,12 +109,22 @@ func (r *Remote) Fetched() int {
 	return r.fetched
 }
 
+// Refused is how many calls came while the link was cut.
+func (r *Remote) Refused() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.refused
+}
+
 // begin locks, unless the link is down.
 func (r *Remote) begin(ctx context.Context) error {
 	r.mu.Lock()
 	silent, cut := r.silent, r.isCut
 	if !silent && !cut {
 		return nil
+	}
+	if cut {
+		r.refused++
 	}
 	r.mu.Unlock()
 	if cut {
