@@ -89,6 +89,7 @@ clients:
 	@packaging/dev/deps.sh go postgresql jupyter bigclients
 	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestJDBCMetadata|TestPgxSuite|TestJupyterLabClient|TestDuckDB' ./e2e
 
+# With all modules under it: `make test` leaves two out.
 race:
 	$(GO) test -race ./...
 
