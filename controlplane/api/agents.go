@@ -80,17 +80,20 @@ func (a *API) GetAgent(ctx context.Context, req *connect.Request[posternv1.GetAg
 // unsentTime bounds how long a host may take to say what it has not uploaded.
 const unsentTime = 2 * time.Second
 
-// mayRevoke refuses to cut off a host whose writes would then be there alone. A host that does
-// not answer is judged by what it said last.
+// mayRevoke refuses to cut off a host whose writes would then be there alone. A host that is
+// offline is judged by what it said last; one that is online and does not say is not cut off.
 func (a *API) mayRevoke(ctx context.Context, c Caller, idOrName string) error {
 	agent, err := a.cfg.Store.GetAgent(ctx, c.Organization, idOrName)
 	if err != nil || agent.Revoked != nil || a.cfg.Files == nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, unsentTime)
+	limited, cancel := context.WithTimeout(ctx, unsentTime)
 	defer cancel()
-	ops, workspace, err := a.cfg.Files.Unsent(ctx, c.Organization, agent.Id)
-	if err != nil && ctx.Err() == nil {
+	ops, workspace, err := a.cfg.Files.Unsent(limited, c.Organization, agent.Id)
+	switch {
+	case err != nil && limited.Err() != nil && ctx.Err() == nil:
+		return proto.Errorf(proto.CodeUnavailable, "could not find out within %s whether agent %s has writes that are not uploaded: try again, or use --force: what is not uploaded is then on its host alone", unsentTime, agent.Name)
+	case err != nil:
 		return err
 	}
 	if ops > 0 {

@@ -19,7 +19,7 @@ type Files interface {
 	// ServeArchive serves GET /api/v1/archive/{workspace}/{path...}.
 	ServeArchive(http.ResponseWriter, *http.Request)
 	// Unsent tells how many writes an agent's host has not uploaded, by the agent's id, and a
-	// workspace that they are in.
+	// workspace that they are in. An agent that is online and does not say is an error.
 	Unsent(ctx context.Context, organization, agent string) (ops uint64, workspace string, err error)
 }
 

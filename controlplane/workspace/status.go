@@ -145,7 +145,9 @@ func (s *Service) statusOf(ctx context.Context, organization, workspace, id stri
 }
 
 // Unsent tells what an agent has not uploaded, for whoever is about to revoke it: the
-// number of operations and a name of a workspace that they are of.
+// number of operations and a name of a workspace that they are of. An agent that is offline is
+// judged by what it said last; one that is online, has mounts and does not answer until ctx
+// ends, or within five seconds, is an error: what it said last may no longer be true.
 func (s *Service) Unsent(ctx context.Context, organization, agent string) (ops uint64, workspace string, err error) {
 	return s.unsent(ctx, organization, "", agent)
 }
@@ -159,6 +161,9 @@ func (s *Service) unsent(ctx context.Context, organization, workspace, agent str
 		if m.UnsentOps > 0 || m.UnsentBytes > 0 {
 			ops, of = ops+max(m.UnsentOps, 1), m.Workspace
 		}
+	}
+	if ops == 0 && len(status.Silent) > 0 {
+		return 0, "", proto.Errorf(proto.CodeUnavailable, "could not find out whether agent %s has writes that are not uploaded: it has a tunnel and does not answer; try again, or use --force: what is not uploaded is then on its host alone", status.Silent[0])
 	}
 	return ops, of, nil
 }

@@ -57,7 +57,18 @@ func TestStatus(t *testing.T) {
 		if r := status(); len(r.Mounts) != 2 || len(r.Silent) != 1 || r.Silent[0] != "beta" {
 			t.Errorf("one is online: %v", r)
 		}
+		// One that is online and silent may have more than it said last.
 		report(b, 0)
+		_, err = k.files().DeleteWorkspace(ctx, connect.NewRequest(&posternv1.DeleteWorkspaceRequest{Workspace: "w"}))
+		wantCode(t, err, proto.CodeUnavailable)
+		if _, _, err := k.s.Unsent(ctx, k.org, "agt_beta"); err == nil || !strings.Contains(err.Error(), "could not find out whether agent beta has") {
+			t.Errorf("silent: %v", err)
+		}
+		if ops, _, err := k.s.Unsent(ctx, k.org, "agt_alpha"); err != nil || ops != 0 {
+			t.Errorf("one that answers: %d, %v", ops, err)
+		}
+		k.ask = nil
+		report(a, 0)
 		if _, err := k.files().DeleteWorkspace(ctx, connect.NewRequest(&posternv1.DeleteWorkspaceRequest{Workspace: "w"})); err != nil {
 			t.Error(err)
 		}
