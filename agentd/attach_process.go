@@ -139,8 +139,9 @@ func mountdMain(args []string) int {
 		logger.Error("mountd not started", "err", err)
 		return proto.ExitFailed
 	}
-	client := remote.Dial(filepath.Join(dir, proxySocket))
-	defer client.Close()
+	dialed := remote.Dial(filepath.Join(dir, proxySocket))
+	defer dialed.Close()
+	client := remote.NewPatient(dialed, 0)
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	code, err := mountd.Run(ctx, mountd.Config{
@@ -211,7 +212,7 @@ func replicaNames(dir string) []string {
 }
 
 // openReplica opens this host's replica of a workspace.
-func openReplica(ctx context.Context, replicas, file, name string, readOnly bool, client *remote.Client, logger *slog.Logger) (mountd.Workspace, error) {
+func openReplica(ctx context.Context, replicas, file, name string, readOnly bool, client remote.Remote, logger *slog.Logger) (mountd.Workspace, error) {
 	if !workspaceName.MatchString(name) {
 		return nil, proto.Errorf(proto.CodeInvalid, "%.80q is no name of a workspace: 1 to 63 of a-z, 0-9, - _ and ., beginning with a letter or digit", name)
 	}
