@@ -53,6 +53,8 @@ type Index interface {
 type Sealer interface {
 	Seal(plain []byte, about string) ([]byte, error)
 	Open(sealed []byte, about string) ([]byte, error)
+	// OpenInPlace is Open, and what it returns is a part of sealed, which it overwrites.
+	OpenInPlace(sealed []byte, about string) ([]byte, error)
 	// Name is a keyed hash of what it is given, in text that a file may be called by.
 	Name(of []byte) string
 }
@@ -85,8 +87,8 @@ const maxSealers = 10_000
 // bucket is what is asked of an object store. Errors are gocloud's.
 type bucket interface {
 	write(ctx context.Context, key string, body []byte) error
-	// read reads at most limit bytes.
-	read(ctx context.Context, key string, limit int64) ([]byte, error)
+	// read reads at most len(into) bytes into it, and returns those.
+	read(ctx context.Context, key string, into []byte) ([]byte, error)
 	remove(ctx context.Context, key string) error
 	Close() error
 }
@@ -98,13 +100,17 @@ func (c cloud) write(ctx context.Context, key string, body []byte) error {
 	return withoutBucket(c.WriteAll(ctx, key, body, &blob.WriterOptions{ContentType: "application/octet-stream", DisableContentTypeDetection: true}))
 }
 
-func (c cloud) read(ctx context.Context, key string, limit int64) ([]byte, error) {
+func (c cloud) read(ctx context.Context, key string, into []byte) ([]byte, error) {
 	r, err := c.NewReader(ctx, key, nil)
 	if err != nil {
 		return nil, withoutBucket(err)
 	}
 	defer r.Close() //nolint:errcheck // it was read, or not
-	return io.ReadAll(io.LimitReader(r, limit))
+	n, err := io.ReadFull(r, into)
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		err = nil // an object that was cut off is found by its seal
+	}
+	return into[:n], err
 }
 
 func (c cloud) remove(ctx context.Context, key string) error {
@@ -218,55 +224,6 @@ func (s *Store) write(ctx context.Context, key string, sealed []byte) error {
 	return s.try(ctx, "write", func(ctx context.Context) error {
 		return s.bucket.write(ctx, key, sealed)
 	})
-}
-
-// Get returns the chunks of these hashes, in the same order, that a workspace holds.
-// NOT_FOUND means that it does not hold one of them, UNAVAILABLE that the object store did
-// not answer, INTERNAL that an object was altered or is gone. At most 256 are had at once.
-func (s *Store) Get(ctx context.Context, organization string, workspace int64, hashes []filetree.Hash) ([][]byte, error) {
-	objects, err := s.cfg.Index.ChunkObjects(ctx, organization, workspace, hashes)
-	if err != nil {
-		return nil, err
-	}
-	for _, hash := range hashes {
-		if _, ok := objects[hash]; !ok {
-			return nil, proto.Errorf(proto.CodeNotFound, "this workspace has no chunk %x", hash[:8])
-		}
-	}
-	sealer, err := s.sealer(organization)
-	if err != nil {
-		return nil, err
-	}
-	chunks := make([][]byte, len(hashes))
-	group, gctx := errgroup.WithContext(ctx)
-	group.SetLimit(parallel)
-	for i, hash := range hashes {
-		group.Go(func() error {
-			chunk, err := s.read(gctx, organization, sealer, objects[hash])
-			chunks[i] = chunk
-			return err
-		})
-	}
-	return chunks, group.Wait()
-}
-
-func (s *Store) read(ctx context.Context, organization string, sealer Sealer, o filetree.Object) ([]byte, error) {
-	var sealed []byte
-	err := s.try(ctx, "read", func(ctx context.Context) (err error) {
-		sealed, err = s.bucket.read(ctx, o.Key, filechunk.Size+overhead+1)
-		return err
-	})
-	if gcerrors.Code(err) == gcerrors.NotFound {
-		return nil, s.damaged(ctx, organization, o, "its object is gone")
-	}
-	if err != nil {
-		return nil, storeError("read", err)
-	}
-	chunk, err := sealer.Open(sealed, about(o.Hash))
-	if err != nil || sha256.Sum256(chunk) != o.Hash {
-		return nil, s.damaged(ctx, organization, o, "its object was altered")
-	}
-	return chunk, nil
 }
 
 // damaged notes that an object is lost, so that whoever stores the chunk next mends it.

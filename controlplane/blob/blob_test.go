@@ -198,30 +198,37 @@ func TestDamage(t *testing.T) {
 			}
 		},
 	} {
-		t.Run(name, func(t *testing.T) {
-			k := open(t, storetest.SQLite(t), "", 0)
-			good := chunk(6000)
-			hash := k.put(k.a, good)
-			path := k.files()[0]
-			k.put(k.a, chunk(6000))
-			other := ""
-			for _, f := range k.files() {
-				if f != path {
-					other = f
-				}
-			}
-			harm(t, path, other)
-			_, err := k.Get(ctx, k.org, k.a, hash)
-			wantCode(t, err, proto.CodeInternal)
-			missing, err := k.index.MissingChunks(ctx, k.org, k.a, hash, time.Now())
-			if err != nil || len(missing) != 1 {
-				t.Fatalf("a damaged chunk is not missing: %v, %v", missing, err)
-			}
-			k.put(k.b, good) // whoever has it mends it
-			if got, err := k.Get(ctx, k.org, k.a, hash); err != nil || !bytes.Equal(got[0], good) {
-				t.Errorf("not mended: %v", err)
-			}
-		})
+		for way, read := range ways {
+			t.Run(name+"/"+way, func(t *testing.T) { testDamage(t, harm, read) })
+		}
+	}
+}
+
+func testDamage(t *testing.T, harm func(t *testing.T, path, other string), read func(k *bench, ws int64, hashes []filetree.Hash) ([][]byte, error)) {
+	k := open(t, storetest.SQLite(t), "", 0)
+	good := chunk(6000)
+	hash := k.put(k.a, good)
+	path := k.files()[0]
+	k.put(k.a, chunk(6000))
+	other := ""
+	for _, f := range k.files() {
+		if f != path {
+			other = f
+		}
+	}
+	harm(t, path, other)
+	got, err := read(k, k.a, hash)
+	wantCode(t, err, proto.CodeInternal)
+	if len(got) > 0 && got[0] != nil {
+		t.Errorf("%d bytes came of a damaged chunk", len(got[0]))
+	}
+	missing, err := k.index.MissingChunks(ctx, k.org, k.a, hash, time.Now())
+	if err != nil || len(missing) != 1 {
+		t.Fatalf("a damaged chunk is not missing: %v, %v", missing, err)
+	}
+	k.put(k.b, good) // whoever has it mends it
+	if got, err := read(k, k.a, hash); err != nil || !bytes.Equal(got[0], good) {
+		t.Errorf("not mended: %v", err)
 	}
 }
 

@@ -37,7 +37,7 @@ func (s *Store) Check(ctx context.Context) error {
 	} else if err != nil {
 		return s.unusable(ctx, "written to", err)
 	}
-	got, err := s.bucket.read(ctx, key, int64(len(body))+1)
+	got, err := s.bucket.read(ctx, key, make([]byte, len(body)+1))
 	if err != nil {
 		return s.unusable(ctx, "read", err)
 	}

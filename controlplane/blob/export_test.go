@@ -39,8 +39,8 @@ func (f *flaky) write(ctx context.Context, key string, body []byte) error {
 	return f.fails(func() error { return f.bucket.write(ctx, key, body) })
 }
 
-func (f *flaky) read(ctx context.Context, key string, limit int64) (b []byte, err error) {
-	err = f.fails(func() error { b, err = f.bucket.read(ctx, key, limit); return err })
+func (f *flaky) read(ctx context.Context, key string, into []byte) (b []byte, err error) {
+	err = f.fails(func() error { b, err = f.bucket.read(ctx, key, into); return err })
 	return b, err
 }
 

@@ -45,6 +45,12 @@ func (b *Box) Seal(plain []byte, about string) ([]byte, error) { return b.key.se
 // the same.
 func (b *Box) Open(sealed []byte, about string) ([]byte, error) { return b.key.unseal(sealed, about) }
 
+// OpenInPlace is Open, and needs no memory: what it returns is a part of sealed, which it
+// overwrites, whether it fails or not.
+func (b *Box) OpenInPlace(sealed []byte, about string) ([]byte, error) {
+	return b.key.unsealInto(sealed, about, func(ciphertext []byte) []byte { return ciphertext[:0] })
+}
+
 // Name is a keyed hash (HMAC-SHA256) of something, in lower-case hex: without the master
 // key nobody can tell what it is the name of.
 func (b *Box) Name(of []byte) string {

@@ -114,6 +114,11 @@ func (k masterKey) seal(plain []byte, about string) ([]byte, error) {
 var errUnseal = errors.New("it was sealed with another master key, or altered")
 
 func (k masterKey) unseal(sealed []byte, about string) ([]byte, error) {
+	return k.unsealInto(sealed, about, func([]byte) []byte { return nil })
+}
+
+// unsealInto is unseal, and appends to what room returns for the ciphertext.
+func (k masterKey) unsealInto(sealed []byte, about string, room func(ciphertext []byte) []byte) ([]byte, error) {
 	aead, err := k.aead()
 	if err != nil {
 		return nil, err
@@ -121,7 +126,7 @@ func (k masterKey) unseal(sealed []byte, about string) ([]byte, error) {
 	if len(sealed) < aead.NonceSize() {
 		return nil, errUnseal
 	}
-	plain, err := aead.Open(nil, sealed[:aead.NonceSize()], sealed[aead.NonceSize():], []byte(about))
+	plain, err := aead.Open(room(sealed[aead.NonceSize():]), sealed[:aead.NonceSize()], sealed[aead.NonceSize():], []byte(about))
 	if err != nil {
 		return nil, errUnseal
 	}

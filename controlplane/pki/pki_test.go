@@ -523,6 +523,19 @@ func TestBox(t *testing.T) {
 	if _, err := another.Open(sealed, "x"); err == nil {
 		t.Error("opened for another purpose")
 	}
+	// In place: only what is opened well is told from what is not, and it is within sealed.
+	room := bytes.Clone(sealed)
+	if got, err := again.OpenInPlace(room, "x"); err != nil || string(got) != "plain text" || !bytes.Contains(room, got) {
+		t.Errorf("in place: got %q, %v", got, err)
+	}
+	for _, wrong := range [][]byte{nil, sealed[:5], sealed[:len(sealed)-1]} {
+		if _, err := one.OpenInPlace(bytes.Clone(wrong), "x"); err == nil {
+			t.Errorf("opened %d bytes of %d in place", len(wrong), len(sealed))
+		}
+	}
+	if _, err := one.OpenInPlace(bytes.Clone(sealed), "y"); err == nil {
+		t.Error("opened in place about another thing")
+	}
 	sealed[len(sealed)-1]++
 	if _, err := one.Open(sealed, "x"); err == nil {
 		t.Error("opened although altered")

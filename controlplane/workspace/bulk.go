@@ -2,10 +2,10 @@ package workspace
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"io"
 	"net/http"
+	"strconv"
 	"strings"
 
 	protobuf "google.golang.org/protobuf/proto"
@@ -17,9 +17,8 @@ import (
 )
 
 const (
-	// maxFetch bounds the chunks that one request fetches, and fetchAhead how many are
-	// in memory at once.
-	maxFetch, fetchAhead = 256, 8
+	// maxFetch bounds the chunks that one request fetches.
+	maxFetch = 256
 	// storeBatch is how many chunks of a request are in memory, and written, at once;
 	// maxStore bounds those of a request.
 	storeBatch, maxStore = 16, 1024
@@ -71,57 +70,38 @@ func (s *Service) fetchRequest(w http.ResponseWriter, r *http.Request, a Agent) 
 	return ws, hashes, err
 }
 
-// sendChunks sends frames, with the next chunks under way while some are sent.
+// sendChunks sends frames. The answer says how long it is, so that nobody on its way has to
+// look for its end.
 func (s *Service) sendChunks(w http.ResponseWriter, r *http.Request, ws *filetree.Workspace, hashes []filetree.Hash) {
-	ctx, cancel := context.WithCancel(r.Context())
-	defer cancel()
-	type part struct {
-		chunks [][]byte
-		err    error
-	}
-	next := func(from int) <-chan part {
-		c := make(chan part, 1)
-		to := min(from+fetchAhead/2, len(hashes))
-		if from >= to {
-			c <- part{}
-			return c
-		}
-		go func() { // ends with ctx at the latest; the buffer takes what nobody waits for
-			chunks, err := s.cfg.Chunks.Get(ctx, ws.Organization, ws.Number, hashes[from:to])
-			c <- part{chunks, err}
-		}()
-		return c
-	}
-	waiting := next(0)
-	defer func() { cancel(); <-waiting }()
 	begun := false
-	for from := 0; from < len(hashes); {
-		p := <-waiting
-		waiting = next(from + len(p.chunks))
-		if p.err != nil {
-			if !begun {
-				s.fail(w, r, "fetch chunks", p.err)
-				return
-			}
-			s.cfg.Logger.Warn("chunks not sent", "workspace", ws.ID, "err", p.err)
-			panic(http.ErrAbortHandler) // the reader must not take this for the end
-		}
+	begin := func() {
 		if !begun {
 			begun = true
-			w.Header().Set("Content-Type", contentTypeChunks)
 			w.WriteHeader(http.StatusOK)
 		}
-		for _, chunk := range p.chunks {
-			if err := filechunk.WriteFrame(w, chunk); err != nil {
-				return
-			}
+	}
+	found := func(bytes int64) {
+		w.Header().Set("Content-Type", contentTypeChunks)
+		w.Header().Set("Content-Length", strconv.FormatInt(bytes+int64(len(hashes))*filechunk.FrameHeader, 10))
+	}
+	var gone error // the agent does not listen any more
+	err := s.cfg.Chunks.Each(r.Context(), ws.Organization, ws.Number, hashes, found, func(chunk []byte) error {
+		begin()
+		if gone = filechunk.WriteFrame(w, chunk); gone == nil {
 			s.cfg.Metrics.moved("agent", "out", len(chunk))
 		}
-		from += len(p.chunks)
-	}
-	if !begun {
-		w.Header().Set("Content-Type", contentTypeChunks)
-		w.WriteHeader(http.StatusOK)
+		return gone
+	})
+	switch {
+	case gone != nil:
+	case err == nil:
+		begin() // of no chunks
+	case !begun:
+		w.Header().Del("Content-Length")
+		s.fail(w, r, "fetch chunks", err)
+	default:
+		s.cfg.Logger.Warn("chunks not sent", "workspace", ws.ID, "err", err)
+		panic(http.ErrAbortHandler) // the reader must not take this for the end
 	}
 }
 

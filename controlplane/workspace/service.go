@@ -37,6 +37,7 @@ type Store interface {
 type Chunks interface {
 	Put(ctx context.Context, organization string, workspace int64, chunks [][]byte) ([]filetree.Hash, error)
 	Get(ctx context.Context, organization string, workspace int64, hashes []filetree.Hash) ([][]byte, error)
+	Each(ctx context.Context, organization string, workspace int64, hashes []filetree.Hash, found func(bytes int64), each func(chunk []byte) error) error
 }
 
 // Limiter bounds how often a key may do something; see package ratelimit.

@@ -97,13 +97,7 @@ func (b *filesBench) print(what string, c costs, n int) {
 
 // warm reads a file that is here, and writes to it in place.
 func (b *filesBench) warm(ctx context.Context, size fileSizes) error {
-	if _, err := b.s.Postern(ctx, "workspace", "create", "lab"); err != nil {
-		return err
-	}
-	dir, err := b.mount(ctx, "lab")
-	if err != nil {
-		return err
-	}
+	dir := b.lab
 	if err := errors.Join(fill(filepath.Join(b.native, "big"), size.file, 1), fill(filepath.Join(dir, "big"), size.file, 1)); err != nil {
 		return err
 	}
@@ -202,7 +196,7 @@ func accesses(path string, size fileSizes, round int, access func(fd int, p []by
 // staged writes new files and syncs them; sending them is not counted, and is waited for
 // before the next one.
 func (b *filesBench) staged(ctx context.Context, size fileSizes) error {
-	dir := filepath.Join(b.mounts, "lab")
+	dir := b.lab
 	content := make([]byte, size.written)
 	settle := func() error {
 		_, _ = rand.NewChaCha8([32]byte{byte(time.Now().UnixNano())}).Read(content)
@@ -240,7 +234,7 @@ func (b *filesBench) creates(ctx context.Context, size fileSizes) error {
 	if err != nil {
 		return err
 	}
-	dirs := []string{b.native, filepath.Join(b.mounts, "lab")}
+	dirs := []string{b.native, b.lab}
 	if x != nil {
 		defer x.end()
 		dirs = append(dirs, x.mount)

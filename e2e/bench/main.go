@@ -5,7 +5,7 @@
 //	figure NAME VALUE GOAL ok|short
 //	figure NAME not measured: WHY
 //
-//	bench [-bin DIR] [-run REGEXP] [-short] [-cpuprofile FILE]
+//	bench [-bin DIR] [-run REGEXP] [-part REGEXP] [-short] [-cpuprofile FILE]
 package main
 
 import (
@@ -30,6 +30,10 @@ func main() {
 	flag.StringVar(&o.Bin, "bin", "bin", "directory of agentd, controlplane and postern")
 	flag.BoolVar(&o.Short, "short", false, "smaller amounts: for trying the programs, not for figures")
 	pattern := flag.String("run", ".", "measure only what matches this regular expression")
+	flag.Func("part", "of a measurement that has parts (files), only those whose name matches", func(text string) (err error) {
+		o.Part, err = regexp.Compile(text)
+		return err
+	})
 	profile := flag.String("cpuprofile", "", "write a CPU profile of this process")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
@@ -44,7 +48,11 @@ func main() {
 type Options struct {
 	Bin   string
 	Short bool
+	// Part chooses among the parts of a measurement by their names; nil: all.
+	Part *regexp.Regexp
 }
+
+func (o Options) wantsPart(name string) bool { return o.Part == nil || o.Part.MatchString(name) }
 
 // measurement is one program that yields some figures.
 type measurement struct {

@@ -17,6 +17,8 @@ const (
 	MaxInline = 4096
 	// MaxFile is the largest file, in bytes: its list of chunks takes 128 MiB.
 	MaxFile = 4 << 40
+	// FrameHeader is what a frame has before the chunk's bytes, in bytes.
+	FrameHeader = 4
 )
 
 // ErrFrame is returned when what was read is no frame; the stream is of no more use.
@@ -95,7 +97,7 @@ func WriteFrame(w io.Writer, chunk []byte) error {
 	if len(chunk) == 0 || len(chunk) > Size {
 		return fmt.Errorf("%w: %d bytes", ErrFrame, len(chunk))
 	}
-	var head [4]byte
+	var head [FrameHeader]byte
 	binary.BigEndian.PutUint32(head[:], uint32(len(chunk)))
 	if _, err := w.Write(head[:]); err != nil {
 		return err
@@ -107,7 +109,7 @@ func WriteFrame(w io.Writer, chunk []byte) error {
 // ReadFrame reads one chunk into into, which has room for Size bytes, and returns the part
 // that was filled. io.EOF is the end between two frames, io.ErrUnexpectedEOF one within.
 func ReadFrame(r io.Reader, into []byte) ([]byte, error) {
-	var head [4]byte
+	var head [FrameHeader]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
 		return nil, err
 	}
