@@ -264,6 +264,7 @@ func (a *attachments) proxy() http.Handler {
 		},
 		Transport:     lent{a.daemon},
 		FlushInterval: -1,
+		BufferPool:    pieces{},
 		ErrorLog:      log.New(io.Discard, "", 0), // the asker is told
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {
 			if proto.CodeOf(err) == proto.CodeInternal && r.Context().Err() == nil {
@@ -285,6 +286,20 @@ func (a *attachments) proxy() http.Handler {
 		proto.WriteHTTPError(w, proto.Errorf(proto.CodeNotFound, "agentd lends its tunnel for attachments alone"))
 	})
 }
+
+// pieces are what bodies are copied in: larger than the 32 KiB that one frame of the tunnel may have,
+// so that what has arrived goes to mountd in one call. Requests hold one each while their bodies move.
+type pieces struct{}
+
+const pieceSize = 256 << 10
+
+var pieceBuffers = sync.Pool{New: func() any { return new([pieceSize]byte) }}
+
+// Get implements httputil.BufferPool.
+func (pieces) Get() []byte { return pieceBuffers.Get().(*[pieceSize]byte)[:] }
+
+// Put implements httputil.BufferPool.
+func (pieces) Put(b []byte) { pieceBuffers.Put((*[pieceSize]byte)(b)) }
 
 // lent is the tunnel that is up when a request comes.
 type lent struct{ daemon *Daemon }

@@ -16,7 +16,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/postern-dev/postern/e2e/stack"
-	"github.com/postern-dev/postern/tunnel"
 )
 
 // fileSizes are the amounts of measureFiles.
@@ -54,6 +53,7 @@ func measureFiles(ctx context.Context, o Options, r *Report) (err error) {
 		{"creates", b.creates},
 		{"listing", b.listing},
 		{"cold reads", b.cold},
+		{"distant cold reads", b.distant},
 	} {
 		if !o.wantsPart(part.name) {
 			continue
@@ -108,14 +108,8 @@ func startFiles(ctx context.Context, o Options, r *Report) (b *filesBench, err e
 	if b.agent, err = s.Join(ctx, "bench", "attachments: {host_mounts: ["+b.mounts+"]}\n"); err != nil {
 		return nil, err
 	}
-	for until := time.Now().Add(30 * time.Second); ; { // it starts beside the tunnel
-		if b.pid, err = b.mountd(ctx); err == nil {
-			break
-		}
-		if ctx.Err() != nil || time.Now().After(until) {
-			return nil, err
-		}
-		time.Sleep(50 * time.Millisecond)
+	if b.pid, err = b.awaitMountd(ctx); err != nil {
+		return nil, err
 	}
 	if _, err := b.s.Postern(ctx, "workspace", "create", "lab"); err != nil {
 		return nil, err
@@ -218,6 +212,16 @@ func (b *filesBench) mountd(ctx context.Context) (int, error) {
 		return 0, fmt.Errorf("mountd does not answer: %s", s.Attachments.Error)
 	}
 	return s.Attachments.PID, nil
+}
+
+// awaitMountd waits for the process that serves the mounts: it starts beside the tunnel.
+func (b *filesBench) awaitMountd(ctx context.Context) (int, error) {
+	for until := time.Now().Add(30 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		pid, err := b.mountd(ctx)
+		if err == nil || ctx.Err() != nil || time.Now().After(until) {
+			return pid, err
+		}
+	}
 }
 
 // drain waits until everything written is at the control plane, so that sending it is
@@ -329,53 +333,6 @@ func list(ctx context.Context, dir string, want int) (time.Duration, error) {
 		return 0, fmt.Errorf("ls -lR %s shows %d files, not %d", dir, got, want)
 	}
 	return took, nil
-}
-
-// cold reads a file of which the host has nothing, in turns with one bulk stream of a
-// tunnel with nothing around it.
-func (b *filesBench) cold(ctx context.Context, size fileSizes) error {
-	file := filepath.Join(b.native, "cold")
-	if err := fill(file, size.file, 2); err != nil {
-		return err
-	}
-	const rounds = 3
-	for round := range rounds { // all before anything is measured; the host knows nothing of any
-		workspace := fmt.Sprintf("cold-%d", round)
-		if _, err := b.s.Postern(ctx, "workspace", "create", workspace); err != nil {
-			return err
-		}
-		if _, err := b.s.Postern(ctx, "file", "put", file, workspace+":/"); err != nil {
-			return err
-		}
-	}
-	var ours, carried []float64
-	for round := range rounds {
-		l, err := ourLink(tunnel.Bulk)
-		if err != nil {
-			return err
-		}
-		x, err := transfer(ctx, l, 64<<10, size.file)
-		l.close()
-		if err != nil {
-			return err
-		}
-		dir, err := b.mount(ctx, fmt.Sprintf("cold-%d", round))
-		if err != nil {
-			return err
-		}
-		before := b.everyCPU()
-		got, err := b.cost(func() error { return readThrough(filepath.Join(dir, "cold"), size.file) })
-		if err != nil {
-			return err
-		}
-		after := b.everyCPU()
-		y := rate{bytes: size.file, elapsed: got.wall}
-		b.r.Printf("cold read %.0f MB/s (CPU s/GB: control plane %.2f, agentd %.2f, mountd %.2f); a bulk stream %.0f MB/s (%.2f)", y.mbps(),
-			perGB(after[0]-before[0], size.file), perGB(after[1]-before[1], size.file), perGB(after[2]-before[2], size.file), x.mbps(), x.cpuPerGB())
-		ours, carried = append(ours, y.mbps()), append(carried, x.mbps())
-	}
-	b.r.AtLeast("files-cold-read-vs-tunnel", median(ours)/median(carried), 0.8, "x")
-	return nil
 }
 
 func perGB(cpu time.Duration, n int64) float64 { return cpu.Seconds() / (float64(n) / 1e9) }

@@ -30,12 +30,13 @@ type relayRole struct {
 	Target string
 	Rate   int
 	Delay  time.Duration
+	Queue  int // 0: 1 MiB
 }
 
 type relayRunning struct{ *tunneltest.Relay }
 
 func newRelayRole(c relayRole) (part, error) {
-	r, err := tunneltest.NewRelay(c.Target, tunneltest.RelayConfig{Rate: c.Rate, Delay: c.Delay})
+	r, err := tunneltest.NewRelay(c.Target, tunneltest.RelayConfig{Rate: c.Rate, Delay: c.Delay, Queue: c.Queue})
 	return relayRunning{r}, err
 }
 
