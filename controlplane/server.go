@@ -210,10 +210,7 @@ func (s *Server) wire(ctx context.Context) error {
 		// Behind a proxy on this machine each host has its own share.
 		RemoteIP: api.RemoteAddress,
 	})
-	box, err := s.ca.Box("rows of queries")
-	if err != nil {
-		return err
-	}
+	box := s.ca.Box("rows of queries")
 	queryMetrics := query.NewMetrics(registry)
 	s.reports = s.newReports(box, queryMetrics)
 	s.queries = query.NewRunner(query.Config{

@@ -13,6 +13,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/catalog"
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/jupyter"
+	"github.com/postern-dev/postern/controlplane/masterkey"
 	"github.com/postern-dev/postern/controlplane/notebook"
 	"github.com/postern-dev/postern/controlplane/pgwire"
 	"github.com/postern-dev/postern/controlplane/pki"
@@ -40,7 +41,7 @@ var (
 	_ query.Agent    = queryAgent{}
 	_ query.Audit    = queryAudit{}
 	_ query.History  = (*store.Store)(nil)
-	_ query.Box      = (*pki.Box)(nil)
+	_ query.Box      = (*masterkey.Box)(nil)
 	_ api.Tokens     = tokens{}
 	_ api.Keys       = (*registration.Service)(nil)
 	_ api.Store      = (*store.Store)(nil)

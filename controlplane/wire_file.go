@@ -47,7 +47,9 @@ func (s *Server) wireFiles(ctx context.Context, registry prometheus.Registerer) 
 	var err error
 	s.blobs, err = blob.Open(ctx, where, blob.Config{
 		Logger: s.log, Index: s.store, Metrics: blob.NewMetrics(registry),
-		Sealer: func(organization string) (blob.Sealer, error) { return s.ca.Box("files of " + organization) },
+		Sealer: func(organization string) (blob.Sealer, error) {
+			return s.ca.Keys().FirstDataKey("files of " + organization)
+		},
 	})
 	if err != nil {
 		return err

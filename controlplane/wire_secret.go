@@ -31,7 +31,7 @@ func (s *Server) newSecrets() *secret.Service {
 		Logger: s.log, Store: secretStore{s.store}, Append: s.audit.Append,
 		Operator: func(role string) bool { return token.Role(role).Includes(token.Operator) },
 		Box: func(organization string) (secret.Box, error) {
-			return s.ca.Box("secrets of organization " + organization)
+			return s.ca.Box("secrets of organization " + organization), nil
 		},
 		Connect: func(id string) (secret.Agent, error) {
 			if s.refusing.Load() {

@@ -57,7 +57,7 @@ func open(t *testing.T, index *store.Store, where string, grace time.Duration) *
 	}
 	k.Store, err = blob.Open(ctx, where, blob.Config{
 		Logger: slog.New(slog.DiscardHandler), Index: index, Grace: grace,
-		Sealer: func(org string) (blob.Sealer, error) { return ca.Box("files of " + org) },
+		Sealer: func(org string) (blob.Sealer, error) { return ca.Keys().FirstDataKey("files of " + org) },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -191,8 +191,12 @@ func TestStrangers(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	theirs, err := ours.GetCertificate(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
 	stolen := nobody.Clone()
-	stolen.Certificates = []tls.Certificate{{Certificate: ours.Certificates[0].Certificate, PrivateKey: key}}
+	stolen.Certificates = []tls.Certificate{{Certificate: theirs.Certificate, PrivateKey: key}}
 	if _, err := client(t, stolen).Stream(t.Context(), base, "agt_1", 7, "bulk"); proto.CodeOf(err) != proto.CodeUnavailable {
 		t.Errorf("a stolen certificate: got %v", err)
 	}

@@ -19,6 +19,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/postern-dev/postern/controlplane/masterkey"
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
@@ -57,7 +58,7 @@ type Store interface {
 // Config is what an Authority needs.
 type Config struct {
 	Store Store
-	// MasterKeyFile is DIR/master.key. Control planes that share a store share
+	// MasterKeyFile is DIR/master.key (package masterkey). Control planes that share a store share
 	// its content.
 	MasterKeyFile string
 	// Grace is how long after its end an agent's certificate is good for
@@ -69,10 +70,10 @@ type Config struct {
 
 // Authority issues and verifies certificates.
 type Authority struct {
-	store  Store
-	master masterKey
-	grace  time.Duration
-	now    func() time.Time
+	store Store
+	keys  *masterkey.Keys
+	grace time.Duration
+	now   func() time.Time
 
 	trust atomic.Pointer[trust]
 
@@ -115,12 +116,12 @@ func Open(ctx context.Context, cfg Config) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
-	a.master, err = readMasterKey(cfg.MasterKeyFile)
+	a.keys, err = masterkey.Open(cfg.MasterKeyFile)
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && len(known) > 0:
 		return nil, fmt.Errorf("master key: %s is missing, and the CA's key in the database is sealed with it: copy the file from another control plane of this installation or from a backup", cfg.MasterKeyFile)
 	case errors.Is(err, fs.ErrNotExist):
-		a.master, err = makeMasterKey(cfg.MasterKeyFile)
+		a.keys, err = masterkey.Create(cfg.MasterKeyFile)
 	}
 	if err != nil {
 		return nil, err
@@ -167,11 +168,22 @@ func (a *Authority) create(ctx context.Context, state string) error {
 		return err
 	}
 	fingerprint := fingerprintText(der)
-	sealed, err := a.master.seal(plain, fingerprint)
+	sealed, err := a.box().Seal(plain, fingerprint)
 	if err != nil {
 		return err
 	}
 	return a.store.InsertAuthority(ctx, fingerprint, der, sealed, state, now)
+}
+
+// Keys are the master keys.
+func (a *Authority) Keys() *masterkey.Keys { return a.keys }
+
+// box seals the authorities' private keys; each is bound to its certificate's fingerprint.
+func (a *Authority) box() *masterkey.Box { return a.keys.Box("") }
+
+// Reseal seals an authority's private key, as it rests in the store, with the master key that seals at present.
+func (a *Authority) Reseal(fingerprint string, sealed []byte) ([]byte, error) {
+	return a.box().Reseal(sealed, fingerprint)
 }
 
 // Reload reads the authorities again; another control plane may have rotated
@@ -217,7 +229,11 @@ func (a *Authority) signer(ctx context.Context, fingerprint string, certificate 
 	if err != nil {
 		return nil, err
 	}
-	plain, err := a.master.unseal(sealed, fingerprint)
+	plain, err := a.box().Open(sealed, fingerprint)
+	var lacks *masterkey.NoKeyError
+	if errors.As(err, &lacks) {
+		return nil, fmt.Errorf("the CA's private key does not open: %w", err)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("the CA's private key does not open: %w: use the master.key that belongs to this database", err)
 	}

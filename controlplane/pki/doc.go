@@ -4,7 +4,7 @@
 //
 //	CA            ECDSA P-256, 10 years; its private key is in the store, sealed
 //	              with the master key
-//	master key    32 random bytes in DIR/master.key (0600), made at the first start
+//	master key    DIR/master.key (0600), made at the first start; see package masterkey
 //	agent         24 h, clientAuth, one URI SAN postern://ORG/agent/AGENT and no
 //	              other name, serial of 128 random bits
 //	server        made in memory, serverAuth, DNS SAN ServerName

@@ -1,16 +1,15 @@
 package pki
 
 import (
-	"bytes"
 	"crypto/ed25519"
-	"crypto/hkdf"
 	"crypto/rand"
-	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
 	"math/big"
+	"slices"
+	"sync"
 	"time"
 )
 
@@ -22,13 +21,58 @@ var errNotAPeer = errors.New("the other end does not prove this installation's m
 // ends with a key derived from the master key, which is the same for all of them.
 // Each end accepts that one public key and nothing else: neither names nor dates nor the
 // agents' CA count, so rotating the CA changes nothing here, and who can write the
-// database can point a replica at another address but not answer there.
+// database can point a replica at another address but not answer there. While the master key is
+// replaced the keys derived from both are accepted, and each new connection is asked by the keys of that moment.
 func (a *Authority) PeerTLS() (*tls.Config, error) {
-	seed, err := hkdf.Key(sha256.New, a.master[:], nil, "postern peers", ed25519.SeedSize)
+	own, err := a.peerCertificate()
 	if err != nil {
 		return nil, err
 	}
-	key := ed25519.NewKeyFromSeed(seed)
+	var mu sync.Mutex
+	current := func() (*tls.Certificate, error) {
+		key, _, err := a.keys.Peer()
+		if err != nil {
+			return nil, err
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if !key.Equal(own.PrivateKey) {
+			if own, err = a.peerCertificate(); err != nil {
+				return nil, err
+			}
+		}
+		return own, nil
+	}
+	return &tls.Config{
+		MinVersion:             tls.VersionTLS13,
+		GetCertificate:         func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return current() },
+		GetClientCertificate:   func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return current() },
+		ClientAuth:             tls.RequireAnyClientCert,
+		InsecureSkipVerify:     true, // VerifyConnection does it
+		SessionTicketsDisabled: true,
+		VerifyConnection: func(state tls.ConnectionState) error {
+			// The handshake has proved that the other end has this certificate's private key.
+			if len(state.PeerCertificates) == 0 {
+				return errNotAPeer
+			}
+			_, accepted, err := a.keys.Peer()
+			if err != nil {
+				return err
+			}
+			shown, ok := state.PeerCertificates[0].PublicKey.(ed25519.PublicKey)
+			if !ok || !slices.ContainsFunc(accepted, func(key ed25519.PublicKey) bool { return key.Equal(shown) }) {
+				return errNotAPeer
+			}
+			return nil
+		},
+	}, nil
+}
+
+func (a *Authority) peerCertificate() (*tls.Certificate, error) {
+	key, _, err := a.keys.Peer()
+	if err != nil {
+		return nil, err
+	}
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "Postern control plane"},
 		NotBefore: time.Unix(0, 0), NotAfter: time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC), // RFC 5280 4.1.2.5: no end
@@ -42,18 +86,5 @@ func (a *Authority) PeerTLS() (*tls.Config, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &tls.Config{
-		MinVersion:             tls.VersionTLS13,
-		Certificates:           []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}},
-		ClientAuth:             tls.RequireAnyClientCert,
-		InsecureSkipVerify:     true, // VerifyConnection does it
-		SessionTicketsDisabled: true,
-		VerifyConnection: func(state tls.ConnectionState) error {
-			// The handshake has proved that the other end has this certificate's private key.
-			if len(state.PeerCertificates) == 0 || !bytes.Equal(state.PeerCertificates[0].RawSubjectPublicKeyInfo, leaf.RawSubjectPublicKeyInfo) {
-				return errNotAPeer
-			}
-			return nil
-		},
-	}, nil
+	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key, Leaf: leaf}, nil
 }

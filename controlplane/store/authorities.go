@@ -17,8 +17,12 @@ import (
 // in state "active": a second is ALREADY_EXISTS.
 func (s *Store) InsertAuthority(ctx context.Context, fingerprint string, certificate, sealedKey []byte, state string, now time.Time) error {
 	return s.write(ctx, "record a certificate authority", func(tx handle) error {
-		_, err := tx.exec(ctx, "INSERT INTO authorities (fingerprint, certificate, sealed_key, state, created) VALUES (?, ?, ?, ?, ?)",
-			fingerprint, certificate, sealedKey, state, millis(now))
+		master, err := s.sealable(ctx, tx, sealedKey)
+		if err != nil {
+			return err
+		}
+		_, err = tx.exec(ctx, "INSERT INTO authorities (fingerprint, certificate, sealed_key, state, created, master) VALUES (?, ?, ?, ?, ?, ?)",
+			fingerprint, certificate, sealedKey, state, millis(now), master)
 		if isUnique(err) {
 			return proto.Errorf(proto.CodeAlreadyExists, "there is an active certificate authority already")
 		}

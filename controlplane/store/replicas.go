@@ -7,6 +7,7 @@ import (
 	"database/sql/driver"
 	"encoding/binary"
 	"errors"
+	"strings"
 	"time"
 )
 
@@ -23,6 +24,10 @@ type Replica struct {
 	Draining bool
 	Started  time.Time
 	Software string
+	// MasterKeys are the ids of the master keys that it has on its disk, MasterActive is the one with which it
+	// seals. Both are empty for a version that knows but one key.
+	MasterKeys   []string
+	MasterActive string
 }
 
 // Link says which replica has an agent's tunnel.
@@ -42,10 +47,10 @@ type Link struct {
 // counts; Beat and, but for the first time, Started are ignored too. It waits for no disk.
 func (s *Store) BeatReplica(ctx context.Context, r Replica) error {
 	return s.writeRelaxed(ctx, "record this replica's heartbeat", func(tx handle) error {
-		_, err := tx.exec(ctx, `INSERT INTO replicas (name, url, beat, draining, started, software) VALUES (?, ?, 1, ?, ?, ?)
+		_, err := tx.exec(ctx, `INSERT INTO replicas (name, url, beat, draining, started, software, master_keys, master_active) VALUES (?, ?, 1, ?, ?, ?, ?, ?)
 			ON CONFLICT (name) DO UPDATE SET url = excluded.url, beat = replicas.beat + 1, draining = excluded.draining,
-			started = excluded.started, software = excluded.software`,
-			s.replica, r.URL, boolInt(r.Draining), millis(r.Started), r.Software)
+			started = excluded.started, software = excluded.software, master_keys = excluded.master_keys, master_active = excluded.master_active`,
+			s.replica, r.URL, boolInt(r.Draining), millis(r.Started), r.Software, strings.Join(r.MasterKeys, " "), r.MasterActive)
 		return err
 	})
 }
@@ -59,11 +64,13 @@ func boolInt(b bool) int {
 
 // Replicas are all that said so and did not say goodbye, dead ones included, by name.
 func (s *Store) Replicas(ctx context.Context) ([]Replica, error) {
-	rows, err := s.reader().query(ctx, "SELECT name, url, beat, draining, started, software FROM replicas ORDER BY name")
+	rows, err := s.reader().query(ctx, "SELECT name, url, beat, draining, started, software, master_keys, master_active FROM replicas ORDER BY name")
 	return collect(ctx, s, "list replicas", rows, err, func(rows *sql.Rows) (Replica, error) {
 		var r Replica
 		var draining, started int64
-		err := rows.Scan(&r.Name, &r.URL, &r.Beat, &draining, &started, &r.Software)
+		var keys string
+		err := rows.Scan(&r.Name, &r.URL, &r.Beat, &draining, &started, &r.Software, &keys, &r.MasterActive)
+		r.MasterKeys = strings.Fields(keys)
 		r.Draining, r.Started = draining != 0, time.UnixMilli(started).UTC()
 		return r, err
 	})

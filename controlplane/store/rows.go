@@ -25,12 +25,16 @@ func (s *Store) KeepRows(ctx context.Context, org, id string, sealed []byte, now
 }
 
 func (s *Store) keepRows(ctx context.Context, tx handle, org, id string, sealed []byte, now time.Time, due bool) error {
-	if _, err := tx.exec(ctx, `INSERT INTO kept_rows (query, organization, created, size, sealed)
-		SELECT q.id, q.organization, ?, ?, ? FROM queries q WHERE q.organization = ? AND q.id = ? ON CONFLICT (query) DO NOTHING`,
-		millis(now), len(sealed), sealed, org, plainText(id)); err != nil || !due {
+	master, err := s.sealable(ctx, tx, sealed)
+	if err != nil {
 		return err
 	}
-	_, err := tx.exec(ctx, `DELETE FROM kept_rows WHERE query IN (SELECT k.query FROM
+	if _, err := tx.exec(ctx, `INSERT INTO kept_rows (query, organization, created, size, sealed, master)
+		SELECT q.id, q.organization, ?, ?, ?, ? FROM queries q WHERE q.organization = ? AND q.id = ? ON CONFLICT (query) DO NOTHING`,
+		millis(now), len(sealed), sealed, master, org, plainText(id)); err != nil || !due {
+		return err
+	}
+	_, err = tx.exec(ctx, `DELETE FROM kept_rows WHERE query IN (SELECT k.query FROM
 		(SELECT query, SUM(size) OVER (ORDER BY created DESC, query DESC) AS upto FROM kept_rows WHERE organization = ?) k WHERE k.upto > ?)`,
 		org, s.keepBytes)
 	return err

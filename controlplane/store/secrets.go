@@ -58,13 +58,17 @@ func scanSecret(scan func(...any) error) (SecretRow, error) {
 // too many.
 func (s *Store) PutSecret(ctx context.Context, r SecretRow) (out SecretRow, err error) {
 	err = s.write(ctx, "keep a secret", func(tx handle) error {
+		master, err := s.sealable(ctx, tx, r.Sealed)
+		if err != nil {
+			return err
+		}
 		var n int
 		if err := tx.row(ctx, "SELECT count(*) FROM secrets WHERE organization = ?", r.Organization).Scan(&n); err != nil {
 			return err
 		}
-		changed, err := tx.exec(ctx, `UPDATE secrets SET sealed = ?, changed = ?, changed_by = ?, owner_name = ?
+		changed, err := tx.exec(ctx, `UPDATE secrets SET sealed = ?, master = ?, changed = ?, changed_by = ?, owner_name = ?
 			WHERE organization = ? AND scope = ? AND owner = ? AND name = ?`,
-			r.Sealed, millis(r.Changed), plainText(r.ChangedBy), plainText(r.OwnerName), r.Organization, r.Scope, plainText(r.Owner), plainText(r.Name))
+			r.Sealed, master, millis(r.Changed), plainText(r.ChangedBy), plainText(r.OwnerName), r.Organization, r.Scope, plainText(r.Owner), plainText(r.Name))
 		if err != nil {
 			return err
 		}
@@ -78,9 +82,9 @@ func (s *Store) PutSecret(ctx context.Context, r SecretRow) (out SecretRow, err 
 			if n >= maxSecretsOfOne && r.Scope != SecretOrganization {
 				return posternproto.Errorf(posternproto.CodeOverloaded, "%s has %d secrets: remove some", r.OwnerName, n)
 			}
-			if _, err := tx.exec(ctx, `INSERT INTO secrets (id, organization, scope, owner, owner_name, name, sealed, created, changed, changed_by)
-				VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
-				r.ID, r.Organization, r.Scope, plainText(r.Owner), plainText(r.OwnerName), plainText(r.Name), r.Sealed, millis(r.Changed), millis(r.Changed), plainText(r.ChangedBy)); err != nil {
+			if _, err := tx.exec(ctx, `INSERT INTO secrets (id, organization, scope, owner, owner_name, name, sealed, created, changed, changed_by, master)
+				VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)`,
+				r.ID, r.Organization, r.Scope, plainText(r.Owner), plainText(r.OwnerName), plainText(r.Name), r.Sealed, millis(r.Changed), millis(r.Changed), plainText(r.ChangedBy), master); err != nil {
 				return err
 			}
 		}

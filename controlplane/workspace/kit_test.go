@@ -93,7 +93,7 @@ func (k *kit) start(where string, serviceLog *slog.Logger) {
 		where = k.dir
 	}
 	log := slog.New(slog.DiscardHandler)
-	k.blobs, err = blob.Open(ctx, where, blob.Config{Logger: log, Index: k.store, Grace: k.grace, Sealer: func(org string) (blob.Sealer, error) { return ca.Box("files of " + org) }})
+	k.blobs, err = blob.Open(ctx, where, blob.Config{Logger: log, Index: k.store, Grace: k.grace, Sealer: func(org string) (blob.Sealer, error) { return ca.Keys().FirstDataKey("files of " + org) }})
 	if err != nil {
 		t.Fatal(err)
 	}
