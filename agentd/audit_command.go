@@ -45,15 +45,15 @@ func newAuditVerify() *cobra.Command {
 			if err := auditThere(p); err != nil {
 				return err
 			}
-			head, torn, err := audit.Verify(p.state)
+			found, err := audit.Verify(p.state)
 			if err != nil {
 				return err
 			}
-			text := fmt.Sprintf("ok: %d entries", head.Sequence)
-			if head.Sequence > 0 {
+			text := "ok: " + found.String()
+			if head := found.Head; head.Sequence > 0 {
 				text += ", head " + hex.EncodeToString(head.Hash[:])
 			}
-			if torn {
+			if found.Torn {
 				text += " (a last line is half written: agentd is writing it, or died then)"
 			}
 			_, err = fmt.Fprintln(cmd.OutOrStdout(), text)
@@ -80,13 +80,13 @@ func newAuditList() *cobra.Command {
 				return err
 			}
 			if !cmd.Flags().Changed("from") {
-				head, _, err := audit.Verify(p.state)
+				found, err := audit.Verify(p.state)
 				if err != nil {
 					return err
 				}
 				from = 1
-				if n := uint64(max(last, 0)); head.Sequence > n {
-					from = head.Sequence - n + 1
+				if n := uint64(max(last, 0)); found.Head.Sequence > n {
+					from = found.Head.Sequence - n + 1
 				}
 			}
 			out := cmd.OutOrStdout()

@@ -90,6 +90,7 @@ type Daemon struct {
 	aborted  chan struct{}
 	abort    sync.Once
 	welcomed atomic.Bool // by the control plane, since the start
+	agreed   atomic.Uint64
 	closing  sync.Once
 	offers   offers
 
@@ -157,6 +158,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	defer cutLink()
 	wg.Go(func() { d.link.Run(linkCtx) })
 	wg.Go(func() { d.reports.Run(linkCtx) })
+	wg.Go(func() { d.log.RunRetention(linkCtx, d.retirable) })
 
 	if ready != nil {
 		ready()
@@ -178,6 +180,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	d.setRetention(c)
 	if found.Torn != "" {
 		d.logger.Warn("half-written audit entry set aside", "file", found.Torn)
 	}
@@ -357,6 +360,7 @@ func (d *Daemon) Reload() error {
 		return err
 	}
 	d.useConfig(c)
+	d.setRetention(c)
 	d.setKernels(c)
 	if err := d.record("config.reload"); err != nil {
 		d.logger.Error("reload not recorded", "err", err)

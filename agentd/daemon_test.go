@@ -131,7 +131,7 @@ func (l *lab) stop() {
 // entries reads the audit log and verifies it.
 func (l *lab) entries() []auditchain.Entry {
 	l.t.Helper()
-	if _, _, err := audit.Verify(l.path("state")); err != nil {
+	if _, err := audit.Verify(l.path("state")); err != nil {
 		l.t.Error(err)
 	}
 	var all []auditchain.Entry

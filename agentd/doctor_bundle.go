@@ -143,8 +143,11 @@ func bundleStatus(ctx context.Context, p *places) any {
 }
 
 func bundleAudit(state string) any {
-	head, torn, err := audit.Verify(state)
-	out := map[string]any{"entries": head.Sequence, "head": fmt.Sprintf("%x", head.Hash), "torn": torn, "whole": err == nil}
+	found, err := audit.Verify(state)
+	out := map[string]any{
+		"entries": found.Kept.Entries(), "first": found.Kept.First, "last": found.Head.Sequence,
+		"head": fmt.Sprintf("%x", found.Head.Hash), "torn": found.Torn, "whole": err == nil,
+	}
 	if err != nil {
 		out["error"] = err.Error()
 	}

@@ -227,7 +227,7 @@ func proxyOf(c *config.Config, target string) string {
 }
 
 func examineAudit(r *doctor.Report, p *places, status control.Status, running bool) {
-	head, _, err := audit.Verify(p.state)
+	found, err := audit.Verify(p.state)
 	if err != nil {
 		r.Add("audit log", doctor.Failed, err.Error(), "keep the directory as evidence and find out who could write to it")
 		return
@@ -237,10 +237,10 @@ func examineAudit(r *doctor.Report, p *places, status control.Status, running bo
 		return
 	}
 	if running && status.Audit.Bytes > auditWarning {
-		r.Add("audit log", doctor.Warning, fmt.Sprintf("%d entries take %d MiB", head.Sequence, status.Audit.Bytes>>20), "nothing is ever deleted from it: give the state directory room")
+		r.Add("audit log", doctor.Warning, fmt.Sprintf("%s take %d MiB", found, status.Audit.Bytes>>20), "set audit.retention or audit.max_size, or give the state directory room")
 		return
 	}
-	r.Add("audit log", doctor.OK, fmt.Sprintf("%d entries, the chain is whole", head.Sequence), "")
+	r.Add("audit log", doctor.OK, found.String()+", the chain is whole", "")
 }
 
 // examineSecrets reads what kernels may have of Vault, each once, and tells nothing of it.

@@ -35,6 +35,11 @@ func (d *Daemon) registerMetrics() {
 			return float64(n)
 		}),
 		gauge("agentd_audit_bytes", "Size of the audit log.", func() float64 { _, n := log.Stats(); return float64(n) }),
+		prometheus.NewCounterFunc(prometheus.CounterOpts{Name: "agentd_audit_retired_entries_total", Help: "Entries that this process dropped for their age, or for the size of the log."}, func() float64 {
+			n, _ := log.Retired()
+			return float64(n)
+		}),
+		gauge("agentd_audit_first_entry", "Number of the oldest entry that is kept.", func() float64 { _, first := log.Retired(); return float64(first) }),
 		gauge("agentd_certificate_expiry_timestamp_seconds", "When the identity's certificate expires.", func() float64 {
 			_, expires := d.identity.Validity()
 			return float64(expires.Unix())

@@ -119,7 +119,11 @@ func printStatus(w io.Writer, s control.Status) error {
 	if s.Config.Error != "" {
 		row("", "NOT RELOADED: %s", s.Config.Error)
 	}
-	row("audit", "%d entries, %d bytes", s.Audit.Sequence, s.Audit.Bytes)
+	if s.Audit.First > 1 {
+		row("audit", "entries %d to %d, %d bytes; older ones were retired", s.Audit.First, s.Audit.Sequence, s.Audit.Bytes)
+	} else {
+		row("audit", "%d entries, %d bytes", s.Audit.Sequence, s.Audit.Bytes)
+	}
 	if s.Audit.Warning != "" {
 		row("", "WARNING: %s", s.Audit.Warning)
 	}

@@ -311,6 +311,7 @@ func (d *Daemon) welcome(r *posternv1.HelloResponse) {
 		}
 	}
 	warning := d.compareHeads(r.KnownAuditHead)
+	d.agree(r.KnownAuditHead, warning)
 	if lost := d.notePeer(r.OrganizationAuditHead); warning == "" {
 		warning = lost
 	}
@@ -339,6 +340,9 @@ func (d *Daemon) compareHeads(known *posternv1.AuditHead) string {
 		return fmt.Sprintf("entry %d of this host's audit log cannot be read: run agentd audit verify", theirs.Sequence)
 	}
 	e, err := auditchain.Decode(page[0])
+	if _, first := d.log.Retired(); err == nil && e.Sequence == first && first > theirs.Sequence {
+		return "" // it was retired; what is kept is verified by itself
+	}
 	if err != nil || e.Hash != hex.EncodeToString(theirs.Hash[:]) {
 		return fmt.Sprintf("entry %d of this host's audit log is not the one that the control plane knows: the log was rewritten", theirs.Sequence)
 	}
@@ -433,6 +437,7 @@ func (d *Daemon) status() control.Status {
 	}
 	head := d.log.Head()
 	s.Audit.Sequence = head.Sequence
+	_, s.Audit.First = d.log.Retired()
 	_, s.Audit.Bytes = d.log.Stats()
 	if head.Sequence > 0 {
 		s.Audit.Hash = hex.EncodeToString(head.Hash[:])

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -408,6 +409,46 @@ func TestVerifyAudit(t *testing.T) {
 	}
 	if r := verify(); !r["control plane"].Ok || r["control plane"].Entries == 0 || !r["host"].Ok || r["host"].Entries != 8 {
 		t.Errorf("got %v", r)
+	}
+	// Hosts retire the beginning with an entry that stands for it; nothing more, and nothing
+	// that they have not reported.
+	retire := func(drop, through uint64) *posternv1.ChainReport {
+		t.Helper()
+		a.mu.Lock()
+		chain, head := a.chain, a.head
+		if through > 0 {
+			last, err := auditchain.Decode(chain[through-1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			h, err := auditchain.HeadOf(last)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e := auditchain.Entry{Time: time.Now(), Action: auditchain.RetireAction, Target: auditchain.RetireTarget(h)}
+			a.head = e.Seal(a.head)
+			a.chain = append(slices.Clip(chain), e.Encode())
+		}
+		a.retired = drop
+		a.mu.Unlock()
+		r := verify()["host"]
+		a.mu.Lock()
+		a.chain, a.head, a.retired = chain, head, 0
+		a.mu.Unlock()
+		return r
+	}
+	if r := retire(3, 3); !r.Ok || r.Entries != 6 || !strings.Contains(r.Message, "from entry 4 on: those before were retired") {
+		t.Errorf("retired: got %v", r)
+	}
+	if r := retire(4, 3); r.Ok || !strings.Contains(r.Message, "no entry retires") {
+		t.Errorf("more than was retired: got %v", r)
+	}
+	if r := retire(3, 0); r.Ok || !strings.Contains(r.Message, "no entry retires") {
+		t.Errorf("dropped: got %v", r)
+	}
+	a.log(3) // not reported
+	if r := retire(10, 10); r.Ok || !strings.Contains(r.Message, "retired entries up to 10, of which it had reported 8") {
+		t.Errorf("retired before it was reported: got %v", r)
 	}
 	a.mu.Lock()
 	cut := a.chain

@@ -120,6 +120,8 @@ type simulatedAgent struct {
 	cancel map[string]context.CancelCauseFunc
 	chain  [][]byte
 	head   auditchain.Head
+	// retired is how many entries at the beginning of the chain it drops.
+	retired uint64
 
 	kernels interface{ Handle(*http.ServeMux) } // nil: none
 }
@@ -268,7 +270,7 @@ func (a *simulatedAgent) ReadAudit(_ context.Context, req *connect.Request[poste
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	resp := &posternv1.ReadAuditResponse{}
-	for i := req.Msg.From; i <= uint64(len(a.chain)) && len(resp.Entries) < 3; i++ {
+	for i := max(req.Msg.From, a.retired+1); i <= uint64(len(a.chain)) && len(resp.Entries) < 3; i++ {
 		resp.Entries = append(resp.Entries, a.chain[i-1])
 	}
 	return connect.NewResponse(resp), nil

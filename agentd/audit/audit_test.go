@@ -42,9 +42,9 @@ func mustAppend(t *testing.T, l *Log, action, query string) {
 
 func mustVerify(t *testing.T, state string, want uint64) {
 	t.Helper()
-	head, torn, err := Verify(state)
-	if err != nil || torn || head.Sequence != want {
-		t.Fatalf("verify: head %d, torn %v, %v; want %d whole entries", head.Sequence, torn, err, want)
+	found, err := Verify(state)
+	if err != nil || found.Torn || found.Head.Sequence != want {
+		t.Fatalf("verify: %+v, %v; want %d whole entries", found, err, want)
 	}
 }
 
@@ -126,8 +126,8 @@ func TestTornTail(t *testing.T) {
 		if err := os.WriteFile(filepath.Join(Dir(state), "000001.jsonl"), whole[:cut], 0o600); err != nil {
 			t.Fatal(err)
 		}
-		if _, torn, err := Verify(state); !torn || err != nil {
-			t.Fatalf("cut at %d: torn %v, %v", cut, torn, err)
+		if found, err := Verify(state); !found.Torn || err != nil {
+			t.Fatalf("cut at %d: %+v, %v", cut, found, err)
 		}
 		l, r := mustOpen(t, state, Config{})
 		if r.Torn == "" || l.Head().Sequence != 2 {
@@ -168,7 +168,7 @@ func TestTamperingIsNeverMended(t *testing.T) {
 			if _, _, err := Open(state, Config{}); !errors.As(err, &bad) || strings.Contains(err.Error(), "\n") {
 				t.Errorf("open: %v", err)
 			}
-			if _, _, err := Verify(state); !errors.As(err, &bad) {
+			if _, err := Verify(state); !errors.As(err, &bad) {
 				t.Errorf("verify: %v", err)
 			}
 			if now, err := os.ReadFile(file); err != nil || !bytes.Equal(now, spoiled) {
@@ -190,7 +190,7 @@ func TestTamperingIsNeverMended(t *testing.T) {
 		if _, _, err := Open(state, Config{}); !errors.As(err, &bad) {
 			t.Errorf("open: %v", err)
 		}
-		if _, _, err := Verify(state); !errors.As(err, &bad) {
+		if _, err := Verify(state); !errors.As(err, &bad) {
 			t.Errorf("verify: %v", err)
 		}
 	})
@@ -269,9 +269,9 @@ func FuzzOpen(f *testing.F) {
 			return
 		}
 		defer l.Close() //nolint:errcheck // nothing was written
-		head, torn, err := Verify(state)
-		if err != nil || torn || head != l.Head() {
-			t.Fatal(head, torn, err)
+		found, err := Verify(state)
+		if err != nil || found.Torn || found.Head != l.Head() {
+			t.Fatal(found, err)
 		}
 	})
 }

@@ -15,8 +15,12 @@
 // Open checks the newest segment and its seam with the one before. Only an
 // unterminated last line, which is what a crash leaves, is moved aside; anything
 // else is tampering or a damaged disk, is returned as a *TamperedError, and is
-// never mended. Verify checks all of it, offline too. Nothing is ever deleted:
-// retention is the owner's, see docs/agentd.md.
+// never mended. Verify checks all of it, offline too.
+//
+// Nothing is ever deleted unless SetRetention says what: then RunRetention drops the oldest segments
+// whole (000001.jsonl, 000002.jsonl, ...), after an entry was written that stands for them, and numbers go
+// on: both of the segments and of the entries. What follows verifies as before; whatever else
+// is missing at the beginning does not.
 //
 // A Log may be used from several goroutines; one process at a time may have it
 // open. Reading is possible meanwhile, from other processes too.

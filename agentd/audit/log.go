@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -34,7 +35,7 @@ type Config struct {
 	Logger *slog.Logger // nil discards
 	// SegmentBytes is when the next segment begins; 0 means 16 MiB.
 	SegmentBytes int64
-	// Fault is asked before each write and fsync ("write", "fsync", "create");
+	// Fault is asked before each write and fsync ("write", "fsync", "create") and each removal ("remove");
 	// its error is taken for the disk's. For tests; nil means none.
 	Fault func(op string) error
 	// Now is the clock of entries without a time; nil means time.Now.
@@ -64,11 +65,19 @@ type Log struct {
 	// syncSoon wakes the committer for what AppendSoon wrote.
 	syncSoon chan struct{}
 
+	// retention is what RunRetention drops; nil: nothing.
+	retention atomic.Pointer[Retention]
+	// retiring guards base, the head before the first entry that is kept; it is taken first.
+	retiring sync.Mutex
+	base     auditchain.Head
+
 	// mu guards the following; it is taken after writing.
 	mu      sync.Mutex
 	head    auditchain.Head // on stable storage
 	entries uint64          // appended by this process
 	bytes   int64           // of all segments
+	retired uint64          // dropped by this process
+	first   uint64          // the first entry that is kept; 0: it is 1
 
 	// writing guards the following, while the disk is busy, too.
 	writing sync.Mutex
@@ -76,7 +85,8 @@ type Log struct {
 	file    *os.File
 	segment int
 	size    int64
-	suspect bool // a failed write could not be undone: reopen first
+	since   time.Time // of the segment's first entry; zero: there is none
+	suspect bool      // a failed write could not be undone: reopen first
 	tip     auditchain.Head
 	// unsynced is the end of the file that may not be on stable storage, at most
 	// maxUnsynced and an entry; generation counts how often it was emptied as a whole.
@@ -316,10 +326,18 @@ func (l *Log) ready() error {
 			return fmt.Errorf("a failed write could not be undone: %w", err)
 		}
 	}
-	if l.file != nil && l.size < l.cfg.SegmentBytes {
+	if l.file != nil && l.size < l.cfg.SegmentBytes && !l.aged() {
 		return nil
 	}
 	return l.nextSegment()
+}
+
+// aged reports whether the segment is due to be closed for its age.
+func (l *Log) aged() bool {
+	if l.size == 0 || l.since.IsZero() || l.keeps() == (Retention{}) {
+		return false
+	}
+	return l.cfg.Now().Sub(l.since) >= segmentAge
 }
 
 // rewrite cuts the file to what is on stable storage and writes again what is not.
@@ -368,7 +386,7 @@ func (l *Log) nextSegment() error {
 	if l.file != nil {
 		l.file.Close() //nolint:errcheck // every write was synced
 	}
-	l.file, l.segment, l.size = f, next, 0
+	l.file, l.segment, l.size, l.since = f, next, 0, l.cfg.Now()
 	return nil
 }
 

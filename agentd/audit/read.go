@@ -36,7 +36,8 @@ func (e *TamperedError) Error() string {
 // Unwrap returns the cause.
 func (e *TamperedError) Unwrap() error { return e.Err }
 
-// segments lists the segment files of dir in order; a gap is tampering.
+// segments lists the segment files of dir in order; a gap is tampering. Those at the
+// beginning may have been retired.
 func segments(dir string) ([]string, error) {
 	entries, err := os.ReadDir(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -56,8 +57,8 @@ func segments(dir string) ([]string, error) {
 	var files []string
 	for i, n := range numbers {
 		file := filepath.Join(dir, fmt.Sprintf("%06d.jsonl", n))
-		if n != i+1 {
-			return nil, &TamperedError{file, fmt.Errorf("segment %d is missing", i+1)}
+		if want := numbers[0] + i; n != want {
+			return nil, &TamperedError{file, fmt.Errorf("segment %d is missing", want)}
 		}
 		files = append(files, file)
 	}
@@ -124,13 +125,25 @@ func (l *Log) recover() (Recovery, error) {
 		return recovery, nil
 	}
 	last := files[len(files)-1]
-	l.segment = len(files)
+	l.segment = numberOf(last)
 	if recovery.Torn, err = l.moveTorn(last); err != nil {
 		return recovery, err
 	}
+	if l.base, err = baseOf(files); err != nil {
+		return recovery, err
+	}
+	l.first = l.base.Sequence + 1
 	if l.head, err = seam(files[:len(files)-1]); err != nil {
 		return recovery, err
 	}
+	if l.head.Sequence == 0 {
+		l.head = l.base
+	}
+	first, err := firstEntry(last)
+	if err != nil {
+		return recovery, tampered(last, err)
+	}
+	l.since = first.Time
 	v := auditchain.NewVerifier(l.head)
 	if _, err := scan(last, func(line []byte, _ int64) error { return v.Add(line) }); err != nil {
 		return recovery, tampered(last, err)
@@ -309,10 +322,15 @@ func begun(files []string) ([]auditchain.Entry, error) {
 }
 
 // Read returns the lines of entries from sequence number from on (1-based), at
-// most limit and about 4 MiB; an empty page is the end.
-func (l *Log) Read(from uint64, limit int) ([][]byte, error) {
+// most limit and about 4 MiB; an empty page is the end. If from was retired, they begin
+// with the first that is kept.
+func (l *Log) Read(from uint64, limit int) (lines [][]byte, err error) {
 	head := l.Head()
-	return read(l.dir, from, limit, head.Sequence)
+	err = again(func() error {
+		lines, err = read(l.dir, from, limit, head.Sequence)
+		return err
+	})
+	return lines, err
 }
 
 func read(dir string, from uint64, limit int, to uint64) ([][]byte, error) {
@@ -363,69 +381,97 @@ func read(dir string, from uint64, limit int, to uint64) ([][]byte, error) {
 
 // firstSequence is the number of a segment's first entry; 0 if it has none.
 func firstSequence(file string) (uint64, error) {
-	var first uint64
-	_, err := scan(file, func(line []byte, _ int64) error {
-		e, err := auditchain.Decode(line)
-		if err != nil {
-			return err
-		}
-		first = e.Sequence
-		return errStop
-	})
-	if errors.Is(err, errStop) {
-		err = nil
-	}
-	return first, err
+	e, err := firstEntry(file)
+	return e.Sequence, err
 }
 
 // List calls f with each entry of the log below stateDir, from sequence number
 // from on, until f fails. It needs no running agentd and passes over a last line
 // that is being written.
 func List(stateDir string, from uint64, f func(line []byte, e auditchain.Entry) error) error {
-	files, err := segments(Dir(stateDir))
-	if err != nil {
-		return err
-	}
-	for _, file := range files {
-		_, err := scan(file, func(line []byte, _ int64) error {
-			e, err := auditchain.Decode(line)
-			if err != nil {
-				return &TamperedError{file, err}
-			}
-			if e.Sequence < from {
-				return nil
-			}
-			return f(line, e)
-		})
+	return again(func() error {
+		files, err := segments(Dir(stateDir))
 		if err != nil {
 			return err
 		}
-	}
-	return nil
+		for _, file := range files {
+			_, err := scan(file, func(line []byte, _ int64) error {
+				e, err := auditchain.Decode(line)
+				if err != nil {
+					return &TamperedError{file, err}
+				}
+				if e.Sequence < from {
+					return nil
+				}
+				from = e.Sequence + 1
+				return f(line, e)
+			})
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
-// Verify checks every entry of the log below stateDir and returns the head. It
-// needs no running agentd. torn tells that the log ends within a line, which a
-// crash or a write under way explains.
-func Verify(stateDir string) (head auditchain.Head, torn bool, err error) {
-	files, err := segments(Dir(stateDir))
-	if err != nil {
-		return head, false, err
+// Found is what Verify found to be whole.
+type Found struct {
+	// Head is the last entry; zero for an empty log.
+	Head auditchain.Head
+	// Kept is the part that is there: all of it, or what was not retired.
+	Kept auditchain.Kept
+	// Torn tells that the log ends within a line, which a crash or a write under way explains.
+	Torn bool
+}
+
+// String says how many entries there are, and from where on.
+func (f Found) String() string {
+	text := fmt.Sprintf("%d entries", f.Kept.Entries())
+	if from := f.Kept.String(); from != "" {
+		text += " " + from
 	}
-	v := auditchain.NewVerifier(auditchain.Head{})
+	return text
+}
+
+// Verify checks every entry of the log below stateDir. It needs no running agentd. What
+// is missing at the beginning must be stood for by an entry that is there.
+func Verify(stateDir string) (found Found, err error) {
+	err = again(func() error {
+		found, err = verify(Dir(stateDir))
+		return err
+	})
+	return found, err
+}
+
+func verify(dir string) (found Found, err error) {
+	files, err := segments(dir)
+	if err != nil {
+		return found, err
+	}
+	var v auditchain.KeptVerifier
 	for i, file := range files {
+		if i == 0 && numberOf(file) == 1 {
+			// Nothing was retired: it begins with entry 1, whatever later entries say.
+			if first, err := firstEntry(file); err == nil && first.Sequence > 1 {
+				return found, &TamperedError{file, &auditchain.BrokenError{Sequence: 1, Reason: "removed: the first segment begins with entry " + strconv.FormatUint(first.Sequence, 10)}}
+			}
+		}
 		rest, err := scan(file, func(line []byte, _ int64) error { return v.Add(line) })
+		found.Head, found.Kept = v.Head(), v.Kept()
 		if err != nil {
-			return v.Head(), false, tampered(file, err)
+			return found, tampered(file, err)
 		}
 		if len(rest) > 0 {
 			if i < len(files)-1 {
-				return v.Head(), false, &TamperedError{file, errors.New("it ends within a line, and it is not the newest")}
+				return found, &TamperedError{file, errors.New("it ends within a line, and it is not the newest")}
 			}
-			torn = true
+			found.Torn = true
 		}
 	}
-	return v.Head(), torn, nil
+	if err := v.End(); err != nil {
+		return found, &TamperedError{files[0], err}
+	}
+	return found, nil
 }
 
 func headOf(e auditchain.Entry) (auditchain.Head, error) {

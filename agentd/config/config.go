@@ -52,6 +52,7 @@ type Config struct {
 	Proxy   func(*url.URL) (*url.URL, error)
 	Metrics Metrics
 	Log     Log
+	Audit   Audit
 	SQL     SQL
 	Vault   Vault
 	// MaskKey is the key of masks that hosts share; zero means the host's own.
@@ -145,7 +146,8 @@ type file struct {
 		Level  string `yaml:"level"`
 		Format string `yaml:"format"`
 	} `yaml:"log"`
-	SQL struct {
+	Audit auditFile `yaml:"audit"`
+	SQL   struct {
 		Warm        *int    `yaml:"warm"`
 		IdleTimeout string  `yaml:"idle_timeout"`
 		UIDBase     *uint32 `yaml:"uid_base"`
@@ -238,6 +240,7 @@ func Parse(path string, raw []byte, checkDSN func(engine, dsn string) error) (*C
 	c.Proxy, c.proxy, c.noProxy = p.proxy(in, at), in.Proxy, in.NoProxy
 	c.Metrics = p.metrics(in.Metrics.Listen, at("metrics", "listen"))
 	p.log(in, c, at)
+	p.audit(in, c, at)
 	p.sql(in, c, at)
 	p.vault(in, c, at)
 	if c.MaskKey = in.MaskKey; !in.MaskKey.IsZero() {

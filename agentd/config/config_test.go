@@ -81,7 +81,7 @@ func TestProblems(t *testing.T) {
 	source := "sources:\n  - name: w\n    engine: postgres\n    dsn: host=h dbname=d user=u\n"
 	for _, tt := range []struct{ name, text, want string }{
 		{"unknown key", "url: https://a\nsorces: []\n", "f.yaml:2: unknown key sorces: did you mean sources?"},
-		{"unknown, no idea", "colour: blue\n", "f.yaml:1: unknown key colour: known are attachments, ca_file, kernels, log"},
+		{"unknown, no idea", "colour: blue\n", "f.yaml:1: unknown key colour: known are attachments, audit, ca_file, kernels, log"},
 		{"nested unknown", "log:\n  levle: debug\n", "f.yaml:2: unknown key log.levle: did you mean level?"},
 		{"unknown in a source", source + "    passwort: {file: /x}\n", "f.yaml:5: unknown key sources.passwort: did you mean password?"},
 		{"unknown in a policy", source + "    policy:\n      max_row: 3\n", "f.yaml:6: unknown key sources.policy.max_row: did you mean max_rows?"},

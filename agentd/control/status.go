@@ -113,6 +113,8 @@ type Kernel struct {
 
 // Audit is the end of the host's log.
 type Audit struct {
+	// First is the number of the oldest entry that is kept; above 1 where older ones were retired.
+	First    uint64 `json:"first,omitempty"`
 	Sequence uint64 `json:"sequence"`
 	Hash     string `json:"hash,omitempty"`
 	Bytes    int64  `json:"bytes"`

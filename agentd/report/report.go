@@ -51,7 +51,7 @@ const (
 // Log is the host's log.
 type Log interface {
 	// Read returns entries in their order, at most limit and some MiB, from a sequence
-	// number on, all of them on stable storage.
+	// number on, or from the first that is kept where that was retired, all of them on stable storage.
 	Read(from uint64, limit int) ([][]byte, error)
 	// Head is the last entry on stable storage.
 	Head() auditchain.Head
@@ -71,6 +71,7 @@ type Reporter struct {
 	details *details
 	kick    chan struct{}
 	ask     atomic.Bool // the control plane may know something else now
+	told    atomic.Uint64
 	// at is up to where all was told, when known; both are Run's.
 	at    auditchain.Head
 	known bool
@@ -92,6 +93,10 @@ func (r *Reporter) Ended(id string, err *posternv1.ErrorDetail, kept *posternv1.
 	r.details.end(id, err, kept)
 	r.look()
 }
+
+// Told is the last entry up to which nothing is left to tell; 0 until that is known. Entries
+// above it must be kept.
+func (r *Reporter) Told() uint64 { return r.told.Load() }
 
 // Wake has the log looked at, from where the control plane says: the link came up.
 func (r *Reporter) Wake() {
@@ -157,11 +162,16 @@ func (r *Reporter) catchUp(ctx context.Context) error {
 			return err
 		}
 		r.at, r.known = at, at.Sequence > 0
+		r.told.Store(from - 1)
 	}
 	for ctx.Err() == nil {
-		batch, more, err := r.gather(from)
-		if err != nil || batch == nil {
+		batch, covered, more, err := r.gather(from)
+		if err != nil {
 			return err
+		}
+		if batch == nil {
+			r.told.Store(covered)
+			return nil
 		}
 		batch.After = at.Proto()
 		now, err := r.send(ctx, batch)
@@ -184,6 +194,7 @@ func (r *Reporter) catchUp(ctx context.Context) error {
 		}
 		at, from = now, now.Sequence+1
 		r.at, r.known = now, true
+		r.told.Store(now.Sequence)
 		if !more {
 			return nil
 		}
@@ -210,13 +221,14 @@ func (r *Reporter) begin(at auditchain.Head) (uint64, error) {
 			return 0, err
 		}
 		if len(page) == 1 {
-			if e, err := auditchain.Decode(page[0]); err == nil && e.Hash == hex.EncodeToString(at.Hash[:]) {
+			e, err := auditchain.Decode(page[0])
+			if err == nil && (e.Hash == hex.EncodeToString(at.Hash[:]) || e.Sequence == at.Sequence+1 && e.Prev == hex.EncodeToString(at.Hash[:])) {
 				return at.Sequence + 1, nil
 			}
 		}
 	}
 	if at.Sequence > 0 {
-		r.cfg.Logger.Warn("the control plane knows another log of this host: the statements of this one are told from its beginning")
+		r.cfg.Logger.Warn("the control plane knows another log of this host, or one that was retired since: the statements of this one are told from its beginning")
 	}
 	registered := uint64(0)
 	for from := uint64(1); ; {
@@ -224,14 +236,16 @@ func (r *Reporter) begin(at auditchain.Head) (uint64, error) {
 		if err != nil || len(page) == 0 {
 			return registered + 1, err
 		}
-		for i, line := range page {
+		for _, line := range page {
 			if bytes.Contains(line, []byte(`"action":"`+actionRegister+`"`)) {
 				if e, err := auditchain.Decode(line); err == nil && e.Action == actionRegister {
-					registered = from + uint64(i)
+					registered = e.Sequence
 				}
 			}
 		}
-		from += uint64(len(page))
+		if from, err = after(page); err != nil {
+			return 0, err
+		}
 	}
 }
 
@@ -240,22 +254,26 @@ func (r *Reporter) begin(at auditchain.Head) (uint64, error) {
 var remoteMark = []byte(`"remote":"` + KernelRemote)
 
 // gather makes the next report of what the log has from an entry on; nil if there is
-// nothing to tell. more: there may be another one.
-func (r *Reporter) gather(from uint64) (batch *posternv1.ReportStatementsRequest, more bool, err error) {
+// nothing to tell, up to entry through. more: there may be another one.
+func (r *Reporter) gather(from uint64) (batch *posternv1.ReportStatementsRequest, through uint64, more bool, err error) {
 	batch = &posternv1.ReportStatementsRequest{}
 	var last []byte // the line of the last entry that the report covers
 	size, covered := 0, 0
-	done := func(more bool) (*posternv1.ReportStatementsRequest, bool, error) {
-		if len(batch.Statements) == 0 && covered < tellAnyway {
-			return nil, false, nil
+	through = from - 1
+	done := func(more bool) (*posternv1.ReportStatementsRequest, uint64, bool, error) {
+		if covered == 0 {
+			return nil, through, false, nil
 		}
 		e, err := auditchain.Decode(last)
 		if err != nil {
-			return nil, false, err
+			return nil, through, false, err
+		}
+		if len(batch.Statements) == 0 && covered < tellAnyway {
+			return nil, e.Sequence, false, nil
 		}
 		head, err := headOf(e)
 		batch.Through = head.Proto()
-		return batch, more, err
+		return batch, e.Sequence, more, err
 	}
 	for {
 		if from > r.cfg.Log.Head().Sequence {
@@ -263,7 +281,7 @@ func (r *Reporter) gather(from uint64) (batch *posternv1.ReportStatementsRequest
 		}
 		page, err := r.cfg.Log.Read(from, pageEntries)
 		if err != nil {
-			return nil, false, err
+			return nil, through, false, err
 		}
 		if len(page) == 0 {
 			return done(false)
@@ -272,7 +290,7 @@ func (r *Reporter) gather(from uint64) (batch *posternv1.ReportStatementsRequest
 			if bytes.Contains(line, remoteMark) {
 				s, wait, err := r.statement(line)
 				if err != nil {
-					return nil, false, err
+					return nil, through, false, err
 				}
 				if wait {
 					return done(false) // its end wakes us
@@ -291,7 +309,9 @@ func (r *Reporter) gather(from uint64) (batch *posternv1.ReportStatementsRequest
 			}
 			last, covered = line, covered+1
 		}
-		from += uint64(len(page))
+		if from, err = after(page); err != nil {
+			return nil, through, false, err
+		}
 	}
 }
 
@@ -311,6 +331,12 @@ func (r *Reporter) statement(line []byte) (s *posternv1.KernelStatement, wait bo
 		return nil, true, nil
 	}
 	return statement(e, kernel, detail, kept), false, nil
+}
+
+// after is the number of the entry after a page, which may have begun later than asked.
+func after(page [][]byte) (uint64, error) {
+	e, err := auditchain.Decode(page[len(page)-1])
+	return e.Sequence + 1, err
 }
 
 func headOf(e auditchain.Entry) (auditchain.Head, error) {

@@ -22,6 +22,8 @@ type memoryLog struct {
 	mu    sync.Mutex
 	lines [][]byte
 	head  auditchain.Head
+	// retired is how many at the beginning are dropped.
+	retired uint64
 }
 
 func (l *memoryLog) add(entries ...auditchain.Entry) {
@@ -46,7 +48,7 @@ func (l *memoryLog) Read(from uint64, limit int) ([][]byte, error) {
 	if from > uint64(len(l.lines)) {
 		return nil, nil
 	}
-	page := l.lines[from-1:]
+	page := l.lines[max(from-1, l.retired):]
 	return slices.Clone(page[:min(limit, len(page))]), nil
 }
 
@@ -251,6 +253,44 @@ func TestWhereItBegins(t *testing.T) {
 	tell("qry_1 qry_2 qry_3")
 	log.add(run("qry_4"))
 	tell("qry_1 qry_2 qry_3 qry_4")
+}
+
+// TestRetired: positions count by the entries' numbers, wherever the log begins.
+func TestRetired(t *testing.T) {
+	log, cp := &memoryLog{}, newRecorder()
+	r := New(Config{Log: log, Send: cp.send})
+	tell := func(r *Reporter, told uint64, want string) {
+		t.Helper()
+		if err := r.catchUp(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(cp.ids(), " "); got != want || r.Told() != told {
+			t.Errorf("told %s up to %d, want %s up to %d", got, r.Told(), want, told)
+		}
+	}
+	if r.Told() != 0 {
+		t.Errorf("told up to %d", r.Told())
+	}
+	log.add(run("qry_1"), other(), auditchain.Entry{Action: actionRegister}, run("qry_2"), other(), other())
+	tell(r, 6, "qry_2")
+	r.Began("qry_3")
+	log.add(other(), run("qry_3"), other())
+	tell(r, 7, "qry_2") // it waits for the rest of the statement
+	r.Ended("qry_3", nil, nil)
+	tell(r, 9, "qry_2 qry_3")
+	log.retired = 4
+	log.add(run("qry_4"))
+	tell(r, 10, "qry_2 qry_3 qry_4")
+	log.retired = 10
+	log.add(run("qry_5"))
+	tell(New(Config{Log: log, Send: cp.send}), 11, "qry_2 qry_3 qry_4 qry_5") // the entry that the control plane knows was the last retired one
+	// A control plane that was restored gets what is left of what it forgot.
+	cp.mu.Lock()
+	cp.at, cp.told = auditchain.Head{Sequence: 2}, nil
+	cp.mu.Unlock()
+	log.retired = 7
+	again := New(Config{Log: log, Send: cp.send})
+	tell(again, 11, "qry_3 qry_4 qry_5")
 }
 
 func TestRunWaitsForDetails(t *testing.T) {

@@ -92,47 +92,75 @@ func chainReport(chain string, kept auditchain.Kept, err error) (*posternv1.Chai
 // head that the agent last reported: a host whose log was cut short, or written
 // anew, does not.
 func (a *API) verifyAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent, w *witness) *posternv1.ChainReport {
-	entries, err := a.walkAgent(ctx, agent, l, w)
-	report, err := chainReport(agent.Name, auditchain.Kept{First: 1, Last: entries}, err)
+	kept, err := a.walkAgent(ctx, agent, l, w)
+	for range retiredMeanwhile {
+		// The host may have retired entries between two pages.
+		var broken *auditchain.BrokenError
+		if !errors.As(err, &broken) || kept.First == 0 {
+			break
+		}
+		page, rerr := l.ReadAudit(ctx, &posternv1.ReadAuditRequest{From: 1, Limit: 1})
+		if rerr != nil || len(page.Entries) == 0 {
+			break
+		}
+		if e, derr := auditchain.Decode(page.Entries[0]); derr != nil || e.Sequence <= kept.First {
+			break
+		}
+		kept, err = a.walkAgent(ctx, agent, l, w)
+	}
+	report, err := chainReport(agent.Name, kept, err)
 	if err != nil {
-		report = &posternv1.ChainReport{Chain: agent.Name, Entries: entries, Message: "not read to its end: " + proto.Detail(err).Message}
+		report = &posternv1.ChainReport{Chain: agent.Name, Entries: kept.Entries(), Message: "not read to its end: " + proto.Detail(err).Message}
 	}
 	return report
 }
 
-func (a *API) walkAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent, w *witness) (uint64, error) {
+// retiredMeanwhile is how often a host's chain is read anew because its beginning was retired while it was read.
+const retiredMeanwhile = 5
+
+func (a *API) walkAgent(ctx context.Context, agent *posternv1.Agent, l LiveAgent, w *witness) (auditchain.Kept, error) {
 	known, err := a.cfg.Agents.AuditHead(ctx, agent.Id)
 	if err != nil {
-		return 0, err
+		return auditchain.Kept{}, err
 	}
-	v := auditchain.NewVerifier(auditchain.Head{})
+	var v auditchain.KeptVerifier
 	for {
 		next := v.Head().Sequence + 1
 		resp, err := l.ReadAudit(ctx, &posternv1.ReadAuditRequest{From: next, Limit: maxPage})
 		if err != nil {
-			return v.Head().Sequence, err
+			return v.Kept(), err
 		}
 		for _, line := range resp.Entries {
 			if err := v.Add(line); err != nil {
-				return v.Head().Sequence, err
+				return v.Kept(), err
 			}
 			if v.Head().Sequence == known.Sequence && v.Head() != known {
-				return v.Head().Sequence, &auditchain.BrokenError{Sequence: known.Sequence, Reason: "it is not the entry that the host reported earlier: the log was written anew"}
+				return v.Kept(), &auditchain.BrokenError{Sequence: known.Sequence, Reason: "it is not the entry that the host reported earlier: the log was written anew"}
 			}
 			if err := w.hear(ctx, agent.Name, line); err != nil {
-				return v.Head().Sequence, err
+				return v.Kept(), err
 			}
 		}
 		if len(resp.Entries) == 0 {
 			break
 		}
 	}
+	kept := v.Kept()
 	if v.Head().Sequence < known.Sequence {
-		return v.Head().Sequence, &auditchain.BrokenError{
+		return kept, &auditchain.BrokenError{
 			Sequence: v.Head().Sequence + 1, Reason: fmt.Sprintf("removed: the host once reported %d entries", known.Sequence),
 		}
 	}
-	return v.Head().Sequence, nil
+	if err := v.End(); err != nil {
+		return kept, err
+	}
+	// A host retires only what the control plane has said it knows.
+	if kept.First > known.Sequence+1 {
+		return kept, &auditchain.BrokenError{
+			Sequence: known.Sequence + 1, Reason: fmt.Sprintf("removed: the host retired entries up to %d, of which it had reported %d", kept.First-1, known.Sequence),
+		}
+	}
+	return kept, nil
 }
 
 // witness compares the control plane's chain with what hosts were told of it: an entry that was removed, or
