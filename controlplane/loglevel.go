@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
-	"strings"
 	"syscall"
 )
 
@@ -26,10 +25,7 @@ func followLevel(ctx context.Context, log *slog.Logger, level *slog.LevelVar, re
 			if s == syscall.SIGUSR1 {
 				to = slog.LevelDebug
 			}
-			if was := level.Level(); was != to {
-				log.Warn("log level changed", "from", strings.ToLower(was.String()), "to", strings.ToLower(to.String()))
-				level.Set(to)
-			}
+			setLevel(log, level, to)
 		}
 	}
 }

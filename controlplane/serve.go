@@ -143,6 +143,11 @@ the password and dbname=AGENT/SOURCE.`,
 			if err != nil {
 				return err
 			}
+			if stop, err := serveLevel(o.Data, log, level); err != nil {
+				log.Warn("controlplane log-level will not work", "err", err)
+			} else {
+				defer stop()
+			}
 			return server.Run(cmd.Context())
 		},
 	}

@@ -53,9 +53,16 @@ func (k *kept) days(days, n int) {
 	k.t.Helper()
 	for range days {
 		for range n {
-			mustAppend(k.t, k.Log, ActionRun, "q")
+			if err := k.AppendSoon(k.t.Context(), auditchain.Entry{Action: ActionRun, QueryID: "q", Statement: "select 1"}); err != nil {
+				k.t.Fatal(err)
+			}
 		}
 		k.now.Add(int64(24 * time.Hour))
+	}
+	k.writing.Lock()
+	defer k.writing.Unlock()
+	if err := k.sync(); err != nil {
+		k.t.Fatal(err)
 	}
 }
 
