@@ -79,12 +79,14 @@ func (k *kept) end() {
 		_ = k.keeper.Signal(syscall.SIGTERM)
 		_, _ = k.keeper.Wait()
 	}
-	// A keeper that a server started is nobody's child.
-	for _, pid := range k.processes() {
-		_ = syscall.Kill(pid, syscall.SIGKILL)
-	}
+	// A keeper that a server started is nobody's child, and starts another server, as a server does a
+	// keeper: until both are killed at once.
 	k.eventually("the end of all processes", func() error {
-		if left := k.processes(); len(left) > 0 {
+		left := k.processes()
+		for _, pid := range left {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		if len(left) > 0 {
 			return fmt.Errorf("processes %v", left)
 		}
 		return nil

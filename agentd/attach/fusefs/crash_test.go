@@ -247,7 +247,7 @@ func differ(a, b []byte) int {
 // with a loss of what was not synced, and wants everything that was promised; on another host,
 // too.
 func TestCrash(t *testing.T) {
-	rounds := 6
+	rounds := amount(6, 100)
 	if s := os.Getenv("POSTERN_CRASH_ROUNDS"); s != "" {
 		rounds, _ = strconv.Atoi(s)
 	}
@@ -265,7 +265,7 @@ func TestCrash(t *testing.T) {
 		s.Config.Boot = fmt.Sprint("boot ", boot)
 		s.NoPassthrough = r.Intn(2) == 0
 		m := w.mount(s)
-		m.watchdog(20 * time.Second)
+		m.watchdog()
 		for _, x := range writers {
 			x.check(t, m.path)
 		}

@@ -55,8 +55,8 @@ func TestExercise(t *testing.T) {
 		t.Run(fmt.Sprintf("passthrough=%v", through), func(t *testing.T) {
 			w := newWorld(t)
 			m := w.mount(serving{NoPassthrough: !through})
-			m.watchdog(10 * time.Minute)
-			n, seed := steps(t, 3000)
+			m.watchdog()
+			n, seed := steps(t, amount(1000, 30_000))
 			e := &exerciser{t: t, rand: rand.New(rand.NewSource(seed)), roots: [2]string{m.path, t.TempDir()}}
 			for i := range n {
 				e.step()
@@ -75,7 +75,11 @@ func TestExercise(t *testing.T) {
 			drained(t, m)
 			other := w.mount(serving{NoPassthrough: !through})
 			look(t, other.path) // the number of links of a directory is known when it was listed
-			time.Sleep(100 * time.Millisecond)
+			for until := time.Now().Add(time.Minute); time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
+				if e.differ(other.path, e.roots[1]) == "" {
+					break // the kernel has heard of those numbers
+				}
+			}
 			e.compare(other.path, e.roots[1])
 		})
 	}
@@ -336,25 +340,30 @@ func look(t *testing.T, root string) map[string]seen {
 
 func (e *exerciser) compare(mount, model string) {
 	e.t.Helper()
+	if how := e.differ(mount, model); how != "" {
+		e.fail("%s", how)
+	}
+}
+
+// differ says how the mount is not like the model; "": it is.
+func (e *exerciser) differ(mount, model string) string {
+	e.t.Helper()
 	got, want := look(e.t, mount), look(e.t, model)
 	for _, p := range slices.Sorted(maps.Keys(want)) {
 		g, ok := got[p]
 		w := want[p]
 		switch {
 		case !ok:
-			e.fail("%s is not on the mount", p)
+			return fmt.Sprintf("%s is not on the mount", p)
 		case g.mode != w.mode || g.nlink != w.nlink || g.target != w.target || g.mtime != w.mtime:
-			e.fail("%s: mode %v, %d links, to %q, mtime %d; want %v, %d, %q, %d", p, g.mode, g.nlink, g.target, g.mtime, w.mode, w.nlink, w.target, w.mtime)
+			return fmt.Sprintf("%s: mode %v, %d links, to %q, mtime %d; want %v, %d, %q, %d", p, g.mode, g.nlink, g.target, g.mtime, w.mode, w.nlink, w.target, w.mtime)
 		case g.data != w.data:
-			at := 0
-			for at < min(len(g.data), len(w.data)) && g.data[at] == w.data[at] {
-				at++
-			}
-			e.fail("%s: %d bytes, want %d; they differ at %d", p, len(g.data), len(w.data), at)
+			return fmt.Sprintf("%s: %d bytes, want %d; they differ at %d", p, len(g.data), len(w.data), differ([]byte(g.data), []byte(w.data)))
 		}
 		delete(got, p)
 	}
-	for p := range got {
-		e.fail("%s is on the mount, not on the model", p)
+	if len(got) > 0 {
+		return fmt.Sprintf("on the mount, not on the model: %q", slices.Sorted(maps.Keys(got)))
 	}
+	return ""
 }

@@ -97,7 +97,7 @@ func TestFullDisk(t *testing.T) {
 				t.Fatal(err)
 			}
 			m := w.mount(s)
-			m.watchdog(2 * time.Minute)
+			m.watchdog()
 			old.check(t, m.path) // and they are in the cache
 			w.remote.Cut(true)
 			made := promises{}
@@ -116,7 +116,7 @@ func TestFullDisk(t *testing.T) {
 			m.kill()
 			m.detach()
 			m = w.mount(s)
-			m.watchdog(2 * time.Minute)
+			m.watchdog()
 			made.check(t, m.path)
 			gone := 0
 			for name := range made {
@@ -154,7 +154,7 @@ func TestFullQuota(t *testing.T) {
 	w := newWorld(t)
 	w.remote.Quota(8 << 20)
 	m := w.mount(serving{})
-	m.watchdog(2 * time.Minute)
+	m.watchdog()
 	made := promises{}
 	// The directory is known, and so are ids for new files.
 	if err := writeFile(filepath.Join(m.path, "first"), nil); err != nil {
@@ -211,9 +211,9 @@ func TestClockJumps(t *testing.T) {
 	for round, by := range []time.Duration{0, 10 * year, -10 * year, -time.Second, time.Hour, 0} {
 		set(by)
 		m := w.mount(s)
-		m.watchdog(time.Minute)
+		m.watchdog()
 		made.check(t, m.path)
-		for i := range 20 {
+		for i := range amount(8, 20) {
 			if i%5 == 2 {
 				set(by + time.Duration(i-10)*time.Hour) // also in the midst
 			}
@@ -286,7 +286,7 @@ func TestJournalTail(t *testing.T) {
 	for round := range 5 {
 		s.Config.Boot = fmt.Sprint("boot ", round)
 		m := w.mount(s)
-		m.watchdog(time.Minute)
+		m.watchdog()
 		made.check(t, m.path)
 		var wg sync.WaitGroup
 		var mu sync.Mutex

@@ -308,9 +308,10 @@ func (m *mounted) close() {
 	}
 }
 
-// watchdog aborts the mount when the test takes too long.
-func (m *mounted) watchdog(d time.Duration) {
-	t := time.AfterFunc(d, func() {
+// watchdog aborts the mount when the test hangs: it takes minutes where everything is slow, which is no
+// hang.
+func (m *mounted) watchdog() {
+	t := time.AfterFunc(time.Duration(amount(10, 40))*time.Minute, func() {
 		select {
 		case <-m.done:
 			return // and another mount may have its number

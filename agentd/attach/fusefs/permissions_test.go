@@ -48,8 +48,8 @@ func TestPermissions(t *testing.T) {
 		t.Fatal(err)
 	}
 	m := w.mount(serving{Target: filepath.Join(above, "mnt")})
-	m.watchdog(5 * time.Minute)
-	n, seed := steps(t, 4000)
+	m.watchdog()
+	n, seed := steps(t, amount(1500, 30_000))
 	e := &exerciser{t: t, rand: rand.New(rand.NewSource(seed)), roots: [2]string{m.path, openTemp(t)}}
 	for _, r := range e.roots {
 		if err := os.Chmod(r, 0o777); err != nil {
@@ -165,7 +165,7 @@ func (e *exerciser) compareOwners() {
 func TestRefused(t *testing.T) {
 	w := newWorld(t)
 	m := w.mount(serving{})
-	m.watchdog(time.Minute)
+	m.watchdog()
 	file := filepath.Join(m.path, "file")
 	if err := os.WriteFile(file, []byte("x"), 0o644); err != nil {
 		t.Fatal(err)

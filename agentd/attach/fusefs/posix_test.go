@@ -5,7 +5,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"github.com/hanwen/go-fuse/v2/posixtest"
 )
@@ -16,12 +15,15 @@ func TestPosix(t *testing.T) {
 		t.Run(fmt.Sprintf("passthrough=%v", through), func(t *testing.T) {
 			w := newWorld(t)
 			m := w.mount(serving{NoPassthrough: !through})
-			m.watchdog(2 * time.Minute)
+			m.watchdog()
 			for name, f := range posixtest.All {
 				if name == "FcntlFlockLocksFile" {
 					// It wants POSIX locks of one process to exclude each other, which they do
 					// on no file system; go-fuse leaves it out, too. See TestLocks.
 					continue
+				}
+				if name == "OpenSymlinkRace" && through && !long {
+					continue // a third of the suite's time, and about names: no file of it has content
 				}
 				t.Run(name, func(t *testing.T) {
 					dir := filepath.Join(m.path, name)

@@ -32,13 +32,13 @@ func run(t *testing.T, dir, name string, args ...string) string {
 func TestPrograms(t *testing.T) {
 	w := newWorld(t)
 	m := w.mount(serving{})
-	m.watchdog(3 * time.Minute)
+	m.watchdog()
 	repo := filepath.Join(m.path, "repo")
 	if err := os.Mkdir(repo, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	run(t, repo, "git", "init", "-q")
-	for i := range 200 {
+	for i := range amount(80, 200) {
 		dir := filepath.Join(repo, fmt.Sprint("d", i%7))
 		if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, fmt.Sprint(i)), bytes.Repeat([]byte{byte(i)}, i*100), 0o644)); err != nil {
 			t.Fatal(err)
@@ -48,19 +48,21 @@ func TestPrograms(t *testing.T) {
 	run(t, repo, "git", "commit", "-qm", "one")
 	run(t, m.path, "git", "clone", "-q", "repo", "clone")
 	run(t, filepath.Join(m.path, "clone"), "git", "fsck", "--strict")
+	rows := fmt.Sprint(amount(100, 300))
 	for _, mode := range []string{"WAL", "DELETE", "TRUNCATE"} {
 		run(t, m.path, "python3", "-c", `
 import sqlite3, sys
 db = sqlite3.connect("db-"+sys.argv[1])
 assert db.execute("pragma journal_mode="+sys.argv[1]).fetchone()[0].upper() == sys.argv[1]
 db.execute("create table t(i integer primary key, v text)")
-for i in range(300):
+n = int(sys.argv[2])
+for i in range(n):
     with db: db.execute("insert into t values(?, ?)", (i, "x"*i))
 other = sqlite3.connect("db-"+sys.argv[1])
-assert other.execute("select count(*), sum(length(v)) from t").fetchone() == (300, 44850)
+assert other.execute("select count(*), sum(length(v)) from t").fetchone() == (n, n*(n-1)//2)
 assert db.execute("pragma integrity_check").fetchone()[0] == "ok"
 other.close(); db.close()
-`, mode)
+`, mode, rows)
 	}
 	run(t, m.path, "tar", "cf", "all.tar", "clone")
 	if err := os.Mkdir(filepath.Join(m.path, "out"), 0o755); err != nil {
@@ -75,10 +77,10 @@ other.close(); db.close()
 		t.Errorf("git status on another host: %s", out)
 	}
 	run(t, other.path, "python3", "-c", `
-import sqlite3
+import sqlite3, sys
 for m in ("WAL", "DELETE", "TRUNCATE"):
-    assert sqlite3.connect("db-"+m).execute("select count(*) from t").fetchone()[0] == 300
-`)
+    assert sqlite3.connect("db-"+m).execute("select count(*) from t").fetchone()[0] == int(sys.argv[1])
+`, rows)
 }
 
 // TestAppend: appends of many programs never overwrite each other.
@@ -87,15 +89,16 @@ func TestAppend(t *testing.T) {
 		t.Run(fmt.Sprintf("passthrough=%v", through), func(t *testing.T) {
 			w := newWorld(t)
 			m := w.mount(serving{NoPassthrough: !through})
-			m.watchdog(time.Minute)
+			m.watchdog()
 			log := filepath.Join(m.path, "log")
 			if err := os.WriteFile(log, []byte("begin\n"), 0o644); err != nil {
 				t.Fatal(err)
 			}
+			lines := amount(100, 1000)
 			var wg sync.WaitGroup
 			for i := range 4 {
 				wg.Go(func() {
-					out, err := exec.Command("sh", "-c", fmt.Sprintf("i=0; while [ $i -lt 200 ]; do echo line %d $i >> %s; i=$((i+1)); done", i, log)).CombinedOutput()
+					out, err := exec.Command("sh", "-c", fmt.Sprintf("i=0; while [ $i -lt %d ]; do echo line %d $i >> %s; i=$((i+1)); done", lines, i, log)).CombinedOutput()
 					if err != nil {
 						t.Errorf("%v: %s", err, out)
 					}
@@ -103,8 +106,8 @@ func TestAppend(t *testing.T) {
 			}
 			wg.Wait()
 			b, err := os.ReadFile(log)
-			if err != nil || bytes.Count(b, []byte("\n")) != 801 || bytes.Contains(b, []byte{0}) {
-				t.Errorf("%d lines of 801, %v", bytes.Count(b, []byte("\n")), err)
+			if err != nil || bytes.Count(b, []byte("\n")) != 1+4*lines || bytes.Contains(b, []byte{0}) {
+				t.Errorf("%d lines of %d, %v", bytes.Count(b, []byte("\n")), 1+4*lines, err)
 			}
 		})
 	}
@@ -114,7 +117,7 @@ func TestAppend(t *testing.T) {
 func TestLocks(t *testing.T) {
 	w := newWorld(t)
 	m := w.mount(serving{})
-	m.watchdog(time.Minute)
+	m.watchdog()
 	var fds [2]int
 	for i := range fds {
 		fd, err := syscall.Open(filepath.Join(m.path, "lock"), syscall.O_CREAT|syscall.O_RDWR, 0o644)
@@ -146,7 +149,7 @@ func TestLocks(t *testing.T) {
 func TestExtendedAttributesAndPassthrough(t *testing.T) {
 	w := newWorld(t)
 	m := w.mount(serving{})
-	m.watchdog(time.Minute)
+	m.watchdog()
 	file := filepath.Join(m.path, "f")
 	if err := os.WriteFile(file, make([]byte, 1<<20), 0o644); err != nil {
 		t.Fatal(err)

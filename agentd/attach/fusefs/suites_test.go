@@ -14,16 +14,20 @@ import (
 // long: POSTERN_LONG=1 runs suites whole.
 var long = os.Getenv("POSTERN_LONG") == "1"
 
+// amount is how much of something a test does: few, or, at full length, many.
+func amount(few, many int) int {
+	if long {
+		return many
+	}
+	return few
+}
+
 // suite mounts a workspace for a program that takes a while.
 func suite(t *testing.T) (*world, *mounted) {
 	t.Helper()
 	w := newWorld(t)
 	m := w.mount(serving{})
-	if long {
-		m.watchdog(30 * time.Minute)
-	} else {
-		m.watchdog(5 * time.Minute)
-	}
+	m.watchdog()
 	return w, m
 }
 
