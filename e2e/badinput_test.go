@@ -156,7 +156,7 @@ func TestBadStatements(t *testing.T) {
 		{name: "no source", args: []string{"host", "select 1"}, code: 2, says: []string{"AGENT/SOURCE"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			before, ours, theirs := items(t, "bad"), len(allEntries(t, s, "")), len(allEntries(t, s, "host"))
+			before, ours, theirs := items(t, "bad"), len(allEntries(t, s, "")), len(asked(t, s, "host"))
 			e := postern(t, s, append([]string{"sql"}, tc.args...)...)
 			if tc.lines == 0 {
 				e.said(t, tc.code, append(tc.says, "postern: ")...)
@@ -189,7 +189,7 @@ func TestBadStatements(t *testing.T) {
 				t.Errorf("the control plane's log has %q, want %q", got, want)
 			}
 			outcomes = nil
-			for _, entry := range allEntries(t, s, "host")[theirs:] {
+			for _, entry := range asked(t, s, "host")[theirs:] {
 				outcomes = append(outcomes, entry.Action+" "+entry.Outcome)
 			}
 			switch {

@@ -215,8 +215,8 @@ func TestCheckpointsSurviveAPowerCut(t *testing.T) {
 		must(t, s, "kernel", "resume", k.id)
 		k.is(k.n)
 		// In the midst of a checkpoint, of a rollback, and of a suspend.
-		k.set()
 		for what, args := range map[string][]string{"checkpoint": nil, "rollback": {k.first()}, "suspend": nil} {
+			k.set() // the one before went back to one checkpoint or another
 			done := make(chan ended, 1)
 			go func() {
 				ctx, cancel := context.WithTimeout(context.Background(), time.Minute)

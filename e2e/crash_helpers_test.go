@@ -363,6 +363,13 @@ func allEntries(t *testing.T, s *stack.Stack, agent string) []auditchain.Entry {
 	}
 }
 
+// asked are the entries of a host's log without those of looks at what its data sources hold:
+// nobody asked for them, and they come when they come.
+func asked(t *testing.T, s *stack.Stack, agent string) []auditchain.Entry {
+	t.Helper()
+	return slices.DeleteFunc(allEntries(t, s, agent), func(e auditchain.Entry) bool { return e.Action == "source.introspect" })
+}
+
 // ends are the outcomes of each query, by its id, as a log has them.
 func ends(t *testing.T, s *stack.Stack, agent string) map[string][]string {
 	t.Helper()

@@ -216,9 +216,15 @@ func (r *running) exit(t *testing.T, patience time.Duration) (int, string) {
 	return 0, ""
 }
 
-// eventually polls until f returns nil, and returns how long that took.
+// busy is how many times longer than on a quiet machine something may take before a test
+// gives up on it: what has a promise is held against what eventually returns.
+const busy = 6
+
+// eventually polls until f returns nil, and returns how long that took. The patience is for
+// a quiet machine.
 func eventually(t *testing.T, patience time.Duration, what string, f func() error) time.Duration {
 	t.Helper()
+	patience *= busy
 	began := time.Now()
 	for {
 		err := f()

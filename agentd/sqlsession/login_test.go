@@ -29,7 +29,7 @@ func TestLogin(t *testing.T) {
 		}
 		return l, nil
 	}
-	m := sqlsession.New(sqlsession.Config{Warm: -1, Logger: quietLog(t)})
+	m := sqlsession.New(sqlsession.Config{Warm: -1, IdleTimeout: 20 * time.Second, Logger: quietLog(t), Parser: parser})
 	m.SetSources([]sqlsession.Source{s})
 	who := func(want string) {
 		t.Helper()
@@ -41,8 +41,8 @@ func TestLogin(t *testing.T) {
 	who("made_1")
 	close(expiring)
 	who("made_2")
-	// Idle sessions are looked after every 15 s.
-	within(t, time.Minute, "the release of the first", func() bool { return released.Load() == 1 })
+	// Idle sessions are looked after every 5 s.
+	within(t, 2*time.Minute, "the release of the first", func() bool { return released.Load() == 1 })
 	if err := m.Close(t.Context()); err != nil {
 		t.Fatal(err)
 	}

@@ -248,7 +248,7 @@ func refuse(t testing.TB, m *sqlsession.Manager, r sqlsession.Request, code prot
 // eventually polls until ok or the time is up.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	within(t, 15*time.Second, what, ok)
+	within(t, 2*time.Minute, what, ok)
 }
 
 func within(t testing.TB, patience time.Duration, what string, ok func() bool) {
