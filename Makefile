@@ -89,7 +89,7 @@ clients:
 	@packaging/dev/deps.sh go postgresql jupyter bigclients
 	$(GO) test -tags clients -timeout 30m -v -run 'TestBigClients|TestJDBCMetadata|TestPgxSuite|TestJupyterLabClient|TestDuckDB' ./e2e
 
-# With all modules under it: `make test` leaves two out.
+# With everything under it: `make test` leaves a compiler out.
 race:
 	$(GO) test -race ./...
 
