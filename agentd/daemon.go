@@ -159,6 +159,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	wg.Go(func() { d.link.Run(linkCtx) })
 	wg.Go(func() { d.reports.Run(linkCtx) })
 	wg.Go(func() { d.log.RunRetention(linkCtx, d.retirable) })
+	wg.Go(func() { d.staySmall(linkCtx) })
 
 	if ready != nil {
 		ready()
