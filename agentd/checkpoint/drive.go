@@ -129,11 +129,15 @@ func (d *Driver) Continue(pid int) { criu.Continue(pid) }
 // the host; init is a child of the nearest subreaper above this process. On an error
 // nothing of it is left.
 func (d *Driver) Restore(ctx context.Context, t Tree, images string) (int, Figures, error) {
+	return d.restore(ctx, t, images, false)
+}
+
+func (d *Driver) restore(ctx context.Context, t Tree, images string, lazy bool) (int, Figures, error) {
 	c, err := d.driver()
 	if err != nil {
 		return 0, Figures{}, err
 	}
-	o := criu.Restore{Images: images, Root: t.Root, Cgroups: t.Cgroups}
+	o := criu.Restore{Images: images, Root: t.Root, Cgroups: t.Cgroups, Lazy: lazy}
 	for _, m := range t.Mounts {
 		o.External = append(o.External, fmt.Sprintf("mnt[%s]:%s", m.Key, m.Outside))
 	}

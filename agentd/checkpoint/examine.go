@@ -10,9 +10,6 @@ import (
 // else first.
 const HelperArg = criu.HelperArg
 
-// HelperMain is the process that drives CRIU; it returns the exit code.
-func HelperMain() int { return criu.HelperMain() }
-
 // Finding is what Examine says of one thing: OK, a lesser fault that costs speed or a
 // feature, or a fault without which no checkpoint can be made. Remedy is empty when OK.
 type Finding struct {

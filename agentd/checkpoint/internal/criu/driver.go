@@ -111,6 +111,9 @@ type Restore struct {
 	// NetNS is the path of the network namespace that CRIU joins and the tree is born in;
 	// empty: the caller's.
 	NetNS string
+	// Lazy leaves out memory that can come later: CRIU asks for it at a socket in Images,
+	// see package lazy.
+	Lazy bool
 	// Verbose as in Dump.
 	Verbose bool
 }
@@ -157,7 +160,7 @@ func (d *Driver) Dump(ctx context.Context, o Dump) (DumpStats, error) {
 // Restore restores a tree. On an error nothing of it is left.
 func (d *Driver) Restore(ctx context.Context, o Restore) (Restored, error) {
 	began := time.Now()
-	reply, err := d.call(ctx, request{Op: opRestore, Images: o.Images, Root: o.Root, External: o.External, Cgroups: o.Cgroups, NetNS: o.NetNS, Verbose: o.Verbose}, o.Inherit)
+	reply, err := d.call(ctx, request{Op: opRestore, Images: o.Images, Root: o.Root, External: o.External, Cgroups: o.Cgroups, NetNS: o.NetNS, Lazy: o.Lazy, Verbose: o.Verbose}, o.Inherit)
 	if err != nil {
 		return Restored{}, err
 	}

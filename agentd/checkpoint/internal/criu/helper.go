@@ -216,6 +216,9 @@ func (h *helper) options(dir *os.File) *rpc.CriuOpts {
 		return o
 	}
 	o.RstSibling = proto.Bool(true)
+	if h.req.Lazy {
+		o.LazyPages = proto.Bool(true)
+	}
 	if h.req.Root != "" {
 		o.Root = proto.String(h.req.Root)
 	}

@@ -24,6 +24,7 @@ type request struct {
 	// NetNS is the path of the network namespace that CRIU joins first.
 	NetNS string `json:"netns,omitempty"`
 	Stop  bool   `json:"stop,omitempty"`
+	Lazy  bool   `json:"lazy,omitempty"`
 	// Copies are directories to copy while the tree stands still.
 	Copies  []CopyDir `json:"copies,omitempty"`
 	Verbose bool      `json:"verbose,omitempty"`
