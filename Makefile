@@ -48,10 +48,12 @@ test:
 
 e2e-long:
 	@packaging/dev/deps.sh tests
-	POSTERN_LONG=1 $(GO) test -timeout 60m -v ./e2e
-	POSTERN_LONG=1 $(GO) test -timeout 30m -v -run TestOneOwnersManyStatements ./agentd/sqlsession
-	POSTERN_LONG=1 $(GO) test -timeout 30m -v -run TestWire ./agentd/sqlsession/adversary
-	POSTERN_LONG=1 $(GO) test -timeout 60m -v ./agentd/attach/fusefs
+	POSTERN_LONG=1 $(GO) test -count=1 -timeout 60m -v ./e2e
+	POSTERN_LONG=1 $(GO) test -count=1 -timeout 30m -v -run TestOneOwnersManyStatements ./agentd/sqlsession
+	POSTERN_LONG=1 $(GO) test -count=1 -timeout 30m -v -run TestWire ./agentd/sqlsession/adversary
+	POSTERN_LONG=1 $(GO) test -count=1 -timeout 60m -v ./agentd/attach/fusefs
+	POSTERN_LONG=1 $(GO) test -count=1 -timeout 60m -v -run TestExercise ./agentd/attach/bucketfs
+	POSTERN_LONG=1 $(GO) test -count=1 -timeout 30m -v -run AtEveryStep ./agentd/checkpoint/pagestore
 
 vault-test:
 	@packaging/dev/deps.sh go postgresql

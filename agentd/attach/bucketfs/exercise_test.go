@@ -14,6 +14,14 @@ import (
 	"time"
 )
 
+// amount is how much of something a test does: few, or, with POSTERN_LONG=1, many.
+func amount(few, many int) int {
+	if os.Getenv("POSTERN_LONG") == "1" {
+		return many
+	}
+	return few
+}
+
 // TestExercise does random things on a mount and on a directory, with one request in twenty
 // failing, and wants the same of both; in the end the bucket has what the directory has.
 func TestExercise(t *testing.T) {
@@ -52,7 +60,7 @@ func TestExercise(t *testing.T) {
 		open[i].model.Close()
 		open = append(open[:i], open[i+1:]...)
 	}
-	for step := range 1500 {
+	for step := range amount(500, 5000) {
 		path, other, data := pick(), pick(), content()
 		off, size := r.Int64N(20_000), r.Int64N(30_000)
 		flags := []int{os.O_RDWR | os.O_CREATE, os.O_RDWR | os.O_CREATE | os.O_TRUNC, os.O_RDWR | os.O_CREATE | os.O_EXCL, os.O_WRONLY | os.O_APPEND, os.O_RDWR}[r.IntN(5)]
