@@ -37,7 +37,7 @@ func (d *Daemon) openCheckpoints(k policy.Kernels) {
 		return
 	}
 	engine, err := checkpoint.Open(checkpoint.Config{
-		State: state, Kernels: savedKernels{d.kernels, c.CRIU}, Driver: checkpoint.NewDriver(c.CRIU), Logger: d.logger,
+		State: state, Kernels: savedKernels{d.kernels, c.CRIU, lazyOver(c)}, Driver: checkpoint.NewDriver(c.CRIU), Logger: d.logger,
 		Moves: movedKernels{d}, Identity: d.identity, Agent: func() string { return d.identity.Agent().AgentID },
 		MaxBytes: int64(c.MaxBytes), Keep: c.Keep, MaxAge: c.MaxAge,
 	})
@@ -61,6 +61,19 @@ func (d *Daemon) suspendIdle(ctx context.Context, k *posternv1.Kernel) error {
 type savedKernels struct {
 	m    *kernel.Manager
 	criu string // its path by the configuration
+	lazy int64  // see lazyOver
+}
+
+// lazyAbove is how much memory a kernel has that comes back before all of it does, in bytes:
+// docs/performance.md has what both ways take.
+const lazyAbove = 256 << 20
+
+// lazyOver is the memory over which kernels are restored lazily; 0: none is.
+func lazyOver(c policy.Checkpoints) int64 {
+	if c.Eager {
+		return 0
+	}
+	return lazyAbove
 }
 
 func (s savedKernels) Look(ctx context.Context, id string) (checkpoint.Kernel, error) {
@@ -88,7 +101,7 @@ func (s savedKernels) Suspend(ctx context.Context, id, checkpoint string) error 
 }
 
 func (s savedKernels) order(o checkpoint.RestoreOrder) kernel.RestoreOrder {
-	return kernel.RestoreOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, Kernel: o.Kernel, Checkpoint: o.Checkpoint, Move: o.Move, Why: o.Why, SavedAt: o.SavedAt}
+	return kernel.RestoreOrder{CRIU: s.criu, Images: o.Images, Private: o.Private, Kernel: o.Kernel, Checkpoint: o.Checkpoint, Move: o.Move, Why: o.Why, SavedAt: o.SavedAt, Lazy: s.lazy}
 }
 
 func (s savedKernels) Restore(ctx context.Context, id string, o checkpoint.RestoreOrder) error {

@@ -57,6 +57,7 @@ type kernelsFile struct {
 		MaxBytes string `yaml:"max_bytes"`
 		Keep     *int   `yaml:"keep"`
 		MaxAge   string `yaml:"max_age"`
+		Lazy     string `yaml:"lazy"`
 	} `yaml:"checkpoints"`
 	Moves   string   `yaml:"moves"`
 	Warm    *int     `yaml:"warm"`
@@ -218,6 +219,13 @@ func (p *problems) kernels(in file, c *Config, at func(...any) int, there bool) 
 			p.add(line("checkpoints", "max_age"), "kernels.checkpoints.max_age: %q is not a time of 1h or more, such as 12h or 30d", text)
 		}
 		out.Checkpoints.MaxAge = d
+	}
+	switch ck.Lazy {
+	case "", "auto":
+	case "off":
+		out.Checkpoints.Eager = true
+	default:
+		p.add(line("checkpoints", "lazy"), "kernels.checkpoints.lazy: %q is not auto or off", ck.Lazy)
 	}
 	if base := k.UIDBase; base != nil {
 		if *base < 1000 || *base > 4_294_900_000 {

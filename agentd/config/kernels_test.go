@@ -33,7 +33,7 @@ kernels:
   environment: [REGION]
   visible: [/srv/venv]
   idle: {after: 8h, then: suspend}
-  checkpoints: {criu: /opt/x/criu, max_bytes: 1GiB, keep: 7, max_age: 2d}
+  checkpoints: {criu: /opt/x/criu, max_bytes: 1GiB, keep: 7, max_age: 2d, lazy: off}
   moves: out
   warm: 2
   journal: 32MiB
@@ -47,7 +47,7 @@ vault: {address: 'https://vault:8200', token: {file: /etc/token}}
 		Enabled: true, Specs: []string{"python3"}, SpecDirs: []string{"/srv/kernels"}, Max: 3, Memory: 1 << 30, CPUs: 1.5, PIDs: 100, Disk: 1 << 30,
 		Network: "allowed", NetworkAllow: []string{"10.1.2.3:443", "10.0.0.0/8:8080", "[2001:db8::1]:443"}, Environment: []string{"REGION"},
 		Visible: []string{"/srv/venv"}, IdleAfter: 8 * time.Hour, IdleSuspend: true, Warm: 2, Journal: 32 << 20,
-		Moves: "out", Checkpoints: policy.Checkpoints{CRIU: "/opt/x/criu", MaxBytes: 1 << 30, Keep: 7, MaxAge: 48 * time.Hour},
+		Moves: "out", Checkpoints: policy.Checkpoints{CRIU: "/opt/x/criu", MaxBytes: 1 << 30, Keep: 7, MaxAge: 48 * time.Hour, Eager: true},
 		Secrets: policy.KernelSecrets{ControlPlane: true, Vault: map[string]policy.VaultSecret{"TOKEN": {Path: "secret/team/token", Key: "value"}, "DB": {Path: "kv/db", Key: "password"}}},
 	}}
 	if err != nil || !reflect.DeepEqual(c.Kernels, want) {
@@ -81,6 +81,7 @@ vault: {address: 'https://vault:8200', token: {file: /etc/token}}
 		"{checkpoints: {keep: 0}}":               "kernels.checkpoints.keep: 0",
 		"{checkpoints: {max_age: 3w}}":           "kernels.checkpoints.max_age",
 		"{checkpoints: {max_bytes: 1KiB}}":       "kernels.max_bytes: 1KiB",
+		"{checkpoints: {lazy: on}}":              `kernels.checkpoints.lazy: "on" is not auto or off`,
 		"{secrets: {control_plane: yes}}":        `kernels.secrets.control_plane: "yes" is none of allow, deny`,
 		"{secrets: {control_plan: allow}}":       "unknown key kernels.secrets.control_plan",
 		"{secrets: {vault: {T: {path: kv/t}}}}":  "kernels.secrets.vault: there is no vault in this configuration",

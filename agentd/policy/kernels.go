@@ -126,6 +126,8 @@ type Checkpoints struct {
 	// Keep is how many of each kernel are kept beside the protected, MaxAge for how long.
 	Keep   int
 	MaxAge time.Duration
+	// Eager: kernels come back with all of their memory, never before it is there.
+	Eager bool
 }
 
 // jupyterPrefix begins variables that Jupyter's own servers set for a kernel's manager.

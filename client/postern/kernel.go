@@ -145,7 +145,7 @@ func (a *app) listKernels(ctx context.Context, c *client.Client, agent string) e
 		}
 		return []string{
 			k.Kernel.GetId(), k.Agent, firstOf(k.Kernel.GetSpec(), "-"), kernelState(k), firstOf(k.Kernel.GetOwner().GetTokenName(), "-"), fmt.Sprint(k.Kernel.GetConnections()),
-			memory, timeText(k.Kernel.GetStarted()), timeText(k.Kernel.GetLastActivity()), k.Kernel.GetReason(),
+			memory, timeText(k.Kernel.GetStarted()), timeText(k.Kernel.GetLastActivity()), firstOf(k.Kernel.GetReason(), k.Kernel.GetNotice()),
 		}
 	})
 }

@@ -132,9 +132,17 @@ it, and the kernel goes on as it was.`,
 				if err != nil {
 					return err
 				}
+				a.note(resp.Msg)
 				return a.done(resp.Msg, "kernel %s is as it was at %s", args[0], args[1])
 			})
 		},
+	}
+}
+
+// note says what is to be known of a restore: that it was eager, and why.
+func (a *app) note(k *posternv1.Kernel) {
+	if text := k.GetNotice(); text != "" {
+		a.info("kernel %s: %s", safe(k.GetId()), safe(text))
 	}
 }
 
@@ -148,6 +156,7 @@ func (a *app) kernelForkCommand() *cobra.Command {
 				if err != nil {
 					return err
 				}
+				a.note(resp.Msg.Kernel)
 				return a.done(resp.Msg, "%s", resp.Msg.Kernel.GetId())
 			})
 		},
@@ -181,6 +190,7 @@ func (a *app) kernelResumeCommand() *cobra.Command {
 					return err
 				}
 				state := strings.ToLower(strings.TrimPrefix(resp.Msg.GetState().String(), "KERNEL_STATE_"))
+				a.note(resp.Msg)
 				return a.done(resp.Msg, "kernel %s is back (%s)", args[0], state)
 			})
 		},

@@ -48,6 +48,7 @@ Its checkpoints go along; what lies on workspaces does not.`,
 				if err != nil || last.GetKernel() == nil {
 					return proto.Errorf(proto.CodeUnavailable, "the control plane went away before it said whether kernel %s was moved: see postern kernel list", args[0])
 				}
+				a.note(last.Kernel)
 				return a.done(last.Kernel, "kernel %s is on agent %s", args[0], args[1])
 			})
 		},

@@ -114,7 +114,10 @@ type Kernel struct {
 	// Bytes that its cgroup holds; 0 where that is not known.
 	Memory uint64 `protobuf:"varint,14,opt,name=memory,proto3" json:"memory,omitempty"`
 	// Set while it is being moved to another host: see MoveHostService.
-	Move          *KernelMove `protobuf:"bytes,16,opt,name=move,proto3" json:"move,omitempty"`
+	Move *KernelMove `protobuf:"bytes,16,opt,name=move,proto3" json:"move,omitempty"`
+	// What is to be known of its last restore, one line: its memory is still coming in, or
+	// why it was restored eagerly where it would have been lazily; empty: nothing.
+	Notice        string `protobuf:"bytes,17,opt,name=notice,proto3" json:"notice,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -252,6 +255,13 @@ func (x *Kernel) GetMove() *KernelMove {
 		return x.Move
 	}
 	return nil
+}
+
+func (x *Kernel) GetNotice() string {
+	if x != nil {
+		return x.Notice
+	}
+	return ""
 }
 
 // KernelMove is what a kernel that is being moved away says of it.
@@ -1229,7 +1239,7 @@ var File_postern_v1_kernel_proto protoreflect.FileDescriptor
 const file_postern_v1_kernel_proto_rawDesc = "" +
 	"\n" +
 	"\x17postern/v1/kernel.proto\x12\n" +
-	"postern.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15postern/v1/host.proto\"\xa6\x04\n" +
+	"postern.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15postern/v1/host.proto\"\xbe\x04\n" +
 	"\x06Kernel\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x12\n" +
 	"\x04spec\x18\x02 \x01(\tR\x04spec\x12\x1a\n" +
@@ -1250,7 +1260,8 @@ const file_postern_v1_kernel_proto_rawDesc = "" +
 	"checkpoint\x12/\n" +
 	"\x06mounts\x18\r \x03(\v2\x17.postern.v1.KernelMountR\x06mounts\x12\x16\n" +
 	"\x06memory\x18\x0e \x01(\x04R\x06memory\x12*\n" +
-	"\x04move\x18\x10 \x01(\v2\x16.postern.v1.KernelMoveR\x04move\"@\n" +
+	"\x04move\x18\x10 \x01(\v2\x16.postern.v1.KernelMoveR\x04move\x12\x16\n" +
+	"\x06notice\x18\x11 \x01(\tR\x06notice\"@\n" +
 	"\n" +
 	"KernelMove\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x0e\n" +

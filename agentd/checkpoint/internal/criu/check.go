@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/postern-dev/postern/agentd/checkpoint/internal/lazy"
 )
 
 // Grade is how grave a finding is.
@@ -72,10 +74,10 @@ func Examine(ctx context.Context, configured, self string) []Finding {
 	} else {
 		add("criu incremental", Fine, "memory changes are tracked by this system's kernel", "")
 	}
-	if err := userfaultfd(); err != nil {
+	if err := lazy.Available(); err != nil {
 		add("criu lazy restore", Lesser, "no userfaultfd ("+err.Error()+"): restores copy everything first", "use a Linux kernel with CONFIG_USERFAULTFD")
 	} else {
-		add("criu lazy restore", Fine, "userfaultfd is there", "")
+		add("criu lazy restore", Fine, "userfaultfd is there: large kernels run before all of their memory is back", "")
 	}
 	all = append(all, kerndat("/run"))
 	return all
@@ -150,14 +152,6 @@ func (d *Driver) Missing() string {
 		return "agentd lacks " + m + ", which CRIU needs to save another user's process"
 	}
 	return ""
-}
-
-func userfaultfd() error {
-	fd, _, errno := unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|unix.O_NONBLOCK, 0, 0)
-	if errno != 0 {
-		return errno
-	}
-	return unix.Close(int(fd))
 }
 
 // kerndat looks at CRIU's cache of what the system's kernel can: CRIU keeps it in /run,

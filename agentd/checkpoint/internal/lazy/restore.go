@@ -255,6 +255,12 @@ var ErrLost = errors.New("its memory could not be brought back")
 // errKilled is how that ends mostly.
 var errKilled = fmt.Errorf("%w: the process that did it was killed", ErrLost)
 
+// errGone is returned when the tree has ended and the server, which should see it at its next
+// step, does not. goneTime is when.
+var errGone = errors.New("there is nothing to bring memory to")
+
+const goneTime = 3 * time.Second
+
 // over is errHungUp once Close was called.
 func (r *Restore) over() error {
 	r.mu.Lock()
@@ -267,8 +273,23 @@ func (r *Restore) over() error {
 
 // hold holds what it has until the server is done. If that dies it ends the tree first.
 func (r *Restore) hold(init int) error {
-	m, err := r.next(r.over)
+	var gone time.Time
+	m, err := r.next(func() error {
+		switch {
+		case !ended(init):
+			return r.over()
+		case gone.IsZero():
+			gone = time.Now()
+		case time.Since(gone) > goneTime:
+			return errGone
+		}
+		return r.over()
+	})
 	switch {
+	case errors.Is(err, errGone):
+		_ = r.server.Process.Kill()
+		_ = r.server.Wait()
+		return nil
 	case err == nil && m.Kind == "done":
 		r.bytes, r.took = m.Bytes, m.Took
 		_ = r.server.Wait()

@@ -321,16 +321,29 @@ func (s *server) endGuard() {
 	}
 }
 
+// abandonedTime bounds how long the memory of processes is held that are to be ended.
+const abandonedTime = 10 * time.Minute
+
+// used reports whether a process is there yet that was to get memory.
+func (s *server) used() bool {
+	for _, p := range s.spaces {
+		// Nothing is mapped at the end: it is refused as long as there is a process, and
+		// otherwise because there is none.
+		if err := zeroPages(p.fd, lastPages, s.fill.page); !errors.Is(err, unix.ESRCH) && !errors.Is(err, unix.ENOSPC) {
+			return true
+		}
+	}
+	return false
+}
+
 // fail ends a tree whose memory can't be brought back. What it waits for is held until it is
 // gone.
 func (s *server) fail(err error) {
 	_, _ = unix.Pwrite(s.mark, []byte(markFailed+err.Error()), 0)
 	s.tell(message{Kind: "failed", Failed: err.Error()})
-	if s.init < 0 { // who restores ends it
-		for s.control >= 0 {
-			if _, _, err := receive(s.control); err != nil {
-				return
-			}
+	if s.init < 0 { // who restores ends it, or who takes over from that
+		for deadline := time.Now().Add(abandonedTime); time.Now().Before(deadline) && s.used(); {
+			time.Sleep(20 * pause)
 		}
 		return
 	}

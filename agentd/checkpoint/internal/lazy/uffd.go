@@ -31,6 +31,10 @@ const (
 
 const msgLen = 32
 
+// lastPages is an address that can be mapped, and that Linux maps nothing at by itself: 64 KiB
+// below the end of x86's user space.
+const lastPages = 0x7fffffff0000
+
 // event is a uffd_msg: for a fault a is the address, for a fork the new descriptor, for a
 // remap from, to and length, else start and end.
 type event struct {

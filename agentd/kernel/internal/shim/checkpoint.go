@@ -26,8 +26,25 @@ type CRIU interface {
 	// RestoreTree returns init's process id; init is this process's child. After an error
 	// nothing of it is left.
 	RestoreTree(ctx context.Context, path string, tree []byte, images string) (pid int, err error)
+	// RestoreLazily is RestoreTree for a tree with more than over bytes of memory that can
+	// come while it runs already. filling is nil if it is all there; eager is why then, where
+	// it has as much. mark is a path for a file that says how far it is. The caller must not
+	// dump the tree before filling is done, and must Close it; when its Err is another than
+	// nil the tree was ended.
+	RestoreLazily(ctx context.Context, path string, tree []byte, images string, over int64, mark string) (pid int, filling Filling, eager string, err error)
+	// AwaitFilled asks a mark of an earlier process's: busy, memory still comes; an error, but
+	// the context's, says that some never will. wait has it wait until it is not busy.
+	AwaitFilled(ctx context.Context, mark string, wait bool) (busy bool, err error)
 	// Continue lets a tree go on that DumpTree left stopped; it does nothing to others.
 	Continue(pid int)
+}
+
+// Filling is memory of a restored tree that is being brought in. Err is valid when Done is
+// closed; Close lets go of it, and it goes on.
+type Filling = interface {
+	Done() <-chan struct{}
+	Err() error
+	Close()
 }
 
 // DumpOrder is what Dump is to do; the directories are absolute, those for Images and
@@ -79,6 +96,9 @@ type RestoreOrder struct {
 	// kernel is told.
 	Why     string    `json:"why,omitempty"`
 	SavedAt time.Time `json:"saved_at,omitzero"`
+	// Lazy is the memory in bytes over which the kernel runs before all of it is there; 0:
+	// it never does.
+	Lazy int64 `json:"lazy,omitempty"`
 }
 
 const (
@@ -98,6 +118,9 @@ func (s *Shim) Dump(ctx context.Context, o DumpOrder) (Dumped, error) {
 		return Dumped{}, errNoCRIU
 	}
 	if err := s.held(o.Move); err != nil {
+		return Dumped{}, err
+	}
+	if err := s.awaitFilled(ctx, o.Timeout); err != nil {
 		return Dumped{}, err
 	}
 	q, err := s.Quiesce(ctx, o.Wait)
@@ -331,7 +354,7 @@ func (s *Shim) restore(ctx context.Context, o RestoreOrder, saved Saved) (box *s
 		p.Abort()
 		return nil, undo, fmt.Errorf("tell the kernel that it is restored: %w", err)
 	}
-	pid, err := s.criu.RestoreTree(ctx, o.CRIU, tree, o.Images)
+	pid, filling, err := s.restoreTree(ctx, o, tree)
 	if err != nil {
 		p.Abort()
 		return nil, undo, err
@@ -339,6 +362,9 @@ func (s *Shim) restore(ctx context.Context, o RestoreOrder, saved Saved) (box *s
 	box, err = p.Adopt(ctx, pid)
 	if err != nil {
 		err = errors.Join(err, sandbox.Cleanup(context.WithoutCancel(ctx), spec))
+	}
+	if filling != nil {
+		s.fill(box, filling)
 	}
 	return box, undo, err
 }

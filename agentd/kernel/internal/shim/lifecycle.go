@@ -26,6 +26,9 @@ func (s *Shim) start(ctx context.Context) error {
 	s.state.Key, s.state.Started, s.state.Dead, s.state.Suspended = hex.EncodeToString(key[:]), time.Now().UTC(), "", false
 	s.state.Sandbox, s.state.Checkpoint = nil, ""
 	s.mu.Unlock()
+	if err := s.unmark(ctx); err != nil {
+		return err
+	}
 	if err := s.saveState(); err != nil {
 		return err
 	}
@@ -68,6 +71,7 @@ func (s *Shim) watch(box *sandbox.Sandbox) {
 	if err != nil {
 		return // the shim lets go
 	}
+	lost := s.filled(box)
 	s.life.Lock()
 	defer s.life.Unlock()
 	s.mu.Lock()
@@ -87,6 +91,9 @@ func (s *Shim) watch(box *sandbox.Sandbox) {
 	reason := exit.Reason
 	if reason == "" {
 		reason = fmt.Sprintf("ended with exit code %d", exit.Code)
+	}
+	if lost != nil {
+		reason = s.lost(lost)
 	}
 	if err := s.died(box, reason); err != nil {
 		s.logger.Error("a kernel's end not noted", "err", err)

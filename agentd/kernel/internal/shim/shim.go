@@ -69,6 +69,8 @@ type Shim struct {
 	phase   posternv1.KernelState
 	reason  string
 	quiet   bool        // quiesced
+	filling *filling    // of box, or of the one before; nil: none
+	notice  string      // of the last restore, see posternv1.Kernel
 	stay    *time.Timer // lets a kernel go on that was left stopped; nil: none is
 	stopped bool
 	active  time.Time
@@ -179,6 +181,13 @@ func (s *Shim) adopt(ctx context.Context) error {
 	if s.state.Sandbox != nil {
 		spec = *s.state.Sandbox
 	}
+	filling, lost := s.unfilled(ctx)
+	if lost != nil {
+		if err := sandbox.Cleanup(ctx, spec); err != nil { // before it says anything
+			return err
+		}
+		return s.died(nil, s.lost(lost))
+	}
 	box, err := sandbox.Adopt(ctx, spec, 0)
 	if errors.Is(err, sandbox.ErrGone) {
 		if cerr := sandbox.Cleanup(ctx, spec); cerr != nil {
@@ -192,6 +201,9 @@ func (s *Shim) adopt(ctx context.Context) error {
 	s.logger.Info("kernel adopted", "pid", box.PID())
 	if s.criu != nil { // a shim that ended in the midst of a suspend left it stopped
 		s.criu.Continue(box.PID())
+	}
+	if filling != nil {
+		s.fill(box, filling)
 	}
 	now := box.Spec()
 	s.mu.Lock()
@@ -259,7 +271,7 @@ func (s *Shim) Kernel() (*posternv1.Kernel, <-chan struct{}) {
 	defer s.mu.Unlock()
 	k := &posternv1.Kernel{
 		Id: s.spec.ID, Spec: s.spec.Name, Language: s.spec.Language, State: s.phase, Reason: s.reason,
-		LastActivity: timestamppb.New(s.active), Sequence: last, Generation: s.state.Generation, Checkpoint: s.state.Checkpoint,
+		LastActivity: timestamppb.New(s.active), Sequence: last, Generation: s.state.Generation, Checkpoint: s.state.Checkpoint, Notice: s.notice,
 	}
 	for _, b := range s.spec.Sandbox.Binds {
 		if workspace, ok := strings.CutPrefix(b.Target, WorkInside); ok {
