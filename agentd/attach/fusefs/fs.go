@@ -76,7 +76,9 @@ type FS struct {
 	// lookups counts what the kernel knows of each node; inherited: it may know any.
 	lookups   map[uint64]uint64
 	inherited bool
-	modes     map[uint64]*mode
+	// before are nodes that the kernel may know from a process before this one.
+	before map[uint64]struct{}
+	modes  map[uint64]*mode
 }
 
 // mode is how handles on a file are served.
@@ -113,6 +115,9 @@ func (f *FS) SetKernel(k Kernel, inherited bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.kernel, f.inherited = k, inherited
+	if inherited {
+		f.before = f.r.IDs()
+	}
 	for node, n := range k.Backings() {
 		f.modes[node] = &mode{through: true, handles: n}
 	}
@@ -145,7 +150,22 @@ func (f *FS) InvalInode(id uint64) {
 func (f *FS) Holds(id uint64) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.lookups[id] > 0 || f.inherited
+	_, before := f.before[id]
+	return f.lookups[id] > 0 || before
+}
+
+// LetGo implements replica.Listener.
+func (f *FS) LetGo(parent uint64, name string, id uint64) {
+	f.mu.Lock()
+	k, known := f.kernel, f.lookups[id]
+	f.mu.Unlock()
+	if k == nil || k.EntryNotify(parent, name) != fuse.ENOENT || known > 0 {
+		return
+	}
+	// It does not know the name, so it does not know the node by it.
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.before, id)
 }
 
 func (f *FS) know(id uint64) {
@@ -161,6 +181,7 @@ func (f *FS) Forget(id, n uint64) {
 	// The kernel forgets all at once, so what was known before a takeover is forgotten with it.
 	if left <= n || f.inherited {
 		delete(f.lookups, id)
+		delete(f.before, id)
 		left = 0
 	} else {
 		left -= n
@@ -259,6 +280,7 @@ func (f *FS) entryOut(a replica.Attr, out *fuse.EntryOut) {
 func (f *FS) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
 	ctx, done := request(cancel)
 	defer done()
+	defer f.r.Step()()
 	var a replica.Attr
 	var err error
 	switch name {

@@ -55,6 +55,7 @@ type serving struct {
 
 type testConfig struct {
 	CacheBytes, MaxUnsent int64
+	MetadataBytes         int64
 	Deadline              time.Duration
 	Boot                  string
 	ReadOnly              bool
@@ -73,7 +74,7 @@ func serveForTest(arg string) error {
 		SyncedForTest: synced, NowForTest: shifted(s.Clock),
 		Dir: s.Dir, Workspace: "test", MountID: "mount of " + s.Dir, Remote: remote.Dial(s.Socket),
 		Log:        slog.New(slog.NewTextHandler(os.Stderr, nil)),
-		CacheBytes: s.Config.CacheBytes, MaxUnsent: s.Config.MaxUnsent, Deadline: s.Config.Deadline, Boot: s.Config.Boot, ReadOnly: s.Config.ReadOnly,
+		CacheBytes: s.Config.CacheBytes, MetadataBytes: s.Config.MetadataBytes, MaxUnsent: s.Config.MaxUnsent, Deadline: s.Config.Deadline, Boot: s.Config.Boot, ReadOnly: s.Config.ReadOnly,
 	})
 	if err != nil {
 		return err
@@ -101,9 +102,14 @@ func serveForTest(arg string) error {
 	fs.SetKernel(&testKernel{Server: server, open: map[uint64]*backing{}, off: s.NoPassthrough}, false)
 	fmt.Println("mounted")
 	go func() {
-		// The parent closes our stdin when we are to end, and says d to have everything sent.
+		// The parent closes our stdin when we are to end, says d to have everything sent, and n to hear
+		// how many nodes are known.
 		var b [1]byte
 		for n, _ := os.Stdin.Read(b[:]); n > 0; n, _ = os.Stdin.Read(b[:]) {
+			if b[0] == 'n' {
+				fmt.Printf("nodes %d\n", r.Status().Nodes)
+				continue
+			}
 			if err := r.Drain(context.Background()); err != nil {
 				fmt.Println(err)
 			} else {

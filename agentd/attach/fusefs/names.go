@@ -95,13 +95,14 @@ func (f *FS) Rename(cancel <-chan struct{}, in *fuse.RenameIn, name, newName str
 }
 
 // OpenDir implements fuse.RawFileSystem.
-func (f *FS) OpenDir(_ <-chan struct{}, _ *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+func (f *FS) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+	f.r.OpenDir(in.NodeId)
 	out.OpenFlags = fuse.FOPEN_CACHE_DIR | fuse.FOPEN_KEEP_CACHE
 	return fuse.OK
 }
 
 // ReleaseDir implements fuse.RawFileSystem.
-func (f *FS) ReleaseDir(*fuse.ReleaseIn) {}
+func (f *FS) ReleaseDir(in *fuse.ReleaseIn) { f.r.ReleaseDir(in.NodeId) }
 
 // FsyncDir implements fuse.RawFileSystem.
 func (f *FS) FsyncDir(<-chan struct{}, *fuse.FsyncIn) fuse.Status { return status(f.r.FsyncDir()) }

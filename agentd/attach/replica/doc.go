@@ -13,6 +13,10 @@
 // journal's word for that is durable; ids of lost nodes under which something lies are not used again; and files
 // are looked at before the journal is believed.
 //
+// Names and attributes are in memory, within Config.MetadataBytes: beyond it, what directories hold that
+// nobody uses is forgotten if the control plane can say it again and the kernel has let go of it, and
+// listed again when somebody looks. What has not been sent, is open, or is in use is never forgotten.
+//
 // Errors of operations are syscall.Errno. One lock, mu, is over the tree and all that goes with
 // it; it is held for memory and the page cache, never for the network or a sync.
 //

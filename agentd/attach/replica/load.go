@@ -50,6 +50,7 @@ func (r *Replica) loaded(ctx context.Context, id uint64) error {
 	for {
 		r.mu.Lock()
 		n := r.s.Node(id)
+		r.dirs.use(n)
 		switch {
 		case n == nil:
 			r.mu.Unlock()
@@ -69,6 +70,7 @@ func (r *Replica) loaded(ctx context.Context, id uint64) error {
 				r.loading[d] = wait
 			}
 			r.mu.Unlock()
+			r.giveWay(ctx)
 			err := r.load(ctx, dirs...)
 			r.mu.Lock()
 			for _, d := range dirs {
@@ -246,6 +248,8 @@ func (r *Replica) mergeLocked(id uint64, entries []*posternv1.Entry, seq uint64)
 		r.notes.always(id) // its number of links is known now
 	}
 	b.Loaded(id, true)
+	r.dirs.use(r.s.Node(id))
+	r.crowdedLocked()
 	return r.commitLocked(b)
 }
 

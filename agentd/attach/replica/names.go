@@ -81,6 +81,7 @@ func (r *Replica) Lookup(ctx context.Context, dir uint64, name string) (Attr, er
 			r.mu.Unlock()
 			return Attr{}, syscall.ENOTDIR
 		}
+		r.dirs.use(d)
 		if id := d.Dir.Lookup(name); id != 0 {
 			n, err := r.nodeLocked(id)
 			if err != nil {
@@ -122,6 +123,7 @@ type Name struct {
 // ReadDir lists the names of a directory behind a cookie, in order, until each returns
 // false. It calls each without a lock, at most 512 names at a time, and none of "." and "..".
 func (r *Replica) ReadDir(ctx context.Context, dir, cookie uint64, each func(Name) bool) error {
+	defer r.dirs.step()()
 	if err := r.loaded(ctx, dir); err != nil {
 		return err
 	}
@@ -172,6 +174,7 @@ func (r *Replica) Make(ctx context.Context, by Caller, dir uint64, name string, 
 	if m.Type == tree.Symlink && len(m.Target) > 4095 {
 		return Attr{}, syscall.ENAMETOOLONG
 	}
+	defer r.dirs.step()()
 	if err := r.loaded(ctx, dir); err != nil {
 		return Attr{}, err
 	}
@@ -311,6 +314,7 @@ func (r *Replica) Link(ctx context.Context, by Caller, id, dir uint64, name stri
 	if err := checkName(name); err != nil {
 		return Attr{}, err
 	}
+	defer r.dirs.step()()
 	if err := r.loaded(ctx, dir); err != nil {
 		return Attr{}, err
 	}
@@ -372,6 +376,7 @@ func (r *Replica) Link(ctx context.Context, by Caller, id, dir uint64, name stri
 // Remove removes a name: of a file or symbolic link (EISDIR otherwise), or of an empty
 // directory if directory is set (ENOTDIR otherwise).
 func (r *Replica) Remove(ctx context.Context, by Caller, dir uint64, name string, directory bool) error {
+	defer r.dirs.step()()
 	a, err := r.Lookup(ctx, dir, name)
 	if err != nil {
 		return err

@@ -22,6 +22,7 @@ func (r *Replica) Rename(ctx context.Context, by Caller, dir uint64, name string
 	if flags&^(RenameNoReplace|RenameExchange) != 0 || flags == RenameNoReplace|RenameExchange {
 		return syscall.EINVAL
 	}
+	defer r.dirs.step()()
 	if _, err := r.Lookup(ctx, dir, name); err != nil {
 		return err
 	}

@@ -33,6 +33,10 @@ type Config struct {
 	ReadOnly bool
 	// CacheBytes is how much disk contents that can be fetched again may take; 0: 20 GiB.
 	CacheBytes int64
+	// MetadataBytes is about how much memory names and attributes may take that can be listed
+	// again; 0: 48 MiB, which is about 150,000 files. Directories that nobody has used for a second are forgotten
+	// beyond it, the one used longest ago first.
+	MetadataBytes int64
 	// MaxUnsent is how many bytes of content may wait for the control plane; beyond it,
 	// writers get ENOSPC. 0: 50 GiB.
 	MaxUnsent int64
@@ -64,6 +68,7 @@ type Replica struct {
 
 	kick    chan struct{} // the queue has something
 	compact chan struct{} // the journal has grown
+	crowded chan struct{} // names and attributes take more than they should
 
 	mu   sync.Mutex
 	s    *tree.State
@@ -98,6 +103,7 @@ type Replica struct {
 	stocked bool
 	refused map[uint64]time.Time // contents to offer again, and when
 	lru     lru
+	dirs    dirs
 
 	// maybeSent is the number of the last operation that may have been sent without an
 	// answer, by this process or one before it. The uploader's alone.
@@ -131,6 +137,9 @@ type Listener interface {
 	InvalInode(id uint64)
 	// Holds tells whether the kernel may still know a node.
 	Holds(id uint64) bool
+	// LetGo asks the kernel to forget the only name of a node that is no directory and that nobody
+	// has open. If it does, Replica.Forgotten is called, sooner or later.
+	LetGo(parent uint64, name string, id uint64)
 }
 
 // Open opens a replica. The first time it needs the control plane; later it does not.
@@ -138,6 +147,9 @@ type Listener interface {
 func Open(ctx context.Context, cfg Config) (*Replica, error) {
 	if cfg.CacheBytes == 0 {
 		cfg.CacheBytes = 20 << 30
+	}
+	if cfg.MetadataBytes == 0 {
+		cfg.MetadataBytes = 48 << 20
 	}
 	if cfg.MaxUnsent == 0 {
 		cfg.MaxUnsent = 50 << 30
@@ -159,7 +171,7 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 		cfg: cfg, log: cfg.Log.With("workspace", cfg.Workspace), s: tree.New(),
 		open: map[uint64]*opened{}, loading: map[uint64]chan struct{}{}, queued: map[uint64]uint64{},
 		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, refused: map[uint64]time.Time{}, attempts: map[uint64]string{}, closed: map[uint64]time.Time{}, doomed: map[uint64]bool{}, stale: map[uint64]bool{},
-		kick: make(chan struct{}, 1), compact: make(chan struct{}, 1), changed: make(chan struct{}),
+		kick: make(chan struct{}, 1), compact: make(chan struct{}, 1), crowded: make(chan struct{}, 1), changed: make(chan struct{}),
 		readOnly: cfg.ReadOnly, unlinked: time.Now(),
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())
@@ -204,6 +216,8 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 	r.wg.Go(r.watchLoop)
 	r.wg.Go(r.takeStock)
 	r.wg.Go(r.sweepLoop)
+	r.dirs.start(r.s)
+	r.wg.Go(r.trimLoop)
 	r.wakeUploader()
 	return r, nil
 }
@@ -283,6 +297,7 @@ func (r *Replica) Unlisten(l Listener) {
 func (r *Replica) Inherit() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.dirs.after = time.Now().Add(unknownListings)
 	r.s.Each(func(n *tree.Node) {
 		if n.Has(tree.Writing) || n.Has(tree.Cached) {
 			r.unknown[n.ID] = true

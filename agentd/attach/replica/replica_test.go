@@ -459,9 +459,10 @@ func TestManyEntries(t *testing.T) {
 // heldByKernel is a Listener whose kernel knows everything.
 type heldByKernel struct{}
 
-func (heldByKernel) InvalEntry(uint64, string) {}
-func (heldByKernel) InvalInode(uint64)         {}
-func (heldByKernel) Holds(uint64) bool         { return true }
+func (heldByKernel) InvalEntry(uint64, string)    {}
+func (heldByKernel) InvalInode(uint64)            {}
+func (heldByKernel) Holds(uint64) bool            { return true }
+func (heldByKernel) LetGo(uint64, string, uint64) {}
 
 // TestTakeover: a process takes a replica over while handles are open, through which the
 // kernel goes on writing to the backing files.

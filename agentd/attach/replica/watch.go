@@ -81,11 +81,17 @@ func (r *Replica) apply(ctx context.Context, resp *posternv1.WatchChangesRespons
 // resetLocked makes everything be listed again.
 func (r *Replica) resetLocked() {
 	r.s.Each(func(n *tree.Node) {
-		if n.Type == tree.Directory && n.Dir.Loaded || n.Type == tree.File && n.Flags&(tree.Local|tree.Partial) != 0 {
+		if r.listedLocked(n) || n.Type == tree.File && n.Flags&(tree.Local|tree.Partial) != 0 {
 			r.stale[n.ID] = true
 		}
 	})
 	r.wakeUploader()
+}
+
+// listedLocked tells whether a node is a directory of which somebody may believe to know names, or
+// that there are none: it is listed, or was before its names were forgotten.
+func (r *Replica) listedLocked(n *tree.Node) bool {
+	return n.Type == tree.Directory && (n.Dir.Loaded || n.Dir.Len() > 0 || r.otherHoldsLocked(nil, n.ID))
 }
 
 func (r *Replica) applyOne(c *posternv1.NodeChange) error {
@@ -112,8 +118,21 @@ func (r *Replica) applyOne(c *posternv1.NodeChange) error {
 	known := r.s.Node(id) != nil
 	for _, e := range c.Added {
 		dir := r.s.Node(e.GetParent())
-		if dir == nil || dir.Dir == nil || !dir.Dir.Loaded {
-			continue // listed when somebody looks
+		if dir == nil || dir.Dir == nil {
+			continue
+		}
+		if !dir.Dir.Loaded {
+			// Listed when somebody looks; but the kernel may know it from when it was listed before.
+			r.notes.entry(dir.ID, string(e.GetName()))
+			r.notes.node(dir.ID)
+			switch at := dir.Dir.Lookup(string(e.GetName())); {
+			case checkName(string(e.GetName())) != nil, at == id, r.s.Touched(dir.ID) > 0 && r.pendingNamesLocked(dir.ID)[string(e.GetName())]:
+			case known && !c.Gone:
+				r.takeNameLocked(b, dir.ID, string(e.GetName()), id)
+			case at != 0: // another node had the name, and is known by it
+				r.takeAwayLocked(b, dir.ID, string(e.GetName()))
+			}
+			continue
 		}
 		if checkName(string(e.GetName())) != nil {
 			continue
@@ -151,6 +170,7 @@ func (r *Replica) applyOne(c *posternv1.NodeChange) error {
 			d.Mtime = max(d.Mtime, c.GetNode().GetCtimeNs())
 			d.Ctime = max(d.Ctime, c.GetNode().GetCtimeNs())
 			b.Put(d)
+			r.notes.node(d.ID)
 		}
 	}
 	return r.commitLocked(b)
@@ -214,7 +234,7 @@ func (r *Replica) refresh(ctx context.Context, ids []uint64) (err error) {
 	for _, id := range ids {
 		r.mu.Lock()
 		n := r.s.Node(id)
-		list := n != nil && n.Type == tree.Directory && n.Dir.Loaded
+		list := n != nil && r.listedLocked(n)
 		r.mu.Unlock()
 		if !list || !found[id] && id != tree.Root {
 			continue

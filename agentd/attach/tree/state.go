@@ -14,6 +14,7 @@ type State struct {
 	touched map[uint64]int
 	replies map[uint64]Reply
 	order   []uint64 // of replies, oldest first
+	bytes   int64    // of nodes and names
 }
 
 // Meta is what there is once. It is journaled whole.
@@ -69,6 +70,27 @@ func New() *State {
 // Node finds a node, nil if it is not known. It must not be changed; see Node.Clone.
 func (s *State) Node(id uint64) *Node { return s.nodes[id] }
 
+// Bytes is about how much memory nodes and names take.
+func (s *State) Bytes() int64 { return s.bytes }
+
+const (
+	nodeBytes  = 240 // a Node, and its place in the map
+	nameBytes  = 64  // an Entry, and its places in the index
+	xattrBytes = 64  // two strings and their place in a map
+)
+
+// Bytes is about how much memory a node takes, without what is in it.
+func (n *Node) Bytes() int64 {
+	b := nodeBytes + int64(len(n.Target))
+	for k, v := range n.Xattrs {
+		b += xattrBytes + int64(len(k)+len(v))
+	}
+	return b
+}
+
+// Bytes is about how much memory a name takes.
+func (e Entry) Bytes() int64 { return nameBytes + int64(len(e.Name)) }
+
 // Len is the number of nodes.
 func (s *State) Len() int { return len(s.nodes) }
 
@@ -97,7 +119,9 @@ func (s *State) Reply(unique uint64) (Reply, bool) {
 
 func (s *State) put(n *Node) {
 	old := s.nodes[n.ID]
+	s.bytes += n.Bytes()
 	if old != nil {
+		s.bytes -= old.Bytes()
 		n.Dir, n.Names = old.Dir, old.Names
 	} else {
 		n.Dir, n.Names = nil, 0
@@ -109,9 +133,18 @@ func (s *State) put(n *Node) {
 }
 
 func (s *State) drop(id uint64) {
-	if id != Root {
-		delete(s.nodes, id)
+	n := s.nodes[id]
+	if id == Root || n == nil {
+		return
 	}
+	s.bytes -= n.Bytes()
+	if n.Dir != nil {
+		n.Dir.From(0, func(e Entry) bool {
+			s.bytes -= e.Bytes()
+			return true
+		})
+	}
+	delete(s.nodes, id)
 }
 
 func (s *State) link(parent uint64, name string, id, cookie uint64) error {
@@ -121,6 +154,8 @@ func (s *State) link(parent uint64, name string, id, cookie uint64) error {
 	}
 	if old := dir.Dir.set(name, id, cookie); old != 0 {
 		s.unnamed(dir, old)
+	} else {
+		s.bytes += Entry{Name: name}.Bytes()
 	}
 	child.Names++
 	child.Parent = parent
@@ -136,6 +171,7 @@ func (s *State) unlink(parent uint64, name string) {
 		return
 	}
 	if old := dir.Dir.remove(name); old != 0 {
+		s.bytes -= Entry{Name: name}.Bytes()
 		s.unnamed(dir, old)
 	}
 }

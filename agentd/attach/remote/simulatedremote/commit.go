@@ -287,10 +287,11 @@ func (r *Remote) Fill(dirs, files int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	add := func(parent uint64, name string, typ posternv1.NodeType) uint64 {
+		id := r.nextID
 		r.nextID++
-		r.nodes[r.nextID] = &posternv1.Node{Id: r.nextID, Type: typ, Mode: 0o755, Links: 1, MtimeNs: 1, CtimeNs: 1, BtimeNs: 1, Seq: 1}
-		r.names[parent][name] = r.nextID
-		return r.nextID
+		r.nodes[id] = &posternv1.Node{Id: id, Type: typ, Mode: 0o755, Links: 1, MtimeNs: 1, CtimeNs: 1, BtimeNs: 1, Seq: 1}
+		r.names[parent][name] = id
+		return id
 	}
 	r.seq++
 	for d := range dirs {
