@@ -90,6 +90,74 @@ func TestSimulatedBucketByVault(t *testing.T) {
 	}
 }
 
+// TestSimulatedBucketRotation rotates a bucket's keys in Vault while it is mounted: nobody who reads or writes sees it. Where
+// Vault gets the new ones last, who writes in between is told, and goes on soon after.
+func TestSimulatedBucketRotation(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: mounts")
+	}
+	s := simulateds3.Start(t, "acme-raw")
+	for i := range 4 {
+		s.Put(fmt.Sprintf("d/there%d", i), "what was there")
+	}
+	v, text := vaultWith(t, s)
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &mounts{lab: newLab(t, newTestControl(t), text+fmt.Sprintf("attachments:\n  workspaces: []\n  host_mounts: [%s]\n  buckets:\n    - {name: raw, bucket: acme-raw, endpoint: %q, path_style: true, %s}\n", dir, s.URL, keysInVault)), dir: dir}
+	t.Cleanup(m.clean)
+	m.start()
+	m.eventually("mountd", func() error {
+		if s := m.d.attachmentStatus(); s.PID == 0 {
+			return errors.New(s.Error)
+		}
+		return nil
+	})
+	at := m.target("raw")
+	if err := m.mount("raw", at, false); err != nil {
+		t.Fatal(err)
+	}
+	if got := m.sh("cat %s/d/there0 && echo 0 > %s/d/new0 && echo fine", at, at); got != "what was therefine" {
+		t.Fatalf("before: %s", got)
+	}
+	// Twice, at once for all: the old keys are refused from here on, and were used a moment ago.
+	for i := 1; i <= 2; i++ {
+		key, secret := fmt.Sprintf("ROTATEDKEY%d", i), fmt.Sprintf("a-rotated-secret-key-%d", i)
+		v.Put("team/s3", map[string]any{"access": key, "key": secret})
+		s.Rotate(key, secret)
+		if got := m.sh("cat %s/d/there%d && echo %d > %s/d/new%d && ls %s/d | wc -l && rm %s/d/new%d && echo done", at, i, i, at, i, at, at, i-1); !strings.HasSuffix(got, "done") || !strings.HasPrefix(got, "what was there") || strings.Contains(got, "rror") || strings.Contains(got, "denied") {
+			t.Errorf("after rotation %d: %s", i, got)
+		}
+	}
+	if got := m.metric("agentd_bucket_requests_total read failed") + m.metric("agentd_bucket_requests_total write failed") + m.metric("agentd_bucket_requests_total list failed"); got != 0 {
+		t.Errorf("%v requests failed", got)
+	}
+	// The object store is first this time.
+	s.Rotate("ROTATEDKEY3", "a-rotated-secret-key-3")
+	if got := m.sh("echo late > %s/d/late || echo told", at); !strings.Contains(got, "told") {
+		t.Errorf("a write that the bucket refused was no error: %s", got)
+	}
+	v.Put("team/s3", map[string]any{"access": "ROTATEDKEY3", "key": "a-rotated-secret-key-3"})
+	m.eventually("writing with the keys that came late", func() error {
+		if got := m.sh("echo late > %s/d/late && echo fine", at); got != "fine" {
+			return errors.New(got)
+		}
+		return nil
+	})
+	if !s.Has("d/late", "late\n") {
+		t.Error("what was written is not in the bucket")
+	}
+	for i := range 4 {
+		for _, secret := range []string{fmt.Sprintf("a-rotated-secret-key-%d", i), "a-simulated-secret-key"} {
+			if strings.Contains(m.log.String(), secret) {
+				t.Errorf("the secret %s is told", secret)
+			}
+		}
+	}
+	m.eventually("the unmount", func() error { return umountHere(t.Context(), &m.d.places, at, false) })
+}
+
 // metric is the value of a metric of the daemon: its name, and the values of its labels in the
 // order of their names; -1: there is none.
 func (m *mounts) metric(name string) float64 {

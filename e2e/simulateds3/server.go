@@ -25,7 +25,7 @@ const maxBody = 64 << 20
 type Server struct {
 	// URL is its endpoint, http:// on loopback; path style alone.
 	URL string
-	// Bucket is its only bucket; Key and Secret are its only user's.
+	// Bucket is its only bucket; Key and Secret are its only user's, until Rotate.
 	Bucket, Key, Secret string
 
 	mu      sync.Mutex
@@ -59,6 +59,21 @@ func (s *Server) Put(key, content string) {
 	s.put(key, []byte(content))
 }
 
+// Rotate gives the server's user another key and secret; the ones before are refused.
+func (s *Server) Rotate(key, secret string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.Key, s.Secret = key, secret
+}
+
+// Has tells whether an object has this content.
+func (s *Server) Has(key, content string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	o, found := s.objects[key]
+	return found && string(o.content) == content
+}
+
 // Count is how many objects there are.
 func (s *Server) Count() int {
 	s.mu.Lock()
@@ -83,7 +98,10 @@ func fail(w http.ResponseWriter, r *http.Request, status int, code string) {
 
 // ServeHTTP implements http.Handler.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if !strings.Contains(r.Header.Get("Authorization"), "Credential="+s.Key+"/") {
+	s.mu.Lock()
+	user := "Credential=" + s.Key + "/"
+	s.mu.Unlock()
+	if !strings.Contains(r.Header.Get("Authorization"), user) {
 		fail(w, r, http.StatusForbidden, "InvalidAccessKeyId")
 		return
 	}

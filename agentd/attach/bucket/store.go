@@ -20,6 +20,7 @@ import (
 	"github.com/aws/aws-sdk-go-v2/aws/retry"
 	"github.com/aws/aws-sdk-go-v2/service/s3"
 	"github.com/aws/aws-sdk-go-v2/service/s3/types"
+	"github.com/aws/smithy-go/middleware"
 	"gocloud.dev/blob"
 	"gocloud.dev/blob/s3blob"
 	"gocloud.dev/gcerrors"
@@ -62,7 +63,8 @@ type Config struct {
 	PathStyle bool
 	// ReadOnly refuses what would change it.
 	ReadOnly bool
-	// Keys reads the credentials, at most once a minute; its error is one line without them.
+	// Keys reads the credentials: when they are used and were read more than a minute ago, and at most once a
+	// second when the object store refuses them. Its error is one line without them.
 	Keys func(context.Context) (Keys, error)
 	// Metrics is optional.
 	Metrics *Metrics
@@ -90,18 +92,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		TLSHandshakeTimeout: 10 * time.Second, ResponseHeaderTimeout: stallTime,
 		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.RootCAs},
 	}
-	keys := aws.CredentialsProviderFunc(func(ctx context.Context) (aws.Credentials, error) {
-		k, err := cfg.Keys(ctx)
-		if err != nil {
-			return aws.Credentials{}, &proto.Error{Code: proto.CodeSourceCredentials, Message: err.Error()}
-		}
-		return aws.Credentials{
-			AccessKeyID: k.Access, SecretAccessKey: k.Secret, SessionToken: k.Session, Source: "agentd.yaml",
-			CanExpire: true, Expires: time.Now().Add(keyLife),
-		}, nil
-	})
+	keys := newKeyring(cfg.Keys)
 	options := s3.Options{
-		Region: cfg.Region, Credentials: aws.NewCredentialsCache(keys), UsePathStyle: cfg.PathStyle,
+		Region: cfg.Region, Credentials: keys.cache, UsePathStyle: cfg.PathStyle,
+		APIOptions: []func(*middleware.Stack) error{keys.middleware},
 		HTTPClient: &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
 		// What is not AWS's own does not know newer checksums.
 		RequestChecksumCalculation: aws.RequestChecksumCalculationWhenRequired,
