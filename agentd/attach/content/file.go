@@ -47,6 +47,10 @@ type File struct {
 }
 
 func (f *File) open(w Want) error {
+	if w.New {
+		f.whole = true // backing makes its file when somebody writes to it
+		return nil
+	}
 	name := f.store.Path(w.ID)
 	fd, err := os.OpenFile(name, os.O_RDWR, 0)
 	if errors.Is(err, os.ErrNotExist) {
@@ -127,12 +131,12 @@ func (f *File) Untouched() bool {
 	return f.fd == nil
 }
 
-// backing returns the backing file, which it makes if needed.
+// backing returns the backing file, which it makes if needed: empty.
 func (f *File) backing() (*os.File, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.fd == nil {
-		fd, err := os.OpenFile(f.store.Path(f.id), os.O_RDWR|os.O_CREATE, 0o600)
+		fd, err := os.OpenFile(f.store.Path(f.id), os.O_RDWR|os.O_CREATE|os.O_TRUNC, 0o600)
 		if err != nil {
 			return nil, err
 		}

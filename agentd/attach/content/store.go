@@ -204,6 +204,8 @@ type Want struct {
 	Stamp int64
 	// Doubt: what lies here must be checked before it is used.
 	Doubt bool
+	// New: it was made just now and is empty; nothing lies here under its id.
+	New bool
 }
 
 // Acquire opens a content, or adds a user to the one that is open. Each must be

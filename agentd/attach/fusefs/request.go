@@ -12,17 +12,17 @@ import (
 // Most requests are answered from memory and never wait: only one that asks for Done costs a
 // goroutine.
 func request(cancel <-chan struct{}) (ctx context.Context, done func()) {
-	c := &requestContext{Context: context.Background(), cancel: cancel, over: make(chan struct{})}
+	c := &requestContext{Context: context.Background(), cancel: cancel}
 	return c, c.end
 }
 
 type requestContext struct {
 	context.Context
 	cancel <-chan struct{}
-	over   chan struct{} // the request was answered
 
 	mu   sync.Mutex
 	done chan struct{} // nil: nobody asked
+	over chan struct{} // closed when the request was answered; nil with done
 	err  error
 }
 
@@ -35,7 +35,8 @@ func (c *requestContext) Done() <-chan struct{} {
 		if c.err != nil {
 			close(c.done)
 		} else {
-			go c.watch()
+			c.over = make(chan struct{})
+			go c.watch(c.over)
 		}
 	}
 	return c.done
@@ -48,9 +49,9 @@ func (c *requestContext) Err() error {
 	return c.err
 }
 
-func (c *requestContext) watch() {
+func (c *requestContext) watch(over <-chan struct{}) {
 	select {
-	case <-c.over:
+	case <-over:
 		return
 	case <-c.cancel: // nil: never
 	}
@@ -59,13 +60,17 @@ func (c *requestContext) watch() {
 	select {
 	case <-t.C:
 		c.finish(context.Canceled)
-	case <-c.over:
+	case <-over:
 	}
 }
 
 func (c *requestContext) finish(err error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	c.finishLocked(err)
+}
+
+func (c *requestContext) finishLocked(err error) {
 	if c.err != nil {
 		return
 	}
@@ -76,6 +81,10 @@ func (c *requestContext) finish(err error) {
 
 // end ends the context and its goroutine; call it once.
 func (c *requestContext) end() {
-	close(c.over)
-	c.finish(context.Canceled)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.over != nil {
+		close(c.over)
+	}
+	c.finishLocked(context.Canceled)
 }

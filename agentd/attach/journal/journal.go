@@ -26,6 +26,9 @@ const (
 	// spare is what of it only ReserveLast gives: on a full disk it must still be possible to
 	// remove files, and to note what was uploaded.
 	spare = 1 << 20
+	// keptBuffer bounds the room for entries that is used again, in bytes: one for every small
+	// change would be garbage that the collector has to find.
+	keptBuffer = 64 << 10
 )
 
 // firstName is the first segment while it is made.
@@ -79,6 +82,7 @@ type Journal struct {
 	syncing  bool
 	broken   error
 	previous []string // segments to remove when this one is durable
+	buf      []byte   // for the entry that is written; at most keptBuffer
 }
 
 // Open opens the journal in dir, which it makes if needed, and calls replay with every
@@ -259,7 +263,14 @@ func (j *Journal) writeLocked(kind byte, payload []byte) error {
 	if len(payload) > MaxEntry {
 		return fmt.Errorf("journal entry of %d bytes: at most %d", len(payload), MaxEntry)
 	}
-	buf := make([]byte, headerSize+len(payload))
+	n := headerSize + len(payload)
+	buf := j.buf
+	if n > len(buf) {
+		if buf = make([]byte, n); n <= keptBuffer {
+			j.buf = buf
+		}
+	}
+	buf = buf[:n]
 	putHeader(buf, kind, j.durable, payload)
 	if _, err := j.file.WriteAt(buf, j.end); err != nil {
 		j.broken = fmt.Errorf("%w: %w", ErrBroken, err)

@@ -220,7 +220,7 @@ func (r *Replica) Make(ctx context.Context, by Caller, dir uint64, name string, 
 		return Attr{}, err
 	}
 	if m.Open {
-		o, err := r.openLocked(n, true)
+		o, err := r.openNodeLocked(n, true, true)
 		if err != nil {
 			return Attr{}, err
 		}
@@ -289,7 +289,7 @@ func (r *Replica) MakeUnnamed(ctx context.Context, by Caller, mode uint16) (Attr
 	if err := r.commitLocked(b); err != nil {
 		return Attr{}, err
 	}
-	o, err := r.openLocked(n, true)
+	o, err := r.openNodeLocked(n, true, true)
 	if err != nil {
 		return Attr{}, err
 	}

@@ -18,9 +18,14 @@ const fetchToWrite = 16 << 20
 
 // openLocked adds a user to a content.
 func (r *Replica) openLocked(n *tree.Node, write bool) (*opened, error) {
+	return r.openNodeLocked(n, write, false)
+}
+
+// openNodeLocked is openLocked; made: the node was made just now.
+func (r *Replica) openNodeLocked(n *tree.Node, write, made bool) (*opened, error) {
 	o := r.open[n.ID]
 	if o == nil {
-		w := content.Want{ID: n.ID, Version: n.Version, Size: n.Size, Whole: n.Has(tree.Local), Changed: n.Has(tree.Dirty) || n.Version == 0, Stamp: n.Stamp}
+		w := content.Want{New: made, ID: n.ID, Version: n.Version, Size: n.Size, Whole: n.Has(tree.Local), Changed: n.Has(tree.Dirty) || n.Version == 0, Stamp: n.Stamp}
 		f, err := r.store.Acquire(w)
 		if err != nil {
 			r.say(slog.LevelError, "content cannot be opened", "node", n.ID, "err", err)
