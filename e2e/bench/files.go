@@ -86,6 +86,7 @@ type filesBench struct {
 	native string // a directory on the same disk
 	lab    string // where a workspace is mounted that is used by several parts
 	pid    int    // mountd's
+	bin    string // where programs are
 }
 
 func startFiles(ctx context.Context, o Options, r *Report) (b *filesBench, err error) {
@@ -93,7 +94,7 @@ func startFiles(ctx context.Context, o Options, r *Report) (b *filesBench, err e
 	if err != nil {
 		return nil, err
 	}
-	b = &filesBench{r: r, s: s, mounts: filepath.Join(s.Dir, "mounts"), native: filepath.Join(s.Dir, "native")}
+	b = &filesBench{r: r, s: s, mounts: filepath.Join(s.Dir, "mounts"), native: filepath.Join(s.Dir, "native"), bin: o.Bin}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, b.end())

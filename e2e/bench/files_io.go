@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -9,10 +8,8 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -225,129 +222,4 @@ func (b *filesBench) staged(ctx context.Context, size fileSizes) error {
 	b.r.AtLeast("files-write-fsync", c.speed(), 0.5, "x")
 	b.r.AtMost("files-staged-write-cpu", c.cpu(), 1.5, "x")
 	return nil
-}
-
-// creates makes many empty files on the disk, on the mount and through sshfs.
-func (b *filesBench) creates(ctx context.Context, size fileSizes) error {
-	const figure = "files-creates-vs-sshfs"
-	x, err := startSSHFS(ctx, b.s.Dir)
-	if err != nil {
-		return err
-	}
-	dirs := []string{b.native, b.lab}
-	if x != nil {
-		defer x.end()
-		dirs = append(dirs, x.mount)
-	}
-	took, used := make([][]float64, len(dirs)), make([][]float64, len(dirs))
-	var sent time.Duration
-	for round := range 2 {
-		for i, dir := range dirs {
-			if _, err := b.drain(ctx); err != nil {
-				return err
-			}
-			dir = filepath.Join(dir, fmt.Sprintf("creates-%d", round))
-			if err := os.Mkdir(dir, 0o755); err != nil {
-				return err
-			}
-			got, err := b.cost(func() error { return create(dir, size.creates) })
-			if err != nil {
-				return err
-			}
-			if i == 1 {
-				if sent, err = b.drain(ctx); err != nil {
-					return err
-				}
-			}
-			took[i] = append(took[i], got.wall.Seconds()*1e6/float64(size.creates))
-			used[i] = append(used[i], got.cpu.Seconds()*1e6/float64(size.creates))
-		}
-	}
-	b.r.Printf("making one of %d empty files, rounds of native, mount and sshfs: %.0f us; CPU of this process and mountd %.0f us; all are at the control plane %.1f s later", size.creates, took, used, sent.Seconds())
-	if x == nil {
-		b.r.NotMeasured(figure, "there is no sshfs or sftp-server: run packaging/dev/deps.sh sshfs")
-		return nil
-	}
-	b.r.AtLeast(figure, (took[2][0]+took[2][1])/(took[1][0]+took[1][1]), 3, "x")
-	return nil
-}
-
-// create makes n empty files that must not be there.
-func create(dir string, n int) error {
-	for i := range n {
-		fd, err := unix.Open(filepath.Join(dir, fmt.Sprintf("file-%05d", i)), unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|unix.O_CLOEXEC, 0o644)
-		if err != nil {
-			return fmt.Errorf("create %d in %s: %w", i, dir, err)
-		}
-		if err := unix.Close(fd); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// sshfs is a directory of this disk mounted by sshfs from an sftp-server beside it, with
-// no ssh between them.
-type sshfs struct {
-	mount           string
-	client, server  *exec.Cmd
-	clientLog, logs bytes.Buffer
-}
-
-// startSSHFS mounts; nil: the programs are not installed.
-func startSSHFS(ctx context.Context, below string) (x *sshfs, err error) {
-	program, err := exec.LookPath("sshfs")
-	if err != nil {
-		return nil, nil //nolint:nilerr // said in the figure's line
-	}
-	const server = "/usr/lib/openssh/sftp-server"
-	if _, err := os.Stat(server); err != nil {
-		return nil, nil //nolint:nilerr // likewise
-	}
-	dir := filepath.Join(below, "sshfs-files")
-	x = &sshfs{mount: filepath.Join(below, "sshfs-mount")}
-	if err := errors.Join(os.Mkdir(dir, 0o755), os.Mkdir(x.mount, 0o755)); err != nil {
-		return nil, err
-	}
-	fromServer, toClient, err := os.Pipe()
-	if err != nil {
-		return nil, err
-	}
-	fromClient, toServer, err := os.Pipe()
-	if err != nil {
-		return nil, errors.Join(err, fromServer.Close(), toClient.Close())
-	}
-	defer func() { // the programs have theirs
-		_ = errors.Join(fromServer.Close(), toClient.Close(), fromClient.Close(), toServer.Close())
-	}()
-	x.server = exec.Command(server)
-	x.server.Stdin, x.server.Stdout, x.server.Stderr = fromClient, toClient, &x.logs
-	x.client = exec.Command(program, "-f", "-o", "passive", "bench:"+dir, x.mount)
-	x.client.Stdin, x.client.Stdout, x.client.Stderr = fromServer, toServer, &x.clientLog
-	if err := x.server.Start(); err != nil {
-		return nil, err
-	}
-	if err := x.client.Start(); err != nil {
-		_ = x.server.Process.Kill()
-		_ = x.server.Wait()
-		return nil, err
-	}
-	for until := time.Now().Add(10 * time.Second); !mounted(x.mount); time.Sleep(20 * time.Millisecond) {
-		if ctx.Err() != nil || time.Now().After(until) {
-			x.end()
-			return nil, fmt.Errorf("sshfs has mounted nothing within 10 s: %s %s", strings.TrimSpace(x.clientLog.String()), strings.TrimSpace(x.logs.String()))
-		}
-	}
-	return x, nil
-}
-
-// end unmounts and waits for both programs.
-func (x *sshfs) end() {
-	if mounted(x.mount) {
-		_ = unix.Unmount(x.mount, unix.MNT_DETACH)
-	}
-	for _, cmd := range []*exec.Cmd{x.client, x.server} {
-		_ = cmd.Process.Kill()
-		_ = cmd.Wait()
-	}
 }

@@ -107,8 +107,13 @@ for name in "$@"; do
 			install python3-jupyter-kernel-test python3-nbclient python3-notebook python3-jupyter-server python3-jupyter-console python3-websocket python3-requests
 		command -v as >/dev/null 2>&1 || install binutils
 		;;
-	sshfs) # what a mounted workspace is measured against: sshfs and its server, without ssh
-		command -v sshfs >/dev/null 2>&1 && [ -x /usr/lib/openssh/sftp-server ] || install sshfs openssh-sftp-server
+	sshfs) # what a mounted workspace is measured against: sshfs with ssh and sshd, and without
+		command -v sshfs >/dev/null 2>&1 && command -v ssh >/dev/null 2>&1 && [ -x /usr/lib/openssh/sftp-server ] || install sshfs openssh-client openssh-sftp-server libwrap0
+		# sshd is unpacked only: what is installed would listen from the next boot on.
+		if [ ! -x /usr/sbin/sshd ] && [ ! -x bin/openssh/usr/sbin/sshd ]; then
+			rm -rf bin/openssh && mkdir -p bin/openssh
+			(cd bin/openssh && apt-get download -q openssh-server >/dev/null && dpkg -x openssh-server_*.deb . && rm openssh-server_*.deb) || die "apt-get download openssh-server failed"
+		fi
 		;;
 	testhost) # what boots disposable hosts for tests of packages and units
 		command -v mmdebstrap >/dev/null 2>&1 && command -v systemd-nspawn >/dev/null 2>&1 || install mmdebstrap systemd-container
