@@ -32,7 +32,7 @@ func (f *FS) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string, out 
 		if err != nil {
 			return status(err)
 		}
-		return f.created(ctx, openKey(&in.InHeader), a, true, out)
+		return f.created(ctx, in, a, true, out)
 	}
 	var a replica.Attr
 	err := f.roomy(func() (err error) {
@@ -42,13 +42,13 @@ func (f *FS) Create(cancel <-chan struct{}, in *fuse.CreateIn, name string, out 
 	if err == syscall.EEXIST && in.Flags&syscall.O_EXCL == 0 {
 		// Somebody else made it since the kernel looked.
 		if a, err = f.r.Lookup(ctx, in.NodeId, name); err == nil {
-			return f.created(ctx, openKey(&in.InHeader), a, true, out)
+			return f.created(ctx, in, a, true, out)
 		}
 	}
 	if err != nil {
 		return status(err)
 	}
-	return f.created(ctx, openKey(&in.InHeader), a, false, out)
+	return f.created(ctx, in, a, false, out)
 }
 
 // Tmpfile implements fuse.RawFileSystem.
@@ -60,13 +60,13 @@ func (f *FS) Tmpfile(cancel <-chan struct{}, in *fuse.CreateIn, out *fuse.Create
 		if err != nil {
 			return status(err)
 		}
-		return f.created(ctx, openKey(&in.InHeader), a, true, out)
+		return f.created(ctx, in, a, true, out)
 	}
 	a, err := f.r.MakeUnnamed(ctx, f.caller(&in.InHeader), permissions(in.Mode))
 	if err != nil {
 		return status(err)
 	}
-	return f.created(ctx, openKey(&in.InHeader), a, false, out)
+	return f.created(ctx, in, a, false, out)
 }
 
 func create(in *fuse.CreateIn) replica.Make {
@@ -75,8 +75,12 @@ func create(in *fuse.CreateIn) replica.Make {
 
 // created answers with a file that was just made, which is open already unless it must be
 // opened. Its handle goes through the daemon, so that no backing file is needed for one that
-// stays empty.
-func (f *FS) created(ctx context.Context, key uint64, a replica.Attr, mustOpen bool, out *fuse.CreateOut) fuse.Status {
+// stays empty. What is written through one that cannot read is not kept by the kernel as well: it would
+// copy it into pages of its own, which cost more than the copy, and nobody reads those: who opens the file
+// after it was closed is passed through to its backing file. A handle that can read may be
+// mapped, for which there must be pages.
+func (f *FS) created(ctx context.Context, in *fuse.CreateIn, a replica.Attr, mustOpen bool, out *fuse.CreateOut) fuse.Status {
+	key := openKey(&in.InHeader)
 	if mustOpen {
 		if s := f.open(ctx, key, a.ID, syscall.O_RDWR, &out.OpenOut); !s.Ok() {
 			return s
@@ -92,6 +96,9 @@ func (f *FS) created(ctx context.Context, key uint64, a replica.Attr, mustOpen b
 		f.mu.Unlock()
 		out.Fh = key<<handleBits | handleCached | handleWriter
 		out.OpenFlags = fuse.FOPEN_KEEP_CACHE
+		if in.Flags&syscall.O_ACCMODE == syscall.O_WRONLY {
+			out.OpenFlags |= fuse.FOPEN_DIRECT_IO
+		}
 	}
 	f.entryOut(a, &out.EntryOut)
 	return fuse.OK
