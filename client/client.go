@@ -50,6 +50,8 @@ type Client struct {
 	Audit         posternv1connect.AuditServiceClient
 	Organizations posternv1connect.OrganizationServiceClient
 	CA            posternv1connect.CAServiceClient
+	MasterKeys    posternv1connect.MasterKeyServiceClient
+	FileKeys      posternv1connect.FileKeyServiceClient
 
 	base *url.URL
 	http *http.Client
@@ -102,6 +104,8 @@ func New(cfg Config) (*Client, error) {
 		Audit:         posternv1connect.NewAuditServiceClient(hc, address, option),
 		Organizations: posternv1connect.NewOrganizationServiceClient(hc, address, option),
 		CA:            posternv1connect.NewCAServiceClient(hc, address, option),
+		MasterKeys:    posternv1connect.NewMasterKeyServiceClient(hc, address, option),
+		FileKeys:      posternv1connect.NewFileKeyServiceClient(hc, address, option),
 		base:          base,
 		http:          hc,
 	}, nil

@@ -85,6 +85,8 @@ var readOnly = []string{
 	posternv1connect.AuditServiceVerifyAuditProcedure,
 	posternv1connect.OrganizationServiceListOrganizationsProcedure,
 	posternv1connect.CAServiceShowCAProcedure,
+	posternv1connect.MasterKeyServiceGetMasterKeyStatusProcedure,
+	posternv1connect.FileKeyServiceGetFileKeyStatusProcedure,
 }
 
 // roundTripper adds the token and makes a *proto.Error of what goes wrong on the

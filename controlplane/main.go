@@ -49,7 +49,7 @@ func command() *cobra.Command {
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(serveCommand(), drainCommand(), logLevelCommand(), clidoc.ManCommand(root, "8", proto.Software()), &cobra.Command{
+	root.AddCommand(serveCommand(), drainCommand(), logLevelCommand(), masterKeyCommand(), clidoc.ManCommand(root, "8", proto.Software()), &cobra.Command{
 		Use:   "version",
 		Short: "Print the version",
 		Args:  usageArgs(cobra.NoArgs),

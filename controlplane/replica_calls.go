@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"maps"
+	"slices"
 
 	gproto "google.golang.org/protobuf/proto"
 
@@ -17,12 +19,47 @@ const (
 	callCancelKey   = "cancel-key"
 	callReportRows  = "report-rows"
 	callMove        = "move-agent"
+	callMasterKey   = "master-key"
 )
 
 // moveCall asks for an agent to be moved that has this tunnel.
 type moveCall struct {
 	Agent      string
 	Generation int64
+}
+
+// keyCall asks for a master key; keyAnswer has it.
+type (
+	keyCall   struct{ ID string }
+	keyAnswer struct{ Key []byte }
+)
+
+// bases are where the others that live are reached.
+func (r *replicas) bases() []string {
+	if r == nil {
+		return nil
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Collect(maps.Values(r.alive))
+}
+
+// masterKey asks another control plane for a master key.
+func (r *replicas) masterKey(ctx context.Context, base, id string) ([]byte, error) {
+	body, err := json.Marshal(keyCall{id})
+	if err != nil {
+		return nil, err
+	}
+	answer, err := r.client.Call(ctx, base, callMasterKey, body)
+	if err != nil {
+		return nil, err
+	}
+	defer clear(answer)
+	var got keyAnswer
+	if json.Unmarshal(answer, &got) != nil {
+		return nil, proto.Errorf(proto.CodeInternal, "the other control plane's answer is malformed") // which is not quoted
+	}
+	return got.Key, nil
 }
 
 // queryCall asks about a query; Principal and Rows are encoded messages.
@@ -151,6 +188,16 @@ func (r *replicas) call(ctx context.Context, name string, body []byte) ([]byte, 
 			return bad(err)
 		}
 		s.hub.MoveGeneration(m.Agent, m.Generation)
+	case callMasterKey:
+		var q keyCall
+		if err := json.Unmarshal(body, &q); err != nil {
+			return bad(err)
+		}
+		key, err := s.masters.give(ctx, q.ID)
+		if err != nil {
+			return nil, err
+		}
+		return json.Marshal(keyAnswer{key})
 	case callCancelKey:
 		var rest []byte
 		if err := json.Unmarshal(body, &rest); err != nil {

@@ -193,7 +193,7 @@ func (r *replicas) live(ctx context.Context) {
 // beat says that this replica lives and looks which others do.
 func (r *replicas) beat(ctx context.Context) {
 	s := r.server
-	err := s.store.BeatReplica(ctx, store.Replica{URL: r.url, Draining: s.draining.Load(), Started: r.started, Software: proto.Software()})
+	err := s.store.BeatReplica(ctx, store.Replica{URL: r.url, Draining: s.draining.Load(), Started: r.started, Software: proto.Software(), MasterKeys: s.ca.Keys().IDs(), MasterActive: s.ca.Keys().Active()})
 	all, rerr := s.store.Replicas(ctx)
 	if err = errors.Join(err, rerr); err != nil {
 		if ctx.Err() == nil {

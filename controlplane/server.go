@@ -24,6 +24,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/blob"
 	"github.com/postern-dev/postern/controlplane/budget"
 	"github.com/postern-dev/postern/controlplane/catalog"
+	"github.com/postern-dev/postern/controlplane/filekey"
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/jupyter"
 	"github.com/postern-dev/postern/controlplane/kernel"
@@ -49,6 +50,9 @@ const (
 	renewRate, renewBurst     = 0.01, 20 // renewals of one agent
 	cancelRate, cancelBurst   = 0.2, 20  // PostgreSQL's cancel requests of one address that fit no session
 )
+
+// rowsOfQueries is the purpose for which the rows kept of queries are sealed.
+const rowsOfQueries = "rows of queries"
 
 const (
 	// readHeaderTimeout bounds a request's header, also of connections that say
@@ -90,6 +94,8 @@ type Server struct {
 	secrets  *secret.Service
 	jupyter  *jupyter.Server
 	blobs    *blob.Store
+	fileKeys *filekey.Service
+	masters  *masterRotation
 	// blobAway: the object store did not answer at the start.
 	blobAway  bool
 	files     *workspace.Service
@@ -129,9 +135,10 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if err := s.openStore(ctx); err != nil {
 		return err
 	}
-	if s.ca, err = pki.Open(ctx, pki.Config{Store: s.store, MasterKeyFile: filepath.Join(s.options.Data, "master.key")}); err != nil {
+	if s.ca, err = pki.Open(ctx, pki.Config{Store: s.store, MasterKeyFile: filepath.Join(s.options.Data, "master.key"), Prepare: s.openMasterKeys}); err != nil {
 		return err
 	}
+	s.masters = &masterRotation{server: s}
 	s.tokens = token.New(token.Config{Store: s.store, Failures: ratelimit.New(failureRate, failureBurst), Logger: s.log})
 	adminToken := filepath.Join(s.options.Data, "admin.token")
 	made, err := s.tokens.Bootstrap(ctx, adminToken)
@@ -210,7 +217,7 @@ func (s *Server) wire(ctx context.Context) error {
 		// Behind a proxy on this machine each host has its own share.
 		RemoteIP: api.RemoteAddress,
 	})
-	box := s.ca.Box("rows of queries")
+	box := s.ca.Box(rowsOfQueries)
 	queryMetrics := query.NewMetrics(registry)
 	s.reports = s.newReports(box, queryMetrics)
 	s.queries = query.NewRunner(query.Config{
@@ -247,7 +254,7 @@ func (s *Server) wire(ctx context.Context) error {
 	})
 	s.wireKernels(registry, requests)
 	s.api = api.New(api.Config{
-		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks, s.secrets}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca, Rotation: rotation{s},
+		Logger: s.log, Tokens: tokens{s.tokens, s.pg, s.jupyter, s.notebooks, s.secrets}, Keys: s.joins, Store: s.store, Audit: s.audit, CA: s.ca, Rotation: rotation{s}, MasterKeys: s.masters, FileKeys: fileKeyRotation{s},
 		Agents: agents{s.hub, s.store, s.replicas, s.joins, s.tokens, s.pg, s.jupyter, s.notebooks}, Queries: queries{s.queries, s.journal, s.replicas}, Catalogs: s.catalogs, Kernels: kernels{s.kernels}, Notebooks: notebooks{s.notebooks}, Checkpoints: kernels{s.kernels}, Moves: kernels{s.kernels}, Secrets: secretAPI{s.secrets}, Jupyter: s.jupyter, Files: s.files,
 		DAV:      s.newDAV(requests),
 		Guard:    budget.New(bodyBudget).Guard,
@@ -361,6 +368,8 @@ func (s *Server) Run(ctx context.Context) error {
 	group.Go(func() error { s.retireAudit(work); return nil })
 	group.Go(func() error { s.collectFiles(work); return nil })
 	group.Go(func() error { s.followCA(work); return nil })
+	group.Go(func() error { s.followMasterKeys(work); return nil })
+	group.Go(func() error { s.followFileKeys(work); return nil })
 	group.Go(func() error { s.awaitBlob(work); return nil })
 	s.notify(daemon.SdNotifyReady)
 	select {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/postern-dev/postern/controlplane/api"
 	"github.com/postern-dev/postern/controlplane/blob"
+	"github.com/postern-dev/postern/controlplane/filekey"
 	"github.com/postern-dev/postern/controlplane/hub"
 	"github.com/postern-dev/postern/controlplane/ratelimit"
 	"github.com/postern-dev/postern/controlplane/store"
@@ -26,6 +27,8 @@ var (
 	_ workspace.Store  = (*store.Store)(nil)
 	_ workspace.Chunks = (*blob.Store)(nil)
 	_ blob.Index       = (*store.Store)(nil)
+	_ blob.Keys        = (*filekey.Service)(nil)
+	_ filekey.Store    = (*store.Store)(nil)
 	_ hub.Members      = members{}
 )
 
@@ -45,11 +48,10 @@ func (s *Server) wireFiles(ctx context.Context, registry prometheus.Registerer) 
 		where = filepath.Join(s.options.Data, "blob")
 	}
 	var err error
+	s.fileKeys = filekey.New(s.store, s.ca.Keys())
 	s.blobs, err = blob.Open(ctx, where, blob.Config{
 		Logger: s.log, Index: s.store, Metrics: blob.NewMetrics(registry),
-		Sealer: func(organization string) (blob.Sealer, error) {
-			return s.ca.Keys().FirstDataKey("files of " + organization)
-		},
+		Keys: s.fileKeys,
 	})
 	if err != nil {
 		return err

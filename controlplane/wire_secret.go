@@ -31,7 +31,7 @@ func (s *Server) newSecrets() *secret.Service {
 		Logger: s.log, Store: secretStore{s.store}, Append: s.audit.Append,
 		Operator: func(role string) bool { return token.Role(role).Includes(token.Operator) },
 		Box: func(organization string) (secret.Box, error) {
-			return s.ca.Box("secrets of organization " + organization), nil
+			return s.ca.Box(secretsOf(organization)), nil
 		},
 		Connect: func(id string) (secret.Agent, error) {
 			if s.refusing.Load() {
@@ -45,6 +45,9 @@ func (s *Server) newSecrets() *secret.Service {
 		},
 	})
 }
+
+// secretsOf is the purpose for which an organization's secrets are sealed.
+func secretsOf(organization string) string { return "secrets of organization " + organization }
 
 // secretAgent gives an agent secrets.
 type secretAgent struct{ *hub.Link }

@@ -437,7 +437,7 @@ func handshake(t *testing.T, client *tls.Config, server tls.Certificate) error {
 		if err != nil {
 			return
 		}
-		defer conn.Close()                                 //nolint:errcheck // loopback
+		defer conn.Close()                            //nolint:errcheck // loopback
 		conn.SetDeadline(time.Now().Add(time.Minute)) //nolint:errcheck // loopback
 		s := tls.Server(conn, &tls.Config{Certificates: []tls.Certificate{server}, ClientAuth: tls.RequestClientCert, MinVersion: tls.VersionTLS13, SessionTicketsDisabled: true})
 		s.Handshake() //nolint:errcheck // the client's word counts

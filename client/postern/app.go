@@ -89,7 +89,7 @@ func (a *app) root() *cobra.Command {
 	root.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp)) //nolint:errcheck // fails on unknown flags alone
 	root.AddCommand(
 		a.loginCommand(), a.statusCommand(), a.tokenCommand(), a.keyCommand(), a.agentCommand(), a.sourceCommand(),
-		a.sqlCommand(), a.queryCommand(), a.sessionCommand(), a.kernelCommand(), a.secretCommand(), a.notebookCommand(), a.fileCommand(), a.workspaceCommand(), a.auditCommand(), a.caCommand(), a.orgCommand(), a.versionCommand(), a.completionCommand(), clidoc.ManCommand(root, "1", proto.Software()),
+		a.sqlCommand(), a.queryCommand(), a.sessionCommand(), a.kernelCommand(), a.secretCommand(), a.notebookCommand(), a.fileCommand(), a.workspaceCommand(), a.auditCommand(), a.caCommand(), a.masterKeyCommand(), a.orgCommand(), a.versionCommand(), a.completionCommand(), clidoc.ManCommand(root, "1", proto.Software()),
 	)
 	return root
 }

@@ -17,7 +17,7 @@ import (
 
 func (a *app) workspaceCommand() *cobra.Command {
 	return group("workspace", "Workspaces: named file trees that hosts can mount",
-		a.workspaceListCommand(), a.workspaceShowCommand(), a.workspaceCreateCommand(), a.workspaceSetCommand(), a.workspaceRemoveCommand(), a.snapshotCommand())
+		a.workspaceListCommand(), a.workspaceShowCommand(), a.workspaceCreateCommand(), a.workspaceSetCommand(), a.workspaceRemoveCommand(), a.snapshotCommand(), a.fileKeyCommand())
 }
 
 func (a *app) workspaceListCommand() *cobra.Command {

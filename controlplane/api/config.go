@@ -26,13 +26,15 @@ type Config struct {
 	Notebooks   Notebooks
 	Checkpoints Checkpoints
 	// Files is optional: without it there are no workspaces.
-	Files    Files
-	Secrets  Secrets
-	Moves    Moves
-	Audit    Audit
-	CA       CA
-	Rotation Rotation
-	Gatherer prometheus.Gatherer
+	Files      Files
+	Secrets    Secrets
+	Moves      Moves
+	Audit      Audit
+	CA         CA
+	Rotation   Rotation
+	MasterKeys MasterKeys
+	FileKeys   FileKeys
+	Gatherer   prometheus.Gatherer
 	// Tunnel serves the WebSocket endpoint, /tunnel.
 	Tunnel http.Handler
 	// DAV serves WebDAV's clients, below /dav/; it knows callers by itself.

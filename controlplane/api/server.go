@@ -63,6 +63,8 @@ func New(cfg Config) *API {
 		func() (string, http.Handler) { return posternv1connect.NewAuditServiceHandler(a, option) },
 		func() (string, http.Handler) { return posternv1connect.NewOrganizationServiceHandler(a, option) },
 		func() (string, http.Handler) { return posternv1connect.NewCAServiceHandler(a, option) },
+		func() (string, http.Handler) { return posternv1connect.NewMasterKeyServiceHandler(a, option) },
+		func() (string, http.Handler) { return posternv1connect.NewFileKeyServiceHandler(a, option) },
 	} {
 		path, handler := service()
 		handler = a.guarded(handler)

@@ -12,7 +12,7 @@ import (
 	"math"
 	mathrand "math/rand/v2"
 	"slices"
-	"sync"
+	"strings"
 	"time"
 
 	"gocloud.dev/blob"
@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/postern-dev/postern/controlplane/filetree"
+	"github.com/postern-dev/postern/controlplane/masterkey"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/filechunk"
 )
@@ -43,32 +44,36 @@ type Index interface {
 	ChunkObjects(ctx context.Context, organization string, workspace int64, hashes []filetree.Hash) (map[filetree.Hash]filetree.Object, error)
 	BeginUploads(ctx context.Context, keys []string, now time.Time) error
 	EndUploads(ctx context.Context, organization string, workspace int64, objects []filetree.Object, now time.Time) error
-	MarkDamaged(ctx context.Context, organization string, hash filetree.Hash, key string) error
+	StaleObjects(ctx context.Context, organization string, newest int64, limit int) ([]filetree.Object, error)
+	ReplaceObjects(ctx context.Context, organization string, was, by []filetree.Object, now, later time.Time) error
+	MarkDamaged(ctx context.Context, organization string, hash filetree.Hash, key string) (current bool, err error)
 	CollectChunks(ctx context.Context, before, now time.Time, limit int) (int, error)
-	Garbage(ctx context.Context, limit int) ([]string, error)
+	Garbage(ctx context.Context, now time.Time, limit int) ([]string, error)
 	ForgetGarbage(ctx context.Context, keys []string) error
 }
 
-// Sealer encrypts with a key of one organization.
-type Sealer interface {
-	Seal(plain []byte, about string) ([]byte, error)
-	Open(sealed []byte, about string) ([]byte, error)
-	// OpenInPlace is Open, and what it returns is a part of sealed, which it overwrites.
-	OpenInPlace(sealed []byte, about string) ([]byte, error)
-	// Name is a keyed hash of what it is given, in text that a file may be called by.
-	Name(of []byte) string
+// Keys are the organizations' keys. See package filekey.
+type Keys interface {
+	// Newest is the key that seals.
+	Newest(ctx context.Context, organization string) (generation int64, key *masterkey.DataKey, err error)
+	// Of is the key of a generation; NOT_FOUND if it is gone.
+	Of(ctx context.Context, organization string, generation int64) (*masterkey.DataKey, error)
+	// Forget has the newest key be looked up again.
+	Forget(organization string)
 }
 
 // Config is what a Store needs.
 type Config struct {
 	Logger *slog.Logger
 	Index  Index
-	// Sealer returns the sealer of an organization.
-	Sealer func(organization string) (Sealer, error)
+	Keys   Keys
 	// Metrics is optional.
 	Metrics *Metrics
 	// Grace is how long a chunk that nothing refers to is kept; 0 means 24 hours.
 	Grace time.Duration
+	// Replaced is how long an object is kept after it was sealed anew as another one; 0 means 24 hours, within which
+	// copies of the database and of the objects belong together.
+	Replaced time.Duration
 }
 
 // Store is an open object store. Close it once.
@@ -77,12 +82,7 @@ type Store struct {
 	name   string // what --blob says, without what comes after the bucket's name
 	bucket bucket
 	dir    *directory // nil for a bucket elsewhere
-
-	mu      sync.Mutex
-	sealers map[string]Sealer // by organization; at most maxSealers
 }
-
-const maxSealers = 10_000
 
 // bucket is what is asked of an object store. Errors are gocloud's.
 type bucket interface {
@@ -138,23 +138,6 @@ func (s *Store) Close() error {
 	return nil
 }
 
-func (s *Store) sealer(organization string) (Sealer, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if one := s.sealers[organization]; one != nil {
-		return one, nil
-	}
-	one, err := s.cfg.Sealer(organization)
-	if err != nil {
-		return nil, err
-	}
-	if len(s.sealers) >= maxSealers {
-		clear(s.sealers)
-	}
-	s.sealers[organization] = one
-	return one, nil
-}
-
 // about is what a sealed chunk says it is.
 func about(hash filetree.Hash) string { return "chunk " + hex.EncodeToString(hash[:]) }
 
@@ -179,38 +162,73 @@ func (s *Store) Put(ctx context.Context, organization string, workspace int64, c
 	if len(missing) == 0 {
 		return hashes, nil
 	}
-	sealer, err := s.sealer(organization)
+	for range keyAttempts {
+		var objects []filetree.Object
+		objects, err = s.upload(ctx, organization, missing, parallel, func(_ context.Context, i int) ([]byte, error) { return chunks[where[missing[i]]], nil })
+		if err == nil {
+			err = s.cfg.Index.EndUploads(ctx, organization, workspace, objects, time.Now())
+		}
+		if !errors.Is(err, filetree.ErrKeyReplaced) {
+			break
+		}
+		s.cfg.Keys.Forget(organization)
+	}
+	return hashes, err
+}
+
+// keyAttempts bounds how often something is done with the newest key, of which another may have come meanwhile.
+const keyAttempts = 3
+
+// upload writes chunks as new objects, sealed with the newest key, and makes them durable: BeginUploads has been
+// called for them then. atOnce of them are in memory at a time, but for those that chunk has anyway. One of which
+// chunk returns nothing is left out, and has no size.
+func (s *Store) upload(ctx context.Context, organization string, hashes []filetree.Hash, atOnce int, chunk func(ctx context.Context, i int) ([]byte, error)) ([]filetree.Object, error) {
+	generation, key, err := s.cfg.Keys.Newest(ctx, organization)
 	if err != nil {
 		return nil, err
 	}
-	objects, keys := make([]filetree.Object, len(missing)), make([]string, len(missing))
-	for i, hash := range missing {
-		keys[i] = newKey(organization, sealer.Name(hash[:]))
-		objects[i] = filetree.Object{Hash: hash, Key: keys[i], Size: uint32(len(chunks[where[hash]]))}
+	objects, keys := make([]filetree.Object, len(hashes)), make([]string, len(hashes))
+	for i, hash := range hashes {
+		keys[i] = newKey(organization, key.Name(hash[:]))
+		objects[i] = filetree.Object{Hash: hash, Key: keys[i], Generation: generation}
 	}
 	if err := s.cfg.Index.BeginUploads(ctx, keys, time.Now()); err != nil {
 		return nil, err
 	}
 	group, gctx := errgroup.WithContext(ctx)
-	group.SetLimit(parallel)
-	for _, o := range objects {
+	group.SetLimit(atOnce)
+	for i := range objects {
 		group.Go(func() error {
-			sealed, err := sealer.Seal(chunks[where[o.Hash]], about(o.Hash))
+			plain, err := chunk(gctx, i)
 			if err != nil {
 				return err
 			}
-			return s.write(gctx, o.Key, sealed)
+			if len(plain) == 0 {
+				return nil
+			}
+			objects[i].Size = uint32(len(plain))
+			sealed, err := key.Seal(plain, about(objects[i].Hash))
+			if err != nil {
+				return err
+			}
+			return s.write(gctx, keys[i], sealed)
 		})
 	}
 	if err := group.Wait(); err != nil {
 		return nil, err
 	}
 	if s.dir != nil {
-		if err := s.dir.sync(keys); err != nil {
+		written := make([]string, 0, len(keys))
+		for _, o := range objects {
+			if o.Size > 0 {
+				written = append(written, o.Key)
+			}
+		}
+		if err := s.dir.sync(written); err != nil {
 			return nil, storeError("write", err)
 		}
 	}
-	return hashes, s.cfg.Index.EndUploads(ctx, organization, workspace, objects, time.Now())
+	return objects, nil
 }
 
 // newKey is "v1/ORGANIZATION/ab/abcdef….random".
@@ -227,11 +245,15 @@ func (s *Store) write(ctx context.Context, key string, sealed []byte) error {
 }
 
 // damaged notes that an object is lost, so that whoever stores the chunk next mends it.
-func (s *Store) damaged(ctx context.Context, organization string, o filetree.Object, why string) error {
-	s.cfg.Metrics.damage()
-	s.cfg.Logger.Error("chunk damaged", "object", o.Key, "organization", organization, "err", why)
-	if err := s.cfg.Index.MarkDamaged(context.WithoutCancel(ctx), organization, o.Hash, o.Key); err != nil {
+func (s *Store) damaged(ctx context.Context, organization string, o filetree.Object, lost error) error {
+	why := strings.TrimPrefix(lost.Error(), errLost.Error()+": ")
+	current, err := s.cfg.Index.MarkDamaged(context.WithoutCancel(ctx), organization, o.Hash, o.Key)
+	if err != nil {
 		s.cfg.Logger.Warn("damaged chunk not noted", "object", o.Key, "err", err)
+	}
+	if current || err != nil {
+		s.cfg.Metrics.damage()
+		s.cfg.Logger.Error("chunk damaged", "object", o.Key, "organization", organization, "err", why)
 	}
 	return &proto.Error{
 		Code:    proto.CodeInternal,
@@ -318,7 +340,7 @@ func (s *Store) Collect(ctx context.Context) (int, error) {
 	}
 	removed := 0
 	for range math.MaxInt32 {
-		keys, err := s.cfg.Index.Garbage(ctx, collectStep)
+		keys, err := s.cfg.Index.Garbage(ctx, time.Now(), collectStep)
 		if err != nil || len(keys) == 0 {
 			return removed, err
 		}

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/postern-dev/postern/controlplane/blob"
+	"github.com/postern-dev/postern/controlplane/filekey"
 	"github.com/postern-dev/postern/controlplane/filetree"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/store"
@@ -28,6 +29,7 @@ var ctx = context.Background()
 type bench struct {
 	t     *testing.T
 	index *store.Store
+	keys  *filekey.Service
 	*blob.Store
 	dir  string
 	org  string
@@ -51,13 +53,13 @@ func open(t *testing.T, index *store.Store, where string, grace time.Duration) *
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := &bench{t: t, index: index, org: o.Id}
+	k := &bench{t: t, index: index, org: o.Id, keys: filekey.New(index, ca.Keys())}
 	if where == "" {
 		where, k.dir = place(t)
 	}
 	k.Store, err = blob.Open(ctx, where, blob.Config{
-		Logger: slog.New(slog.DiscardHandler), Index: index, Grace: grace,
-		Sealer: func(org string) (blob.Sealer, error) { return ca.Keys().FirstDataKey("files of " + org) },
+		Logger: slog.New(slog.DiscardHandler), Index: index, Grace: grace, Replaced: time.Nanosecond,
+		Keys: k.keys,
 	})
 	if err != nil {
 		t.Fatal(err)

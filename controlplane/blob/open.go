@@ -26,7 +26,7 @@ import (
 // from the address. ctx bounds the opening, which does not reach out to the bucket: see
 // Check.
 func Open(ctx context.Context, where string, cfg Config) (*Store, error) {
-	s := &Store{cfg: cfg, sealers: map[string]Sealer{}}
+	s := &Store{cfg: cfg}
 	if !strings.Contains(where, "://") {
 		var err error
 		if s.dir, err = openDirectory(where); err != nil {

@@ -3,6 +3,8 @@ package blob
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
+	"fmt"
 	"sync"
 
 	"gocloud.dev/gcerrors"
@@ -26,10 +28,7 @@ func (s *Store) Get(ctx context.Context, organization string, workspace int64, h
 	group.SetLimit(parallel)
 	for i, hash := range hashes {
 		group.Go(func() error {
-			chunk, err := r.read(gctx, r.objects[hash], make([]byte, r.objects[hash].Size+overhead+1))
-			if err == nil && sha256.Sum256(chunk) != hash {
-				chunk, err = nil, s.damaged(gctx, organization, r.objects[hash], "its object was altered")
-			}
+			chunk, err := r.read(gctx, r.objects[hash], make([]byte, r.objects[hash].Size+overhead+1), true)
 			chunks[i] = chunk
 			return err
 		})
@@ -82,7 +81,7 @@ func (s *Store) Each(ctx context.Context, organization string, workspace int64, 
 			line = append(line, one)
 			go func() { // waited for above or below
 				defer close(one.done)
-				one.chunk, one.err = r.read(ctx, o, one.room[:int(o.Size)+overhead+1])
+				one.chunk, one.err = r.read(ctx, o, one.room[:int(o.Size)+overhead+1], false)
 			}()
 		}
 		one := line[0]
@@ -106,8 +105,8 @@ func (s *Store) Each(ctx context.Context, organization string, workspace int64, 
 type reader struct {
 	store        *Store
 	organization string
+	workspace    int64
 	objects      map[filetree.Hash]filetree.Object
-	sealer       Sealer
 }
 
 // reader finds the objects of chunks.
@@ -125,31 +124,59 @@ func (s *Store) reader(ctx context.Context, organization string, workspace int64
 			return nil, proto.Errorf(proto.CodeInternal, "the index has chunk %x with %d bytes: at most %d are possible", hash[:8], o.Size, filechunk.Size)
 		}
 	}
-	sealer, err := s.sealer(organization)
-	if err != nil {
-		return nil, err
-	}
-	return &reader{s, organization, objects, sealer}, nil
+	return &reader{s, organization, workspace, objects}, nil
 }
 
 // read reads an object into a buffer that has room for it sealed and one byte more, and
-// opens it there.
-func (r *reader) read(ctx context.Context, o filetree.Object, into []byte) ([]byte, error) {
+// opens it there; hashed: what it holds is hashed, too.
+func (r *reader) read(ctx context.Context, o filetree.Object, into []byte, hashed bool) (chunk []byte, err error) {
 	s := r.store
+	for range keyAttempts {
+		if chunk, err = s.read(ctx, r.organization, o, into, hashed); !errors.Is(err, errLost) {
+			return chunk, err
+		}
+		// It may have been sealed anew since it was looked for.
+		again, aerr := s.cfg.Index.ChunkObjects(ctx, r.organization, r.workspace, []filetree.Hash{o.Hash})
+		if aerr != nil {
+			return nil, aerr
+		}
+		next, ok := again[o.Hash]
+		if !ok || next.Key == o.Key || next.Size != o.Size {
+			break
+		}
+		o = next
+	}
+	return nil, s.damaged(ctx, r.organization, o, err)
+}
+
+// errLost is wrapped by errors that say that an object is not what it should be.
+var errLost = errors.New("object lost")
+
+// read reads an object into a buffer that has room for it sealed and one byte more, and
+// opens it there; hashed: what it holds is hashed, too. An errLost says that it is damaged, or
+// another one by now.
+func (s *Store) read(ctx context.Context, organization string, o filetree.Object, into []byte, hashed bool) ([]byte, error) {
+	key, err := s.cfg.Keys.Of(ctx, organization, o.Generation)
+	if errors.Is(err, filetree.ErrKeyReplaced) {
+		return nil, fmt.Errorf("%w: its key is gone", errLost)
+	}
+	if err != nil {
+		return nil, err
+	}
 	var sealed []byte
-	err := s.try(ctx, "read", func(ctx context.Context) (err error) {
+	err = s.try(ctx, "read", func(ctx context.Context) (err error) {
 		sealed, err = s.bucket.read(ctx, o.Key, into)
 		return err
 	})
 	if gcerrors.Code(err) == gcerrors.NotFound {
-		return nil, s.damaged(ctx, r.organization, o, "its object is gone")
+		return nil, fmt.Errorf("%w: its object is gone", errLost)
 	}
 	if err != nil {
 		return nil, storeError("read", err)
 	}
-	chunk, err := r.sealer.OpenInPlace(sealed, about(o.Hash))
-	if err != nil || len(chunk) != int(o.Size) {
-		return nil, s.damaged(ctx, r.organization, o, "its object was altered")
+	chunk, err := key.OpenInPlace(sealed, about(o.Hash))
+	if err != nil || len(chunk) != int(o.Size) || hashed && sha256.Sum256(chunk) != o.Hash {
+		return nil, fmt.Errorf("%w: its object was altered", errLost)
 	}
 	return chunk, nil
 }

@@ -3,6 +3,7 @@ package filetree
 import (
 	"context"
 	"crypto/sha256"
+	"errors"
 	"time"
 )
 
@@ -277,4 +278,10 @@ type Object struct {
 	Hash Hash
 	Key  string
 	Size uint32
+	// Generation is that of the organization's key which sealed it.
+	Generation int64
 }
+
+// ErrKeyReplaced is wrapped by errors about objects that are sealed with a key which is gone: they are to be sealed
+// with the newest.
+var ErrKeyReplaced = errors.New("the key was replaced")

@@ -61,6 +61,9 @@ type Config struct {
 	// MasterKeyFile is DIR/master.key (package masterkey). Control planes that share a store share
 	// its content.
 	MasterKeyFile string
+	// Prepare is called with the master keys before anything is sealed or opened: it says which one
+	// seals. Optional; nil means the oldest.
+	Prepare func(context.Context, *masterkey.Keys) error
 	// Grace is how long after its end an agent's certificate is good for
 	// rejoining; zero means DefaultGrace.
 	Grace time.Duration
@@ -125,6 +128,11 @@ func Open(ctx context.Context, cfg Config) (*Authority, error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	if cfg.Prepare != nil {
+		if err := cfg.Prepare(ctx, a.keys); err != nil {
+			return nil, err
+		}
 	}
 	if len(known) == 0 {
 		// Of several control planes that start together one makes the CA.

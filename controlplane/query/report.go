@@ -197,7 +197,7 @@ func (r *Reports) one(ctx context.Context, organization string, agent *posternv1
 		if err != nil {
 			return Reported{}, proto.Errorf(proto.CodeInvalid, "the rows cannot be encoded: %w", err)
 		}
-		if out.Kept, err = r.cfg.Box.Seal(plain, about(organization, s.QueryId)); err != nil {
+		if out.Kept, err = r.cfg.Box.Seal(plain, RowsAbout(organization, s.QueryId)); err != nil {
 			return Reported{}, err
 		}
 	}

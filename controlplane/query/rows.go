@@ -101,15 +101,15 @@ func (r *Runner) keep(ctx context.Context, organization, id string, rows *poster
 	if err != nil {
 		return proto.Errorf(proto.CodeInvalid, "the rows cannot be encoded: %w", err)
 	}
-	sealed, err := r.cfg.Box.Seal(plain, about(organization, id))
+	sealed, err := r.cfg.Box.Seal(plain, RowsAbout(organization, id))
 	if err != nil {
 		return err
 	}
 	return r.cfg.History.KeepRows(ctx, organization, id, sealed, time.Now())
 }
 
-// about ties sealed rows to their query.
-func about(organization, id string) string { return "rows of " + organization + "/" + id }
+// RowsAbout is what the sealed rows of a query are bound to.
+func RowsAbout(organization, id string) string { return "rows of " + organization + "/" + id }
 
 // KeptRows returns the rows that are kept of a query of the organization; nil if
 // there are none. Rows that are on their way are waited for, a moment.
@@ -132,7 +132,7 @@ func (r *Runner) KeptRows(ctx context.Context, organization, id string) (*poster
 	if err != nil || sealed == nil {
 		return nil, err
 	}
-	plain, err := r.cfg.Box.Open(sealed, about(organization, id))
+	plain, err := r.cfg.Box.Open(sealed, RowsAbout(organization, id))
 	if err != nil {
 		return nil, &proto.Error{Code: proto.CodeInternal, Message: "the rows of query " + id + " cannot be unsealed: is master.key the one of this installation?", Err: err}
 	}

@@ -74,7 +74,7 @@ func (s *Service) state(ctx context.Context, organization string, k Kernel) ([]*
 		return nil, err
 	}
 	for _, r := range rows {
-		value, err := box.Open(r.Sealed, about(r))
+		value, err := box.Open(r.Sealed, About(r))
 		if err != nil {
 			return nil, &proto.Error{Code: proto.CodeInternal, Message: "secret " + r.Name + " cannot be unsealed: is master.key the one of this installation?", Err: err}
 		}

@@ -124,7 +124,8 @@ func (s *Service) Close() {
 	s.wg.Wait()
 }
 
-func about(r Row) string {
+// About is what a row's sealed value is bound to: its Organization, Scope, Owner and Name.
+func About(r Row) string {
 	return r.Organization + "\x00" + r.Scope + "\x00" + r.Owner + "\x00" + r.Name
 }
 
@@ -212,7 +213,7 @@ func (s *Service) put(ctx context.Context, c Caller, row Row, value []byte) (Row
 	if err != nil {
 		return Row{}, err
 	}
-	if row.Sealed, err = box.Seal(value, about(row)); err != nil {
+	if row.Sealed, err = box.Seal(value, About(row)); err != nil {
 		return Row{}, err
 	}
 	row.ID, row.Changed, row.ChangedBy = newID(), time.Now(), c.TokenName

@@ -41,7 +41,7 @@ func (f *fakeStore) SecretsOfKernel(context.Context, string, string, string) ([]
 
 func sealed(scope, owner, name, value string) Row {
 	r := Row{ID: scope + name, Organization: "o", Scope: scope, Owner: owner, Name: name}
-	r.Sealed, _ = plainBox{}.Seal([]byte(value), about(r))
+	r.Sealed, _ = plainBox{}.Seal([]byte(value), About(r))
 	return r
 }
 

@@ -115,14 +115,14 @@ func (s *Store) ChunkObjects(ctx context.Context, organization string, workspace
 		return s.reader().each(ctx, func(scan func(...any) error) error {
 			var b []byte
 			var o filetree.Object
-			if err := scan(&b, &o.Key, &o.Size); err != nil {
+			if err := scan(&b, &o.Key, &o.Size, &o.Generation); err != nil {
 				return err
 			}
 			var err error
 			o.Hash, err = array32(b)
 			all[o.Hash] = o
 			return err
-		}, `SELECT c.hash, o.key, o.size FROM file_chunks c JOIN blob_objects o ON o.organization = ? AND o.hash = c.hash
+		}, `SELECT c.hash, o.key, o.size, o.generation FROM file_chunks c JOIN blob_objects o ON o.organization = ? AND o.hash = c.hash
 			WHERE c.workspace = ? AND c.hash IN (`+placeholders(len(list))+")", anys([]any{organization, workspace}, list)...)
 	})
 	return all, s.fail(ctx, "find chunks", err)
@@ -142,11 +142,15 @@ func (s *Store) BeginUploads(ctx context.Context, keys []string, now time.Time) 
 
 // EndUploads notes that the objects are durable, and that the workspace holds them. If
 // another one of the same content came first, the later object is garbage. UNAVAILABLE
-// means that so much time has passed that an object was taken for left behind.
+// means that so much time has passed that an object was taken for left behind, or, with filetree.ErrKeyReplaced,
+// that the key which sealed one is gone.
 func (s *Store) EndUploads(ctx context.Context, organization string, workspace int64, objects []filetree.Object, now time.Time) error {
 	objects = slices.Clone(objects)
 	slices.SortFunc(objects, func(a, b filetree.Object) int { return bytes.Compare(a.Hash[:], b.Hash[:]) })
 	return s.write(ctx, "store chunks", func(tx handle) error {
+		if err := s.holdFileKeys(ctx, tx, organization, objects); err != nil {
+			return err
+		}
 		for _, o := range objects {
 			n, err := tx.exec(ctx, "DELETE FROM blob_uploads WHERE key = ?", o.Key)
 			if err != nil {
@@ -157,15 +161,15 @@ func (s *Store) EndUploads(ctx context.Context, organization string, workspace i
 			}
 			var key string
 			var damaged bool
-			err = tx.row(ctx, `INSERT INTO blob_objects (organization, hash, key, size, holders, damaged) VALUES (?, ?, ?, ?, 0, 0)
-				ON CONFLICT (organization, hash) DO UPDATE SET size = blob_objects.size RETURNING key, damaged = 1`, organization, o.Hash[:], o.Key, o.Size).Scan(&key, &damaged)
+			err = tx.row(ctx, `INSERT INTO blob_objects (organization, hash, key, size, holders, damaged, generation) VALUES (?, ?, ?, ?, 0, 0, ?)
+				ON CONFLICT (organization, hash) DO UPDATE SET size = blob_objects.size RETURNING key, damaged = 1`, organization, o.Hash[:], o.Key, o.Size, o.Generation).Scan(&key, &damaged)
 			if err != nil {
 				return err
 			}
 			if key != o.Key {
 				waste := o.Key
 				if damaged {
-					if _, err := tx.exec(ctx, "UPDATE blob_objects SET key = ?, size = ?, damaged = 0 WHERE organization = ? AND hash = ?", o.Key, o.Size, organization, o.Hash[:]); err != nil {
+					if _, err := tx.exec(ctx, "UPDATE blob_objects SET key = ?, size = ?, generation = ?, damaged = 0 WHERE organization = ? AND hash = ?", o.Key, o.Size, o.Generation, organization, o.Hash[:]); err != nil {
 						return err
 					}
 					waste = key
@@ -182,12 +186,14 @@ func (s *Store) EndUploads(ctx context.Context, organization string, workspace i
 	})
 }
 
-// MarkDamaged notes that an object is not what it should be.
-func (s *Store) MarkDamaged(ctx context.Context, organization string, hash filetree.Hash, key string) error {
-	return s.write(ctx, "note a damaged chunk", func(tx handle) error {
-		_, err := tx.exec(ctx, "UPDATE blob_objects SET damaged = 1 WHERE organization = ? AND hash = ? AND key = ?", organization, hash[:], key)
+// MarkDamaged notes that an object is not what it should be, and reports whether it is the one of that hash at all.
+func (s *Store) MarkDamaged(ctx context.Context, organization string, hash filetree.Hash, key string) (current bool, err error) {
+	err = s.write(ctx, "note a damaged chunk", func(tx handle) error {
+		n, err := tx.exec(ctx, "UPDATE blob_objects SET damaged = 1 WHERE organization = ? AND hash = ? AND key = ?", organization, hash[:], key)
+		current = n > 0
 		return err
 	})
+	return current, err
 }
 
 // CollectChunks takes one step of collecting what nobody refers to: at most limit chunks
@@ -254,9 +260,9 @@ func (s *Store) CollectChunks(ctx context.Context, before, now time.Time, limit 
 	return done, err
 }
 
-// Garbage are keys of objects to be removed, at most limit.
-func (s *Store) Garbage(ctx context.Context, limit int) ([]string, error) {
-	rows, err := s.reader().query(ctx, "SELECT key FROM blob_garbage ORDER BY since LIMIT ?", limit)
+// Garbage are keys of objects to be removed by now, at most limit.
+func (s *Store) Garbage(ctx context.Context, now time.Time, limit int) ([]string, error) {
+	rows, err := s.reader().query(ctx, "SELECT key FROM blob_garbage WHERE since <= ? ORDER BY since LIMIT ?", millis(now), limit)
 	return collect(ctx, s, "list garbage", rows, err, func(rows *sql.Rows) (string, error) {
 		var key string
 		err := rows.Scan(&key)

@@ -163,6 +163,7 @@ const (
 	SealedAuthority SealedKind = "authorities"
 	SealedSecret    SealedKind = "secrets"
 	SealedRows      SealedKind = "rows of queries"
+	SealedFileKey   SealedKind = "keys of files"
 )
 
 // sealedKinds are the tables of what is sealed, with the column of it and the primary key. Rows of an authority
@@ -176,15 +177,17 @@ var sealedKinds = []struct {
 }{
 	{step: 100, kind: SealedAuthority, table: "authorities", id: "fingerprint", sealed: "sealed_key", about: "'', '', '', ''", but: " AND length(sealed_key) > 0"},
 	{step: 100, kind: SealedSecret, table: "secrets", id: "id", sealed: "sealed", about: "organization, scope, owner, name"},
+	{step: 100, kind: SealedFileKey, table: "file_keys", id: "organization || '/' || generation", sealed: "sealed", about: "organization, '', '', CAST(generation AS TEXT)"},
 	{step: 8, kind: SealedRows, table: "kept_rows", id: "query", sealed: "sealed", about: "organization, '', '', ''"},
 }
 
 // Sealed is something that a master key has sealed.
 type Sealed struct {
 	Kind SealedKind
-	// ID is a fingerprint, a secret's or a query's id.
+	// ID is a fingerprint, a secret's or a query's id, or a text that stands for a key of files.
 	ID string
-	// Organization, Scope, Owner and Name are those of a secret; rows of a query have the first.
+	// Organization, Scope, Owner and Name are those of a secret; rows of a query have the first. A key of files
+	// has the first, and its generation as a name.
 	Organization, Scope, Owner, Name string
 	Sealed                           []byte
 }
@@ -203,13 +206,15 @@ func (s *Store) SealedByOthers(ctx context.Context, id string) (map[SealedKind]u
 	return counts, nil
 }
 
-// StaleSealed lists what other master keys than one seal, of each kind some: at most 400 secrets and authorities, and
+// StaleSealed lists what other master keys than one seal, of each kind some: at most 600 small ones, and
 // 16 queries' rows of 1.5 MiB each.
-func (s *Store) StaleSealed(ctx context.Context, id string) ([]Sealed, error) {
+//
+// skip leaves out so many of each kind that were seen before and can't be sealed anew.
+func (s *Store) StaleSealed(ctx context.Context, id string, skip int) ([]Sealed, error) {
 	var all []Sealed
 	for _, kind := range sealedKinds {
 		for _, side := range []string{"<", ">"} {
-			rows, err := s.reader().query(ctx, "SELECT "+kind.id+", "+kind.about+", "+kind.sealed+" FROM "+kind.table+" WHERE master "+side+" ?"+kind.but+" LIMIT ?", id, kind.step)
+			rows, err := s.reader().query(ctx, "SELECT "+kind.id+", "+kind.about+", "+kind.sealed+" FROM "+kind.table+" WHERE master "+side+" ?"+kind.but+" LIMIT ? OFFSET ?", id, kind.step, skip)
 			some, err := collect(ctx, s, "list what master keys seal", rows, err, func(rows *sql.Rows) (Sealed, error) {
 				x := Sealed{Kind: kind.kind}
 				err := rows.Scan(&x.ID, &x.Organization, &x.Scope, &x.Owner, &x.Name, &x.Sealed)

@@ -14,7 +14,7 @@ import (
 // tables are all tables but goose's own, in the order of their migrations.
 var tables = []string{
 	"organizations", "tokens", "registration_keys", "agents", "agent_certificates", "authorities",
-	"link_events", "queries", "audit", "audit_heads", "agent_audit_heads", "kept_rows", "replicas", "links", "master_keys",
+	"link_events", "queries", "audit", "audit_heads", "agent_audit_heads", "kept_rows", "replicas", "links", "master_keys", "file_keys",
 }
 
 // preflight finds out in one line what PostgreSQL will not let us do, and which

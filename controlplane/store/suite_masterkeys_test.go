@@ -96,7 +96,7 @@ func TestMasterKeys(t *testing.T) {
 		want("old", "active")
 		wantCode(t, s.AnnounceMasterKey(ctx, "ffffffffffffffff", now), proto.CodeAlreadyExists)
 
-		stale := must(s.StaleSealed(ctx, next))(t)
+		stale := must(s.StaleSealed(ctx, next, 0))(t)
 		if len(stale) != 4 || left(next) != 4 || left("1") != 0 {
 			t.Fatalf("%d are stale, %d by count: %+v", len(stale), left(next), stale)
 		}

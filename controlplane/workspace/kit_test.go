@@ -17,6 +17,7 @@ import (
 	protobuf "google.golang.org/protobuf/proto"
 
 	"github.com/postern-dev/postern/controlplane/blob"
+	"github.com/postern-dev/postern/controlplane/filekey"
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/store"
 	"github.com/postern-dev/postern/controlplane/workspace"
@@ -93,7 +94,7 @@ func (k *kit) start(where string, serviceLog *slog.Logger) {
 		where = k.dir
 	}
 	log := slog.New(slog.DiscardHandler)
-	k.blobs, err = blob.Open(ctx, where, blob.Config{Logger: log, Index: k.store, Grace: k.grace, Sealer: func(org string) (blob.Sealer, error) { return ca.Keys().FirstDataKey("files of " + org) }})
+	k.blobs, err = blob.Open(ctx, where, blob.Config{Logger: log, Index: k.store, Grace: k.grace, Keys: filekey.New(k.store, ca.Keys())})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,6 +56,8 @@ func Start(secure bool) *Server {
 		func() (string, http.Handler) { return posternv1connect.NewAuditServiceHandler(s) },
 		func() (string, http.Handler) { return posternv1connect.NewOrganizationServiceHandler(s) },
 		func() (string, http.Handler) { return posternv1connect.NewCAServiceHandler(s) },
+		func() (string, http.Handler) { return posternv1connect.NewMasterKeyServiceHandler(s) },
+		func() (string, http.Handler) { return posternv1connect.NewFileKeyServiceHandler(s) },
 	} {
 		path, handler := service()
 		mux.Handle(path, s.guard(handler.ServeHTTP, func(w http.ResponseWriter, r *http.Request, err error) {
@@ -439,6 +441,43 @@ func (s *Server) RotateCA(_ context.Context, r *connect.Request[posternv1.Rotate
 // GetCAStatus implements CAService.
 func (s *Server) GetCAStatus(context.Context, *connect.Request[posternv1.GetCAStatusRequest]) (*connect.Response[posternv1.CAStatus], error) {
 	return respond(caStatus("renewing"), nil)
+}
+
+// masterKeyStatus is what a rotation under way is like.
+func masterKeyStatus(stage string) *posternv1.MasterKeyStatus {
+	return &posternv1.MasterKeyStatus{
+		Stage: stage, TakesOver: at(1, 0),
+		Keys: []*posternv1.MasterKey{{Id: "1", State: "active", Made: at(0, 0), Since: at(0, 0)}, {Id: "0123456789abcdef", State: "announced", Made: at(1, 0), Since: at(1, 0)}},
+		Left: []*posternv1.SealedCount{{Kind: "secrets", Count: 7}},
+		Replicas: []*posternv1.MasterKeyReplica{
+			{Name: "one", Keys: []string{"1", "0123456789abcdef"}, Active: "1"}, {Name: "two", Keys: []string{"1"}, Active: "1", Problem: "it does not have the new key yet"},
+		},
+	}
+}
+
+// RotateMasterKey implements MasterKeyService.
+func (s *Server) RotateMasterKey(context.Context, *connect.Request[posternv1.RotateMasterKeyRequest]) (*connect.Response[posternv1.MasterKeyStatus], error) {
+	return respond(masterKeyStatus("announced"), nil)
+}
+
+// GetMasterKeyStatus implements MasterKeyService.
+func (s *Server) GetMasterKeyStatus(context.Context, *connect.Request[posternv1.GetMasterKeyStatusRequest]) (*connect.Response[posternv1.MasterKeyStatus], error) {
+	return respond(masterKeyStatus("sealing"), nil)
+}
+
+// RotateFileKey implements FileKeyService.
+func (s *Server) RotateFileKey(ctx context.Context, r *connect.Request[posternv1.RotateFileKeyRequest]) (*connect.Response[posternv1.FileKeyStatus], error) {
+	if r.Msg.Force {
+		return respond[posternv1.FileKeyStatus](nil, proto.Errorf(proto.CodeInvalid, "there is no old key to drop"))
+	}
+	return s.GetFileKeyStatus(ctx, nil)
+}
+
+// GetFileKeyStatus implements FileKeyService.
+func (s *Server) GetFileKeyStatus(context.Context, *connect.Request[posternv1.GetFileKeyStatusRequest]) (*connect.Response[posternv1.FileKeyStatus], error) {
+	return respond(&posternv1.FileKeyStatus{Stage: "sealing", Keys: []*posternv1.FileKey{
+		{Generation: 2, Made: at(1, 0), Objects: 5, MasterKey: "1"}, {Generation: 1, Made: at(0, 0), Objects: 1200, Damaged: 3, MasterKey: "1"},
+	}}, nil)
 }
 
 // decode reads a JSON request without protojson's help, as any program may send
