@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -148,6 +149,16 @@ func change(path string, f func(*Ring) (*Ring, error)) (*Ring, error) {
 		return nil, err
 	}
 	defer clear(content)
+	// Who was killed in the midst of this has left a ring behind.
+	left, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".*"))
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range left {
+		if strings.Trim(filepath.Ext(name), ".0123456789") == "" {
+			_ = os.Remove(name)
+		}
+	}
 	return after, put(path, content, info.Mode().Perm(), os.Rename)
 }
 

@@ -154,9 +154,18 @@ func TestRefresh(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// Left behind by a process that was killed, and of somebody else.
+	for _, name := range []string{".master.key.12345", ".master.key.mine"} {
+		if err := os.WriteFile(filepath.Join(filepath.Dir(path), name), first, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
 	id, err := masterkey.AddTo(path)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if left, err := filepath.Glob(filepath.Join(filepath.Dir(path), ".master.key.*")); err != nil || len(left) != 1 || filepath.Ext(left[0]) != ".mine" {
+		t.Errorf("left behind: %v, %v", left, err)
 	}
 	if err := keys.Refresh(); err != nil || !keys.Has(id) {
 		t.Fatalf("a key in the file is not found: %v, %v", keys.IDs(), err)
