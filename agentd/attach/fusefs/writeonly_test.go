@@ -7,7 +7,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -24,7 +23,7 @@ func TestWriteOnly(t *testing.T) {
 func testWriteOnly(t *testing.T, appending int) {
 	const size = 96 << 10
 	m := newWorld(t).mount(serving{})
-	m.watchdog(time.Minute)
+	m.watchdog()
 	path := filepath.Join(m.path, "f")
 	maker := openForTest(t, path, unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY|appending)
 	other := openForTest(t, path, unix.O_RDWR)
