@@ -139,9 +139,8 @@ func mountdMain(args []string) int {
 		logger.Error("mountd not started", "err", err)
 		return proto.ExitFailed
 	}
-	dialed := remote.Dial(filepath.Join(dir, proxySocket))
-	defer dialed.Close()
-	client := remote.NewPatient(dialed, 0)
+	client := remote.Dial(filepath.Join(dir, proxySocket))
+	defer client.Close()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	code, err := mountd.Run(ctx, mountd.Config{
