@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -21,14 +23,32 @@ type process struct {
 	cmd    *exec.Cmd
 	log    *syncBuffer
 	notify *net.UnixConn
-	told   []string
+
+	mu    sync.Mutex
+	told  []string // to systemd, in order
+	taken int      // of told, by await
 }
 
-// unwatched turns systemd's watchdog off, for tests that run long and don't read what
-// systemd is told: agentd would wait until somebody takes it.
+// unwatched turns systemd's watchdog off, for tests to which it says nothing.
 const unwatched = "WATCHDOG_USEC="
 
 func startProcess(t *testing.T, l *lab, env ...string) *process {
+	t.Helper()
+	p := startDeaf(t, l, env...)
+	reading := make(chan struct{})
+	go func() {
+		defer close(reading)
+		p.listen()
+	}()
+	t.Cleanup(func() { // before that of startDeaf
+		p.end()
+		<-reading
+	})
+	return p
+}
+
+// startDeaf is startProcess with a systemd that takes no message.
+func startDeaf(t *testing.T, l *lab, env ...string) *process {
 	t.Helper()
 	socket := filepath.Join(t.TempDir(), "notify")
 	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: socket, Net: "unixgram"})
@@ -43,11 +63,7 @@ func startProcess(t *testing.T, l *lab, env ...string) *process {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if p.cmd.ProcessState == nil {
-			p.cmd.Process.Kill() //nolint:errcheck // it may have ended
-			p.cmd.Wait()         //nolint:errcheck // it was killed
-		}
-		conn.Close() //nolint:errcheck // a test's
+		p.end()
 		if t.Failed() {
 			t.Log(p.log.String())
 		}
@@ -55,20 +71,45 @@ func startProcess(t *testing.T, l *lab, env ...string) *process {
 	return p
 }
 
-// await reads what systemd is told until a message begins with want.
+// end kills the process if it runs, and closes systemd's socket.
+func (p *process) end() {
+	if p.cmd.ProcessState == nil {
+		p.cmd.Process.Kill() //nolint:errcheck // it may have ended
+		p.cmd.Wait()         //nolint:errcheck // it was killed
+	}
+	p.notify.Close() //nolint:errcheck // a test's
+}
+
+// await waits until systemd was told something that begins with want, after what the last
+// await found.
 func (p *process) await(want string) string {
 	p.t.Helper()
-	p.notify.SetReadDeadline(time.Now().Add(30 * time.Second)) //nolint:errcheck // a test's
+	var found string
+	poll(p.t, "systemd to be told "+want, func() bool {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for p.taken < len(p.told) && found == "" {
+			if strings.HasPrefix(p.told[p.taken], want) {
+				found = p.told[p.taken]
+			}
+			p.taken++
+		}
+		return found != ""
+	})
+	return found
+}
+
+// listen takes what systemd is told, as systemd does, until the socket is closed.
+func (p *process) listen() {
 	buf := make([]byte, 4096)
 	for {
 		n, err := p.notify.Read(buf)
 		if err != nil {
-			p.t.Fatalf("systemd was not told %q but %q: %v", want, p.told, err)
+			return
 		}
+		p.mu.Lock()
 		p.told = append(p.told, string(buf[:n]))
-		if strings.HasPrefix(string(buf[:n]), want) {
-			return string(buf[:n])
-		}
+		p.mu.Unlock()
 	}
 }
 
@@ -140,11 +181,40 @@ func TestUnderSystemd(t *testing.T) {
 	if err := p.cmd.Wait(); err != nil {
 		t.Errorf("it ended with %v", err)
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if !slices.ContainsFunc(p.told, func(s string) bool { return strings.HasPrefix(s, "STATUS=link up") }) {
 		t.Errorf("told %q", p.told)
 	}
 	if strings.Contains(p.log.String(), marked) {
 		t.Error("the log shows the password")
+	}
+	if got := l.actions(); !strings.HasSuffix(got, "host.stop done") {
+		t.Errorf("recorded %s", got)
+	}
+}
+
+// TestNobodyReadsNotify: whoever started agentd may read nothing of what systemd would; it
+// goes on, and SIGTERM ends it.
+func TestNobodyReadsNotify(t *testing.T) {
+	c := newTestControl(t)
+	l := newLab(t, c, "")
+	p := startDeaf(t, l, "WATCHDOG_USEC=40000")
+	c.awaitHello(1)
+	full := func() bool { // a send would wait
+		conn, err := net.DialUnix("unixgram", nil, p.notify.LocalAddr().(*net.UnixAddr))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()                                           //nolint:errcheck // a test's
+		conn.SetWriteDeadline(time.Now().Add(50 * time.Millisecond)) //nolint:errcheck // a test's
+		_, err = conn.Write([]byte("X=1"))
+		return errors.Is(err, os.ErrDeadlineExceeded)
+	}
+	poll(t, "the socket to be full", full)
+	p.signal(syscall.SIGTERM)
+	if err := p.cmd.Wait(); err != nil {
+		t.Errorf("it ended with %v", err)
 	}
 	if got := l.actions(); !strings.HasSuffix(got, "host.stop done") {
 		t.Errorf("recorded %s", got)

@@ -74,7 +74,7 @@ func runDaemon(d *Daemon) error {
 	a := d.identity.Agent()
 	d.logger.Info("starting", "version", proto.Software(), "agent", a.Name, "agent_id", a.AgentID, "organization", a.Organization)
 	d.Notify = func(state string) {
-		if _, err := sd.SdNotify(false, state); err != nil {
+		if err := notifySystemd(state); err != nil {
 			d.logger.Warn("systemd not told", "err", err)
 		}
 	}
@@ -139,7 +139,7 @@ func watchdog(d *Daemon) (tick <-chan time.Time, alive func(), stop func()) {
 		select {
 		case <-answers:
 			asking = false
-			d.Notify("WATCHDOG=1")
+			d.Notify(watchdogState)
 		default:
 		}
 		if asking {
