@@ -17,7 +17,6 @@ import (
 	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
 	"github.com/postern-dev/postern/client"
 	"github.com/postern-dev/postern/e2e/stack"
-	"github.com/postern-dev/postern/proto/jupyter"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
@@ -59,61 +58,18 @@ func measureCheckpoints(ctx context.Context, o Options, r *Report) (err error) {
 	if os.Geteuid() != 0 {
 		return errors.New("checkpoints need root")
 	}
-	criu := ""
-	for _, p := range []string{"/opt/criu/bin/criu", "/usr/sbin/criu"} {
-		if _, err := os.Stat(p); err == nil {
-			criu = p
-			break
-		}
-	}
-	if criu == "" {
-		return errors.New("there is no CRIU: run packaging/dev/deps.sh criu")
-	}
-	bin, done, err := checkpointBinaries(o.Bin)
+	b, done, err := openCheckpointBench(ctx, o, r)
 	if err != nil {
 		return err
 	}
 	defer done()
-	s, err := stack.New(stack.Options{Bin: bin})
-	if err != nil {
-		return err
-	}
-	defer s.Close() //nolint:errcheck // a throwaway
-	if err := s.StartControlPlane(ctx); err != nil {
-		return err
-	}
-	a, err := s.Join(ctx, "bench", "kernels: {specs: [python3], warm: 0, max: 4, limits: {memory: 6GiB}}\n")
-	if err != nil {
-		return err
-	}
-	token, err := os.ReadFile(s.TokenFile)
-	if err != nil {
-		return err
-	}
-	c, err := client.New(client.Config{URL: s.URL, Token: client.StaticToken(client.NewSecret(strings.TrimSpace(string(token)))), CAFile: s.CAFile})
-	if err != nil {
-		return err
-	}
-	defer c.Close()
-	b := &checkpointBench{r: r, s: s, c: c, criu: criu, store: filepath.Join(a.StateDir(), "checkpoints")}
-
-	sizes := []size{
-		{"60MB", "n = 1", 9},
-		{"500MB", fmt.Sprintf(frame, (500<<20-frameBase)/frameRow), 5},
-		{"2GB", fmt.Sprintf(frame, (2000<<20-frameBase)/frameRow), 3},
-	}
-	if o.Short {
-		sizes = []size{{"60MB", "n = 1", 3}, {"500MB", fmt.Sprintf(frame, (500<<20-frameBase)/frameRow), 2}}
-	}
+	sizes := b.sizes(o)
 	for _, z := range sizes {
 		if err := b.against(ctx, z); err != nil {
 			return fmt.Errorf("%s: %w", z.name, err)
 		}
 	}
 	if err := b.second(ctx, "80MB", "import numpy as np, pandas as pd; df = pd.DataFrame({'x': range(1000)}); print(1)", 8); err != nil {
-		return err
-	}
-	if err := b.lazily(ctx, sizes); err != nil {
 		return err
 	}
 	if err := b.growing(ctx); err != nil {
@@ -134,6 +90,74 @@ func measureCheckpoints(ctx context.Context, o Options, r *Report) (err error) {
 	}
 	r.Printf("disk at rest, a kernel of random floats, which nothing compresses: %.2f of the images", floats)
 	return nil
+}
+
+func (b *checkpointBench) sizes(o Options) []size {
+	if o.Short {
+		return []size{{"60MB", "n = 1", 3}, {"500MB", fmt.Sprintf(frame, (500<<20-frameBase)/frameRow), 2}}
+	}
+	return []size{
+		{"60MB", "n = 1", 9},
+		{"500MB", fmt.Sprintf(frame, (500<<20-frameBase)/frameRow), 5},
+		{"2GB", fmt.Sprintf(frame, (2000<<20-frameBase)/frameRow), 3},
+	}
+}
+
+// openCheckpointBench starts a control plane and two hosts that make checkpoints; on the
+// second kernels wait for all of their memory. done ends them.
+func openCheckpointBench(ctx context.Context, o Options, r *Report) (b *checkpointBench, done func(), err error) {
+	var undo []func()
+	done = func() {
+		for i := len(undo) - 1; i >= 0; i-- {
+			undo[i]()
+		}
+	}
+	defer func() {
+		if err != nil {
+			done()
+		}
+	}()
+	criu := ""
+	for _, p := range []string{"/opt/criu/bin/criu", "/usr/sbin/criu"} {
+		if _, err := os.Stat(p); err == nil {
+			criu = p
+			break
+		}
+	}
+	if criu == "" {
+		return nil, done, errors.New("there is no CRIU: run packaging/dev/deps.sh criu")
+	}
+	bin, remove, err := checkpointBinaries(o.Bin)
+	if err != nil {
+		return nil, done, err
+	}
+	undo = append(undo, remove)
+	s, err := stack.New(stack.Options{Bin: bin})
+	if err != nil {
+		return nil, done, err
+	}
+	undo = append(undo, func() { s.Close() }) //nolint:errcheck // a throwaway
+	if err := s.StartControlPlane(ctx); err != nil {
+		return nil, done, err
+	}
+	const kernels = "kernels: {specs: [python3], warm: 0, max: 4, limits: {memory: 6GiB}"
+	a, err := s.Join(ctx, "bench", kernels+"}\n")
+	if err == nil {
+		_, err = s.Join(ctx, eagerAgent, kernels+", uid_base: 1903000000, checkpoints: {lazy: off}}\n")
+	}
+	if err != nil {
+		return nil, done, err
+	}
+	token, err := os.ReadFile(s.TokenFile)
+	if err != nil {
+		return nil, done, err
+	}
+	c, err := client.New(client.Config{URL: s.URL, Token: client.StaticToken(client.NewSecret(strings.TrimSpace(string(token)))), CAFile: s.CAFile})
+	if err != nil {
+		return nil, done, err
+	}
+	undo = append(undo, c.Close)
+	return &checkpointBench{r: r, s: s, c: c, criu: criu, store: filepath.Join(a.StateDir(), "checkpoints")}, done, nil
 }
 
 // checkpointBinaries is a directory with an agentd that can make checkpoints here: on a
@@ -181,7 +205,11 @@ type checkpointBench struct {
 }
 
 func (b *checkpointBench) kernel(ctx context.Context, cell string) (*benchKernel, error) {
-	k, _, err := startKernel(ctx, b.c)
+	return b.kernelOf(ctx, "bench", cell)
+}
+
+func (b *checkpointBench) kernelOf(ctx context.Context, agent, cell string) (*benchKernel, error) {
+	k, _, err := startKernelOn(ctx, b.c, agent)
 	if err != nil {
 		return nil, err
 	}
@@ -296,7 +324,7 @@ func (b *checkpointBench) resume(ctx context.Context, k *benchKernel, program bo
 		}
 		first = since(began)
 	}
-	if k.channels, err = b.c.KernelChannels(ctx, "bench", k.id, jupyter.NewID()); err != nil {
+	if err := k.attach(ctx); err != nil {
 		return 0, 0, err
 	}
 	_, err = k.run(ctx, "6*7")
@@ -324,7 +352,7 @@ func (b *checkpointBench) older(ctx context.Context, k *benchKernel) (float64, e
 		if _, err := b.c.Checkpoints.RollbackKernel(ctx, connect.NewRequest(&posternv1.KernelCheckpointRequest{KernelId: k.id, CheckpointId: first.Checkpoint.Id})); err != nil {
 			return 0, err
 		}
-		if k.channels, err = b.c.KernelChannels(ctx, "bench", k.id, jupyter.NewID()); err != nil {
+		if err := k.attach(ctx); err != nil {
 			return 0, err
 		}
 		if _, err := k.run(ctx, "6*7"); err != nil {

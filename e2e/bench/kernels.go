@@ -101,6 +101,7 @@ func measureKernels(ctx context.Context, o Options, r *Report) error {
 // benchKernel is a kernel and a client of it.
 type benchKernel struct {
 	client   *client.Client
+	agent    string
 	id       string
 	channels *client.KernelChannels
 }
@@ -108,17 +109,27 @@ type benchKernel struct {
 // startKernel starts a kernel and runs a first cell; first is what both took, in
 // milliseconds.
 func startKernel(ctx context.Context, c *client.Client) (k *benchKernel, first float64, err error) {
+	return startKernelOn(ctx, c, "bench")
+}
+
+func startKernelOn(ctx context.Context, c *client.Client, agent string) (k *benchKernel, first float64, err error) {
 	began := time.Now()
-	started, err := c.Kernels.StartKernel(ctx, connect.NewRequest(&posternv1.StartAgentKernelRequest{Agent: "bench", Spec: "python3"}))
+	started, err := c.Kernels.StartKernel(ctx, connect.NewRequest(&posternv1.StartAgentKernelRequest{Agent: agent, Spec: "python3"}))
 	if err != nil {
 		return nil, 0, err
 	}
-	k = &benchKernel{client: c, id: started.Msg.Kernel.Id}
-	if k.channels, err = c.KernelChannels(ctx, "bench", k.id, jupyter.NewID()); err != nil {
+	k = &benchKernel{client: c, agent: agent, id: started.Msg.Kernel.Id}
+	if err := k.attach(ctx); err != nil {
 		return nil, 0, err
 	}
 	_, err = k.run(ctx, "6*7")
 	return k, float64(time.Since(began).Microseconds()) / 1000, err
+}
+
+// attach makes a client of it.
+func (k *benchKernel) attach(ctx context.Context) (err error) {
+	k.channels, err = k.client.KernelChannels(ctx, k.agent, k.id, jupyter.NewID())
+	return err
 }
 
 // run runs a cell and returns how many bytes it printed.

@@ -73,6 +73,7 @@ var measurements = append(tunnelMeasurements,
 	measurement{"kernels", measureKernels},
 	measurement{"kernel-sql", measureKernelSQL},
 	measurement{"checkpoints", measureCheckpoints},
+	measurement{"restore-lazy", measureLazyRestores},
 	measurement{"files", measureFiles},
 )
 
