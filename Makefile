@@ -54,6 +54,7 @@ e2e-long:
 	POSTERN_LONG=1 $(GO) test -count=1 -timeout 60m -v ./agentd/attach/fusefs
 	POSTERN_LONG=1 $(GO) test -count=1 -timeout 60m -v -run TestExercise ./agentd/attach/bucketfs
 	POSTERN_LONG=1 $(GO) test -count=1 -timeout 30m -v -run AtEveryStep ./agentd/checkpoint/pagestore
+	POSTERN_LONG=1 $(GO) test -count=1 -timeout 30m -v -run TestALargeKernel ./agentd
 
 vault-test:
 	@packaging/dev/deps.sh go postgresql

@@ -107,7 +107,22 @@ func TestALazyRestoreAnswersAndIsSavedWhenAllIsThere(t *testing.T) {
 	if err := a.Restore(soon(t), RestoreOrder{Images: o.Images, Kernel: d.Kernel, Checkpoint: "ckp_m", Lazy: 1 << 20}); err != nil {
 		t.Fatal(err)
 	}
-	if got := attach(t, a, "three").run("n += 1; print(n, zlib.crc32(big) == was)"); got != "3 True\n" {
+	c = attach(t, a, "three")
+	if got := c.run("n += 1; print(n, zlib.crc32(big) == was)"); got != "3 True\n" {
+		t.Fatal(got)
+	}
+	// Processes that share memory would each get their own.
+	if got := c.run("import time\nif os.fork() == 0:\n    time.sleep(10_000)\nprint(n)"); got != "3\n" {
+		t.Fatal(got)
+	}
+	d, o = dump(t, a, false)
+	if err := a.Restore(soon(t), RestoreOrder{Images: o.Images, Kernel: d.Kernel, Checkpoint: "ckp_n", Lazy: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	if k, err := a.Kernel(soon(t)); err != nil || !strings.HasPrefix(k.Notice, "restored eagerly: its processes may share memory") {
+		t.Errorf("%v, %v", k, err)
+	}
+	if got := attach(t, a, "four").run("n += 1; print(n, zlib.crc32(big) == was)"); got != "4 True\n" {
 		t.Fatal(got)
 	}
 }
