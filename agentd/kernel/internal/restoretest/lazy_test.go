@@ -2,7 +2,6 @@ package restoretest
 
 import (
 	"encoding/json"
-	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -64,7 +63,7 @@ func (k *kernel) restoreLazily(dump string) (f checkpoint.Filling, mark, eager s
 	return f, mark, eager
 }
 
-// server is the process id of the one that brings memory in.
+// server is the process id of the one that brings memory in; 0: all is there.
 func server(t *testing.T) int {
 	t.Helper()
 	tasks, err := filepath.Glob("/proc/self/task/*/children")
@@ -81,7 +80,6 @@ func server(t *testing.T) int {
 			}
 		}
 	}
-	t.Fatal("nobody brings memory in")
 	return 0
 }
 
@@ -138,13 +136,21 @@ func TestALazilyRestoredKernelHasAllOfItsMemory(t *testing.T) {
 // that is killed the kernel is ended before it reads anything else.
 func TestAKernelWhoseMemoryDoesNotComeIsEnded(t *testing.T) {
 	k, dump, _ := lazyKernel(t)
-	f, mark, _ := k.restoreLazily(dump)
-	pid := server(t)
-	if err := errors.Join(unix.Kill(pid, unix.SIGSTOP), unix.Kill(pid, unix.SIGKILL)); err != nil {
-		t.Fatal(err)
-	}
-	if err := wait(t, f); err == nil || !strings.Contains(err.Error(), "its memory could not be brought back") {
-		t.Fatalf("the end of who brings memory in: %v", err)
+	var mark string
+	for tries := 0; ; tries++ {
+		var f checkpoint.Filling
+		f, mark, _ = k.restoreLazily(dump)
+		if pid := server(t); pid > 0 {
+			_ = unix.Kill(pid, unix.SIGKILL) // it may have ended
+		}
+		err := wait(t, f)
+		if err != nil && strings.Contains(err.Error(), "its memory could not be brought back") {
+			break
+		}
+		if err != nil || tries == 20 {
+			t.Fatalf("the end of who brings memory in: %v", err)
+		}
+		k.stop() // all was there before
 	}
 	select {
 	case <-k.box.Done():
