@@ -75,7 +75,7 @@ func TestMasterKeyThroughKills(t *testing.T) {
 		}
 		return master + files
 	}
-	for ; kills < 4 || rotating() != ""; kills++ {
+	for ; kills < 3 || rotating() != ""; kills++ {
 		if kills == 40 {
 			t.Fatalf("the rotation does not end:\n%s", rotating())
 		}
