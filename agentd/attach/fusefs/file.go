@@ -189,6 +189,11 @@ func (f *FS) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 	f.r.Release(in.NodeId, in.Fh&handleWriter != 0)
 }
 
+// ReadFile implements fuseserver.Files: what is here whole needs not pass through this process.
+func (f *FS) ReadFile(node uint64, offset int64, size int) (fd int, done func(), ok bool) {
+	return f.r.ReadHere(node, offset, size)
+}
+
 // Read implements fuse.RawFileSystem.
 func (f *FS) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
 	ctx, done := request(cancel)

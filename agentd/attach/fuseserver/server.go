@@ -45,7 +45,7 @@ const (
 type Config struct {
 	// Dev is the connection's descriptor. The server takes it and closes it.
 	Dev *os.File
-	// FS answers. Its Init method is never called; OnUnmount is called when the
+	// FS answers; it may implement Files. Its Init method is never called; OnUnmount is called when the
 	// connection has ended, not when the server stops before.
 	FS fuse.RawFileSystem
 	// Options go to go-fuse; every life of a connection must give the same.
@@ -74,6 +74,8 @@ type Server struct {
 	protocol *fuse.ProtocolServer
 	logger   *slog.Logger
 	buffers  *buffers
+	files    Files // nil: FS is none
+	pipes    pipes
 
 	workers  sync.WaitGroup
 	gone     chan struct{}
@@ -127,6 +129,7 @@ func newServer(cfg Config) (*Server, error) {
 		protocol: fuse.NewProtocolServer(cfg.FS, &cfg.Options),
 		begun:    map[uint64]time.Time{}, told: map[uint64]bool{},
 	}
+	s.files, _ = cfg.FS.(Files)
 	// The kernel refuses readers whose buffer is smaller than the largest WRITE.
 	s.buffers = &buffers{size: (max(cfg.Options.MaxWrite, minWrite) + 8<<10 + os.Getpagesize() - 1) &^ (os.Getpagesize() - 1)}
 	if err := s.begin(); err != nil {
@@ -274,6 +277,7 @@ func (s *Server) Serve(ctx context.Context) error {
 			}
 			s.workers.Wait()
 			s.buffers.close()
+			s.pipes.close()
 			s.cfg.FS.OnUnmount()
 			return errors.Join(err, s.close())
 		case now := <-ticker.C:
@@ -381,6 +385,9 @@ func (s *Server) work() {
 // answer has go-fuse handle a request. out is room for replies, which it returns, perhaps
 // made larger.
 func (s *Server) answer(request, out []byte) []byte {
+	if s.splice(request) {
+		return out
+	}
 	need := replySize(request)
 	if need > s.buffers.size {
 		s.reply(refusal(unique(request), fuse.EINVAL))

@@ -25,6 +25,8 @@ func useMain() int {
 			return 1
 		}
 		return load(dir, span)
+	case "scan": // reads a file without its page cache, in blocks, and says what it read and its own CPU time
+		return scan(filepath.Join(dir, os.Args[3]), os.Args[4], os.Args[5])
 	case "read":
 		began := time.Now()
 		text, err := os.ReadFile(filepath.Join(dir, os.Args[3]))

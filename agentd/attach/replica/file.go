@@ -73,6 +73,22 @@ func (r *Replica) Read(ctx context.Context, id uint64, off int64, n int) (fd int
 	return fd, func() { r.unuse(id, o) }, nil
 }
 
+// ReadHere gives the descriptor of an open file if all n bytes at off are here and nothing has to be
+// waited for; until done is called, if ok.
+func (r *Replica) ReadHere(id uint64, off int64, n int) (fd int, done func(), ok bool) {
+	o, err := r.use(id)
+	if err != nil {
+		return 0, nil, false
+	}
+	if o.file.Whole() && !o.file.Untouched() {
+		if size, _, _, err := o.file.Stat(); err == nil && off >= 0 && uint64(off)+uint64(n) <= size {
+			return o.file.FD(), func() { r.unuse(id, o) }, true
+		}
+	}
+	r.unuse(id, o)
+	return 0, nil, false
+}
+
 // Short tells whether a file should have had bytes at off, where none were read: its content
 // was cut off behind our back. The kernel must get an error then, or it would ask for ever.
 func (r *Replica) Short(id uint64, off int64) bool {
