@@ -22,6 +22,8 @@
 // no later entry says that the torn bytes had been synced: then the disk lost what it had
 // promised, and Open returns ErrCorrupt instead of forgetting silently.
 //
+// Behind the entries are up to some MiB of zeros, so that a sync costs the disk only the entry.
+//
 // Whoever owns a Journal closes it. All methods may be called from any goroutine. Only
 // packages below agentd/attach import it.
 package journal

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -26,6 +27,8 @@ const (
 	// spare is what of it only ReserveLast gives: on a full disk it must still be possible to
 	// remove files, and to note what was uploaded.
 	spare = 1 << 20
+	// zeroStep is how much is zeroed at a time, in bytes.
+	zeroStep = 1 << 20
 	// keptBuffer bounds the room for entries that is used again, in bytes: one for every small
 	// change would be garbage that the collector has to find.
 	keptBuffer = 64 << 10
@@ -76,6 +79,7 @@ type Journal struct {
 	segment  uint64
 	end      int64 // of the entries written
 	room     int64 // allocated
+	zeroed   int64 // the file's size: zeros from end on
 	durable  int64 // of segment, synced
 	begun    int64 // where the dump ended
 	settled  bool  // segment's dump is durable and older segments are removed
@@ -131,14 +135,13 @@ func open(dir string, replay func([]byte, Place) error, synced func(string, int6
 		if err != nil {
 			return nil, err
 		}
-		// What is torn is cut off. Where nothing is, the room behind the end stays allocated.
-		if info, err := file.Stat(); err != nil || info.Size() != end {
-			if err := file.Truncate(end); err != nil {
-				file.Close()
-				return nil, err
-			}
+		// What is torn is cut off. Where nothing is, the room behind the end stays.
+		size, err := zerosUpTo(file, end)
+		if err != nil {
+			file.Close()
+			return nil, err
 		}
-		j.file, j.segment, j.end, j.room = file, numbers[i], end, end
+		j.file, j.segment, j.end, j.room, j.zeroed = file, numbers[i], end, end, size
 		for _, n := range numbers[:i] {
 			j.previous = append(j.previous, j.path(n))
 		}
@@ -175,11 +178,32 @@ func (j *Journal) first() error {
 		file.Close()
 		return err
 	}
-	j.file, j.segment, j.end, j.room, j.begun, j.durable, j.settled = file, 1, w.end, w.end, w.end, w.end, true
+	j.file, j.segment, j.end, j.room, j.zeroed, j.begun, j.durable, j.settled = file, 1, w.end, w.end, w.end, w.end, w.end, true
 	if j.synced != nil {
 		j.synced(name, w.end)
 	}
 	return nil
+}
+
+// zerosUpTo cuts a file off at end unless nothing but zeros is behind it, and returns its size.
+func zerosUpTo(f *os.File, end int64) (size int64, err error) {
+	info, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	buf := make([]byte, min(max(info.Size()-end, 0), 256<<10))
+	for at := end; at < info.Size(); at += int64(len(buf)) {
+		n, err := f.ReadAt(buf, at)
+		if err != nil && !errors.Is(err, io.EOF) {
+			return 0, err
+		}
+		for _, b := range buf[:n] {
+			if b != 0 {
+				return end, f.Truncate(end)
+			}
+		}
+	}
+	return info.Size(), nil
 }
 
 func segments(dir string) ([]uint64, error) {
@@ -226,12 +250,13 @@ func (j *Journal) reserve(n int, leave int64) error {
 	}
 	need := j.end + int64(n) + 16*headerSize + leave
 	if need <= j.room {
+		j.zeroLocked(need)
 		return nil
 	}
-	// Allocated beyond the end of the file, so that replay never sees it.
 	err := unix.Fallocate(int(j.file.Fd()), unix.FALLOC_FL_KEEP_SIZE, j.end, need-j.end+ahead)
 	if err == nil {
 		j.room = need + ahead
+		j.zeroLocked(need)
 		return nil
 	}
 	if errors.Is(err, unix.EOPNOTSUPP) {
@@ -244,6 +269,26 @@ func (j *Journal) reserve(n int, leave int64) error {
 	}
 	return err
 }
+
+// zeroLocked writes zeros where entries will be written, up to need at least, of what is allocated.
+// To sync an entry that makes the file longer, or that is the first in its blocks, the file system
+// has to commit what it knows of the file as well, at twice the cost and more; over zeros it is only data.
+// Replay ends at them. That they could not be written changes nothing else.
+func (j *Journal) zeroLocked(need int64) {
+	if need <= j.zeroed {
+		return
+	}
+	to := min(need+zeroStep, j.room)
+	for from := max(j.zeroed, j.end); from < to; from = j.zeroed {
+		n := min(to-from, int64(len(zeros)))
+		if _, err := j.file.WriteAt(zeros[:n], from); err != nil {
+			return
+		}
+		j.zeroed = from + n
+	}
+}
+
+var zeros [256 << 10]byte
 
 // Append writes an entry of one payload and returns the position to Sync. It returns where the payload lies, too.
 func (j *Journal) Append(payload []byte) (Position, Place, error) {
@@ -390,7 +435,7 @@ func (j *Journal) Begin(dump func(add func(payload []byte) error) error) error {
 		j.previous = append(j.previous, j.path(j.segment))
 		j.file.Close()
 	}
-	j.file, j.segment, j.end, j.room, j.begun = file, number, w.end, w.end, w.end
+	j.file, j.segment, j.end, j.room, j.zeroed, j.begun = file, number, w.end, w.end, w.end, w.end
 	j.durable, j.settled = 0, false
 	return nil
 }

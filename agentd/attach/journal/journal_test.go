@@ -7,6 +7,7 @@ import (
 	"math/rand"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 )
@@ -109,6 +110,76 @@ func TestTornTail(t *testing.T) {
 			j.Close()
 		}
 	}
+}
+
+// TestZeros: entries are written over zeros, which stay when the journal is opened again; what is behind
+// the entries and not zero is cut off.
+func TestZeros(t *testing.T) {
+	dir := t.TempDir()
+	j, _ := read(t, dir)
+	name := j.path(1)
+	if err := j.Reserve(100); err != nil {
+		t.Fatal(err)
+	}
+	size := func() int64 {
+		t.Helper()
+		info, err := os.Stat(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return info.Size()
+	}
+	before := size()
+	var want []string
+	for i := range 1000 {
+		want = append(want, fmt.Sprint("entry ", i))
+	}
+	end := appendAll(t, j, want...).offset
+	if got := size(); got != before || got < end+zeroStep/2 {
+		t.Errorf("the file has %d bytes, and %d before %d bytes of entries were written", got, before, end)
+	}
+	j.Close()
+	for range 2 {
+		j, got := read(t, dir)
+		same(t, got, want...)
+		if err := j.Reserve(100); err != nil {
+			t.Fatal(err)
+		}
+		if got := size(); got != before {
+			t.Errorf("opened again the file has %d bytes, not %d", got, before)
+		}
+		end = appendAll(t, j, "more").offset
+		want = append(want, "more")
+		j.Close()
+	}
+	f, err := os.OpenFile(name, os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte{1}, before-1); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	j, got := read(t, dir)
+	defer j.Close()
+	same(t, got, want...)
+	if got := size(); got != end {
+		t.Errorf("something is behind the end: the file has %d bytes, not %d", got, end)
+	}
+	// More than is zeroed at once, and without room having been made.
+	if err := j.Reserve(3 * zeroStep); err != nil {
+		t.Fatal(err)
+	}
+	large := strings.Repeat("x", 3*zeroStep)
+	appendAll(t, j, large, large)
+	if err := j.Reserve(100); err != nil {
+		t.Fatal(err)
+	}
+	appendAll(t, j, "last")
+	j.Close()
+	j, got = read(t, dir)
+	defer j.Close()
+	same(t, got, append(want, large, large, "last")...)
 }
 
 // TestDamageInTheMiddle: what had been synced is never forgotten silently; what had not
