@@ -89,12 +89,12 @@ type filesBench struct {
 	bin    string // where programs are
 }
 
-func startFiles(ctx context.Context, o Options, r *Report) (b *filesBench, err error) {
+func startFiles(ctx context.Context, o Options, r *Report) (_ *filesBench, err error) {
 	s, err := stack.New(stack.Options{Bin: o.Bin})
 	if err != nil {
 		return nil, err
 	}
-	b = &filesBench{r: r, s: s, mounts: filepath.Join(s.Dir, "mounts"), native: filepath.Join(s.Dir, "native"), bin: o.Bin}
+	b := &filesBench{r: r, s: s, mounts: filepath.Join(s.Dir, "mounts"), native: filepath.Join(s.Dir, "native"), bin: o.Bin}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, b.end())
