@@ -74,6 +74,7 @@ type Daemon struct {
 	attach     *attachments
 	host       *host.Host
 	reports    *report.Reporter
+	forward    *forward // nil: nowhere
 	standing   *standing
 	link       *link.Keeper
 	control    *control.Server
@@ -160,6 +161,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 	wg.Go(func() { d.reports.Run(linkCtx) })
 	wg.Go(func() { d.log.RunRetention(linkCtx, d.retirable) })
 	wg.Go(func() { d.staySmall(linkCtx) })
+	wg.Go(func() { d.forward.run(linkCtx) })
 
 	if ready != nil {
 		ready()
@@ -201,6 +203,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	d.kernels = d.newKernels()
 	d.setKernels(c)
 	d.reports = d.newReporter()
+	d.forward = d.newForward(c)
 	d.host = d.newHost()
 	d.kernels.OnIdleStop(d.host.NoteKernelStopped)
 	d.kernels.OnIdleSuspend(d.suspendIdle, d.host.NoteKernelSuspended)

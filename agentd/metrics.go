@@ -69,6 +69,7 @@ func (d *Daemon) registerMetrics() {
 		gauge("agentd_sources", "Data sources declared.", func() float64 { return float64(len(d.config.Load().Sources)) }),
 	)
 	d.registerBucketMetrics()
+	d.registerSyslogMetrics()
 }
 
 // sum adds something up over the workspaces, or the buckets, that mountd told of last.

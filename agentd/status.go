@@ -124,6 +124,12 @@ func printStatus(w io.Writer, s control.Status) error {
 	} else {
 		row("audit", "%d entries, %d bytes", s.Audit.Sequence, s.Audit.Bytes)
 	}
+	if f := s.Audit.Syslog; f != nil {
+		row("", "forwarded to %s up to entry %d", f.To, f.Through)
+		if f.Error != "" {
+			row("", "WARNING: not forwarded now: %s", f.Error)
+		}
+	}
 	if s.Audit.Warning != "" {
 		row("", "WARNING: %s", s.Audit.Warning)
 	}

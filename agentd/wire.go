@@ -438,6 +438,9 @@ func (d *Daemon) status() control.Status {
 	head := d.log.Head()
 	s.Audit.Sequence = head.Sequence
 	_, s.Audit.First = d.log.Retired()
+	if f := d.forward; f != nil {
+		s.Audit.Syslog = &control.Syslog{To: f.chain.to, Through: f.through.Load(), Error: f.Stats().Err}
+	}
 	_, s.Audit.Bytes = d.log.Stats()
 	if head.Sequence > 0 {
 		s.Audit.Hash = hex.EncodeToString(head.Hash[:])

@@ -23,7 +23,11 @@ func (d *Daemon) setRetention(c *config.Config) {
 }
 
 // retirable is the last entry that may be dropped: the control plane knows of it, and has the statements of
-// kernels up to it. 0: none, such as before the first hello.
+// kernels up to it, and the syslog server has it. 0: none, such as before the first hello.
 func (d *Daemon) retirable() uint64 {
-	return min(d.agreed.Load(), d.reports.Told())
+	through := min(d.agreed.Load(), d.reports.Told())
+	if d.forward != nil {
+		through = min(through, d.forward.through.Load())
+	}
+	return through
 }

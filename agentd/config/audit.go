@@ -21,12 +21,15 @@ type Audit struct {
 	// log in bytes above which the oldest are; 0: that is no reason.
 	Retention time.Duration
 	MaxSize   int64
+	// Syslog is where it is forwarded to.
+	Syslog Syslog
 }
 
 // auditFile is audit: as written.
 type auditFile struct {
-	Retention string `yaml:"retention"`
-	MaxSize   string `yaml:"max_size"`
+	Retention string     `yaml:"retention"`
+	MaxSize   string     `yaml:"max_size"`
+	Syslog    syslogFile `yaml:"syslog"`
 }
 
 func (p *problems) audit(in file, c *Config, at func(...any) int) {
@@ -47,6 +50,7 @@ func (p *problems) audit(in file, c *Config, at func(...any) int) {
 		}
 		c.Audit.MaxSize = int64(n)
 	}
+	p.syslog(in.Audit.Syslog, &c.Audit.Syslog, at)
 }
 
 // parseAge reads 36h or 400d.

@@ -82,6 +82,7 @@ func (c *Config) NeedRestart(old *Config) []string {
 		{"vault", c.Vault.text != old.Vault.text},
 		{"kernels.uid_base", c.Kernels.UIDBase != old.Kernels.UIDBase},
 		{"kernels.checkpoints", c.Kernels.Checkpoints != old.Kernels.Checkpoints},
+		{"audit.syslog", c.Audit.Syslog != old.Audit.Syslog},
 		{"log.format", c.Log.Format != old.Log.Format},
 	} {
 		if k.changed {

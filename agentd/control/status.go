@@ -111,13 +111,23 @@ type Kernel struct {
 	Generation uint64 `json:"generation"`
 }
 
+// Syslog is how the audit log is forwarded.
+type Syslog struct {
+	// To is the server's URL; Through the last entry that it has; Error why it cannot be reached, "" if it can.
+	To      string `json:"to"`
+	Through uint64 `json:"through"`
+	Error   string `json:"error,omitempty"`
+}
+
 // Audit is the end of the host's log.
 type Audit struct {
 	// First is the number of the oldest entry that is kept; above 1 where older ones were retired.
-	First    uint64 `json:"first,omitempty"`
-	Sequence uint64 `json:"sequence"`
-	Hash     string `json:"hash,omitempty"`
-	Bytes    int64  `json:"bytes"`
+	First uint64 `json:"first,omitempty"`
+	// Syslog is how forwarding goes; nil: there is none.
+	Syslog   *Syslog `json:"syslog,omitempty"`
+	Sequence uint64  `json:"sequence"`
+	Hash     string  `json:"hash,omitempty"`
+	Bytes    int64   `json:"bytes"`
 	// Warning tells that the control plane knows another chain.
 	Warning string `json:"warning,omitempty"`
 }

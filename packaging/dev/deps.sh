@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx caddy tinyproxy litmus prometheus unzip netns criu pydrivers jupyter sshfs testhost bigclients;
+# nginx caddy tinyproxy litmus prometheus rsyslog unzip netns criu pydrivers jupyter sshfs testhost bigclients;
 # tests is what `make test` needs.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
@@ -75,10 +75,11 @@ for name in "$@"; do
 		done
 		;;
 	tests)
-		packaging/dev/deps.sh go gcc postgresql mariadb nginx caddy tinyproxy litmus prometheus unzip pydrivers jupyter
+		packaging/dev/deps.sh go gcc postgresql mariadb nginx caddy tinyproxy litmus prometheus rsyslog unzip pydrivers jupyter
 		[ "$(id -u)" != 0 ] || packaging/dev/deps.sh netns criu
 		;;
 	mariadb) [ -x /usr/sbin/mariadbd ] || install mariadb-server ;;
+	rsyslog) [ -x /usr/sbin/rsyslogd ] && ls /usr/lib/*/rsyslog/lmnsd_gtls.so >/dev/null 2>&1 || install rsyslog rsyslog-gnutls ;;
 	nginx) [ -x /usr/sbin/nginx ] || install nginx-light ;;
 	caddy) command -v caddy >/dev/null 2>&1 || install caddy ;;
 	tinyproxy) command -v tinyproxy >/dev/null 2>&1 || install tinyproxy-bin ;;
