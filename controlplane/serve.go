@@ -13,6 +13,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/audit"
 	"github.com/postern-dev/postern/controlplane/blob"
 	"github.com/postern-dev/postern/controlplane/store"
+	"github.com/postern-dev/postern/proto/syslog"
 )
 
 // Options are the flags of `controlplane serve`.
@@ -52,6 +53,8 @@ type Options struct {
 	HistoryAge time.Duration
 	// DrainTimeout bounds how long requests under way may take to end at a stop.
 	DrainTimeout time.Duration
+	// AuditSyslog is where audit entries are forwarded to.
+	AuditSyslog SyslogOptions
 	// LogLevel is debug, info, warn or error; LogFormat is text or json.
 	LogLevel, LogFormat string
 }
@@ -71,6 +74,9 @@ func (o Options) Validate() error {
 		return errors.New("--history-age must be at least 1m")
 	case o.DrainTimeout < 0:
 		return errors.New("--drain-timeout cannot be negative")
+	}
+	if err := o.AuditSyslog.validate(); err != nil {
+		return err
 	}
 	if err := o.validatePeers(); err != nil {
 		return err
@@ -166,6 +172,12 @@ the password and dbname=AGENT/SOURCE.`,
 	f.DurationVar(&o.DrainDelay, "drain-delay", 0, "how long everything is still served at a stop while /readyz already fails, for load balancers that ask it")
 	f.DurationVar(&o.HistoryAge, "history-age", store.DefaultHistoryAge, "how long queries and the rows kept with them stay in the history")
 	f.Var((*age)(&o.AuditRetention), "audit-retention", "how long audit entries are kept, such as 400d, at least 24h; without it for ever; see docs/controlplane.md before you set it")
+	f.StringVar(&o.AuditSyslog.To, "audit-syslog", "", "syslog server to forward audit entries to: tls://HOST:6514, tcp://HOST:514, udp://HOST:514 or unix:///dev/log; none if empty")
+	f.StringVar(&o.AuditSyslog.Facility, "audit-syslog-facility", syslog.DefaultFacility, "its facility: auth, authpriv, audit, daemon, local0 to local7, syslog or user")
+	f.IntVar(&o.AuditSyslog.MaxMessage, "audit-syslog-max-message", syslog.DefaultMessage, "the longest message that it takes, in bytes; longer entries have their texts cut")
+	f.StringVar(&o.AuditSyslog.Files.CA, "audit-syslog-ca", "", "with tls://: authorities of its certificate, PEM, instead of the system's; read for each connection, like the next two")
+	f.StringVar(&o.AuditSyslog.Files.Cert, "audit-syslog-cert", "", "with tls://: certificate to show to it, PEM")
+	f.StringVar(&o.AuditSyslog.Files.Key, "audit-syslog-key", "", "with tls://: its private key, PEM")
 	f.DurationVar(&o.DrainTimeout, "drain-timeout", 30*time.Second, "how long requests under way may take to end at a stop")
 	f.StringVar(&o.LogLevel, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&o.LogFormat, "log-format", "text", "text or json")

@@ -39,6 +39,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/token"
 	"github.com/postern-dev/postern/controlplane/workspace"
 	"github.com/postern-dev/postern/proto"
+	"github.com/postern-dev/postern/proto/syslog"
 	"github.com/postern-dev/postern/tunnel"
 )
 
@@ -102,7 +103,8 @@ type Server struct {
 	notebooks *notebook.Service
 	tunnels   *tunnel.Server
 	events    *linkEvents
-	replicas  *replicas // nil without --peer-listen: this is the only control plane
+	forwarder *syslog.Forwarder // nil: nowhere
+	replicas  *replicas         // nil without --peer-listen: this is the only control plane
 	api       *api.API
 	http      *http.Server
 
@@ -148,7 +150,7 @@ func (s *Server) open(ctx context.Context) (err error) {
 	if made {
 		s.log.Info("first admin token written", "file", adminToken)
 	}
-	s.audit = audit.New(audit.Config{Store: s.store, DefaultOrganization: store.DefaultOrganizationID, Logger: s.log})
+	s.audit = audit.New(audit.Config{Store: s.store, DefaultOrganization: store.DefaultOrganizationID, Logger: s.log, Needed: s.auditNeeded})
 	s.joins = registration.New(registration.Config{
 		Store: s.store, CA: s.ca, Audit: s.audit, Logger: s.log,
 		Failures: ratelimit.New(joinRate, joinBurst), Renewals: ratelimit.New(renewRate, renewBurst),
@@ -175,6 +177,10 @@ func (s *Server) openStore(ctx context.Context) (err error) {
 // wire makes the parts that serve and puts them together.
 func (s *Server) wire(ctx context.Context) error {
 	registry := prometheus.NewRegistry()
+	var err error
+	if s.forwarder, err = s.newForwarder(registry); err != nil {
+		return err
+	}
 	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), buildInfo())
 	s.events = newLinkEvents(s.store, s.log)
 	s.sessions = newSessionCloser(s.store, func(id string) (liveAgent, error) {
@@ -366,6 +372,7 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	group.Go(func() error { s.housekeep(work); return nil })
 	group.Go(func() error { s.retireAudit(work); return nil })
+	group.Go(func() error { s.forwardAudit(work); return nil })
 	group.Go(func() error { s.collectFiles(work); return nil })
 	group.Go(func() error { s.followCA(work); return nil })
 	group.Go(func() error { s.followMasterKeys(work); return nil })

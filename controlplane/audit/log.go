@@ -56,6 +56,8 @@ type Config struct {
 	// DefaultOrganization is the id of the organization that gets the entries
 	// without one.
 	DefaultOrganization string
+	// Needed is the last entry of an organization's chain that may be dropped; optional.
+	Needed func(ctx context.Context, organization string) (uint64, error)
 	// Logger is optional; nil discards.
 	Logger *slog.Logger
 	// Now is the clock; nil means time.Now.

@@ -24,7 +24,8 @@ const (
 // in one transaction, with an entry that stands for them (auditchain.RetireAction): it has the number and hash
 // of the last of them, so that Verify still finds whatever else is missing. The whole chain
 // is verified before, so that nothing that was done to it is covered up: a
-// *auditchain.BrokenError means that it does not fit, and that nothing more was dropped.
+// *auditchain.BrokenError means that it does not fit, and that nothing more was dropped. What
+// Config.Needed needs stays.
 func (l *Log) Retire(ctx context.Context, organization string, before time.Time) (uint64, error) {
 	// What does not fit here may be what another control plane drops at this moment.
 	if _, n, err := l.old(ctx, organization, before, math.MaxUint64); err != nil && !IsBroken(err) || err == nil && n == 0 {
@@ -34,9 +35,17 @@ func (l *Log) Retire(ctx context.Context, organization string, before time.Time)
 	if err != nil {
 		return 0, err
 	}
+	limit := kept.Last
+	if l.cfg.Needed != nil {
+		needed, err := l.cfg.Needed(ctx, organization)
+		if err != nil {
+			return 0, err
+		}
+		limit = min(limit, needed)
+	}
 	dropped := uint64(0)
 	for ctx.Err() == nil {
-		n, err := l.retire(ctx, organization, before, kept.Last)
+		n, err := l.retire(ctx, organization, before, limit)
 		dropped += n
 		if err != nil || n == 0 {
 			return dropped, err

@@ -201,3 +201,63 @@ func (l *lockedBuffer) String() string {
 	defer l.mu.Unlock()
 	return l.b.String()
 }
+
+// TestRetireNeeded: what is needed elsewhere stays, however old.
+func TestRetireNeeded(t *testing.T) {
+	storetest.Each(t, func(t *testing.T, s *store.Store) {
+		const to = "tcp://logs:514"
+		l := audit.New(audit.Config{Store: s, DefaultOrganization: store.DefaultOrganizationID, Now: func() time.Time { return day(100) }, Needed: func(ctx context.Context, organization string) (uint64, error) {
+			h, err := s.AuditForwarded(ctx, to, organization)
+			return h.Sequence, err
+		}})
+		aged(t, l, org, 10)
+		waiting := func(want ...string) {
+			t.Helper()
+			if got, err := s.AuditWaiting(ctx, to); err != nil || fmt.Sprint(got) != fmt.Sprint(want) {
+				t.Errorf("waiting: %v, %v, want %v", got, err, want)
+			}
+		}
+		forwarded := func(n uint64) {
+			t.Helper()
+			lines, _, err := s.AuditAfter(ctx, org, n-1, 1)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e, err := auditchain.Decode(lines[0])
+			if err != nil {
+				t.Fatal(err)
+			}
+			h, err := auditchain.HeadOf(e)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.SetAuditForwarded(ctx, to, org, h); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := s.AuditForwarded(ctx, to, org); err != nil || got != h {
+				t.Errorf("got %v, %v, want %v", got, err, h)
+			}
+			if got, err := s.AuditForwarded(ctx, "tcp://other:514", org); err != nil || got.Sequence != 0 {
+				t.Errorf("another destination has %v, %v", got, err)
+			}
+		}
+		retire := func(want uint64) {
+			t.Helper()
+			if n, err := l.Retire(ctx, org, day(50)); err != nil || n != want {
+				t.Errorf("retired %d, %v, want %d", n, err, want)
+			}
+		}
+		waiting(org)
+		retire(0)
+		forwarded(4)
+		waiting(org)
+		retire(4)
+		forwarded(10)
+		retire(6)
+		forwarded(12)
+		waiting()
+		if _, err := l.Verify(ctx, org); err != nil {
+			t.Error(err)
+		}
+	})
+}
