@@ -16,6 +16,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-dev/postern/agentd/confine"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/child"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 )
@@ -269,7 +270,7 @@ func (p *Parser) ensureLocked(l *parserLane) error {
 		}
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: id, Gid: id}
 	}
-	if err := startConfined(cmd, confinement{executable: p.config.Executable, offline: true}); err != nil {
+	if err := confine.Start(cmd, confine.Confinement{Executable: p.config.Executable, Offline: true}); err != nil {
 		_ = ours.Close()
 		_ = stderr.Close()
 		return fmt.Errorf("start the parser process: %w", err)
@@ -398,7 +399,7 @@ func socketPair(name string) (ours *net.UnixConn, theirs *os.File, err error) {
 // files, from 3 on. The caller reads and closes stderr, and calls release once the
 // process has started, or if it shall not.
 func command(executable string, args []string, files ...*os.File) (cmd *exec.Cmd, stderr *os.File, release func(), err error) {
-	if err := closeOnExec(); err != nil {
+	if err := confine.CloseOnExec(); err != nil {
 		return nil, nil, nil, fmt.Errorf("close_range: %w", err)
 	}
 	stderr, theirs, err := os.Pipe()

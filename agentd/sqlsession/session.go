@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-dev/postern/agentd/confine"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	"github.com/postern-dev/postern/proto"
 )
@@ -70,7 +71,7 @@ type session struct {
 
 // spawn starts a process. The caller sends Connect.
 func (m *Manager) spawn(src *source, source Source, slot int, login Login) (*session, error) {
-	if err := closeOnExec(); err != nil {
+	if err := confine.CloseOnExec(); err != nil {
 		return nil, fmt.Errorf("close_range: %w", err)
 	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
@@ -116,7 +117,7 @@ func (m *Manager) spawn(src *source, source Source, slot int, login Login) (*ses
 		source: src, login: Login{Expiring: login.Expiring, Release: login.Release}, slot: slot, cmd: cmd, conn: conn.(*net.UnixConn), frames: frame.NewReader(conn), exited: make(chan struct{}),
 		stderr: stderr, held: held, left: make(chan struct{}),
 	}
-	if err := startConfined(cmd, src.confinement(m.config.Executable)); err != nil {
+	if err := confine.Start(cmd, src.confinement(m.config.Executable)); err != nil {
 		_ = conn.Close()
 		_ = stderr.Close()
 		held.remove()

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/postern-dev/postern/agentd/confine"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/child"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	"github.com/postern-dev/postern/proto"
@@ -14,7 +15,7 @@ import (
 // source is a data source with its sessions; all fields under Manager.mu.
 type source struct {
 	Source
-	config   confinement
+	config   confine.Confinement
 	active   int // statements that have a place
 	waiting  []chan struct{}
 	owned    []*session // idle or resetting, oldest first
@@ -95,37 +96,37 @@ func (m *Manager) SetSources(sources []Source) {
 
 func newSource(s Source) *source {
 	s = s.withDefaults()
-	return &source{Source: s, config: confine(s.Engine, s.DSN)}
+	return &source{Source: s, config: reach(s.Engine, s.DSN)}
 }
 
-// confine says what a source's processes may reach.
-func confine(engine, dsn string) confinement {
+// reach says what a source's processes may reach.
+func reach(engine, dsn string) confine.Confinement {
 	if engine == "mysql" {
 		d, err := child.ParseMySQLDSN(dsn)
 		if err != nil {
-			return confinement{ports: []uint16{}} // refused when it connects
+			return confine.Confinement{Ports: []uint16{}} // refused when it connects
 		}
-		c := confinement{ports: []uint16{d.Port}}
+		c := confine.Confinement{Ports: []uint16{d.Port}}
 		if d.SSLRootCert != "" {
-			c.readable = []string{d.SSLRootCert}
+			c.Readable = []string{d.SSLRootCert}
 		}
 		return c
 	}
 	if engine == "sqlite" {
-		return confinement{ports: []uint16{}} // what it uses is opened for it
+		return confine.Confinement{Ports: []uint16{}} // what it uses is opened for it
 	}
 	config, err := child.ParseDSN(dsn)
 	if err != nil {
-		return confinement{} // refused when it connects
+		return confine.Confinement{} // refused when it connects
 	}
-	c := confinement{ports: []uint16{config.Port}}
+	c := confine.Confinement{Ports: []uint16{config.Port}}
 	for _, f := range config.Fallbacks {
-		c.ports = append(c.ports, f.Port)
+		c.Ports = append(c.Ports, f.Port)
 	}
 	if match := rootCertPattern.FindStringSubmatch(dsn); match != nil {
 		for _, path := range match[1:] {
 			if path != "" {
-				c.readable = append(c.readable, path)
+				c.Readable = append(c.Readable, path)
 			}
 		}
 	}
@@ -136,9 +137,9 @@ func confine(engine, dsn string) confinement {
 // does not get right can't be read by the process, which says so.
 var rootCertPattern = regexp.MustCompile(`sslrootcert\s*=\s*(?:'([^']*)'|([^\s'&]+))`)
 
-func (s *source) confinement(executable string) confinement {
+func (s *source) confinement(executable string) confine.Confinement {
 	c := s.config
-	c.executable = executable
+	c.Executable = executable
 	return c
 }
 

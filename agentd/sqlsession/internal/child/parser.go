@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-dev/postern/agentd/confine"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
 )
 
@@ -33,7 +34,7 @@ const ExitBroken = 5
 // ParserMain runs a parser process and returns its exit code. Call it before
 // anything else: it expects descriptor 3 to be agentd's socket.
 func ParserMain() int {
-	err := hardenFor(parserFiles)
+	err := confine.Harden(parserFiles)
 	if err == nil {
 		err = forbidWriting()
 	}
@@ -45,7 +46,7 @@ func ParserMain() int {
 		err = syscall.Setrlimit(unix.RLIMIT_DATA, &syscall.Rlimit{Cur: limit, Max: limit})
 	}
 	if err == nil {
-		err = forbidSystemCalls()
+		err = confine.ForbidAll()
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "sql parser: cannot give up privileges:", err)

@@ -16,6 +16,7 @@ import (
 	"modernc.org/libc"
 	sqlite3 "modernc.org/sqlite/lib"
 
+	"github.com/postern-dev/postern/agentd/confine"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/filebroker"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/pgtree"
@@ -98,7 +99,7 @@ func connectSQLite(_ context.Context, r *frame.ConnectRequest, out *sink, _ pgtr
 	}
 	s.version = libc.GoString(sqlite3.Xsqlite3_libversion(tls))
 	// All that it does from now on it does with what it is given.
-	if err := forbidSystemCalls(); err != nil {
+	if err := confine.ForbidAll(); err != nil {
 		return nil, proto.Errorf(proto.CodeInternal, "%w", err)
 	}
 	if s.inode, err = sqliteInode(); err != nil {

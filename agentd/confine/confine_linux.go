@@ -1,4 +1,4 @@
-package sqlsession
+package confine
 
 import (
 	"errors"
@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// landlockPaths are what a session's process may read: what the dynamic
+// landlockPaths are what a process with a network may read: what the dynamic
 // loader, the resolver and TLS need. It may write nothing.
 var landlockPaths = []string{"/etc", "/usr", "/lib", "/lib32", "/lib64", "/run/systemd/resolve", "/run/resolvconf", "/var/lib/ca-certificates"}
 
@@ -18,25 +18,29 @@ var landlockPaths = []string{"/etc", "/usr", "/lib", "/lib32", "/lib64", "/run/s
 // process that needs nothing else.
 var loaderPaths = []string{"/usr/lib", "/usr/lib64", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache"}
 
-// Ports beside the database's that a process may connect to: DNS over TCP.
+// portDNS is what a process with a network may connect to: DNS over TCP.
 const portDNS = 53
 
-// confinement is what one process gets.
-type confinement struct {
-	executable string
-	ports      []uint16 // of the database; nil leaves connecting free
-	readable   []string // files such as sslrootcert
-	// offline leaves no port to connect to, not even DNS, and no files but what
+// Confinement is what one process gets.
+type Confinement struct {
+	Executable string
+	Ports      []uint16 // it may connect to, beside DNS's; nil leaves connecting free
+	Readable   []string // files and directories beside the system's, such as sslrootcert
+	// Offline leaves no port to connect to, not even DNS, and no files but what
 	// the program itself needs.
-	offline bool
+	Offline bool
+	// Ended, if not nil, is closed when the process has ended. Until then the thread
+	// that started it stays, and with it what SysProcAttr.Pdeathsig waits for: that
+	// counts from the thread's end, not the parent's.
+	Ended <-chan struct{}
 }
 
-// startConfined starts cmd from a thread that has given up what the process
+// Start starts cmd from a thread that has given up what the process
 // shall not have, and that ends afterwards. Child processes inherit
 // no_new_privs, the capability bounding set and the Landlock domain from the
 // thread that forks them, and these can't be given back. The runtime never
 // clones a thread for others from one that is locked to a goroutine.
-func startConfined(cmd *exec.Cmd, c confinement) error {
+func Start(cmd *exec.Cmd, c Confinement) error {
 	result := make(chan error, 1)
 	var onThread func()
 	onThread = func() {
@@ -56,14 +60,18 @@ func startConfined(cmd *exec.Cmd, c confinement) error {
 			result <- err
 			return
 		}
-		result <- cmd.Start()
+		err := cmd.Start()
+		result <- err
+		if err == nil && c.Ended != nil {
+			<-c.Ended
+		}
 		// Not unlocked: the thread ends with the goroutine.
 	}
 	go onThread()
 	return <-result
 }
 
-func (c confinement) confineThread() error {
+func (c Confinement) confineThread() error {
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
 	}
@@ -83,7 +91,7 @@ func (c confinement) confineThread() error {
 
 // landlock restricts the calling thread (landlock(7)); what the kernel's
 // version does not know is left out.
-func (c confinement) landlock() error {
+func (c Confinement) landlock() error {
 	abi, _, errno := unix.Syscall(unix.SYS_LANDLOCK_CREATE_RULESET, 0, 0, unix.LANDLOCK_CREATE_RULESET_VERSION)
 	if errno != 0 {
 		return errno
@@ -105,14 +113,14 @@ func (c confinement) landlock() error {
 	}
 	if abi >= 4 {
 		attr.Access_net = unix.LANDLOCK_ACCESS_NET_BIND_TCP
-		if c.ports != nil || c.offline {
+		if c.Ports != nil || c.Offline {
 			attr.Access_net |= unix.LANDLOCK_ACCESS_NET_CONNECT_TCP
 		}
 		size += unsafe.Sizeof(attr.Access_net)
 	}
 	if abi >= 6 {
 		attr.Scoped = unix.LANDLOCK_SCOPE_SIGNAL
-		if c.offline {
+		if c.Offline {
 			attr.Scoped |= unix.LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET
 		}
 		size += unsafe.Sizeof(attr.Scoped)
@@ -123,8 +131,8 @@ func (c confinement) landlock() error {
 	}
 	ruleset := int(fd)
 	defer func() { _ = unix.Close(ruleset) }()
-	paths, ports := landlockPaths, append([]uint16{portDNS}, c.ports...)
-	if c.offline {
+	paths, ports := landlockPaths, append([]uint16{portDNS}, c.Ports...)
+	if c.Offline {
 		paths, ports = loaderPaths, nil
 	}
 	for _, path := range paths {
@@ -132,8 +140,11 @@ func (c confinement) landlock() error {
 			return err
 		}
 	}
-	for _, path := range append([]string{c.executable}, c.readable...) {
-		if err := allowPath(ruleset, path, readFile); err != nil {
+	if err := allowPath(ruleset, c.Executable, readFile); err != nil {
+		return err
+	}
+	for _, path := range c.Readable {
+		if err := allowPath(ruleset, path, readDir); err != nil {
 			return err
 		}
 	}
@@ -185,8 +196,8 @@ func allowPort(ruleset int, port uint16) error {
 	return nil
 }
 
-// closeOnExec makes sure that no descriptor that we were started with reaches
+// CloseOnExec makes sure that no descriptor that we were started with reaches
 // a child.
-func closeOnExec() error {
+func CloseOnExec() error {
 	return unix.CloseRange(3, ^uint(0)>>33, unix.CLOSE_RANGE_CLOEXEC)
 }

@@ -1,4 +1,4 @@
-package child
+package confine
 
 // forbiddenHere are the older forms; this architecture has none.
-var forbiddenHere = []uint32(nil)
+var forbiddenHere, filesHere []uint32
