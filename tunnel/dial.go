@@ -14,8 +14,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
-
-	"golang.org/x/net/http/httpproxy"
 )
 
 // DialConfig is what a dialer needs.
@@ -36,6 +34,13 @@ type DialConfig struct {
 	// addition to the system's. nil means the system's alone.
 	OuterRootCAs *x509.CertPool
 
+	// Carrier, if not nil, makes what the connections beneath the inner TLS are made
+	// in: another process, say, so that this one reads nothing of the network but
+	// what the inner TLS has verified. Dial calls it once; the tunnel closes what it
+	// returns. OuterRootCAs must be nil then, as a pool cannot leave the process:
+	// the Carrier adds CarrierConfig.OuterCAs itself. nil means in this process.
+	Carrier func(CarrierConfig) (Carrier, error)
+
 	// Proxy chooses the proxy for the URL. nil means by HTTPS_PROXY, HTTP_PROXY
 	// (for ws) and NO_PROXY, upper or lower case, as they are at the time of Dial.
 	Proxy func(*url.URL) (*url.URL, error)
@@ -49,10 +54,10 @@ type DialConfig struct {
 
 // dialer makes the lanes of one tunnel.
 type dialer struct {
+	outer
 	cfg     DialConfig
-	url     *url.URL
 	inner   *tls.Config
-	outer   *tls.Config
+	carrier Carrier                         // nil: the connections are made here
 	cert    atomic.Pointer[tls.Certificate] // pinned by the control lane
 	dialing atomic.Int32
 
@@ -73,9 +78,15 @@ func Dial(ctx context.Context, cfg DialConfig) (*Tunnel, error) {
 	_, _ = rand.Read(id[:]) // never fails, see crypto/rand
 	t := newTunnel(&d.cfg.Config, true, id, cfg.Logger)
 	t.dialer = d
+	if err := d.startCarrier(); err != nil {
+		d.cancel()
+		cfg.Metrics.handshakeFailed(failUpgrade)
+		return nil, err
+	}
 	l, err := d.lane(ctx, t, Control, openerDialer, 0)
 	if err != nil {
 		d.cancel()
+		d.endCarrier(FailedStep(err) == StepUplink)
 		return nil, err
 	}
 	t.control = l
@@ -123,33 +134,18 @@ func (t *Tunnel) tickLoop() {
 }
 
 func newDialer(cfg DialConfig) (*dialer, error) {
-	fail := func(err error) (*dialer, error) {
-		return nil, &DialError{Step: StepConfig, Target: "url", Err: err, Hint: "set url to the control plane's address, such as https://cp.example.com"}
-	}
-	u, err := url.Parse(cfg.URL)
+	u, err := parseURL(cfg.URL)
 	if err != nil {
-		return fail(errors.New("the URL cannot be parsed")) // err would show userinfo
-	}
-	switch u.Scheme {
-	case "http":
-		u.Scheme = "ws"
-	case "https":
-		u.Scheme = "wss"
-	case "ws", "wss":
-	default:
-		return fail(fmt.Errorf("unknown scheme %q", u.Scheme))
-	}
-	if u.Hostname() == "" {
-		return fail(errors.New("no host"))
-	}
-	u.User, u.Fragment = nil, ""
-	if u.Path == "" || u.Path == "/" {
-		u.Path = "/tunnel"
+		return nil, &DialError{Step: StepConfig, Target: "url", Err: err, Hint: "set url to the control plane's address, such as https://cp.example.com"}
 	}
 	if cfg.TLS == nil {
 		return nil, &DialError{Step: StepConfig, Target: u.Redacted(), Err: errors.New("no inner TLS configuration")}
 	}
-	d := &dialer{cfg: cfg, url: u}
+	if cfg.Carrier != nil && cfg.OuterRootCAs != nil {
+		return nil, &DialError{Step: StepConfig, Target: u.Redacted(), Err: errors.New("a Carrier has outer root CAs of its own")}
+	}
+	d := &dialer{cfg: cfg, outer: newOuter(u, cfg.Header, cfg.StepTimeout)}
+	d.roots, d.proxy = cfg.OuterRootCAs, cfg.Proxy
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	d.inner = cfg.TLS.Clone()
 	d.inner.MinVersion, d.inner.MaxVersion = tls.VersionTLS13, 0
@@ -171,33 +167,7 @@ func newDialer(cfg DialConfig) (*dialer, error) {
 			return c, err
 		}
 	}
-	d.outer = &tls.Config{MinVersion: tls.VersionTLS12, NextProtos: []string{"http/1.1"}, DynamicRecordSizingDisabled: true}
 	return d, nil
-}
-
-func (d *dialer) target() string { return d.url.Redacted() }
-
-func (d *dialer) address() string {
-	port := d.url.Port()
-	if port == "" {
-		port = "80"
-		if d.url.Scheme == "wss" {
-			port = "443"
-		}
-	}
-	return net.JoinHostPort(d.url.Hostname(), port)
-}
-
-func (d *dialer) proxy() (*url.URL, error) {
-	u := *d.url
-	u.Scheme = "http"
-	if d.url.Scheme == "wss" {
-		u.Scheme = "https"
-	}
-	if d.cfg.Proxy != nil {
-		return d.cfg.Proxy(&u)
-	}
-	return httpproxy.FromEnvironment().ProxyFunc()(&u)
 }
 
 // attempt is one lane being dialed: whatever connection there is, is closed when
@@ -211,6 +181,9 @@ type attempt struct {
 	closed bool
 	late   bool // a step timed out
 	stop   func() bool
+	told   func() // that a step begins; may be nil
+	at     Step   // which one
+	where  string
 }
 
 func newAttempt(ctx context.Context, limit time.Duration) *attempt {
@@ -241,6 +214,32 @@ func (a *attempt) step(conn net.Conn) {
 		return
 	}
 	a.timer.Reset(a.limit)
+	if a.told != nil {
+		a.told()
+	}
+}
+
+// begins says which step begins, for who waits elsewhere.
+func (a *attempt) begins(step Step, target string) {
+	a.at, a.where = step, target
+	if a.told != nil {
+		a.told()
+	}
+}
+
+// setLimit changes how long each step may take.
+func (a *attempt) setLimit(limit time.Duration) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.limit = limit; !a.closed {
+		a.timer.Reset(limit)
+	}
+}
+
+func (a *attempt) isLate() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.late
 }
 
 // finish ends the attempt; false means that it was aborted.
@@ -303,28 +302,23 @@ func reasonOf(s Step) handshakeReason {
 }
 
 func (d *dialer) dialLane(a *attempt, t *Tunnel, class Class, opener uint8, token uint32) (*lane, *DialError) {
-	conn, derr := d.connect(a)
+	var (
+		wc   *wsConn
+		rtt  time.Duration
+		derr *DialError
+	)
+	if d.carrier != nil {
+		wc, rtt, derr = d.carried(a, class, t.id)
+	} else {
+		wc, rtt, derr = d.raise(a, class, t.id, d.cfg.TestHookConn)
+	}
 	if derr != nil {
 		return nil, derr
 	}
-	tuneTCP(conn, class)
-	if hook := d.cfg.TestHookConn; hook != nil {
-		conn = hook(class, conn)
-	}
-	w := newWire(conn)
-	a.step(w)
-	began := time.Now()
-	ws, derr := d.upgrade(a.ctx, w, t.id, class)
-	if derr != nil {
-		return nil, derr
-	}
-	rtt := time.Since(began)
-
-	wc := newWSConn(ws, w, true)
 	tc := tls.Client(wc, d.inner)
 	l := newLane(t, class, wc, tc)
 	a.step(wc)
-	began = time.Now()
+	began := time.Now()
 	if err := tc.HandshakeContext(a.ctx); err != nil {
 		return l, &DialError{Step: StepInnerTLS, Target: d.target(), Err: err, Hint: innerHint(err)}
 	}

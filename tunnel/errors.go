@@ -44,6 +44,7 @@ type Step string
 // The steps of a dial in their order.
 const (
 	StepConfig   Step = "config"
+	StepUplink   Step = "uplink" // what makes the connections, see DialConfig.Carrier
 	StepDNS      Step = "dns"
 	StepTCP      Step = "tcp"
 	StepProxy    Step = "proxy"

@@ -223,6 +223,9 @@ const pingTime = time.Second
 // wait for the peer's window it would wait behind them: the reader is slow, not
 // the lane quiet.
 func (l *lane) keepOpen() {
+	if l.ws.ws == nil { // the Carrier's, see CarrierServer
+		return
+	}
 	if unacknowledged(l.ws.wire.conn) {
 		return
 	}

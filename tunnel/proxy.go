@@ -43,12 +43,12 @@ func verifyOuter(extra *x509.CertPool, name string) func(tls.ConnectionState) er
 }
 
 // outerTLS runs the outer TLS handshake for a server or an https proxy.
-func (d *dialer) outerTLS(ctx context.Context, conn net.Conn, name string) (*tls.Conn, error) {
-	cfg := d.outer.Clone()
+func (o *outer) outerTLS(ctx context.Context, conn net.Conn, name string) (*tls.Conn, error) {
+	cfg := o.tls.Clone()
 	cfg.ServerName = name
-	if d.cfg.OuterRootCAs != nil {
+	if o.roots != nil {
 		cfg.InsecureSkipVerify = true //nolint:gosec // verified by VerifyConnection, against two pools
-		cfg.VerifyConnection = verifyOuter(d.cfg.OuterRootCAs, name)
+		cfg.VerifyConnection = verifyOuter(o.roots, name)
 	}
 	tc := tls.Client(conn, cfg)
 	return tc, tc.HandshakeContext(ctx)
@@ -56,38 +56,39 @@ func (d *dialer) outerTLS(ctx context.Context, conn net.Conn, name string) (*tls
 
 // connect makes the connection beneath the WebSocket: TCP, through a proxy if one
 // is to be used, and the outer TLS for wss.
-func (d *dialer) connect(a *attempt) (net.Conn, *DialError) {
-	target := d.address()
-	proxy, err := d.proxy()
+func (o *outer) connect(a *attempt) (net.Conn, *DialError) {
+	target := o.address()
+	proxy, err := o.chosenProxy()
 	if err != nil {
-		// The error of a malformed proxy variable holds the URL with its password.
-		return nil, &DialError{Step: StepProxy, Target: target, Err: errors.New("the proxy's URL cannot be parsed"), Hint: "check HTTPS_PROXY and HTTP_PROXY"}
+		return nil, proxyError(target)
 	}
 	var conn net.Conn
 	if proxy == nil {
-		conn, err = d.tcp(a, target)
+		a.begins(StepTCP, target)
+		conn, err = o.tcp(a, target)
 		if err != nil {
 			return nil, tcpError(a.err(err), target, "")
 		}
 	} else {
 		var derr *DialError
-		if conn, derr = d.throughProxy(a, proxy, target); derr != nil {
+		if conn, derr = o.throughProxy(a, proxy, target); derr != nil {
 			return nil, derr
 		}
 	}
 	a.step(conn)
-	if d.url.Scheme != "wss" {
+	if o.url.Scheme != "wss" {
 		return conn, nil
 	}
-	tc, err := d.outerTLS(a.ctx, conn, d.url.Hostname())
+	a.begins(StepOuterTLS, target)
+	tc, err := o.outerTLS(a.ctx, conn, o.url.Hostname())
 	if err != nil {
 		return nil, &DialError{Step: StepOuterTLS, Target: target, Err: err, Hint: outerHint(err)}
 	}
 	return tc, nil
 }
 
-func (d *dialer) tcp(a *attempt, address string) (net.Conn, error) {
-	ctx, cancel := context.WithTimeout(a.ctx, d.cfg.StepTimeout)
+func (o *outer) tcp(a *attempt, address string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(a.ctx, o.stepTimeout)
 	defer cancel()
 	var nd net.Dialer
 	conn, err := nd.DialContext(ctx, "tcp", address)
@@ -96,6 +97,12 @@ func (d *dialer) tcp(a *attempt, address string) (net.Conn, error) {
 	}
 	a.step(conn)
 	return conn, nil
+}
+
+// proxyError says that the proxy's URL is malformed. url.Parse's error would hold it
+// with its password.
+func proxyError(target string) *DialError {
+	return &DialError{Step: StepProxy, Target: target, Err: errors.New("the proxy's URL cannot be parsed"), Hint: "check HTTPS_PROXY and HTTP_PROXY"}
 }
 
 func tcpError(err error, target, via string) *DialError {
@@ -133,7 +140,7 @@ func outerHint(err error) string {
 
 // throughProxy connects to target by CONNECT. The proxy's credentials never
 // appear in an error.
-func (d *dialer) throughProxy(a *attempt, proxy *url.URL, target string) (net.Conn, *DialError) {
+func (o *outer) throughProxy(a *attempt, proxy *url.URL, target string) (net.Conn, *DialError) {
 	port := proxy.Port()
 	if port == "" {
 		port = "80"
@@ -145,14 +152,15 @@ func (d *dialer) throughProxy(a *attempt, proxy *url.URL, target string) (net.Co
 	if proxy.Scheme != "http" && proxy.Scheme != "https" {
 		return nil, &DialError{Step: StepProxy, Target: address, Err: fmt.Errorf("proxies of type %q are not supported", proxy.Scheme), Hint: "use an http or https proxy that allows CONNECT"}
 	}
-	conn, err := d.tcp(a, address)
+	a.begins(StepProxy, address)
+	conn, err := o.tcp(a, address)
 	if err != nil {
 		e := tcpError(a.err(err), address, "HTTPS_PROXY")
 		e.Step = StepProxy
 		return nil, e
 	}
 	if proxy.Scheme == "https" {
-		tc, err := d.outerTLS(a.ctx, conn, proxy.Hostname())
+		tc, err := o.outerTLS(a.ctx, conn, proxy.Hostname())
 		if err != nil {
 			return nil, &DialError{Step: StepProxy, Target: address, Err: err, Hint: outerHint(err)}
 		}
@@ -214,8 +222,8 @@ func (h *headerReader) Read(p []byte) (int, error) {
 const userAgent = "postern-tunnel/1"
 
 // upgrade turns the wire into a WebSocket.
-func (d *dialer) upgrade(ctx context.Context, w *wire, id [idSize]byte, class Class) (*websocket.Conn, *DialError) {
-	header := d.cfg.Header.Clone()
+func (o *outer) upgrade(ctx context.Context, w *wire, id [idSize]byte, class Class) (*websocket.Conn, *DialError) {
+	header := o.header.Clone()
 	if header == nil {
 		header = http.Header{}
 	}
@@ -225,7 +233,7 @@ func (d *dialer) upgrade(ctx context.Context, w *wire, id [idSize]byte, class Cl
 	if class != Control {
 		header.Set(tunnelHeader, formatID(id))
 	}
-	ws, resp, err := websocket.Dial(ctx, d.target(), &websocket.DialOptions{
+	ws, resp, err := websocket.Dial(ctx, o.target(), &websocket.DialOptions{
 		HTTPClient: &http.Client{
 			Transport:     upgrader{w},
 			CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
@@ -237,7 +245,7 @@ func (d *dialer) upgrade(ctx context.Context, w *wire, id [idSize]byte, class Cl
 	if err == nil {
 		return ws, nil
 	}
-	e := &DialError{Step: StepUpgrade, Target: d.target(), Err: err}
+	e := &DialError{Step: StepUpgrade, Target: o.target(), Err: err}
 	if resp == nil {
 		e.Err = unwrapURL(err)
 		e.Hint = "check that url is the control plane's and that proxies on the way let WebSockets through"

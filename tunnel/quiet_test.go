@@ -49,6 +49,21 @@ func (c *impatient) Close() error {
 	return c.Conn.Close()
 }
 
+// The same where a Carrier makes the connection: it is the one that pings.
+func TestCarrierKeepsSilentStreamsOpen(t *testing.T) {
+	const patience = time.Second
+	c := tunneltest.NewCarrier(t)
+	d, a := tunneltest.Pair(t, carried(c), tunneltest.WithDial(func(c *tunnel.DialConfig) { c.SoloQuiet = 100 * time.Millisecond }), tunneltest.WithServer(func(c *tunnel.ServerConfig) {
+		c.SoloQuiet = time.Hour
+		c.TestHookConn = func(_ tunnel.Class, conn net.Conn) net.Conn { return newImpatient(conn, patience) }
+	}), tunneltest.WithConfig(func(c *tunnel.Config) { c.Heartbeat = 80 * time.Millisecond }))
+	echoOn(t, a)
+	conn := open(t, d, tunnel.Solo)
+	exchange(t, conn, 1000)
+	time.Sleep(2 * patience) // the silence itself
+	exchange(t, conn, 1000)
+}
+
 // A stream that is in use and silent outlives what ends silent connections on the
 // way, whatever its class.
 func TestSilentStreamsAreKeptOpen(t *testing.T) {

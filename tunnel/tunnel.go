@@ -151,6 +151,9 @@ func publicText(err error) string {
 
 // end ends the tunnel without waiting.
 func (t *Tunnel) end(cause error) {
+	if t.dialer != nil && errors.Is(cause, ErrSilent) {
+		t.dialer.endCarrier(true) // before anybody dials again: it may be what hangs
+	}
 	t.mu.Lock()
 	if t.err != nil {
 		t.mu.Unlock()
@@ -181,6 +184,7 @@ func (t *Tunnel) end(cause error) {
 	}
 	if t.dialer != nil {
 		t.dialer.cancel()
+		t.dialer.endCarrier(false)
 	}
 	t.metrics.tunnelEnded(cause)
 	t.log.Debug("tunnel ended", "err", cause)

@@ -29,7 +29,7 @@ import (
 // falls into one until the frame is whole.
 type wire struct {
 	conn net.Conn
-	raw  syscall.RawConn // nil if conn is not bare TCP
+	raw  syscall.RawConn // nil if conn is neither bare TCP nor a unix socket
 
 	rx, tx atomic.Uint64 // bytes on the connection
 	rxAt   atomic.Int64  // clock when the last arrived: what liveness looks at
@@ -41,6 +41,10 @@ type wire struct {
 	readN  int
 	readE  error
 	frames *frameTracker // nil before the WebSocket starts
+
+	// local and remote are what the connection's own addresses stand for; nil if
+	// they are those themselves.
+	local, remote net.Addr
 
 	dmu      sync.Mutex
 	deadline time.Time // as asked for
@@ -55,8 +59,9 @@ type wire struct {
 func newWire(conn net.Conn) *wire {
 	w := &wire{conn: conn}
 	w.rxAt.Store(int64(clock()))
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		if raw, err := tcp.SyscallConn(); err == nil {
+	switch conn.(type) {
+	case *net.TCPConn, *net.UnixConn:
+		if raw, err := conn.(syscall.Conn).SyscallConn(); err == nil {
 			w.raw = raw
 			w.readFn = w.tryRead
 		}
@@ -111,14 +116,9 @@ func (w *wire) read(p []byte) (int, error) {
 		return n, err
 	}
 	if w.in == nil {
-		w.readN, w.readE = 0, nil
-		if err := w.raw.Read(w.readFn); err != nil {
+		if err := w.fill(); err != nil {
 			return 0, err
 		}
-		if w.readE != nil {
-			return 0, w.readE
-		}
-		w.received(w.readN)
 	}
 	n := copy(p, w.in.data[w.in.r:w.in.n])
 	if w.in.r += n; w.in.r == w.in.n {
@@ -126,6 +126,19 @@ func (w *wire) read(p []byte) (int, error) {
 		w.in = nil
 	}
 	return n, nil
+}
+
+// fill waits for bytes and takes what there is into w.in.
+func (w *wire) fill() error {
+	w.readN, w.readE = 0, nil
+	if err := w.raw.Read(w.readFn); err != nil {
+		return err
+	}
+	if w.readE != nil {
+		return w.readE
+	}
+	w.received(w.readN)
+	return nil
 }
 
 func (w *wire) received(n int) {
@@ -139,7 +152,7 @@ func (w *wire) received(n int) {
 func (w *wire) tryRead(fd uintptr) bool {
 	c := getChunk()
 	for {
-		n, err := syscall.Read(int(fd), c.data[:])
+		n, err := syscall.Read(int(fd), c.data[:chunkSize-maxFrameHeader])
 		switch {
 		case err == syscall.EINTR:
 			continue
@@ -329,8 +342,21 @@ func (w *wire) Close() error {
 	return w.conn.Close()
 }
 
-func (w *wire) LocalAddr() net.Addr  { return w.conn.LocalAddr() }
-func (w *wire) RemoteAddr() net.Addr { return w.conn.RemoteAddr() }
+// LocalAddr and RemoteAddr are those of the TCP connection.
+func (w *wire) LocalAddr() net.Addr {
+	if w.local != nil {
+		return w.local
+	}
+	return w.conn.LocalAddr()
+}
+
+func (w *wire) RemoteAddr() net.Addr {
+	if w.remote != nil {
+		return w.remote
+	}
+	return w.conn.RemoteAddr()
+}
+
 func (w *wire) SetDeadline(t time.Time) error {
 	return errors.Join(w.SetReadDeadline(t), w.SetWriteDeadline(t))
 }

@@ -21,14 +21,16 @@ const maxWebSocketMessage = 1 << 20
 // websocket.NetConn: that one uses cancellable contexts (ten times the
 // allocations), closes the connection at a deadline and lifts the read limit.
 // Deadlines are those of the wire below.
+//
+// Without ws it is the bytes themselves, which a Carrier puts into a WebSocket.
 type wsConn struct {
-	ws   *websocket.Conn
+	ws   *websocket.Conn // nil with a Carrier
 	wire *wire
 	r    io.Reader // the message being read
 
 	// For Write, which has one caller at a time: crypto/tls.
 	client    bool // mask what is sent
-	hdr       [14]byte
+	hdr       [maxFrameHeader]byte
 	random    []byte // mask keys not used yet
 	randomBuf [64]byte
 }
@@ -48,16 +50,13 @@ func (c *wsConn) Read(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
+	if c.ws == nil {
+		n, err := c.wire.Read(p)
+		return n, wsError(err)
+	}
 	for {
-		if c.r == nil {
-			typ, r, err := c.ws.Reader(context.Background())
-			if err != nil {
-				return 0, wsError(err)
-			}
-			if typ != websocket.MessageBinary {
-				return 0, fmt.Errorf("%w: text message", ErrProtocol)
-			}
-			c.r = r
+		if err := c.await(); err != nil {
+			return 0, err
 		}
 		n, err := c.r.Read(p)
 		if err == io.EOF {
@@ -69,6 +68,22 @@ func (c *wsConn) Read(p []byte) (int, error) {
 	}
 }
 
+// await waits for a message to read.
+func (c *wsConn) await() error {
+	if c.r != nil {
+		return nil
+	}
+	typ, r, err := c.ws.Reader(context.Background())
+	if err != nil {
+		return wsError(err)
+	}
+	if typ != websocket.MessageBinary {
+		return fmt.Errorf("%w: text message", ErrProtocol)
+	}
+	c.r = r
+	return nil
+}
+
 // Write sends p as one message. The frame (RFC 6455 section 5.2) is put straight
 // into the wire's buffer: coder/websocket would copy it through 4 KiB first, take
 // two channel locks and ask for four random bytes each time. Its own frames, pongs
@@ -76,6 +91,9 @@ func (c *wsConn) Read(p []byte) (int, error) {
 func (c *wsConn) Write(p []byte) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
+	}
+	if c.ws == nil {
+		return c.wire.Write(p)
 	}
 	hdr := append(c.hdr[:0], 0x80|byte(opBinary))
 	mask := byte(0)
@@ -104,11 +122,16 @@ func (c *wsConn) Write(p []byte) (int, error) {
 
 const opBinary = 2
 
+// maxFrameHeader is the longest header of a frame, in bytes.
+const maxFrameHeader = 14
+
 // Close ends the connection at once, without the WebSocket's closing handshake,
 // and unblocks Read and Write.
 func (c *wsConn) Close() error {
 	err := c.wire.Close()
-	_ = c.ws.CloseNow()
+	if c.ws != nil {
+		_ = c.ws.CloseNow()
+	}
 	return err
 }
 
