@@ -24,6 +24,7 @@ import (
 	"github.com/postern-dev/postern/agentd/report"
 	"github.com/postern-dev/postern/agentd/secret"
 	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/agentd/uplink"
 	"github.com/postern-dev/postern/agentd/vault"
 	"github.com/postern-dev/postern/proto/auditchain"
 	"github.com/postern-dev/postern/tunnel"
@@ -77,6 +78,7 @@ type Daemon struct {
 	forward    *forward // nil: nowhere
 	standing   *standing
 	link       *link.Keeper
+	uplinks    *uplink.Starter
 	control    *control.Server
 	metrics    *http.Server
 	unlock     func()
@@ -155,6 +157,7 @@ func (d *Daemon) Run(ctx context.Context, ready func()) (err error) {
 		return err
 	}
 	var wg sync.WaitGroup
+	defer d.uplinks.Close() // their tunnels are closed by then
 	defer wg.Wait()
 	defer cutLink()
 	wg.Go(func() { d.link.Run(linkCtx) })
@@ -251,8 +254,9 @@ func (d *Daemon) newLink(wake <-chan struct{}) error {
 	}
 	knobs := d.Tunnel
 	knobs.Logger, knobs.Metrics = d.logger, tunnel.NewMetrics(d.registry)
+	d.uplinks = newUplinks(d.Executable, c, d.logger)
 	d.link = link.New(link.Config{
-		Logger: d.logger, URL: target, Proxy: c.Proxy, OuterRootCAs: c.OuterRootCAs, Tunnel: knobs,
+		Logger: d.logger, URL: target, Proxy: c.Proxy, Carrier: d.uplinks.Carrier, Tunnel: knobs,
 		Identity: d.identity, Handler: d.host, Hello: d.hello, Welcome: d.welcome, Changed: d.linkChanged, Renewed: d.renewed,
 		Wake: wake, Backoff: d.Backoff,
 	})

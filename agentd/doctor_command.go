@@ -24,6 +24,7 @@ import (
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/secret"
 	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/agentd/uplink"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/kernelsecret"
 	"github.com/postern-dev/postern/tunnel"
@@ -34,7 +35,7 @@ const (
 	// doctorUIDs is where doctor's own SQL sessions have their user ids: behind
 	// those of the running agentd.
 	doctorUIDs = 65_536
-	uidCount   = doctorUIDs + 256 + 2 // the last two are the parser's
+	uidCount   = uplink.UIDs + 1 // the last three are the parser's and the uplink's
 	// auditWarning is when the audit log is worth a thought, in bytes.
 	auditWarning = 4 << 30
 )
@@ -205,7 +206,9 @@ func examineLink(ctx context.Context, r *doctor.Report, p *places, c *config.Con
 		r.Add("proxy", doctor.OK, "the way leads through "+proxy, "")
 	}
 	inner, _, _ := i.Credential()
-	r.Dial(ctx, tunnel.DialConfig{URL: target, TLS: inner, OuterRootCAs: c.OuterRootCAs, Proxy: c.Proxy}, proxy != "")
+	uplinks := newUplinks("", c, slog.New(slog.DiscardHandler))
+	defer uplinks.Close()
+	r.Dial(ctx, tunnel.DialConfig{URL: target, TLS: inner, Carrier: uplinks.Carrier, Proxy: c.Proxy}, proxy != "")
 }
 
 // proxyOf is the proxy for the control plane, without its credentials.

@@ -17,6 +17,7 @@ import (
 	"github.com/postern-dev/postern/agentd/config"
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/agentd/uplink"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/clidoc"
 )
@@ -24,12 +25,15 @@ import (
 var _ kernel.CRIU = (*checkpoint.Driver)(nil)
 
 func main() {
-	// A SQL session's process, and a parser's, must do nothing else first.
+	// A SQL session's process, a parser's and an uplink must do nothing else first.
 	if len(os.Args) > 1 && os.Args[1] == sqlsession.ChildArg {
 		os.Exit(sqlsession.ChildMain())
 	}
 	if len(os.Args) > 1 && os.Args[1] == sqlsession.ParserArg {
 		os.Exit(sqlsession.ParserMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == uplink.Arg {
+		os.Exit(uplink.Main())
 	}
 	if len(os.Args) > 1 && os.Args[1] == kernel.InitArg {
 		os.Exit(kernel.InitMain())

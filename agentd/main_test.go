@@ -12,6 +12,7 @@ import (
 	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/agentd/uplink"
 )
 
 // TestMain is also the main of SQL sessions, and of the commands in testdata.
@@ -21,6 +22,9 @@ func TestMain(m *testing.M) {
 	}
 	if len(os.Args) > 1 && os.Args[1] == sqlsession.ParserArg {
 		os.Exit(sqlsession.ParserMain())
+	}
+	if len(os.Args) > 1 && os.Args[1] == uplink.Arg {
+		os.Exit(uplink.Main())
 	}
 	if len(os.Args) > 1 && os.Args[1] == kernel.InitArg {
 		os.Exit(kernel.InitMain())

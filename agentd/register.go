@@ -74,7 +74,7 @@ func (r *registerCommand) run(ctx context.Context) error {
 		return err
 	}
 	if r.caFile != "" {
-		if c.OuterRootCAs, err = config.LoadBundle(r.caFile); err != nil {
+		if c.OuterRootCAs, c.OuterCAs, err = config.ReadBundle(r.caFile); err != nil {
 			return usagef("--ca-file: %v", err)
 		}
 	}
@@ -110,8 +110,10 @@ func (r *registerCommand) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	uplinks := newUplinks("", c, slog.Default())
+	defer uplinks.Close()
 	response, err := link.Register(ctx, link.RegisterConfig{
-		URL: target, TLS: identity.PinnedTLS(key.Fingerprint), Proxy: c.Proxy, OuterRootCAs: c.OuterRootCAs,
+		URL: target, TLS: identity.PinnedTLS(key.Fingerprint), Proxy: c.Proxy, Carrier: uplinks.Carrier,
 		Request: &posternv1.RegisterRequest{KeyId: key.ID, KeySecret: key.Secret[:], Csr: csr, Name: name, Host: hostFacts()},
 	})
 	if err != nil {

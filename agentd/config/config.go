@@ -46,7 +46,9 @@ type Config struct {
 	// Name is what the host would like to be called; "" means its host name.
 	Name string
 	// OuterRootCAs are trusted for the outer TLS beside the system's; may be nil.
+	// OuterCAs are the same, in DER.
 	OuterRootCAs *x509.CertPool
+	OuterCAs     [][]byte
 	CAFile       string
 	// Proxy chooses the proxy; nil means by the environment.
 	Proxy   func(*url.URL) (*url.URL, error)
@@ -232,11 +234,11 @@ func Parse(path string, raw []byte, checkDSN func(engine, dsn string) error) (*C
 	}
 	c.CAFile = in.CAFile
 	if in.CAFile != "" {
-		pool, err := LoadBundle(in.CAFile)
+		pool, ders, err := ReadBundle(in.CAFile)
 		if err != nil {
 			p.add(at("ca_file"), "ca_file: %v", err)
 		}
-		c.OuterRootCAs = pool
+		c.OuterRootCAs, c.OuterCAs = pool, ders
 	}
 	c.Proxy, c.proxy, c.noProxy = p.proxy(in, at), in.Proxy, in.NoProxy
 	c.Metrics = p.metrics(in.Metrics.Listen, at("metrics", "listen"))

@@ -23,8 +23,9 @@ const DefaultKernelUIDBase = 1_901_000_000
 // KernelUIDs is how many user ids kernels may take from their first on.
 const KernelUIDs = policy.MaxKernels + 64*policy.MaxKernelWarm + 1
 
-// sqlUIDs is how many user ids SQL sessions may take from their first on.
-const sqlUIDs = 65_794
+// sqlUIDs is how many user ids SQL sessions may take from their first on, with the
+// parser's two behind them and the uplink's.
+const sqlUIDs = 65_795
 
 // Kernels is what the configuration says of Jupyter kernels.
 type Kernels struct {

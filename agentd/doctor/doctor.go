@@ -163,6 +163,10 @@ func (r *Report) Dial(ctx context.Context, cfg tunnel.DialConfig, proxied bool) 
 		r.Add("tunnel", Failed, err.Error(), "mend url in the configuration")
 		return
 	}
+	if failed == tunnel.StepUplink {
+		r.Add("uplink", Failed, err.Error(), "see the line sandbox above, and what the log says of the uplink")
+		return
+	}
 	for _, s := range steps {
 		if s.step == tunnel.StepProxy && !proxied && failed != s.step ||
 			s.step == tunnel.StepOuterTLS && !strings.HasPrefix(cfg.URL, "wss") && failed != s.step {

@@ -28,7 +28,7 @@ func (k *Keeper) dial(ctx context.Context) (*tunnel.Tunnel, *posternv1.HelloResp
 	for range 4 { // next, its rejoin, current, its rejoin
 		config, notAfter, next := k.cfg.Identity.Credential()
 		t, err := tunnel.Dial(ctx, tunnel.DialConfig{
-			Config: k.cfg.Tunnel, URL: k.cfg.URL, TLS: config, OuterRootCAs: k.cfg.OuterRootCAs, Proxy: k.cfg.Proxy,
+			Config: k.cfg.Tunnel, URL: k.cfg.URL, TLS: config, Carrier: k.cfg.Carrier, Proxy: k.cfg.Proxy,
 		})
 		var welcome *posternv1.HelloResponse
 		expired := time.Now().After(notAfter)

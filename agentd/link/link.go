@@ -3,7 +3,6 @@ package link
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -43,11 +42,11 @@ type Config struct {
 	Logger *slog.Logger // nil discards
 	// URL of the tunnel endpoint: wss://cp.example.com/tunnel.
 	URL string
-	// Proxy and OuterRootCAs are the tunnel's; may be nil.
-	Proxy        func(*url.URL) (*url.URL, error)
-	OuterRootCAs *x509.CertPool
-	Tunnel       tunnel.Config
-	Identity     Identity
+	// Proxy and Carrier are the tunnel's; may be nil.
+	Proxy    func(*url.URL) (*url.URL, error)
+	Carrier  func(tunnel.CarrierConfig) (tunnel.Carrier, error)
+	Tunnel   tunnel.Config
+	Identity Identity
 	// Handler answers what the control plane asks.
 	Handler http.Handler
 	// Hello makes the first request of each tunnel.

@@ -3,7 +3,6 @@ package link
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"net/http"
 	"net/url"
 
@@ -22,16 +21,17 @@ type RegisterConfig struct {
 	URL string
 	// TLS checks the control plane's certificate against the registration key;
 	// nothing is sent before it did.
-	TLS          *tls.Config
-	Proxy        func(*url.URL) (*url.URL, error)
-	OuterRootCAs *x509.CertPool
-	Request      *posternv1.RegisterRequest
+	TLS *tls.Config
+	// Proxy and Carrier are the tunnel's; may be nil.
+	Proxy   func(*url.URL) (*url.URL, error)
+	Carrier func(tunnel.CarrierConfig) (tunnel.Carrier, error)
+	Request *posternv1.RegisterRequest
 }
 
 // Register trades a registration key for an identity, over a tunnel of its own
 // that is closed again. ctx bounds all of it.
 func Register(ctx context.Context, cfg RegisterConfig) (*posternv1.RegisterResponse, error) {
-	t, err := tunnel.Dial(ctx, tunnel.DialConfig{URL: cfg.URL, TLS: cfg.TLS, OuterRootCAs: cfg.OuterRootCAs, Proxy: cfg.Proxy})
+	t, err := tunnel.Dial(ctx, tunnel.DialConfig{URL: cfg.URL, TLS: cfg.TLS, Carrier: cfg.Carrier, Proxy: cfg.Proxy})
 	if err != nil {
 		return nil, Classify(err)
 	}
