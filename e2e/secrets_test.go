@@ -300,11 +300,11 @@ func testSecrets(t *testing.T, engine string) {
 	wanted.checkProcesses(t, "during a statement")
 	children := a.Process.Children()
 	if len(children) == 0 {
-		t.Fatal("agentd has no SQL session")
+		t.Fatal("agentd has no children")
 	}
 	for _, child := range children {
 		// A session that is being started is agentd itself until its exec, and may end by itself.
-		eventually(t, 30*time.Second, "a SQL session shows nothing", func() error {
+		eventually(t, 30*time.Second, "a child shows nothing", func() error {
 			environ, err := os.ReadFile(fmt.Sprintf("/proc/%d/environ", child))
 			switch {
 			case errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH):
@@ -314,6 +314,16 @@ func testSecrets(t *testing.T, engine string) {
 			}
 			return coreLimit(child)
 		})
+	}
+	// What reads the network for agentd has no secret of the host to lose.
+	uplinks := a.Process.ChildrenNamed("uplink")
+	if len(uplinks) != 1 {
+		t.Fatalf("agentd has the uplinks %v, want one", uplinks)
+	}
+	for name, needle := range wanted.needles {
+		if memoryHolds(t, uplinks[0], needle) {
+			t.Errorf("the uplink's memory holds the %s", name)
+		}
 	}
 	uncored(t, "agentd", a.Process.PID())
 	uncored(t, "control plane", s.ControlPlane.PID())

@@ -22,7 +22,7 @@ import (
 
 // probe says what it can do, one word for each, and gives up more by itself if told to.
 func probe(args []string) int {
-	err := confine.Harden(64)
+	err := confine.Harden(64, 64)
 	switch args[0] {
 	case "all":
 		err = errors.Join(err, confine.ForbidAll())

@@ -7,15 +7,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxProcesses bounds threads when the process has a user id of its own. They
-// are counted for the user.
-const maxProcesses = 64
-
 // Harden gives up, in a process that starts, what is left to give up: no core file
-// and no attaching debugger (the memory holds a secret), files descriptors at most. The
-// user id, the capabilities, no_new_privs and Landlock are agentd's to set before the
+// and no attaching debugger (the memory holds a secret), files descriptors at most, and
+// threads threads if its user id is none of people's and services': they are counted
+// for the user, so processes that share an id share them. The user id, the capabilities, no_new_privs and Landlock are agentd's to set before the
 // process starts.
-func Harden(files uint64) error {
+func Harden(files, threads uint64) error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
 		return fmt.Errorf("PR_SET_DUMPABLE: %w", err)
 	}
@@ -37,7 +34,7 @@ func Harden(files uint64) error {
 		}
 	}
 	if syscall.Getuid() != 0 && ownUser() {
-		limit := unix.Rlimit{Cur: maxProcesses, Max: maxProcesses}
+		limit := unix.Rlimit{Cur: threads, Max: threads}
 		if err := unix.Setrlimit(unix.RLIMIT_NPROC, &limit); err != nil {
 			return fmt.Errorf("RLIMIT_NPROC: %w", err)
 		}

@@ -10,7 +10,7 @@
 // agentd, whatever happens to that. What is said between the two:
 //
 //	agentd to uplink, on descriptor 3 (SOCK_STREAM):
-//	  u32 length (at most maxConfig), tunnel.CarrierConfig as JSON      once, at first
+//	  u32 length (at most maxConfig), config as JSON      once, at first
 //	  'c' with a descriptor: one end of a new connection                for each lane
 //	  end of file: send what is on the way, then end
 //

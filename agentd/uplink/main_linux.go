@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -34,6 +35,9 @@ const (
 	// maxFiles is how many descriptors an uplink may have: two for each lane, and
 	// what resolving and the runtime need.
 	maxFiles = 256
+	// maxThreads is how many threads all uplinks on the host may have: about eight for
+	// each tunnel, of each agentd that has the same uid_base.
+	maxThreads = 2048
 	// heapGrowth and memoryLimit keep the heap small: what passes is in buffers that
 	// are used again, so that there is little to collect. A heap beyond memoryLimit
 	// (bytes) still works, at the price of more collections.
@@ -74,7 +78,7 @@ func giveUp() error {
 	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0, 0, 0); err != nil {
 		return fmt.Errorf("PR_SET_PDEATHSIG: %w", err)
 	}
-	if err := confine.Harden(maxFiles); err != nil {
+	if err := confine.Harden(maxFiles, maxThreads); err != nil {
 		return err
 	}
 	if err := syscall.Setrlimit(unix.RLIMIT_FSIZE, &syscall.Rlimit{}); err != nil {
@@ -114,11 +118,19 @@ func readConfig(control net.Conn) (*tunnel.CarrierServer, error) {
 		return nil, err
 	}
 	defer clear(b)
-	var c tunnel.CarrierConfig
+	var c config
 	if err := json.Unmarshal(b, &c); err != nil {
 		return nil, errors.New("malformed") // the error could quote it
 	}
-	return tunnel.NewCarrierServer(c)
+	for name, value := range c.Environment {
+		if !slices.Contains(inheritedVariables, name) {
+			return nil, errors.New("a variable that is not known")
+		}
+		if err := os.Setenv(name, value); err != nil {
+			return nil, err
+		}
+	}
+	return tunnel.NewCarrierServer(c.CarrierConfig)
 }
 
 // serve serves connections until agentd closes the control socket.

@@ -16,7 +16,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
-	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -115,12 +114,13 @@ func (s *Starter) Carrier(c tunnel.CarrierConfig) (tunnel.Carrier, error) {
 }
 
 func (s *Starter) start(c tunnel.CarrierConfig) (p *process, err error) {
-	config, err := json.Marshal(c)
+	environment := environment()
+	said, err := json.Marshal(config{c, environment})
 	if err != nil {
 		return nil, err
 	}
-	defer clear(config) // the proxy's password
-	if len(config) > maxConfig {
+	defer clear(said) // the proxy's password
+	if len(said) > maxConfig {
 		return nil, fmt.Errorf("the CA certificates take more than %d bytes", maxConfig)
 	}
 	if err := confine.CloseOnExec(); err != nil {
@@ -158,7 +158,7 @@ func (s *Starter) start(c tunnel.CarrierConfig) (p *process, err error) {
 	defer null.Close() //nolint:errcheck // as above
 	cmd := &exec.Cmd{
 		Path: s.config.Executable, Args: append([]string{"agentd"}, s.config.Args...),
-		Env: environment(), Dir: "/", Stdin: null, Stdout: null, Stderr: theirComplaints, ExtraFiles: []*os.File{theirs},
+		Env: []string{}, Dir: "/", Stdin: null, Stdout: null, Stderr: theirComplaints, ExtraFiles: []*os.File{theirs},
 		SysProcAttr: &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL},
 	}
 	if os.Geteuid() == 0 {
@@ -168,7 +168,7 @@ func (s *Starter) start(c tunnel.CarrierConfig) (p *process, err error) {
 		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: s.config.UID, Gid: s.config.UID}
 	}
 	p = &process{starter: s, cmd: cmd, control: control.(*net.UnixConn), exited: make(chan struct{})}
-	err = confine.Start(cmd, confine.Confinement{Executable: s.config.Executable, Ports: ports(c), Readable: readable(cmd.Env), Ended: p.exited})
+	err = confine.Start(cmd, confine.Confinement{Executable: s.config.Executable, Ports: ports(c), Readable: readable(environment), Ended: p.exited})
 	if err != nil {
 		return nil, err
 	}
@@ -178,7 +178,7 @@ func (s *Starter) start(c tunnel.CarrierConfig) (p *process, err error) {
 		_ = cmd.Wait() // the state says more
 		p.ended()
 	})
-	if err := p.say(append(binary.BigEndian.AppendUint32(nil, uint32(len(config))), config...), nil); err != nil {
+	if err := p.say(append(binary.BigEndian.AppendUint32(nil, uint32(len(said))), said...), nil); err != nil {
 		p.Close(true)
 		return nil, err
 	}
@@ -288,13 +288,21 @@ func pair() (ours, theirs *os.File, err error) {
 	return os.NewFile(uintptr(fds[0]), "uplink"), os.NewFile(uintptr(fds[1]), "uplink"), nil
 }
 
-// environment is what of agentd's own means something to an uplink: where the
-// system's CA certificates are.
-func environment() []string {
-	env := []string{}
-	for _, name := range []string{"SSL_CERT_FILE", "SSL_CERT_DIR"} {
+// config is what an uplink is told first.
+type config struct {
+	tunnel.CarrierConfig
+	Environment map[string]string `json:"environment,omitempty"` // of inheritedVariables
+}
+
+// inheritedVariables are what of agentd's environment means something to an uplink,
+// which has none of its own: where the system's CA certificates are.
+var inheritedVariables = []string{"SSL_CERT_FILE", "SSL_CERT_DIR"}
+
+func environment() map[string]string {
+	env := map[string]string{}
+	for _, name := range inheritedVariables {
 		if value := os.Getenv(name); value != "" {
-			env = append(env, name+"="+value)
+			env[name] = value
 		}
 	}
 	return env
@@ -322,11 +330,10 @@ func ports(c tunnel.CarrierConfig) []uint16 {
 	return out
 }
 
-// readable are the files that env names.
-func readable(env []string) []string {
+// readable are the files and directories that env names.
+func readable(env map[string]string) []string {
 	var out []string
-	for _, e := range env {
-		_, value, _ := strings.Cut(e, "=")
+	for _, value := range env {
 		out = append(out, filepath.SplitList(value)...) // SSL_CERT_DIR is a list
 	}
 	return out

@@ -3,6 +3,7 @@ package uplink_test
 import (
 	"context"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -260,8 +261,6 @@ func TestWhoOwnsTheConnection(t *testing.T) {
 func TestProxyPasswordIsNotShown(t *testing.T) {
 	needRoot(t)
 	const password = "s3cret-of-the-proxy"
-	t.Setenv("SSL_CERT_FILE", "") // these two it would be given
-	t.Setenv("SSL_CERT_DIR", "")
 	var lines strings.Builder
 	h := host(t, starter(t, func(c *uplink.Config) { c.Logger = slog.New(slog.NewTextHandler(&lines, nil)) }))
 	var asked sync.Map
@@ -316,6 +315,59 @@ func TestProxyPasswordIsNotShown(t *testing.T) {
 	proxy.CloseClientConnections()
 	if strings.Contains(lines.String(), password) {
 		t.Error("the log shows the password")
+	}
+}
+
+// The outer TLS believes the CAs that the configuration names, and those that
+// SSL_CERT_FILE does.
+func TestOuterCAs(t *testing.T) {
+	for name, ca := range map[string]func(*testing.T, *uplink.Config, *httptest.Server){
+		"none": nil,
+		"by the configuration": func(_ *testing.T, c *uplink.Config, front *httptest.Server) {
+			c.OuterCAs = [][]byte{front.Certificate().Raw}
+		},
+		"by SSL_CERT_FILE": func(t *testing.T, _ *uplink.Config, front *httptest.Server) {
+			dir, err := os.MkdirTemp("", "uplink") // which everybody may enter
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { os.RemoveAll(dir) })
+			if err := os.Chmod(dir, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Join(dir, "ca.pem")
+			block := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: front.Certificate().Raw})
+			if err := os.WriteFile(file, block, 0o644); err != nil {
+				t.Fatal(err)
+			}
+			t.Setenv("SSL_CERT_FILE", file)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inside := tunneltest.NewHost(t)
+			front := httptest.NewUnstartedServer(inside.Server)
+			front.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, 0)
+			front.StartTLS()
+			defer front.Close()
+			s := starter(t, func(c *uplink.Config) {
+				if ca != nil {
+					ca(t, c, front)
+				}
+			})
+			inside.Dialed.Carrier = s.Carrier
+			inside.Dialed.URL = "wss" + strings.TrimPrefix(front.URL, "https")
+			if ca == nil {
+				_, err := tunnel.Dial(t.Context(), inside.Dialed)
+				if tunnel.FailedStep(err) != tunnel.StepOuterTLS || !strings.Contains(err.Error(), "ca_file") {
+					t.Errorf("%v", err)
+				}
+				return
+			}
+			d, a := inside.Dial(t)
+			echo(t, a)
+			exchange(t, d, tunnel.Solo, 1<<20)
+			_ = d.Close(nil)
+		})
 	}
 }
 

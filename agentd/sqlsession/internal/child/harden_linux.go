@@ -13,6 +13,9 @@ import (
 // connection, one for a cancel request, a few for DNS and the runtime.
 const maxFiles = 64
 
+// maxThreads is how many threads a process may have.
+const maxThreads = 64
+
 // harden gives up what is left to give up: no core file and no attaching
 // debugger (the memory holds a password), no file of any size written, few
 // descriptors. The user id, the capabilities, no_new_privs and Landlock are
@@ -27,7 +30,7 @@ func harden() error {
 	if err := syscall.Setrlimit(unix.RLIMIT_FSIZE, &limit); err != nil {
 		return fmt.Errorf("RLIMIT_FSIZE: %w", err)
 	}
-	return confine.Harden(maxFiles)
+	return confine.Harden(maxFiles, maxThreads)
 }
 
 // forbidWriting makes it final that no file is written.

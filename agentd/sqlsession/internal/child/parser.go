@@ -34,7 +34,7 @@ const ExitBroken = 5
 // ParserMain runs a parser process and returns its exit code. Call it before
 // anything else: it expects descriptor 3 to be agentd's socket.
 func ParserMain() int {
-	err := confine.Harden(parserFiles)
+	err := confine.Harden(parserFiles, maxThreads)
 	if err == nil {
 		err = forbidWriting()
 	}
