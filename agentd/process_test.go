@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/postern-dev/postern/agentd/sqlsession"
 )
 
 // process is agentd as systemd would start it.
@@ -233,7 +235,11 @@ func TestKilled(t *testing.T) {
 		running := make(chan result, 1)
 		go func() { running <- c.ask(t.Context(), up, fmt.Sprintf("q%d", n), "shop", "select pg_sleep(60)") }()
 		poll(t, "the statement to run", func() bool {
-			return len(childrenOf(p.cmd.Process.Pid)) > 0 && strings.Contains(l.actions(), "sql.begin")
+			session := slices.ContainsFunc(childrenOf(p.cmd.Process.Pid), func(pid int) bool {
+				line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+				return err == nil && strings.Contains(string(line), sqlsession.ChildArg)
+			})
+			return session && strings.Count(l.actions(), "sql.begin") >= n
 		})
 		children := childrenOf(p.cmd.Process.Pid)
 		p.signal(syscall.SIGKILL)
@@ -242,7 +248,7 @@ func TestKilled(t *testing.T) {
 			t.Error("the statement ended well")
 		}
 		for _, pid := range children {
-			poll(t, fmt.Sprintf("session %d to end", pid), func() bool { return !runs(pid) })
+			poll(t, fmt.Sprintf("child %d to end", pid), func() bool { return !runs(pid) })
 		}
 	}
 	l.start()

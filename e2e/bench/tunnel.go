@@ -28,6 +28,7 @@ var tunnelMeasurements = []measurement{
 	{"tunnel_request_under_bulk", benchRequestUnderBulk},
 	{"tunnel_open_echo", benchOpenEcho},
 	{"tunnel_idle", benchIdle},
+	{"tunnel_uplink", benchUplink},
 }
 
 // link is two ends that can open and accept streams.
