@@ -39,7 +39,7 @@ type bench struct {
 // place makes room for an object store: its address, and the directory in which its objects
 // can be seen as files. The tag reals3 has another one.
 var place = func(t *testing.T) (where, dir string) {
-	dir = filepath.Join(t.TempDir(), "blob")
+	dir = filepath.Join(storetest.Dir(t), "blob")
 	return dir, dir
 }
 

@@ -142,12 +142,12 @@ const killRounds = 6
 func TestKill(t *testing.T) {
 	for name, config := range map[string]func(testing.TB) store.Config{
 		"sqlite": func(t testing.TB) store.Config {
-			return store.Config{SQLitePath: filepath.Join(t.TempDir(), "postern.db")}
+			return store.Config{SQLitePath: filepath.Join(storetest.Dir(t), "postern.db")}
 		},
 		"postgres": func(t testing.TB) store.Config { cfg, _ := storetest.PostgresConfig(t); return cfg },
 	} {
 		t.Run(name, func(t *testing.T) {
-			what := killed{Store: config(t), Dir: filepath.Join(t.TempDir(), "blob")}
+			what := killed{Store: config(t), Dir: filepath.Join(storetest.Dir(t), "blob")}
 			if killPlace != nil {
 				what.Where, what.Dir = killPlace(t)
 			}

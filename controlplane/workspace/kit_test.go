@@ -21,6 +21,7 @@ import (
 	"github.com/postern-dev/postern/controlplane/pki"
 	"github.com/postern-dev/postern/controlplane/store"
 	"github.com/postern-dev/postern/controlplane/workspace"
+	"github.com/postern-dev/postern/e2e/storetest"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/auditchain"
 	"github.com/postern-dev/postern/proto/filechunk"
@@ -71,7 +72,7 @@ func newKit(t testing.TB, s *store.Store) *kit {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := &kit{t: t, store: s, dir: filepath.Join(t.TempDir(), "blob"), org: o.Id}
+	k := &kit{t: t, store: s, dir: filepath.Join(storetest.Dir(t), "blob"), org: o.Id}
 	k.open("")
 	return k
 }

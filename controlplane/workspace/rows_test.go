@@ -48,7 +48,7 @@ func symlink(id uint64, name, target string) *posternv1.FileOp {
 
 // TestKeptRows: the count of rows is that of the tables, whatever happens, and goes down to nothing.
 func TestKeptRows(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "postern.db")
+	path := filepath.Join(storetest.Dir(t), "postern.db")
 	k := newKit(t, storetest.Open(t, store.Config{SQLitePath: path}))
 	db, err := sql.Open("sqlite", "file:"+path+"?mode=ro")
 	if err != nil {

@@ -14,10 +14,27 @@ import (
 	"github.com/postern-dev/postern/e2e/pgserver"
 )
 
-// SQLite opens a store in a temporary directory; the test closes it.
+// Dir is a temporary directory of the test in memory, where the host has /dev/shm, else on disk. The store
+// syncs every transaction, which a disk that many tests share takes tenths of a second for each; the end of a
+// process, which tests can cause, is the same to both.
+func Dir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "postern-test")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// SQLite opens a store in a directory of Dir; the test closes it.
 func SQLite(t testing.TB) *store.Store {
 	t.Helper()
-	return Open(t, store.Config{SQLitePath: filepath.Join(t.TempDir(), "postern.db")})
+	return Open(t, store.Config{SQLitePath: filepath.Join(Dir(t), "postern.db")})
 }
 
 // Open opens a store; the test closes it.
