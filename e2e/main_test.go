@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -17,6 +18,11 @@ import (
 var long = os.Getenv("POSTERN_LONG") == "1"
 
 func TestMain(m *testing.M) {
+	// A script's background job ignores SIGINT, and so would all that it starts: they get the
+	// default back when it is handled here.
+	if signal.Ignored(os.Interrupt) {
+		signal.Notify(make(chan os.Signal, 1), os.Interrupt)
+	}
 	code := m.Run()
 	if err := shared.close(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
