@@ -12,6 +12,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"connectrpc.com/connect"
@@ -29,6 +30,10 @@ const (
 	maxCode = 16 << 20
 	// interruptTime bounds the request that interrupts a cell.
 	interruptTime = 10 * time.Second
+	// startingTime bounds the wait for a kernel that starts; its host gives a start a minute.
+	// startingLook is between two looks at it.
+	startingTime = 2 * time.Minute
+	startingLook = time.Second
 )
 
 func (a *app) kernelExecCommand() *cobra.Command {
@@ -105,14 +110,58 @@ func (a *app) execute(ctx context.Context, c *client.Client, kernel, code string
 		}
 	})
 	defer stop()
+	if found.Msg.Kernel.GetState() == posternv1.KernelState_KERNEL_STATE_STARTING {
+		var giveUp context.CancelCauseFunc
+		work, giveUp = context.WithCancelCause(work)
+		watching, enough := context.WithTimeout(work, startingTime)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			defer enough()
+			giveUpOn(watching, startingLook, giveUp, kernel, func(ctx context.Context) (*posternv1.AgentKernel, error) {
+				now, err := c.Kernels.GetKernel(ctx, connect.NewRequest(&posternv1.AgentKernelRequest{KernelId: kernel}))
+				if err != nil {
+					return nil, err
+				}
+				return now.Msg, nil
+			})
+		})
+		defer wg.Wait()
+		defer giveUp(nil)
+	}
 	for {
 		m, err := channels.Receive(work)
+		if why := context.Cause(work); err != nil && why != nil {
+			return why
+		}
 		if err != nil {
 			return err
 		}
 		done, err := run.take(work, m)
 		if done || err != nil {
 			return err
+		}
+	}
+}
+
+// giveUpOn looks at a kernel that starts until it does not any more. When the context's time
+// is over and it still does, who waits for it is told why to give up.
+func giveUpOn(ctx context.Context, every time.Duration, giveUp context.CancelCauseFunc, id string, look func(context.Context) (*posternv1.AgentKernel, error)) {
+	agent := ""
+	for {
+		k, err := look(ctx)
+		if err == nil {
+			agent = k.Agent
+			if k.Kernel.GetState() != posternv1.KernelState_KERNEL_STATE_STARTING {
+				return
+			}
+		}
+		select {
+		case <-ctx.Done():
+			if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+				giveUp(proto.Errorf(proto.CodeTimeout, "kernel %s is starting and does not get any further: look at agentd's log on %s, or stop the kernel", id, firstOf(agent, "its host")))
+			}
+			return
+		case <-time.After(every):
 		}
 	}
 }
