@@ -161,3 +161,23 @@ func TestAKernelWhoseMemoryDoesNotComeIsEnded(t *testing.T) {
 		t.Errorf("the mark says busy %v, %v", busy, err)
 	}
 }
+
+// All that a session has comes back with lazy memory, too: threads, a child, timers, sockets,
+// pipes, deleted files.
+func TestEverythingOfAKernelComesBackLazily(t *testing.T) {
+	k := startKernel(t)
+	k.want(setup, "set up")
+	k.want(check, "1")
+	dump := k.dump(checkpoint.Stay)
+	for range 2 {
+		k.stop()
+		f, _, eager := k.restoreLazily(dump)
+		if f == nil {
+			t.Fatalf("restored eagerly: %s", eager)
+		}
+		k.want(check, "2")
+		if err := wait(t, f); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
