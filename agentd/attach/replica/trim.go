@@ -31,6 +31,7 @@ type dirs struct {
 	open  map[uint64]int // handles
 	after time.Time      // nothing is forgotten before
 	busy  bool           // things are being forgotten
+	idle  time.Duration  // idle, but for tests
 
 	mu    sync.Mutex
 	steps list.List // of time.Time: when operations on names that are under way began
@@ -42,7 +43,7 @@ type directory struct {
 }
 
 func (d *dirs) start(s *tree.State) {
-	d.at, d.open = map[uint64]*list.Element{}, map[uint64]int{}
+	d.at, d.open, d.idle = map[uint64]*list.Element{}, map[uint64]int{}, idle
 	s.Each(func(n *tree.Node) {
 		if n.Dir != nil && n.Dir.Len() > 0 {
 			d.use(n)
@@ -87,7 +88,7 @@ func (d *dirs) step() (end func()) {
 func (d *dirs) before() time.Time {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	at := time.Now().Add(-idle)
+	at := time.Now().Add(-d.idle)
 	if e := d.steps.Front(); e != nil && e.Value.(time.Time).Before(at) {
 		return e.Value.(time.Time)
 	}
