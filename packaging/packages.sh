@@ -92,7 +92,7 @@ for ARCH in "$@"; do
 	for s in agentd controlplane; do
 		mkdir -p "$TREE/scripts/$s"
 		units=$s.service
-		[ "$s" != agentd ] || units="agentd.service agentd-mountd.service"
+		[ "$s" != agentd ] || units="agentd.service agentd-mountd.service agentd-workload.service"
 		for t in postinst prerm postrm rpm-post rpm-preun rpm-postun; do
 			script "$t" "$TREE/scripts/$s/$t" "$s.service" "$units" "postern-$s" "/var/lib/postern-$s /var/lib/private/postern-$s"
 		done

@@ -15,12 +15,79 @@ import (
 )
 
 // A kernel has a cgroup of its own in every hierarchy that holds a controller for
-// one of its limits, and in the unified one, if it is there: CGROUP/postern-kernels/ID.
+// one of its limits, and in the unified one, if it is there: CGROUP/postern-kernels/ID, or, where systemd has
+// delegated a group for that in the slice of all workloads, below it.
 // Controllers may be in version 1 hierarchies, in version 2, or in some of each.
 // What a host lacks is said by lacks, and nothing else changes.
 
 // cgroupParent is the directory of all kernels' groups, in each hierarchy.
 const cgroupParent = "postern-kernels"
+
+// delegated is the group of agentd-workload.service (systemd/), in each hierarchy that systemd has it in.
+const delegated = "postern.slice/postern-workload.slice/agentd-workload.service"
+
+// holderGroup is where the process of that unit goes: a group of version 2 with groups below it may hold none.
+const holderGroup = "holder"
+
+// groupOf is where a kernel's group is, or would be, in a hierarchy: below the delegated one if delegate is set.
+func (h hierarchy) groupOf(id string, delegate bool) string {
+	if delegate {
+		return filepath.Join(h.dir, delegated, cgroupParent, id)
+	}
+	return filepath.Join(h.dir, cgroupParent, id)
+}
+
+// found is a kernel's group, wherever it was made.
+func (h hierarchy) found(id string) string {
+	if path := h.groupOf(id, true); exists(path) {
+		return path
+	}
+	return h.groupOf(id, false)
+}
+
+// place makes a kernel's group below the delegated one, if there is one that can hold it to all its limits, and
+// else beside.
+func (h hierarchy) place(id string) (group, error) {
+	if base := filepath.Join(h.dir, delegated); exists(base) {
+		g := group{h, h.groupOf(id, true)}
+		if h.unified {
+			h.clear(base)
+		}
+		if err := g.make(base); err == nil && g.complete() {
+			return g, nil
+		}
+		_ = unix.Rmdir(g.path)
+		_ = unix.Rmdir(filepath.Dir(g.path))
+	}
+	g := group{h, h.groupOf(id, false)}
+	return g, g.make(h.dir)
+}
+
+// clear moves the processes of the delegated group out of the way. What fails is seen by complete.
+func (h hierarchy) clear(base string) {
+	pids, _ := os.ReadFile(filepath.Join(base, "cgroup.procs"))
+	if len(pids) == 0 {
+		return
+	}
+	holder := filepath.Join(base, holderGroup)
+	_ = os.Mkdir(holder, 0o755)
+	for _, pid := range strings.Fields(string(pids)) {
+		_ = writeControl(holder, "cgroup.procs", pid)
+	}
+}
+
+// complete reports whether a group of version 2 got every controller that its hierarchy has.
+func (g group) complete() bool {
+	if !g.unified {
+		return true
+	}
+	list, err := os.ReadFile(filepath.Join(g.path, "cgroup.controllers"))
+	if err != nil {
+		return false
+	}
+	have := strings.Fields(string(list))
+	return !slices.ContainsFunc(g.controllers, func(name string) bool { return !slices.Contains(have, name) })
+}
 
 // cgroupRemoveTime is how long removing a group waits for its last processes, which
 // are gone but not yet forgotten.
@@ -125,8 +192,8 @@ func makeCgroupsIn(all []hierarchy, id string, limits Limits, restored bool) *cg
 	c := &cgroups{id: id, restored: restored}
 	reasons := map[string]string{}
 	for _, h := range all {
-		g := group{h, filepath.Join(h.dir, cgroupParent, id)}
-		if err := g.make(); err != nil {
+		g, err := h.place(id)
+		if err != nil {
 			for _, name := range h.controllers {
 				reasons[name] = fmt.Sprintf("%s cannot be made (%v)", g.path, reason(err))
 			}
@@ -181,14 +248,14 @@ func reason(err error) error {
 }
 
 // make makes the group, and passes controllers down to it where that is needed.
-func (g group) make() error {
+func (g group) make(base string) error {
 	parent := filepath.Dir(g.path)
 	for range 3 { // somebody may remove the empty parent in between
 		if err := os.Mkdir(parent, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
 		if g.unified {
-			for _, dir := range []string{g.dir, parent} {
+			for _, dir := range []string{base, parent} {
 				for _, name := range g.controllers {
 					// What fails here is seen when the limit is set.
 					_ = writeControl(dir, "cgroup.subtree_control", "+"+name)
@@ -263,7 +330,7 @@ func findCgroups(id string, limits Limits) *cgroups {
 	}
 	reasons := map[string]string{}
 	for _, h := range all {
-		g := group{h, filepath.Join(h.dir, cgroupParent, id)}
+		g := group{h, h.found(id)}
 		_, err := os.Stat(g.path)
 		if err == nil {
 			c.groups = append(c.groups, g)
@@ -351,7 +418,7 @@ func groupProcesses(id string) []int {
 	}
 	var pids []int
 	for _, h := range all {
-		list, _ := os.ReadFile(filepath.Join(h.dir, cgroupParent, id, "cgroup.procs"))
+		list, _ := os.ReadFile(filepath.Join(h.found(id), "cgroup.procs"))
 		for _, field := range strings.Fields(string(list)) {
 			if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
 				pids = append(pids, pid)
@@ -368,8 +435,10 @@ func removeCgroups(id string) {
 		return
 	}
 	for _, h := range all {
-		if path := filepath.Join(h.dir, cgroupParent, id); exists(path) {
-			removeGroup(path)
+		for _, delegate := range []bool{true, false} {
+			if path := h.groupOf(id, delegate); exists(path) {
+				removeGroup(path)
+			}
 		}
 	}
 }

@@ -111,6 +111,54 @@ func TestLimitsOfBothVersions(t *testing.T) {
 	}
 }
 
+// TestDelegatedGroup: kernels are below the group that systemd delegated for them, its own process out of the
+// way, and beside it where that could not hold them to their limits.
+func TestDelegatedGroup(t *testing.T) {
+	limits := Limits{Memory: 1 << 30, CPU: 1, PIDs: 64}
+	for _, have := range []string{"cpuset cpu io memory pids", "cpu pids"} {
+		v2 := fakeCgroupfs(t, "k", "cgroup.subtree_control", "memory.max", "memory.swap.max", "cpu.max", "pids.max", "memory.events")
+		base := filepath.Join(v2, delegated)
+		inside := filepath.Join(base, "postern-kernels", "k")
+		for _, dir := range []string{base, filepath.Join(base, holderGroup), filepath.Dir(inside), inside} {
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			for _, f := range []string{"cgroup.procs", "cgroup.subtree_control", "memory.max", "memory.swap.max", "cpu.max", "pids.max"} {
+				if err := os.WriteFile(filepath.Join(dir, f), nil, 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := os.WriteFile(filepath.Join(base, "cgroup.procs"), []byte("77\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(inside, "cgroup.controllers"), []byte(have+"\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		all := []hierarchy{{v2, true, controllers}}
+		g := makeCgroupsIn(all, "k", limits, false)
+		if len(g.lacks()) != 0 || len(g.groups) != 1 {
+			t.Fatalf("%q: lacks %q, %d groups", have, g.lacks(), len(g.groups))
+		}
+		want := inside
+		if !strings.Contains(have, "memory") {
+			want = filepath.Join(v2, "postern-kernels", "k")
+		}
+		if g.groups[0].path != want {
+			t.Errorf("%q: it is in %s, want %s", have, g.groups[0].path, want)
+		}
+		if got, err := os.ReadFile(filepath.Join(want, "memory.max")); string(got) != "1073741824" {
+			t.Errorf("%q: the limit is %q, %v", have, got, err)
+		}
+		if got, err := os.ReadFile(filepath.Join(base, holderGroup, "cgroup.procs")); string(got) != "77" {
+			t.Errorf("%q: the unit's process is not moved: %q, %v", have, got, err)
+		}
+		if want == inside && all[0].found("k") != inside {
+			t.Errorf("a kernel that runs is looked for in %s", all[0].found("k"))
+		}
+	}
+}
+
 func TestMissingControllersAreSaid(t *testing.T) {
 	limits := Limits{Memory: 512 << 20, CPU: 2, PIDs: 64}
 	got := makeCgroupsIn(nil, "k", limits, false).lacks()
