@@ -270,6 +270,10 @@ func TestDrain(t *testing.T) {
 	l := newLab(t, c, source)
 	l.start()
 	up := c.awaitHello(1)
+	// The first statement starts the parser, which can take longer than a drain may.
+	if r := c.ask(t.Context(), up, "q0", "shop", "select 1"); r.err != nil {
+		t.Fatal(r.err)
+	}
 	running := make(chan result, 1)
 	go func() { running <- c.ask(context.Background(), up, "q1", "shop", "select pg_sleep(1)") }()
 	awaitRunning(t, l.d, 1)
