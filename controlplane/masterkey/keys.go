@@ -220,8 +220,9 @@ func (k *Keys) Refresh() error {
 		ring, err = now.ring.union(k.withoutGoneLocked(ring))
 	}
 	if err == nil {
-		k.now.Store(&state{ring, now.active, now.shown})
-		_, err = change(k.path, func(r *Ring) (*Ring, error) {
+		k.now.Store(&state{ring, now.active, now.shown}) // even where the file cannot be written
+		// Somebody may have changed the file since: what change returns is what is in it.
+		ring, err = change(k.path, func(r *Ring) (*Ring, error) {
 			r, err := r.union(ring)
 			if err != nil {
 				return nil, err
@@ -230,7 +231,8 @@ func (k *Keys) Refresh() error {
 		})
 	}
 	if err == nil {
-		k.last, err = os.Stat(k.path)
+		k.now.Store(&state{ring, now.active, now.shown})
+		k.last = info // of before it was read: a change meanwhile is seen the next time
 	}
 	if err != nil {
 		return fmt.Errorf("master key: %w", err)

@@ -367,3 +367,34 @@ func TestOpenInPlace(t *testing.T) {
 		t.Error("opened about another thing")
 	}
 }
+
+// TestRefreshWhileAdding: a key that comes into the file while it is read is found, at the latest with the next look.
+func TestRefreshWhileAdding(t *testing.T) {
+	for range 50 {
+		keys, path := create(t)
+		stop, done := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(done)
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+				}
+				if err := keys.Refresh(); err != nil {
+					t.Error(err)
+					return
+				}
+			}
+		}()
+		id, err := masterkey.AddTo(path)
+		close(stop)
+		<-done
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := keys.Refresh(); err != nil || !keys.Has(id) {
+			t.Fatalf("the key %s is not found: %v, %v", id, keys.IDs(), err)
+		}
+	}
+}
