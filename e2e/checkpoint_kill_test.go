@@ -30,6 +30,9 @@ type savedKernel struct {
 	// acknowledged.
 	n     int
 	saved map[string]int
+	// killed is who was killed last, traps how often the kernel ended by CRIU's breakpoint.
+	killed string
+	traps  int
 }
 
 // firstUID is the first user id of the kernels of these tests' agents.
@@ -144,7 +147,15 @@ func (k *savedKernel) settle() (suspended bool) {
 			break
 		}
 		if strings.Contains(state, "dead") {
-			k.t.Fatalf("the kernel is dead: %s", state)
+			if k.traps++; k.traps > 2 || k.killed != "criu" && k.killed != "helper" || !strings.Contains(state, "SIGTRAP") {
+				k.t.Fatalf("the kernel is dead: %s", state)
+			}
+			// CRIU runs code of its own in the kernel's processes, up to a breakpoint: where it
+			// is killed meanwhile they meet that alone (docs/checkpoints.md).
+			k.t.Logf("CRIU's breakpoint ended the kernel: %s", strings.TrimSpace(state))
+			must(k.t, k.s, "kernel", "rollback", k.id, k.first())
+			k.set()
+			return false
 		}
 	}
 	if e := postern(k.t, k.s, "kernel", "exec", k.id, "1"); e.code != 0 {
@@ -312,6 +323,7 @@ func (k *savedKernel) shim() int {
 // what the operation said.
 func (k *savedKernel) during(who string, wait time.Duration, args ...string) (e ended, killed bool) {
 	k.t.Helper()
+	k.killed = who
 	done, pid := make(chan ended, 1), 0
 	go func() { done <- postern(k.t, k.s, args...) }()
 	for {
@@ -389,7 +401,7 @@ func TestCheckpointsSurviveKills(t *testing.T) {
 			case e.code == 0 || suspended:
 				k.is(k.saved[first])
 			default:
-				k.is(before, k.saved[first])
+				k.is(before, k.saved[first], k.n)
 			}
 			k.oneTree(processes)
 			k.n = before // no number comes twice
