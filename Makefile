@@ -47,7 +47,7 @@ test:
 	@packaging/dev/test.sh
 
 e2e-long:
-	@packaging/dev/deps.sh tests
+	@packaging/dev/deps.sh tests linuxsource
 	POSTERN_LONG=1 $(GO) test -count=1 -timeout 60m -v ./e2e
 	POSTERN_LONG=1 $(GO) test -count=1 -timeout 30m -v -run TestOneOwnersManyStatements ./agentd/sqlsession
 	POSTERN_LONG=1 $(GO) test -count=1 -timeout 30m -v -run TestWire ./agentd/sqlsession/adversary

@@ -1,7 +1,7 @@
 #!/bin/sh
 # deps.sh NAME... - make sure that what the developer commands need is there, and
 # say what is installed. NAME is one of: go gcc postgresql mariadb
-# nginx caddy tinyproxy litmus prometheus rsyslog unzip netns criu pydrivers jupyter sshfs testhost bigclients;
+# nginx caddy tinyproxy litmus prometheus rsyslog unzip netns criu pydrivers jupyter sshfs linuxsource testhost bigclients;
 # tests is what `make test` needs.
 # Installs Debian packages with apt-get, as root or through sudo.
 set -eu
@@ -115,6 +115,16 @@ for name in "$@"; do
 			rm -rf bin/openssh && mkdir -p bin/openssh
 			(cd bin/openssh && apt-get download -q openssh-server >/dev/null && dpkg -x openssh-server_*.deb . && rm openssh-server_*.deb) || die "apt-get download openssh-server failed"
 		fi
+		;;
+	linuxsource) # a large source tree for the tests of mounts, unpacked only
+		if ! ls bin/linux-source/usr/src/linux-source-*.tar.xz >/dev/null 2>&1; then
+			package=$(apt-cache depends linux-source | sed -n 's/^ *Depends: \(linux-source-.*\)/\1/p')
+			[ -n "$package" ] || die "there is no Debian package linux-source"
+			say "fetching Debian package $package into bin/linux-source (140 MB)"
+			rm -rf bin/linux-source && mkdir -p bin/linux-source
+			(cd bin/linux-source && apt-get download -q "$package" >/dev/null && dpkg -x linux-source-*.deb . && rm linux-source-*.deb) || die "apt-get download $package failed"
+		fi
+		command -v xz >/dev/null 2>&1 || install xz-utils
 		;;
 	testhost) # what boots disposable hosts for tests of packages and units
 		command -v mmdebstrap >/dev/null 2>&1 && command -v systemd-nspawn >/dev/null 2>&1 || install mmdebstrap systemd-container

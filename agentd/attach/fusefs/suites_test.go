@@ -76,30 +76,36 @@ with zipfile.ZipFile(sys.argv[1], "w", zipfile.ZIP_DEFLATED) as z:
 	}
 }
 
-// TestTar packs and unpacks the source of Go's library, part of it or all, with modes and times.
+// TestTar packs and unpacks a source tree, with modes and times: a part of Go's library, or the whole of Linux.
 func TestTar(t *testing.T) {
-	source := filepath.Join(strings.TrimSpace(run(t, t.TempDir(), "go", "env", "GOROOT")), "src")
-	part := "net"
-	if long {
-		part = "."
-	}
 	w, m := suite(t)
-	pack := filepath.Join(t.TempDir(), "go.tar")
-	run(t, source, "tar", "cf", pack, part)
-	here := filepath.Join(m.path, "src")
-	if err := os.Mkdir(here, 0o755); err != nil {
+	pack := filepath.Join(t.TempDir(), "source.tar")
+	if long {
+		linux, err := filepath.Glob("../../../bin/linux-source/usr/src/linux-source-*.tar.xz")
+		if err != nil || len(linux) != 1 {
+			t.Fatalf("found %v, want one source of Linux: run packaging/dev/deps.sh linuxsource", linux)
+		}
+		run(t, ".", "sh", "-c", `xz -dc "$0" >"$1"`, linux[0], pack)
+	} else {
+		run(t, filepath.Join(strings.TrimSpace(run(t, t.TempDir(), "go", "env", "GOROOT")), "src"), "tar", "cf", pack, "net")
+	}
+	here, native := filepath.Join(m.path, "src"), filepath.Join(t.TempDir(), "native")
+	if err := errors.Join(os.Mkdir(here, 0o755), os.Mkdir(native, 0o755)); err != nil {
 		t.Fatal(err)
 	}
+	run(t, native, "tar", "xf", pack)
 	began := time.Now()
 	run(t, here, "tar", "xf", pack)
-	t.Logf("unpacked in %v", time.Since(began))
+	t.Logf("%s files unpacked in %v", strings.TrimSpace(run(t, native, "sh", "-c", "find . | wc -l")), time.Since(began))
 	// tar itself compares content, mode, owner and time of each.
 	run(t, here, "tar", "df", pack)
-	same(t, filepath.Join(source, part), filepath.Join(here, part))
+	same(t, native, here)
 	drained(t, m)
 	other := filepath.Join(w.mount(serving{}).path, "src")
 	run(t, other, "tar", "df", pack)
-	run(t, other, "tar", "cf", "/dev/null", ".")
+	again := filepath.Join(t.TempDir(), "again.tar")
+	run(t, other, "tar", "cf", again, ".")
+	run(t, native, "tar", "df", again)
 }
 
 // TestPandas works on files as notebooks do: CSV whole and in pieces, appended to, pickles, arrays that are
