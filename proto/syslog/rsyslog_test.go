@@ -1,7 +1,6 @@
 package syslog
 
 import (
-	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -16,6 +15,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -30,7 +30,7 @@ type rsyslog struct {
 	port    int
 	network string
 	cmd     *exec.Cmd
-	said    bytes.Buffer
+	said    said
 }
 
 const rsyslogd = "/usr/sbin/rsyslogd"
@@ -86,6 +86,25 @@ func freePort(t *testing.T, network string) int {
 	}
 	defer l.Close() //nolint:errcheck // only its port counts
 	return l.Addr().(*net.TCPAddr).Port
+}
+
+// said is what a process says, to be looked at while it runs.
+type said struct {
+	mu   sync.Mutex
+	text []byte
+}
+
+func (s *said) Write(b []byte) (int, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.text = append(s.text, b...)
+	return len(b), nil
+}
+
+func (s *said) String() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return string(s.text)
 }
 
 func (s *rsyslog) path(name string) string { return filepath.Join(s.dir, name) }
