@@ -151,15 +151,17 @@ func publicText(err error) string {
 
 // end ends the tunnel without waiting.
 func (t *Tunnel) end(cause error) {
-	if t.dialer != nil && errors.Is(cause, ErrSilent) {
-		t.dialer.endCarrier(true) // before anybody dials again: it may be what hangs
-	}
 	t.mu.Lock()
 	if t.err != nil {
 		t.mu.Unlock()
 		return
 	}
-	t.err = cause
+	t.err = cause // first of all: lanes notice when the carrier ends, and that is no cause
+	t.mu.Unlock()
+	if t.dialer != nil && errors.Is(cause, ErrSilent) {
+		t.dialer.endCarrier(true) // before anybody dials again: it may be what hangs
+	}
+	t.mu.Lock()
 	close(t.done)
 	lanes := append([]*lane(nil), t.lanes...)
 	requests := t.requests
