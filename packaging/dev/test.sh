@@ -18,7 +18,7 @@ unformatted=$(git ls-files '*.go' | xargs gofmt -l)
 go vet ./...
 
 step "tests"
-# Packages two at a time; then alone the one that starts the whole system, so that its time
+# Packages three at a time, for their tests wait half of their time; then alone the one that starts the whole system, so that its time
 # limits measure it and not its neighbours: those of kernels in one process, the others in
 # another, for each waits half of its time. (Two writers would tear lines of one pipe.)
 # All with the race detector but the corpora of thousands of statements, which drive code
@@ -35,7 +35,7 @@ run() { go test -json -vet=off -timeout 20m ${TEST_RUN:+-run "$TEST_RUN"} "$@" |
 race() { run -race $plain "$@"; }
 {
 	run -p 2 $(echo "$packages" | grep -E "$corpora")
-	race -p 2 $(echo "$packages" | grep -Ev "/e2e\$|$corpora")
+	race -p 3 $(echo "$packages" | grep -Ev "/e2e\$|$corpora")
 	kernels='^Test(Kernel|Checkpoint|Jupyter|Notebook|Clients|Forks|Much|SecretsMove)'
 	if [ -n "${TEST_RUN:-}${TEST_SERIAL:-}" ]; then
 		race -p 1 ./e2e
