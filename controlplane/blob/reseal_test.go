@@ -243,6 +243,27 @@ func TestResealDamaged(t *testing.T) {
 	}
 }
 
+// TestResealOfOthersContent: what is under a chunk's name, sealed as if it were it, and is not, is not sealed anew.
+func TestResealOfOthersContent(t *testing.T) {
+	k := open(t, storetest.SQLite(t), "", time.Hour)
+	hash := k.put(k.a, chunk(1000))
+	_, key, err := k.keys.Newest(ctx, k.org)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sealed, err := key.Seal(bytes.Repeat([]byte("x"), 1000), "chunk "+hex.EncodeToString(hash[0][:]))
+	if err == nil {
+		err = os.WriteFile(k.files()[0], sealed, 0o600)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.rotated()
+	if all := k.fileKeys(); all[1].Objects != 1 || all[1].Damaged != 1 || all[0].Objects != 0 {
+		t.Errorf("got %+v", all)
+	}
+}
+
 // TestResealCut: whatever fails in the midst of it loses nothing, and is gone on with.
 func TestResealCut(t *testing.T) {
 	k := open(t, storetest.SQLite(t), "", time.Nanosecond)

@@ -55,3 +55,51 @@ func TestLeftContents(t *testing.T) {
 		t.Errorf("%q, %v", data, err)
 	}
 }
+
+// TestNothingLiesUnderNewNodes: a node gets no id under which something lies, however it is made. What a process
+// after this one finds there would be its content, and what it grows by would be what lay there.
+func TestNothingLiesUnderNewNodes(t *testing.T) {
+	for name, opened := range map[string]bool{"creat": true, "mknod": false} {
+		t.Run(name, func(t *testing.T) {
+			r := simulatedremote.New()
+			dir := t.TempDir()
+			a := open(t, r, dir, "a")
+			if err := a.haveID(ctx); err != nil {
+				t.Fatal(err)
+			}
+			next := a.s.Meta().IDs[0][0]
+			if err := a.Close(); err != nil {
+				t.Fatal(err)
+			}
+			const left = 20
+			for i := range uint64(left) {
+				if err := os.WriteFile(a.store.Path(next+i), bytes.Repeat([]byte("left"), 1000), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			a = open(t, r, dir, "a")
+			for i := range 2 * left { // before and after it was looked through
+				made, err := a.Make(ctx, Caller{}, tree.Root, fmt.Sprint("f", i), Make{Type: tree.File, Mode: 0o644, Open: opened})
+				if err != nil {
+					t.Fatal(err)
+				}
+				if st, err := os.Stat(a.store.Path(made.ID)); err == nil && st.Size() > 0 {
+					t.Errorf("file %d: %d bytes lie under its id %#x", i, st.Size(), made.ID)
+				}
+				size := uint64(10)
+				if _, err := a.SetAttr(ctx, made.ID, SetAttr{Size: &size}); err != nil {
+					t.Fatal(err)
+				}
+				if opened {
+					a.Release(made.ID, true)
+				}
+				if i == left {
+					eventually(t, "the cache is looked through", func() bool { a.mu.Lock(); defer a.mu.Unlock(); return a.stocked })
+				}
+			}
+			for i := range 2 * left {
+				wantContent(t, a, fmt.Sprint("f", i), make([]byte, 10))
+			}
+		})
+	}
+}
