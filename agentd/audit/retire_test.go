@@ -1,6 +1,7 @@
 package audit
 
 import (
+	"bytes"
 	"errors"
 	"math"
 	"os"
@@ -220,6 +221,15 @@ func TestRetireCoversNothingUp(t *testing.T) {
 		spoil func(t *testing.T, files []string)
 	}{
 		"altered": {true, func(t *testing.T, files []string) { rewrite(t, files[1], "select", "delete") }},
+		"cut where what stays begins": {true, func(t *testing.T, files []string) {
+			text, err := os.ReadFile(files[4]) // the last that goes, of which every entry that is left is whole
+			if err == nil {
+				err = os.WriteFile(files[4], text[:bytes.IndexByte(text, '\n')+1], 0o600)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}},
 		"removed": {true, func(t *testing.T, files []string) { remove(t, files[0]) }},
 		"removed in the middle": {true, func(t *testing.T, files []string) {
 			remove(t, files[1])

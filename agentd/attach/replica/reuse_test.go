@@ -59,7 +59,9 @@ func TestLeftContents(t *testing.T) {
 // TestNothingLiesUnderNewNodes: a node gets no id under which something lies, however it is made. What a process
 // after this one finds there would be its content, and what it grows by would be what lay there.
 func TestNothingLiesUnderNewNodes(t *testing.T) {
-	for name, opened := range map[string]bool{"creat": true, "mknod": false} {
+	for name, c := range map[string]struct{ opened, stocked bool }{
+		"creat": {true, false}, "mknod": {false, false}, "creat later": {true, true}, "mknod later": {false, true},
+	} {
 		t.Run(name, func(t *testing.T) {
 			r := simulatedremote.New()
 			dir := t.TempDir()
@@ -67,7 +69,9 @@ func TestNothingLiesUnderNewNodes(t *testing.T) {
 			if err := a.haveID(ctx); err != nil {
 				t.Fatal(err)
 			}
+			a.mu.Lock()
 			next := a.s.Meta().IDs[0][0]
+			a.mu.Unlock()
 			if err := a.Close(); err != nil {
 				t.Fatal(err)
 			}
@@ -78,8 +82,11 @@ func TestNothingLiesUnderNewNodes(t *testing.T) {
 				}
 			}
 			a = open(t, r, dir, "a")
-			for i := range 2 * left { // before and after it was looked through
-				made, err := a.Make(ctx, Caller{}, tree.Root, fmt.Sprint("f", i), Make{Type: tree.File, Mode: 0o644, Open: opened})
+			if c.stocked {
+				eventually(t, "the cache is looked through", func() bool { a.mu.Lock(); defer a.mu.Unlock(); return a.stocked })
+			}
+			for i := range 2 * left {
+				made, err := a.Make(ctx, Caller{}, tree.Root, fmt.Sprint("f", i), Make{Type: tree.File, Mode: 0o644, Open: c.opened})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -90,16 +97,32 @@ func TestNothingLiesUnderNewNodes(t *testing.T) {
 				if _, err := a.SetAttr(ctx, made.ID, SetAttr{Size: &size}); err != nil {
 					t.Fatal(err)
 				}
-				if opened {
+				if c.opened {
 					a.Release(made.ID, true)
-				}
-				if i == left {
-					eventually(t, "the cache is looked through", func() bool { a.mu.Lock(); defer a.mu.Unlock(); return a.stocked })
 				}
 			}
 			for i := range 2 * left {
 				wantContent(t, a, fmt.Sprint("f", i), make([]byte, 10))
 			}
 		})
+	}
+}
+
+// TestDoomedButBack: a content that nobody owned is not removed when its node is there again by then.
+func TestDoomedButBack(t *testing.T) {
+	r := simulatedremote.New()
+	a := open(t, r, t.TempDir(), "a")
+	id := put(t, a, "f", []byte("here"))
+	drain(t, a)
+	r.Cut(true) // it is not fetched again
+	a.mu.Lock()
+	a.doomed[id] = true
+	a.mu.Unlock()
+	a.sweep()
+	wantContent(t, a, "f", []byte("here"))
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.doomed) > 0 {
+		t.Error("it is to be removed still")
 	}
 }
