@@ -66,8 +66,9 @@ type Config struct {
 
 // Starter starts uplinks. It is safe for concurrent use.
 type Starter struct {
-	config Config
-	wg     sync.WaitGroup
+	config   Config
+	farewell time.Duration
+	wg       sync.WaitGroup
 }
 
 // New makes a Starter; end it with Close.
@@ -81,7 +82,7 @@ func New(config Config) *Starter {
 	if config.Logger == nil {
 		config.Logger = slog.New(slog.DiscardHandler)
 	}
-	return &Starter{config: config}
+	return &Starter{config: config, farewell: farewell}
 }
 
 // Close waits for the uplinks to end, each of which its tunnel has closed before.
@@ -255,7 +256,7 @@ func (p *process) Close(lost bool) {
 	select {
 	case <-p.exited:
 	default:
-		p.late = time.AfterFunc(farewell, func() { _ = p.cmd.Process.Kill() })
+		p.late = time.AfterFunc(p.starter.farewell, func() { _ = p.cmd.Process.Kill() })
 	}
 }
 

@@ -408,7 +408,9 @@ func TestKilled(t *testing.T) {
 // A stopped uplink is found as a dead network is, and is gone by the time that anybody
 // could dial again.
 func TestStopped(t *testing.T) {
-	h := host(t, starter(t, nil))
+	s := starter(t, nil)
+	uplink.NeverLate(s)
+	h := host(t, s)
 	d, a := h.Dial(t)
 	echo(t, a)
 	exchange(t, d, tunnel.Bulk, 1<<20)
