@@ -32,6 +32,29 @@ func vaultWith(t *testing.T, s *simulateds3.Server) (v *simulatedvault.Server, t
 
 const keysInVault = "access_key: {vault: {kv: secret/team/s3, field: access}}, secret_key: {vault: {kv: secret/team/s3, field: key}}"
 
+// bucketByVault mounts a bucket whose keys are in the Vault of a configuration, and returns where.
+func bucketByVault(t *testing.T, s *simulateds3.Server, vault string) (m *mounts, at string) {
+	t.Helper()
+	dir, err := filepath.EvalSymlinks(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	m = &mounts{lab: newLab(t, newTestControl(t), vault+fmt.Sprintf("attachments:\n  workspaces: []\n  host_mounts: [%s]\n  buckets:\n    - {name: raw, bucket: acme-raw, endpoint: %q, path_style: true, %s}\n", dir, s.URL, keysInVault)), dir: dir}
+	t.Cleanup(m.clean)
+	m.start()
+	m.eventually("mountd", func() error {
+		if s := m.d.attachmentStatus(); s.PID == 0 {
+			return errors.New(s.Error)
+		}
+		return nil
+	})
+	at = m.target("raw")
+	if err := m.mount("raw", at, false); err != nil {
+		t.Fatal(err)
+	}
+	return m, at
+}
+
 // TestSimulatedBucketByVault mounts a bucket whose keys are in a simulated Vault, and looks at the
 // metrics of what is done there.
 func TestSimulatedBucketByVault(t *testing.T) {
@@ -42,23 +65,7 @@ func TestSimulatedBucketByVault(t *testing.T) {
 	s.Put("d/there", "what was there")
 	s.Put("d/"+strings.Repeat("n", 256), "it cannot be a file")
 	_, text := vaultWith(t, s)
-	dir, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := &mounts{lab: newLab(t, newTestControl(t), text+fmt.Sprintf("attachments:\n  workspaces: []\n  host_mounts: [%s]\n  buckets:\n    - {name: raw, bucket: acme-raw, endpoint: %q, path_style: true, %s}\n", dir, s.URL, keysInVault)), dir: dir}
-	t.Cleanup(m.clean)
-	m.start()
-	m.eventually("mountd", func() error {
-		if s := m.d.attachmentStatus(); s.PID == 0 {
-			return errors.New(s.Error)
-		}
-		return nil
-	})
-	at := m.target("raw")
-	if err := m.mount("raw", at, false); err != nil {
-		t.Fatal(err)
-	}
+	m, at := bucketByVault(t, s, text)
 	if got := m.sh("cat %s/d/there && echo && echo hello > %s/d/new && ls %s/d && cat %s/d/none", at, at, at, at); !strings.HasPrefix(got, "what was there\nnew\nthere") {
 		t.Errorf("got %s", got)
 	}
@@ -101,23 +108,7 @@ func TestSimulatedBucketRotation(t *testing.T) {
 		s.Put(fmt.Sprintf("d/there%d", i), "what was there")
 	}
 	v, text := vaultWith(t, s)
-	dir, err := filepath.EvalSymlinks(t.TempDir())
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := &mounts{lab: newLab(t, newTestControl(t), text+fmt.Sprintf("attachments:\n  workspaces: []\n  host_mounts: [%s]\n  buckets:\n    - {name: raw, bucket: acme-raw, endpoint: %q, path_style: true, %s}\n", dir, s.URL, keysInVault)), dir: dir}
-	t.Cleanup(m.clean)
-	m.start()
-	m.eventually("mountd", func() error {
-		if s := m.d.attachmentStatus(); s.PID == 0 {
-			return errors.New(s.Error)
-		}
-		return nil
-	})
-	at := m.target("raw")
-	if err := m.mount("raw", at, false); err != nil {
-		t.Fatal(err)
-	}
+	m, at := bucketByVault(t, s, text)
 	if got := m.sh("cat %s/d/there0 && echo 0 > %s/d/new0 && echo fine", at, at); got != "what was therefine" {
 		t.Fatalf("before: %s", got)
 	}

@@ -211,6 +211,35 @@ func TestMountAfterRemoval(t *testing.T) {
 	succeeds(t, agentd(t, a, "umount", target))
 }
 
+// stopWriter makes a program end that writes to a mount until the file stop is there, and waits for it.
+func stopWriter(t *testing.T, writer *exec.Cmd, stop string, ended <-chan error) {
+	t.Helper()
+	if err := os.WriteFile(stop, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-ended:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(60 * time.Second):
+		_ = writer.Process.Kill()
+		t.Fatal("the writer hangs")
+	}
+}
+
+// allUploaded waits until the control plane has everything of the only workspace that a host has mounted.
+func allUploaded(t *testing.T, a *stack.Agent) {
+	t.Helper()
+	eventually(t, 2*time.Minute, "everything at the control plane", func() error {
+		st, err := attachStatus(t, a)
+		if err == nil && (len(st.Attachments.Workspaces) != 1 || st.Attachments.Workspaces[0].UnsentChanges > 0) {
+			err = fmt.Errorf("%+v", st.Attachments)
+		}
+		return err
+	})
+}
+
 // TestMountThroughKills writes and syncs files on a mounted workspace while mountd, agentd
 // and the control plane are killed at random moments. The writer must see no error, and
 // every file must be whole on the host and at the control plane.
@@ -249,25 +278,8 @@ func TestMountThroughKills(t *testing.T) {
 			}
 		}
 	}
-	if err := os.WriteFile(stop, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	select {
-	case err := <-written:
-		if err != nil {
-			t.Fatal(err)
-		}
-	case <-time.After(30 * time.Second):
-		_ = writer.Process.Kill()
-		t.Fatal("the writer hangs")
-	}
-	eventually(t, 60*time.Second, "everything at the control plane", func() error {
-		st, err := attachStatus(t, a)
-		if err == nil && (len(st.Attachments.Workspaces) != 1 || st.Attachments.Workspaces[0].UnsentChanges > 0) {
-			err = fmt.Errorf("%+v", st.Attachments)
-		}
-		return err
-	})
+	stopWriter(t, writer, stop, written)
+	allUploaded(t, a)
 	text, err := os.ReadFile(list)
 	if err != nil {
 		t.Fatal(err)

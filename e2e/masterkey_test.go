@@ -91,25 +91,8 @@ func TestMasterKeyThroughKills(t *testing.T) {
 		}
 		succeeds(t, postern(t, s, "sql", "db/db", "select 'kept meanwhile'"))
 	}
-	if err := os.WriteFile(stop, nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	select {
-	case err := <-written:
-		if err != nil {
-			t.Fatal(err)
-		}
-	case <-time.After(60 * time.Second):
-		_ = writer.Process.Kill()
-		t.Fatal("the writer hangs")
-	}
-	eventually(t, 60*time.Second, "everything at the control plane", func() error {
-		st, err := attachStatus(t, a)
-		if err == nil && (len(st.Attachments.Workspaces) != 1 || st.Attachments.Workspaces[0].UnsentChanges > 0) {
-			err = fmt.Errorf("%+v", st.Attachments)
-		}
-		return err
-	})
+	stopWriter(t, writer, stop, written)
+	allUploaded(t, a)
 	text, err := os.ReadFile(list)
 	if err != nil {
 		t.Fatal(err)
