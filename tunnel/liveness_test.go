@@ -201,34 +201,46 @@ func TestGoAway(t *testing.T) {
 	waitEnd(t, d, tunnel.ErrDrained)
 }
 
-func TestStreamLimit(t *testing.T) {
-	d, a := tunneltest.Pair(t,
-		tunneltest.WithServer(func(c *tunnel.ServerConfig) { c.MaxStreams = 5 }),
-		tunneltest.WithDial(func(c *tunnel.DialConfig) { c.MaxStreams = 8 }))
+func TestStreamLimitOfThePeer(t *testing.T) {
+	d, a := tunneltest.Pair(t, tunneltest.WithServer(func(c *tunnel.ServerConfig) { c.MaxStreams = 5 }))
 	echoOn(t, a)
 	refused := 0
 	for range 8 {
-		c := open(t, d, tunnel.Control)
-		_, _ = c.Write([]byte("x"))
-		if _, err := io.ReadFull(c, make([]byte, 1)); errors.Is(err, tunnel.ErrStreamReset) {
+		switch err := firstByte(t, d); {
+		case errors.Is(err, tunnel.ErrStreamReset):
 			refused++
-			_ = c.Close()
-			continue
-		} else if err != nil {
+		case err != nil:
 			t.Fatal(err)
 		}
-		defer c.Close()
 	}
 	if refused != 3 {
 		t.Errorf("%d streams refused, want 3", refused)
 	}
-	var last error
-	for range 4 {
-		if _, last = d.Open(context.Background(), tunnel.Control); last != nil {
-			break
-		}
+}
+
+// firstByte opens a stream that stays open until the test ends and sees one byte come
+// back. A refusal may arrive while Open is still at it, or at any step after it.
+func firstByte(t *testing.T, d *tunnel.Tunnel) error {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	c, err := d.Open(ctx, tunnel.Control)
+	if err != nil {
+		return err
 	}
-	if !errors.Is(last, tunnel.ErrTooManyStreams) {
-		t.Errorf("over the own limit: %v", last)
+	t.Cleanup(func() { _ = c.Close() })
+	_, _ = c.Write([]byte("x"))
+	_, err = io.ReadFull(c, make([]byte, 1))
+	return err
+}
+
+func TestStreamLimitOfItsOwn(t *testing.T) {
+	d, a := tunneltest.Pair(t, tunneltest.WithDial(func(c *tunnel.DialConfig) { c.MaxStreams = 8 }))
+	echoOn(t, a)
+	for range 8 {
+		open(t, d, tunnel.Control)
+	}
+	if _, err := d.Open(t.Context(), tunnel.Control); !errors.Is(err, tunnel.ErrTooManyStreams) {
+		t.Errorf("over the own limit: %v", err)
 	}
 }
