@@ -7,6 +7,7 @@ import (
 	"slices"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/attach/remote"
@@ -128,5 +129,37 @@ func TestPassing(t *testing.T) {
 	}
 	if passing(fmt.Errorf("write: %w", syscall.ENOSPC)) {
 		t.Error("a full disk passes")
+	}
+}
+
+// TestUploadsWithTheLink: however long uploads could not be sent, they go on as soon as the control plane
+// is there again, not when the next of the tries is due that came to be half a minute apart.
+func TestUploadsWithTheLink(t *testing.T) {
+	for outages := range 4 {
+		synctest.Test(t, func(t *testing.T) {
+			r := simulatedremote.New()
+			a := open(t, r, t.TempDir(), "a")
+			put(t, a, "f", []byte("before"))
+			drain(t, a)
+			for i := range outages + 1 { // each begins at another point of the pause between two tries
+				r.Cut(true)
+				put(t, a, "f", noise(5000+i, 1))
+				time.Sleep(3*time.Minute + time.Duration(outages)*7*time.Second)
+				if s := a.Status(); s.Ops == 0 || s.LastError == "" || s.Connected {
+					t.Fatalf("in outage %d: %+v", i, s)
+				}
+				r.Cut(false)
+				for began := time.Now(); !a.Status().Connected; time.Sleep(time.Millisecond) {
+					if time.Since(began) > time.Minute {
+						t.Fatal("no link")
+					}
+				}
+				time.Sleep(100 * time.Millisecond)
+				synctest.Wait()
+				if s := a.Status(); s.Ops != 0 || s.LastError != "" {
+					t.Fatalf("after outage %d of %d: %+v", i, outages+1, s)
+				}
+			}
+		})
 	}
 }

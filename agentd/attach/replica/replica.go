@@ -67,6 +67,7 @@ type Replica struct {
 	wg     sync.WaitGroup
 
 	kick    chan struct{} // the queue has something
+	linked  chan struct{} // the control plane can be reached again
 	compact chan struct{} // the journal has grown
 	crowded chan struct{} // names and attributes take more than they should
 
@@ -171,7 +172,7 @@ func Open(ctx context.Context, cfg Config) (*Replica, error) {
 		cfg: cfg, log: cfg.Log.With("workspace", cfg.Workspace), s: tree.New(),
 		open: map[uint64]*opened{}, loading: map[uint64]chan struct{}{}, queued: map[uint64]uint64{},
 		redo: map[uint64]bool{}, unknown: map[uint64]bool{}, refused: map[uint64]time.Time{}, attempts: map[uint64]string{}, closed: map[uint64]time.Time{}, doomed: map[uint64]bool{}, stale: map[uint64]bool{},
-		kick: make(chan struct{}, 1), compact: make(chan struct{}, 1), crowded: make(chan struct{}, 1), changed: make(chan struct{}),
+		kick: make(chan struct{}, 1), linked: make(chan struct{}, 1), compact: make(chan struct{}, 1), crowded: make(chan struct{}, 1), changed: make(chan struct{}),
 		readOnly: cfg.ReadOnly, unlinked: time.Now(),
 	}
 	r.ctx, r.cancel = context.WithCancel(context.Background())

@@ -35,14 +35,32 @@ func opTime(op tree.Op) time.Time {
 // another would pay for a Commit of each. What comes after a pause is sent at once.
 const gather = 50 * time.Millisecond
 
+// After a failure the next try waits for retryAfter, after each more for twice as long, retryWithin at most.
+const (
+	retryAfter  = 250 * time.Millisecond
+	retryWithin = 30 * time.Second
+)
+
 // uploadLoop sends the queue to the control plane, in order.
 func (r *Replica) uploadLoop() {
-	wait := time.Duration(0)
+	wait, failing := time.Duration(0), false
 	var last time.Time // when a Commit ended
 	for {
-		if wait > 0 {
+		switch {
+		case failing:
+			t := time.NewTimer(wait)
+			select {
+			case <-r.ctx.Done():
+			case <-t.C:
+			case <-r.linked:
+				// What failed without a link says nothing of the one that is there now; if that fails,
+				// too, tries begin to be spaced anew.
+				wait = 0
+			}
+			t.Stop()
+		case wait > 0:
 			pause(r.ctx, wait)
-		} else {
+		default:
 			select {
 			case <-r.ctx.Done():
 			case <-r.kick:
@@ -56,13 +74,14 @@ func (r *Replica) uploadLoop() {
 		}
 		more, err := r.uploadSome(r.ctx)
 		last = time.Now()
+		failing = err != nil && !errors.Is(err, errBusy)
 		switch {
 		case r.ctx.Err() != nil:
 			return
 		case errors.Is(err, errBusy):
 			wait = 200 * time.Millisecond
 		case err != nil:
-			wait = min(max(2*wait, 250*time.Millisecond), 30*time.Second)
+			wait = min(max(2*wait, retryAfter), retryWithin)
 			r.failed(err)
 			continue
 		case more:

@@ -40,6 +40,10 @@ func (r *Replica) connected(yes bool, err error) {
 	if yes {
 		r.log.Info("control plane tells of changes")
 		r.wakeUploader()
+		select {
+		case r.linked <- struct{}{}:
+		default:
+		}
 	} else {
 		r.unlinked = time.Now()
 		r.log.Warn("control plane does not tell of changes; what is here stays as it is", "err", err)
