@@ -20,6 +20,8 @@ const (
 	callReportRows  = "report-rows"
 	callMove        = "move-agent"
 	callMasterKey   = "master-key"
+	// callMasterTrouble asks for a masterTrouble.
+	callMasterTrouble = "master-key-trouble"
 )
 
 // moveCall asks for an agent to be moved that has this tunnel.
@@ -198,6 +200,8 @@ func (r *replicas) call(ctx context.Context, name string, body []byte) ([]byte, 
 			return nil, err
 		}
 		return json.Marshal(keyAnswer{key})
+	case callMasterTrouble:
+		return json.Marshal(s.masters.sight.told())
 	case callCancelKey:
 		var rest []byte
 		if err := json.Unmarshal(body, &rest); err != nil {

@@ -178,6 +178,7 @@ func (s *Server) openStore(ctx context.Context) (err error) {
 func (s *Server) wire(ctx context.Context) error {
 	registry := prometheus.NewRegistry()
 	var err error
+	s.registerMasterKeyMetrics(registry)
 	if s.forwarder, err = s.newForwarder(registry); err != nil {
 		return err
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"google.golang.org/protobuf/types/known/timestamppb"
@@ -49,10 +48,7 @@ const (
 // masterRotation rotates the master key.
 type masterRotation struct {
 	server *Server
-
-	mu       sync.Mutex
-	problem  string // what this control plane waits for; guarded by mu
-	unsealed int    // how many things could not be sealed anew; guarded by mu
+	sight  masterSight
 }
 
 var _ api.MasterKeys = (*masterRotation)(nil)
@@ -108,8 +104,13 @@ func (s *Server) followMasterKeys(ctx context.Context) {
 }
 
 // step learns what the store says, gets what is missing, and takes the step that is due, if any.
-func (m *masterRotation) step(ctx context.Context, now time.Time) error {
+func (m *masterRotation) step(ctx context.Context, now time.Time) (err error) {
 	s := m.server
+	defer func() {
+		if ctx.Err() == nil {
+			m.sight.failed(err)
+		}
+	}()
 	keys := s.ca.Keys()
 	var problems []string
 	if err := keys.Refresh(); err != nil {
@@ -134,22 +135,14 @@ func (m *masterRotation) step(ctx context.Context, now time.Time) error {
 	if err := useMasterKeys(keys, all); err != nil {
 		problems = append(problems, err.Error())
 	}
-	m.tell(strings.Join(problems, "; "))
-	if stageOf(all) == masterStable {
-		return nil
+	if problem := oneLine(strings.Join(problems, "; ")); m.sight.problem(problem) && problem != "" {
+		s.log.Error("master keys", "err", problem)
+	}
+	if err := m.sight.follow(ctx, s.store, all); err != nil || stageOf(all) == masterStable {
+		return err
 	}
 	_, err = s.store.Exclusively(ctx, "master key", func(ctx context.Context) error { return m.advance(ctx, now, all) })
 	return err
-}
-
-// tell logs a problem when it is a new one.
-func (m *masterRotation) tell(problem string) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if problem != "" && problem != m.problem {
-		m.server.log.Error("master keys", "err", problem)
-	}
-	m.problem = problem
 }
 
 // fetch gets a key from another control plane.
@@ -274,19 +267,29 @@ func (m *masterRotation) seal(ctx context.Context, active string) error {
 			break
 		}
 	}
-	bad := 0
+	bad, names := 0, []string(nil)
+	done := func() {
+		for _, name := range m.sight.found(names, bad) {
+			s.log.Error("not sealed anew: its old master key stays", "what", name)
+		}
+	}
 	for began := time.Now(); time.Since(began) < resealFor && ctx.Err() == nil; {
 		stale, err := s.store.StaleSealed(ctx, active, bad)
-		if err != nil || len(stale) == 0 {
-			m.told(bad, err)
+		if err != nil {
 			return err
+		}
+		if len(stale) == 0 {
+			done()
+			return nil
 		}
 		was, now := stale[:0], [][]byte(nil)
 		for _, x := range stale {
 			fresh, err := s.reseal(x)
 			if err != nil {
-				bad++
-				s.log.Error("not sealed anew: its old master key stays", "kind", string(x.Kind), "id", x.ID, "err", err)
+				if bad++; len(names) < maxBroken {
+					names = append(names, brokenName(x))
+				}
+				s.log.Debug("not sealed anew", "kind", string(x.Kind), "id", x.ID, "err", err)
 				continue
 			}
 			was, now = append(was, x), append(now, fresh)
@@ -295,16 +298,8 @@ func (m *masterRotation) seal(ctx context.Context, active string) error {
 			return err
 		}
 	}
-	m.told(bad, nil)
+	done()
 	return ctx.Err()
-}
-
-func (m *masterRotation) told(bad int, err error) {
-	if err == nil {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		m.unsealed = bad
-	}
 }
 
 // reseal seals one thing anew.
@@ -330,9 +325,7 @@ func (m *masterRotation) replicas(ctx context.Context, all []store.MasterKey) ([
 	if err != nil {
 		return nil, err
 	}
-	m.mu.Lock()
-	own := &posternv1.MasterKeyReplica{Name: s.replica, Keys: s.ca.Keys().IDs(), Active: s.ca.Keys().Active(), Problem: m.problem}
-	m.mu.Unlock()
+	own := &posternv1.MasterKeyReplica{Name: s.replica, Keys: s.ca.Keys().IDs(), Active: s.ca.Keys().Active(), Problem: m.sight.told().Problem}
 	out := []*posternv1.MasterKeyReplica{own}
 	active := ""
 	for _, k := range all {
@@ -392,10 +385,15 @@ func (m *masterRotation) Status(ctx context.Context) (*posternv1.MasterKeyStatus
 	if out.Replicas, err = m.replicas(ctx, all); err != nil {
 		return nil, err
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.unsealed > 0 && out.Stage != masterStable && out.Replicas[0].Problem == "" {
-		out.Replicas[0].Problem = fmt.Sprintf("%d things do not open and can't be sealed anew: its log names them; remove or set them again", m.unsealed)
+	out.Waits = m.waits(ctx, all, out.Replicas)
+	if out.Stage != masterStable {
+		began, moved := masterTimes(all)
+		m.sight.mu.Lock()
+		defer m.sight.mu.Unlock()
+		if m.sight.moved.After(moved) {
+			moved = m.sight.moved
+		}
+		out.Began, out.Moved = timestamppb.New(began), timestamppb.New(moved)
 	}
 	return out, nil
 }

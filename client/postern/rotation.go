@@ -32,7 +32,8 @@ func (a *app) masterKeyCommand() *cobra.Command {
 A new key is made and brought to all control planes of the installation. When all of them have it, it
 seals; what the old one sealed (the CA's key, secrets, kept rows, keys of files) is sealed anew, and the
 old one is taken out of the files when nothing is sealed by it. The command returns at once: see how far
-it is with "postern master-key status". If it is run again meanwhile it changes nothing.
+it is with "postern master-key status", which also says what holds it up. If it is run again meanwhile it
+changes nothing; "postern master-key cancel" calls it off as long as the new key seals nothing.
 
 Back up DATA/master.key again when it is done. The contents of files are sealed with keys of their own:
 "postern workspace key rotate".`,
@@ -47,7 +48,25 @@ Back up DATA/master.key again when it is done. The contents of files are sealed 
 			})
 		},
 	}
-	return group("master-key", "Show and replace the control plane's master key", status, rotate)
+	cancel := &cobra.Command{
+		Use: "cancel", Short: "Call off a rotation whose new key seals nothing yet",
+		Long: `Call off a rotation whose new key seals nothing yet: "postern master-key status" says "announced". The
+control planes take the new key out of their files, and the old one goes on sealing.
+
+Once the new key seals, a rotation can only go on: the command is refused, and "postern master-key
+status" says what it waits for.`,
+		Example: "  postern master-key cancel", Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return a.with(func(c *client.Client) error {
+				resp, err := c.MasterKeys.CancelMasterKeyRotation(cmd.Context(), connect.NewRequest(&posternv1.CancelMasterKeyRotationRequest{}))
+				if err != nil {
+					return err
+				}
+				return a.printMasterKeyStatus(resp.Msg)
+			})
+		},
+	}
+	return group("master-key", "Show and replace the control plane's master key", status, rotate, cancel)
 }
 
 // printMasterKeyStatus prints how far a rotation is.
@@ -73,6 +92,12 @@ func (a *app) printMasterKeyStatus(s *posternv1.MasterKeyStatus) error {
 		text = "the new key seals; what older ones sealed is sealed anew" + rest + "\n"
 	default:
 		text = "nothing is sealed by the old key any more; it goes in a moment\n"
+	}
+	if s.Began != nil {
+		text += fmt.Sprintf("it began %s, and moved last %s\n", timeText(s.Began), timeText(s.Moved))
+	}
+	for _, w := range s.Waits {
+		text += fmt.Sprintf("waits since %s: %s\n", timeText(w.Since), w.What)
 	}
 	if _, err := fmt.Fprint(a.stdout, text); err != nil {
 		return err

@@ -14,6 +14,8 @@ type MasterKeys interface {
 	Status(ctx context.Context) (*posternv1.MasterKeyStatus, error)
 	// Rotate begins a rotation, or changes nothing while one is under way.
 	Rotate(ctx context.Context) (*posternv1.MasterKeyStatus, error)
+	// Cancel calls a rotation off whose new key seals nothing yet; INVALID if there is none.
+	Cancel(ctx context.Context) (*posternv1.MasterKeyStatus, error)
 }
 
 // FileKeys rotates the key of an organization's files.
@@ -35,6 +37,19 @@ func (a *API) RotateMasterKey(ctx context.Context, _ *connect.Request[posternv1.
 			return nil, err
 		}
 		return a.cfg.MasterKeys.Rotate(ctx)
+	})
+}
+
+// CancelMasterKeyRotation implements MasterKeyService.
+func (a *API) CancelMasterKeyRotation(ctx context.Context, _ *connect.Request[posternv1.CancelMasterKeyRotationRequest]) (*connect.Response[posternv1.MasterKeyStatus], error) {
+	return call(ctx, a, func(c Caller) (*posternv1.MasterKeyStatus, error) {
+		if err := ruler(c); err != nil {
+			return nil, err
+		}
+		if err := a.audit(ctx, c, auditchain.Entry{Action: "masterkey.cancel", Target: "master key"}); err != nil {
+			return nil, err
+		}
+		return a.cfg.MasterKeys.Cancel(ctx)
 	})
 }
 

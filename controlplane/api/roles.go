@@ -18,10 +18,11 @@ var needed = map[string]string{
 	posternv1connect.CAServiceGetCAStatusProcedure:  "operator",
 	posternv1connect.CAServiceRotateCAProcedure:     "admin",
 
-	posternv1connect.MasterKeyServiceGetMasterKeyStatusProcedure: "operator",
-	posternv1connect.MasterKeyServiceRotateMasterKeyProcedure:    "admin",
-	posternv1connect.FileKeyServiceGetFileKeyStatusProcedure:     "operator",
-	posternv1connect.FileKeyServiceRotateFileKeyProcedure:        "admin",
+	posternv1connect.MasterKeyServiceGetMasterKeyStatusProcedure:      "operator",
+	posternv1connect.MasterKeyServiceRotateMasterKeyProcedure:         "admin",
+	posternv1connect.MasterKeyServiceCancelMasterKeyRotationProcedure: "admin",
+	posternv1connect.FileKeyServiceGetFileKeyStatusProcedure:          "operator",
+	posternv1connect.FileKeyServiceRotateFileKeyProcedure:             "admin",
 
 	posternv1connect.AgentServiceListAgentsProcedure:   "viewer",
 	posternv1connect.AgentServiceGetAgentProcedure:     "viewer",

@@ -95,6 +95,39 @@ func (s *Store) ActivateMasterKey(ctx context.Context, id string, now time.Time)
 	return done, err
 }
 
+// CancelMasterKey retires the key that is announced, which has sealed nothing, and returns its id; empty if none is
+// announced. It excludes ActivateMasterKey: whichever comes first changes the row, the other one finds it changed.
+func (s *Store) CancelMasterKey(ctx context.Context, now time.Time) (id string, err error) {
+	err = s.write(ctx, "call the rotation of the master key off", func(tx handle) error {
+		id = ""
+		err := tx.row(ctx, "UPDATE master_keys SET state = 'retired', since = ? WHERE state = 'announced' RETURNING id", millis(now)).Scan(&id)
+		if errors.Is(err, sql.ErrNoRows) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		left, err := sealedBy(ctx, tx, id)
+		if err == nil && left > 0 {
+			err = proto.Errorf(proto.CodeInvalid, "the master key %s has sealed %d things already: the rotation can only go on", id, left)
+		}
+		return err
+	})
+	return id, err
+}
+
+// sealedBy counts what a master key seals.
+func sealedBy(ctx context.Context, tx handle, id string) (left int, err error) {
+	for _, kind := range sealedKinds {
+		var n int
+		if err := tx.row(ctx, "SELECT count(*) FROM "+kind.table+" WHERE master = ?"+kind.but, id).Scan(&n); err != nil {
+			return 0, err
+		}
+		left += n
+	}
+	return left, nil
+}
+
 // CloseMasterKey keeps what an old key seals from being written, if there is nothing of it left, and reports
 // whether it is closed.
 func (s *Store) CloseMasterKey(ctx context.Context, id string, now time.Time) (done bool, err error) {
@@ -114,13 +147,9 @@ func (s *Store) endMasterKey(ctx context.Context, id, from, to string, now time.
 		if err != nil || n == 0 {
 			return err
 		}
-		left := 0
-		for _, kind := range sealedKinds {
-			var n int
-			if err := tx.row(ctx, "SELECT count(*) FROM "+kind.table+" WHERE master = ?"+kind.but, id).Scan(&n); err != nil {
-				return err
-			}
-			left += n
+		left, err := sealedBy(ctx, tx, id)
+		if err != nil {
+			return err
 		}
 		state := to
 		if left > 0 {

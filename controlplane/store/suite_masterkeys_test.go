@@ -153,8 +153,37 @@ func TestMasterKeys(t *testing.T) {
 		want("retired", "active")
 		wantCode(t, put(org, "D", "1", "late"), proto.CodeUnavailable)
 		wantCode(t, s.AnnounceMasterKey(ctx, next, now), proto.CodeInvalid)
+		if id := must(s.CancelMasterKey(ctx, now))(t); id != "" {
+			t.Errorf("without a rotation %q was called off", id)
+		}
 		if err := s.AnnounceMasterKey(ctx, "ffffffffffffffff", now); err != nil {
 			t.Errorf("the rotation after: %v", err)
+		}
+		if id := must(s.CancelMasterKey(ctx, now))(t); id != "ffffffffffffffff" || states()[id] != "retired" {
+			t.Errorf("%q was called off: %v", id, states())
+		}
+		if done := must(s.ActivateMasterKey(ctx, "ffffffffffffffff", now))(t); done {
+			t.Error("activated after it was called off")
+		}
+		wantCode(t, put(org, "D", "ffffffffffffffff", "late"), proto.CodeUnavailable)
+		// What an announced key has sealed, by whatever mistake, is not given up.
+		const third = "eeeeeeeeeeeeeeee"
+		if err := s.AnnounceMasterKey(ctx, third, now); err != nil {
+			t.Fatal(err)
+		}
+		if err := put(org, "D", third, "early"); err != nil {
+			t.Fatal(err)
+		}
+		_, err := s.CancelMasterKey(ctx, now)
+		wantCode(t, err, proto.CodeInvalid)
+		if states()[third] != "announced" {
+			t.Errorf("it was changed: %v", states())
+		}
+		if done := must(s.ActivateMasterKey(ctx, third, now))(t); !done {
+			t.Error("not activated")
+		}
+		if id := must(s.CancelMasterKey(ctx, now))(t); id != "" {
+			t.Errorf("%q was called off although it seals", id)
 		}
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"connectrpc.com/connect"
@@ -39,6 +40,7 @@ type Server struct {
 	broken    bool
 	sessions  map[string]*posternv1.SQLSession
 	opened    int
+	calledOff atomic.Bool // the rotation of the master key
 }
 
 // Start starts a server; TLS if secure. The caller closes it.
@@ -446,9 +448,10 @@ func (s *Server) GetCAStatus(context.Context, *connect.Request[posternv1.GetCASt
 // masterKeyStatus is what a rotation under way is like.
 func masterKeyStatus(stage string) *posternv1.MasterKeyStatus {
 	return &posternv1.MasterKeyStatus{
-		Stage: stage, TakesOver: at(1, 0),
-		Keys: []*posternv1.MasterKey{{Id: "1", State: "active", Made: at(0, 0), Since: at(0, 0)}, {Id: "0123456789abcdef", State: "announced", Made: at(1, 0), Since: at(1, 0)}},
-		Left: []*posternv1.SealedCount{{Kind: "secrets", Count: 7}},
+		Stage: stage, TakesOver: at(1, 0), Began: at(1, 0), Moved: at(2, 0),
+		Waits: []*posternv1.MasterKeyWait{{What: "control plane two: it does not have the new key yet", Since: at(1, 0), Replica: "two"}},
+		Keys:  []*posternv1.MasterKey{{Id: "1", State: "active", Made: at(0, 0), Since: at(0, 0)}, {Id: "0123456789abcdef", State: "announced", Made: at(1, 0), Since: at(1, 0)}},
+		Left:  []*posternv1.SealedCount{{Kind: "secrets", Count: 7}},
 		Replicas: []*posternv1.MasterKeyReplica{
 			{Name: "one", Keys: []string{"1", "0123456789abcdef"}, Active: "1"}, {Name: "two", Keys: []string{"1"}, Active: "1", Problem: "it does not have the new key yet"},
 		},
@@ -458,6 +461,14 @@ func masterKeyStatus(stage string) *posternv1.MasterKeyStatus {
 // RotateMasterKey implements MasterKeyService.
 func (s *Server) RotateMasterKey(context.Context, *connect.Request[posternv1.RotateMasterKeyRequest]) (*connect.Response[posternv1.MasterKeyStatus], error) {
 	return respond(masterKeyStatus("announced"), nil)
+}
+
+// CancelMasterKeyRotation implements MasterKeyService.
+func (s *Server) CancelMasterKeyRotation(context.Context, *connect.Request[posternv1.CancelMasterKeyRotationRequest]) (*connect.Response[posternv1.MasterKeyStatus], error) {
+	if s.calledOff.Swap(true) {
+		return respond[posternv1.MasterKeyStatus](nil, proto.Errorf(proto.CodeInvalid, "no rotation of the master key is under way: there is nothing to call off"))
+	}
+	return respond(&posternv1.MasterKeyStatus{Stage: "stable", Keys: []*posternv1.MasterKey{{Id: "1", State: "active", Made: at(0, 0), Since: at(0, 0)}}}, nil)
 }
 
 // GetMasterKeyStatus implements MasterKeyService.

@@ -94,6 +94,42 @@ func (*GetMasterKeyStatusRequest) Descriptor() ([]byte, []int) {
 	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{1}
 }
 
+type CancelMasterKeyRotationRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *CancelMasterKeyRotationRequest) Reset() {
+	*x = CancelMasterKeyRotationRequest{}
+	mi := &file_postern_v1_rotation_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *CancelMasterKeyRotationRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*CancelMasterKeyRotationRequest) ProtoMessage() {}
+
+func (x *CancelMasterKeyRotationRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_rotation_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use CancelMasterKeyRotationRequest.ProtoReflect.Descriptor instead.
+func (*CancelMasterKeyRotationRequest) Descriptor() ([]byte, []int) {
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{2}
+}
+
 type MasterKeyStatus struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// stable: one key, no rotation is under way. announced: the new key is brought to all control planes, and seals
@@ -107,14 +143,21 @@ type MasterKeyStatus struct {
 	// What other keys than the newest seal.
 	Left []*SealedCount `protobuf:"bytes,4,rep,name=left,proto3" json:"left,omitempty"`
 	// All control planes on this database that did not say goodbye.
-	Replicas      []*MasterKeyReplica `protobuf:"bytes,5,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	Replicas []*MasterKeyReplica `protobuf:"bytes,5,rep,name=replicas,proto3" json:"replicas,omitempty"`
+	// When the rotation began; absent when none is under way, as is moved.
+	Began *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=began,proto3" json:"began,omitempty"`
+	// When it last moved: when it came into its stage, or, if that is later, when the control plane that answers last saw
+	// that there is less left.
+	Moved *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=moved,proto3" json:"moved,omitempty"`
+	// What holds it up, at most 64; empty: nothing, it goes on by itself.
+	Waits         []*MasterKeyWait `protobuf:"bytes,8,rep,name=waits,proto3" json:"waits,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
 
 func (x *MasterKeyStatus) Reset() {
 	*x = MasterKeyStatus{}
-	mi := &file_postern_v1_rotation_proto_msgTypes[2]
+	mi := &file_postern_v1_rotation_proto_msgTypes[3]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -126,7 +169,7 @@ func (x *MasterKeyStatus) String() string {
 func (*MasterKeyStatus) ProtoMessage() {}
 
 func (x *MasterKeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_rotation_proto_msgTypes[2]
+	mi := &file_postern_v1_rotation_proto_msgTypes[3]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -139,7 +182,7 @@ func (x *MasterKeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MasterKeyStatus.ProtoReflect.Descriptor instead.
 func (*MasterKeyStatus) Descriptor() ([]byte, []int) {
-	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{2}
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{3}
 }
 
 func (x *MasterKeyStatus) GetStage() string {
@@ -177,6 +220,90 @@ func (x *MasterKeyStatus) GetReplicas() []*MasterKeyReplica {
 	return nil
 }
 
+func (x *MasterKeyStatus) GetBegan() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Began
+	}
+	return nil
+}
+
+func (x *MasterKeyStatus) GetMoved() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Moved
+	}
+	return nil
+}
+
+func (x *MasterKeyStatus) GetWaits() []*MasterKeyWait {
+	if x != nil {
+		return x.Waits
+	}
+	return nil
+}
+
+// MasterKeyWait is something that a rotation waits for.
+type MasterKeyWait struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// One line for people.
+	What  string                 `protobuf:"bytes,1,opt,name=what,proto3" json:"what,omitempty"`
+	Since *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=since,proto3" json:"since,omitempty"`
+	// The control plane that it is about; empty: all of them.
+	Replica       string `protobuf:"bytes,3,opt,name=replica,proto3" json:"replica,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *MasterKeyWait) Reset() {
+	*x = MasterKeyWait{}
+	mi := &file_postern_v1_rotation_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *MasterKeyWait) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*MasterKeyWait) ProtoMessage() {}
+
+func (x *MasterKeyWait) ProtoReflect() protoreflect.Message {
+	mi := &file_postern_v1_rotation_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use MasterKeyWait.ProtoReflect.Descriptor instead.
+func (*MasterKeyWait) Descriptor() ([]byte, []int) {
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *MasterKeyWait) GetWhat() string {
+	if x != nil {
+		return x.What
+	}
+	return ""
+}
+
+func (x *MasterKeyWait) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *MasterKeyWait) GetReplica() string {
+	if x != nil {
+		return x.Replica
+	}
+	return ""
+}
+
 type MasterKey struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// "1" for the one that the installation was made with, else 16 hexadecimal digits.
@@ -192,7 +319,7 @@ type MasterKey struct {
 
 func (x *MasterKey) Reset() {
 	*x = MasterKey{}
-	mi := &file_postern_v1_rotation_proto_msgTypes[3]
+	mi := &file_postern_v1_rotation_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -204,7 +331,7 @@ func (x *MasterKey) String() string {
 func (*MasterKey) ProtoMessage() {}
 
 func (x *MasterKey) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_rotation_proto_msgTypes[3]
+	mi := &file_postern_v1_rotation_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -217,7 +344,7 @@ func (x *MasterKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MasterKey.ProtoReflect.Descriptor instead.
 func (*MasterKey) Descriptor() ([]byte, []int) {
-	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{3}
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *MasterKey) GetId() string {
@@ -258,7 +385,7 @@ type SealedCount struct {
 
 func (x *SealedCount) Reset() {
 	*x = SealedCount{}
-	mi := &file_postern_v1_rotation_proto_msgTypes[4]
+	mi := &file_postern_v1_rotation_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -270,7 +397,7 @@ func (x *SealedCount) String() string {
 func (*SealedCount) ProtoMessage() {}
 
 func (x *SealedCount) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_rotation_proto_msgTypes[4]
+	mi := &file_postern_v1_rotation_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -283,7 +410,7 @@ func (x *SealedCount) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealedCount.ProtoReflect.Descriptor instead.
 func (*SealedCount) Descriptor() ([]byte, []int) {
-	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{4}
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SealedCount) GetKind() string {
@@ -315,7 +442,7 @@ type MasterKeyReplica struct {
 
 func (x *MasterKeyReplica) Reset() {
 	*x = MasterKeyReplica{}
-	mi := &file_postern_v1_rotation_proto_msgTypes[5]
+	mi := &file_postern_v1_rotation_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -327,7 +454,7 @@ func (x *MasterKeyReplica) String() string {
 func (*MasterKeyReplica) ProtoMessage() {}
 
 func (x *MasterKeyReplica) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_rotation_proto_msgTypes[5]
+	mi := &file_postern_v1_rotation_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -340,7 +467,7 @@ func (x *MasterKeyReplica) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MasterKeyReplica.ProtoReflect.Descriptor instead.
 func (*MasterKeyReplica) Descriptor() ([]byte, []int) {
-	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{5}
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *MasterKeyReplica) GetName() string {
@@ -381,7 +508,7 @@ type RotateFileKeyRequest struct {
 
 func (x *RotateFileKeyRequest) Reset() {
 	*x = RotateFileKeyRequest{}
-	mi := &file_postern_v1_rotation_proto_msgTypes[6]
+	mi := &file_postern_v1_rotation_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -393,7 +520,7 @@ func (x *RotateFileKeyRequest) String() string {
 func (*RotateFileKeyRequest) ProtoMessage() {}
 
 func (x *RotateFileKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_rotation_proto_msgTypes[6]
+	mi := &file_postern_v1_rotation_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -406,7 +533,7 @@ func (x *RotateFileKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateFileKeyRequest.ProtoReflect.Descriptor instead.
 func (*RotateFileKeyRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{6}
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RotateFileKeyRequest) GetForce() bool {
@@ -424,7 +551,7 @@ type GetFileKeyStatusRequest struct {
 
 func (x *GetFileKeyStatusRequest) Reset() {
 	*x = GetFileKeyStatusRequest{}
-	mi := &file_postern_v1_rotation_proto_msgTypes[7]
+	mi := &file_postern_v1_rotation_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -436,7 +563,7 @@ func (x *GetFileKeyStatusRequest) String() string {
 func (*GetFileKeyStatusRequest) ProtoMessage() {}
 
 func (x *GetFileKeyStatusRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_rotation_proto_msgTypes[7]
+	mi := &file_postern_v1_rotation_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -449,7 +576,7 @@ func (x *GetFileKeyStatusRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetFileKeyStatusRequest.ProtoReflect.Descriptor instead.
 func (*GetFileKeyStatusRequest) Descriptor() ([]byte, []int) {
-	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{7}
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{9}
 }
 
 type FileKeyStatus struct {
@@ -464,7 +591,7 @@ type FileKeyStatus struct {
 
 func (x *FileKeyStatus) Reset() {
 	*x = FileKeyStatus{}
-	mi := &file_postern_v1_rotation_proto_msgTypes[8]
+	mi := &file_postern_v1_rotation_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -476,7 +603,7 @@ func (x *FileKeyStatus) String() string {
 func (*FileKeyStatus) ProtoMessage() {}
 
 func (x *FileKeyStatus) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_rotation_proto_msgTypes[8]
+	mi := &file_postern_v1_rotation_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -489,7 +616,7 @@ func (x *FileKeyStatus) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileKeyStatus.ProtoReflect.Descriptor instead.
 func (*FileKeyStatus) Descriptor() ([]byte, []int) {
-	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{8}
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *FileKeyStatus) GetStage() string {
@@ -521,7 +648,7 @@ type FileKey struct {
 
 func (x *FileKey) Reset() {
 	*x = FileKey{}
-	mi := &file_postern_v1_rotation_proto_msgTypes[9]
+	mi := &file_postern_v1_rotation_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -533,7 +660,7 @@ func (x *FileKey) String() string {
 func (*FileKey) ProtoMessage() {}
 
 func (x *FileKey) ProtoReflect() protoreflect.Message {
-	mi := &file_postern_v1_rotation_proto_msgTypes[9]
+	mi := &file_postern_v1_rotation_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -546,7 +673,7 @@ func (x *FileKey) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FileKey.ProtoReflect.Descriptor instead.
 func (*FileKey) Descriptor() ([]byte, []int) {
-	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{9}
+	return file_postern_v1_rotation_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *FileKey) GetGeneration() uint64 {
@@ -591,14 +718,22 @@ const file_postern_v1_rotation_proto_rawDesc = "" +
 	"\x19postern/v1/rotation.proto\x12\n" +
 	"postern.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x18\n" +
 	"\x16RotateMasterKeyRequest\"\x1b\n" +
-	"\x19GetMasterKeyStatusRequest\"\xf4\x01\n" +
+	"\x19GetMasterKeyStatusRequest\" \n" +
+	"\x1eCancelMasterKeyRotationRequest\"\x89\x03\n" +
 	"\x0fMasterKeyStatus\x12\x14\n" +
 	"\x05stage\x18\x01 \x01(\tR\x05stage\x12)\n" +
 	"\x04keys\x18\x02 \x03(\v2\x15.postern.v1.MasterKeyR\x04keys\x129\n" +
 	"\n" +
 	"takes_over\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\ttakesOver\x12+\n" +
 	"\x04left\x18\x04 \x03(\v2\x17.postern.v1.SealedCountR\x04left\x128\n" +
-	"\breplicas\x18\x05 \x03(\v2\x1c.postern.v1.MasterKeyReplicaR\breplicas\"\x93\x01\n" +
+	"\breplicas\x18\x05 \x03(\v2\x1c.postern.v1.MasterKeyReplicaR\breplicas\x120\n" +
+	"\x05began\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\x05began\x120\n" +
+	"\x05moved\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x05moved\x12/\n" +
+	"\x05waits\x18\b \x03(\v2\x19.postern.v1.MasterKeyWaitR\x05waits\"o\n" +
+	"\rMasterKeyWait\x12\x12\n" +
+	"\x04what\x18\x01 \x01(\tR\x04what\x120\n" +
+	"\x05since\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x12\x18\n" +
+	"\areplica\x18\x03 \x01(\tR\areplica\"\x93\x01\n" +
 	"\tMasterKey\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12.\n" +
@@ -626,10 +761,11 @@ const file_postern_v1_rotation_proto_rawDesc = "" +
 	"\aobjects\x18\x03 \x01(\x04R\aobjects\x12\x18\n" +
 	"\adamaged\x18\x04 \x01(\x04R\adamaged\x12\x1d\n" +
 	"\n" +
-	"master_key\x18\x05 \x01(\tR\tmasterKey2\xc4\x01\n" +
+	"master_key\x18\x05 \x01(\tR\tmasterKey2\xaa\x02\n" +
 	"\x10MasterKeyService\x12T\n" +
 	"\x0fRotateMasterKey\x12\".postern.v1.RotateMasterKeyRequest\x1a\x1b.postern.v1.MasterKeyStatus\"\x00\x12Z\n" +
-	"\x12GetMasterKeyStatus\x12%.postern.v1.GetMasterKeyStatusRequest\x1a\x1b.postern.v1.MasterKeyStatus\"\x002\xb6\x01\n" +
+	"\x12GetMasterKeyStatus\x12%.postern.v1.GetMasterKeyStatusRequest\x1a\x1b.postern.v1.MasterKeyStatus\"\x00\x12d\n" +
+	"\x17CancelMasterKeyRotation\x12*.postern.v1.CancelMasterKeyRotationRequest\x1a\x1b.postern.v1.MasterKeyStatus\"\x002\xb6\x01\n" +
 	"\x0eFileKeyService\x12N\n" +
 	"\rRotateFileKey\x12 .postern.v1.RotateFileKeyRequest\x1a\x19.postern.v1.FileKeyStatus\"\x00\x12T\n" +
 	"\x10GetFileKeyStatus\x12#.postern.v1.GetFileKeyStatusRequest\x1a\x19.postern.v1.FileKeyStatus\"\x00B;Z9github.com/postern-dev/postern/proto/postern/v1;posternv1b\x06proto3"
@@ -646,42 +782,50 @@ func file_postern_v1_rotation_proto_rawDescGZIP() []byte {
 	return file_postern_v1_rotation_proto_rawDescData
 }
 
-var file_postern_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
+var file_postern_v1_rotation_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_postern_v1_rotation_proto_goTypes = []any{
-	(*RotateMasterKeyRequest)(nil),    // 0: postern.v1.RotateMasterKeyRequest
-	(*GetMasterKeyStatusRequest)(nil), // 1: postern.v1.GetMasterKeyStatusRequest
-	(*MasterKeyStatus)(nil),           // 2: postern.v1.MasterKeyStatus
-	(*MasterKey)(nil),                 // 3: postern.v1.MasterKey
-	(*SealedCount)(nil),               // 4: postern.v1.SealedCount
-	(*MasterKeyReplica)(nil),          // 5: postern.v1.MasterKeyReplica
-	(*RotateFileKeyRequest)(nil),      // 6: postern.v1.RotateFileKeyRequest
-	(*GetFileKeyStatusRequest)(nil),   // 7: postern.v1.GetFileKeyStatusRequest
-	(*FileKeyStatus)(nil),             // 8: postern.v1.FileKeyStatus
-	(*FileKey)(nil),                   // 9: postern.v1.FileKey
-	(*timestamppb.Timestamp)(nil),     // 10: google.protobuf.Timestamp
+	(*RotateMasterKeyRequest)(nil),         // 0: postern.v1.RotateMasterKeyRequest
+	(*GetMasterKeyStatusRequest)(nil),      // 1: postern.v1.GetMasterKeyStatusRequest
+	(*CancelMasterKeyRotationRequest)(nil), // 2: postern.v1.CancelMasterKeyRotationRequest
+	(*MasterKeyStatus)(nil),                // 3: postern.v1.MasterKeyStatus
+	(*MasterKeyWait)(nil),                  // 4: postern.v1.MasterKeyWait
+	(*MasterKey)(nil),                      // 5: postern.v1.MasterKey
+	(*SealedCount)(nil),                    // 6: postern.v1.SealedCount
+	(*MasterKeyReplica)(nil),               // 7: postern.v1.MasterKeyReplica
+	(*RotateFileKeyRequest)(nil),           // 8: postern.v1.RotateFileKeyRequest
+	(*GetFileKeyStatusRequest)(nil),        // 9: postern.v1.GetFileKeyStatusRequest
+	(*FileKeyStatus)(nil),                  // 10: postern.v1.FileKeyStatus
+	(*FileKey)(nil),                        // 11: postern.v1.FileKey
+	(*timestamppb.Timestamp)(nil),          // 12: google.protobuf.Timestamp
 }
 var file_postern_v1_rotation_proto_depIdxs = []int32{
-	3,  // 0: postern.v1.MasterKeyStatus.keys:type_name -> postern.v1.MasterKey
-	10, // 1: postern.v1.MasterKeyStatus.takes_over:type_name -> google.protobuf.Timestamp
-	4,  // 2: postern.v1.MasterKeyStatus.left:type_name -> postern.v1.SealedCount
-	5,  // 3: postern.v1.MasterKeyStatus.replicas:type_name -> postern.v1.MasterKeyReplica
-	10, // 4: postern.v1.MasterKey.made:type_name -> google.protobuf.Timestamp
-	10, // 5: postern.v1.MasterKey.since:type_name -> google.protobuf.Timestamp
-	9,  // 6: postern.v1.FileKeyStatus.keys:type_name -> postern.v1.FileKey
-	10, // 7: postern.v1.FileKey.made:type_name -> google.protobuf.Timestamp
-	0,  // 8: postern.v1.MasterKeyService.RotateMasterKey:input_type -> postern.v1.RotateMasterKeyRequest
-	1,  // 9: postern.v1.MasterKeyService.GetMasterKeyStatus:input_type -> postern.v1.GetMasterKeyStatusRequest
-	6,  // 10: postern.v1.FileKeyService.RotateFileKey:input_type -> postern.v1.RotateFileKeyRequest
-	7,  // 11: postern.v1.FileKeyService.GetFileKeyStatus:input_type -> postern.v1.GetFileKeyStatusRequest
-	2,  // 12: postern.v1.MasterKeyService.RotateMasterKey:output_type -> postern.v1.MasterKeyStatus
-	2,  // 13: postern.v1.MasterKeyService.GetMasterKeyStatus:output_type -> postern.v1.MasterKeyStatus
-	8,  // 14: postern.v1.FileKeyService.RotateFileKey:output_type -> postern.v1.FileKeyStatus
-	8,  // 15: postern.v1.FileKeyService.GetFileKeyStatus:output_type -> postern.v1.FileKeyStatus
-	12, // [12:16] is the sub-list for method output_type
-	8,  // [8:12] is the sub-list for method input_type
-	8,  // [8:8] is the sub-list for extension type_name
-	8,  // [8:8] is the sub-list for extension extendee
-	0,  // [0:8] is the sub-list for field type_name
+	5,  // 0: postern.v1.MasterKeyStatus.keys:type_name -> postern.v1.MasterKey
+	12, // 1: postern.v1.MasterKeyStatus.takes_over:type_name -> google.protobuf.Timestamp
+	6,  // 2: postern.v1.MasterKeyStatus.left:type_name -> postern.v1.SealedCount
+	7,  // 3: postern.v1.MasterKeyStatus.replicas:type_name -> postern.v1.MasterKeyReplica
+	12, // 4: postern.v1.MasterKeyStatus.began:type_name -> google.protobuf.Timestamp
+	12, // 5: postern.v1.MasterKeyStatus.moved:type_name -> google.protobuf.Timestamp
+	4,  // 6: postern.v1.MasterKeyStatus.waits:type_name -> postern.v1.MasterKeyWait
+	12, // 7: postern.v1.MasterKeyWait.since:type_name -> google.protobuf.Timestamp
+	12, // 8: postern.v1.MasterKey.made:type_name -> google.protobuf.Timestamp
+	12, // 9: postern.v1.MasterKey.since:type_name -> google.protobuf.Timestamp
+	11, // 10: postern.v1.FileKeyStatus.keys:type_name -> postern.v1.FileKey
+	12, // 11: postern.v1.FileKey.made:type_name -> google.protobuf.Timestamp
+	0,  // 12: postern.v1.MasterKeyService.RotateMasterKey:input_type -> postern.v1.RotateMasterKeyRequest
+	1,  // 13: postern.v1.MasterKeyService.GetMasterKeyStatus:input_type -> postern.v1.GetMasterKeyStatusRequest
+	2,  // 14: postern.v1.MasterKeyService.CancelMasterKeyRotation:input_type -> postern.v1.CancelMasterKeyRotationRequest
+	8,  // 15: postern.v1.FileKeyService.RotateFileKey:input_type -> postern.v1.RotateFileKeyRequest
+	9,  // 16: postern.v1.FileKeyService.GetFileKeyStatus:input_type -> postern.v1.GetFileKeyStatusRequest
+	3,  // 17: postern.v1.MasterKeyService.RotateMasterKey:output_type -> postern.v1.MasterKeyStatus
+	3,  // 18: postern.v1.MasterKeyService.GetMasterKeyStatus:output_type -> postern.v1.MasterKeyStatus
+	3,  // 19: postern.v1.MasterKeyService.CancelMasterKeyRotation:output_type -> postern.v1.MasterKeyStatus
+	10, // 20: postern.v1.FileKeyService.RotateFileKey:output_type -> postern.v1.FileKeyStatus
+	10, // 21: postern.v1.FileKeyService.GetFileKeyStatus:output_type -> postern.v1.FileKeyStatus
+	17, // [17:22] is the sub-list for method output_type
+	12, // [12:17] is the sub-list for method input_type
+	12, // [12:12] is the sub-list for extension type_name
+	12, // [12:12] is the sub-list for extension extendee
+	0,  // [0:12] is the sub-list for field type_name
 }
 
 func init() { file_postern_v1_rotation_proto_init() }
@@ -695,7 +839,7 @@ func file_postern_v1_rotation_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_postern_v1_rotation_proto_rawDesc), len(file_postern_v1_rotation_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   10,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

@@ -41,6 +41,9 @@ const (
 	// MasterKeyServiceGetMasterKeyStatusProcedure is the fully-qualified name of the MasterKeyService's
 	// GetMasterKeyStatus RPC.
 	MasterKeyServiceGetMasterKeyStatusProcedure = "/postern.v1.MasterKeyService/GetMasterKeyStatus"
+	// MasterKeyServiceCancelMasterKeyRotationProcedure is the fully-qualified name of the
+	// MasterKeyService's CancelMasterKeyRotation RPC.
+	MasterKeyServiceCancelMasterKeyRotationProcedure = "/postern.v1.MasterKeyService/CancelMasterKeyRotation"
 	// FileKeyServiceRotateFileKeyProcedure is the fully-qualified name of the FileKeyService's
 	// RotateFileKey RPC.
 	FileKeyServiceRotateFileKeyProcedure = "/postern.v1.FileKeyService/RotateFileKey"
@@ -55,6 +58,9 @@ type MasterKeyServiceClient interface {
 	RotateMasterKey(context.Context, *connect.Request[v1.RotateMasterKeyRequest]) (*connect.Response[v1.MasterKeyStatus], error)
 	// GetMasterKeyStatus tells how far a rotation is.
 	GetMasterKeyStatus(context.Context, *connect.Request[v1.GetMasterKeyStatusRequest]) (*connect.Response[v1.MasterKeyStatus], error)
+	// CancelMasterKeyRotation calls a rotation off whose new key seals nothing yet. INVALID if none is under way, or
+	// the new key seals already.
+	CancelMasterKeyRotation(context.Context, *connect.Request[v1.CancelMasterKeyRotationRequest]) (*connect.Response[v1.MasterKeyStatus], error)
 }
 
 // NewMasterKeyServiceClient constructs a client for the postern.v1.MasterKeyService service. By
@@ -80,13 +86,20 @@ func NewMasterKeyServiceClient(httpClient connect.HTTPClient, baseURL string, op
 			connect.WithSchema(masterKeyServiceMethods.ByName("GetMasterKeyStatus")),
 			connect.WithClientOptions(opts...),
 		),
+		cancelMasterKeyRotation: connect.NewClient[v1.CancelMasterKeyRotationRequest, v1.MasterKeyStatus](
+			httpClient,
+			baseURL+MasterKeyServiceCancelMasterKeyRotationProcedure,
+			connect.WithSchema(masterKeyServiceMethods.ByName("CancelMasterKeyRotation")),
+			connect.WithClientOptions(opts...),
+		),
 	}
 }
 
 // masterKeyServiceClient implements MasterKeyServiceClient.
 type masterKeyServiceClient struct {
-	rotateMasterKey    *connect.Client[v1.RotateMasterKeyRequest, v1.MasterKeyStatus]
-	getMasterKeyStatus *connect.Client[v1.GetMasterKeyStatusRequest, v1.MasterKeyStatus]
+	rotateMasterKey         *connect.Client[v1.RotateMasterKeyRequest, v1.MasterKeyStatus]
+	getMasterKeyStatus      *connect.Client[v1.GetMasterKeyStatusRequest, v1.MasterKeyStatus]
+	cancelMasterKeyRotation *connect.Client[v1.CancelMasterKeyRotationRequest, v1.MasterKeyStatus]
 }
 
 // RotateMasterKey calls postern.v1.MasterKeyService.RotateMasterKey.
@@ -99,12 +112,20 @@ func (c *masterKeyServiceClient) GetMasterKeyStatus(ctx context.Context, req *co
 	return c.getMasterKeyStatus.CallUnary(ctx, req)
 }
 
+// CancelMasterKeyRotation calls postern.v1.MasterKeyService.CancelMasterKeyRotation.
+func (c *masterKeyServiceClient) CancelMasterKeyRotation(ctx context.Context, req *connect.Request[v1.CancelMasterKeyRotationRequest]) (*connect.Response[v1.MasterKeyStatus], error) {
+	return c.cancelMasterKeyRotation.CallUnary(ctx, req)
+}
+
 // MasterKeyServiceHandler is an implementation of the postern.v1.MasterKeyService service.
 type MasterKeyServiceHandler interface {
 	// RotateMasterKey begins a rotation, or changes nothing while one is under way.
 	RotateMasterKey(context.Context, *connect.Request[v1.RotateMasterKeyRequest]) (*connect.Response[v1.MasterKeyStatus], error)
 	// GetMasterKeyStatus tells how far a rotation is.
 	GetMasterKeyStatus(context.Context, *connect.Request[v1.GetMasterKeyStatusRequest]) (*connect.Response[v1.MasterKeyStatus], error)
+	// CancelMasterKeyRotation calls a rotation off whose new key seals nothing yet. INVALID if none is under way, or
+	// the new key seals already.
+	CancelMasterKeyRotation(context.Context, *connect.Request[v1.CancelMasterKeyRotationRequest]) (*connect.Response[v1.MasterKeyStatus], error)
 }
 
 // NewMasterKeyServiceHandler builds an HTTP handler from the service implementation. It returns the
@@ -126,12 +147,20 @@ func NewMasterKeyServiceHandler(svc MasterKeyServiceHandler, opts ...connect.Han
 		connect.WithSchema(masterKeyServiceMethods.ByName("GetMasterKeyStatus")),
 		connect.WithHandlerOptions(opts...),
 	)
+	masterKeyServiceCancelMasterKeyRotationHandler := connect.NewUnaryHandler(
+		MasterKeyServiceCancelMasterKeyRotationProcedure,
+		svc.CancelMasterKeyRotation,
+		connect.WithSchema(masterKeyServiceMethods.ByName("CancelMasterKeyRotation")),
+		connect.WithHandlerOptions(opts...),
+	)
 	return "/postern.v1.MasterKeyService/", http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case MasterKeyServiceRotateMasterKeyProcedure:
 			masterKeyServiceRotateMasterKeyHandler.ServeHTTP(w, r)
 		case MasterKeyServiceGetMasterKeyStatusProcedure:
 			masterKeyServiceGetMasterKeyStatusHandler.ServeHTTP(w, r)
+		case MasterKeyServiceCancelMasterKeyRotationProcedure:
+			masterKeyServiceCancelMasterKeyRotationHandler.ServeHTTP(w, r)
 		default:
 			http.NotFound(w, r)
 		}
@@ -147,6 +176,10 @@ func (UnimplementedMasterKeyServiceHandler) RotateMasterKey(context.Context, *co
 
 func (UnimplementedMasterKeyServiceHandler) GetMasterKeyStatus(context.Context, *connect.Request[v1.GetMasterKeyStatusRequest]) (*connect.Response[v1.MasterKeyStatus], error) {
 	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.MasterKeyService.GetMasterKeyStatus is not implemented"))
+}
+
+func (UnimplementedMasterKeyServiceHandler) CancelMasterKeyRotation(context.Context, *connect.Request[v1.CancelMasterKeyRotationRequest]) (*connect.Response[v1.MasterKeyStatus], error) {
+	return nil, connect.NewError(connect.CodeUnimplemented, errors.New("postern.v1.MasterKeyService.CancelMasterKeyRotation is not implemented"))
 }
 
 // FileKeyServiceClient is a client for the postern.v1.FileKeyService service.
