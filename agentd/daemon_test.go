@@ -23,6 +23,7 @@ import (
 	"github.com/postern-dev/postern/agentd/audit"
 	"github.com/postern-dev/postern/agentd/control"
 	"github.com/postern-dev/postern/agentd/identity"
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/auditchain"
@@ -440,12 +441,10 @@ func TestMetricsOnLoopback(t *testing.T) {
 	for _, network := range []string{"tcp", "unix"} {
 		listen := "unix:" + filepath.Join(t.TempDir(), "m.sock")
 		if network == "tcp" {
-			free, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
+			var err error
+			if listen, err = freeport.Address(); err != nil {
 				t.Fatal(err)
 			}
-			listen = free.Addr().String()
-			free.Close() //nolint:errcheck // only its port is wanted
 		}
 		c.mu.Lock()
 		c.joined = false

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/e2e/nginxtest"
 	"github.com/postern-dev/postern/e2e/stack"
 )
@@ -27,7 +28,7 @@ func silent() time.Duration {
 // TestBehindNginx runs the whole job behind the nginx of docs/nginx.md.
 func TestBehindNginx(t *testing.T) {
 	t.Parallel()
-	listen, err := stack.FreeAddress()
+	listen, err := freeport.Address()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/e2e/nginxtest"
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/e2e/stack"
@@ -90,7 +91,7 @@ func newEndpoint(t *testing.T, database string, statements []string, policy stri
 
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	address, err := stack.FreeAddress()
+	address, err := freeport.Address()
 	if err != nil {
 		t.Fatal(err)
 	}

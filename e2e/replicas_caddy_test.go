@@ -12,8 +12,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/e2e/nginxtest"
-	"github.com/postern-dev/postern/e2e/stack"
 )
 
 // startCaddy runs the Caddy of docs/caddy before two replicas and returns its URL and the file with
@@ -24,7 +24,7 @@ func startCaddy(t *testing.T, upstreams [2]string) (url, caFile string) {
 	if err != nil {
 		t.Fatal("caddy is missing: run packaging/dev/deps.sh caddy")
 	}
-	listen, err := stack.FreeAddress()
+	listen, err := freeport.Address()
 	if err != nil {
 		t.Fatal(err)
 	}

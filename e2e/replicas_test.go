@@ -16,6 +16,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/e2e/stack"
 )
@@ -44,7 +45,7 @@ func newReplicas(t *testing.T, n int, args ...string) *replicaSet {
 		t.Fatal(err)
 	}
 	for i := range n {
-		peers, err := stack.FreeAddress()
+		peers, err := freeport.Address()
 		if err != nil {
 			t.Fatal(err)
 		}

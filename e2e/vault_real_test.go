@@ -15,18 +15,18 @@ import (
 	"strconv"
 	"testing"
 	"time"
+
+	"github.com/postern-dev/postern/e2e/freeport"
 )
 
 // TestRealVault does what TestSimulatedVault does with a real Vault, the program
 // that POSTERN_VAULTSERVER names: see make vault-test.
 func TestRealVault(t *testing.T) {
 	pg := postgres(t)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address, err := freeport.Address()
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := l.Addr().String()
-	l.Close() //nolint:errcheck // it was for the port alone
 	cmd := exec.Command(os.Getenv("POSTERN_VAULTSERVER"), address)
 	cmd.Stderr = os.Stderr
 	if err := cmd.Start(); err != nil {

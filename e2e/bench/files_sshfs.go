@@ -15,7 +15,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/postern-dev/postern/e2e/stack"
+	"github.com/postern-dev/postern/e2e/freeport"
 )
 
 // errNoSSHFS is returned where the programs are not installed.
@@ -99,7 +99,7 @@ func (b *filesBench) startSSHFS(ctx context.Context, below string) (*sshfs, erro
 			return nil, fmt.Errorf("ssh-keygen: %w: %s", err, bytes.TrimSpace(out))
 		}
 	}
-	address, err := stack.FreeAddress()
+	address, err := freeport.Address()
 	if err != nil {
 		return nil, err
 	}

@@ -13,6 +13,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/e2e/stack"
 )
@@ -41,7 +42,7 @@ func measurePGWire(ctx context.Context, o Options, r *Report) error {
 		return err
 	}
 	defer pg.Stop() //nolint:errcheck // a throwaway
-	listen, err := stack.FreeAddress()
+	listen, err := freeport.Address()
 	if err != nil {
 		return err
 	}

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/e2e/stack"
 )
@@ -108,7 +109,7 @@ func measureReplicas(ctx context.Context, o Options, r *Report) error {
 // startReplica starts a control plane on the shared database and store, with the master key of
 // the first one.
 func startReplica(ctx context.Context, o Options, pg *pgserver.Server, shared, password string, others []*stack.Stack) (*stack.Stack, error) {
-	peers, err := stack.FreeAddress()
+	peers, err := freeport.Address()
 	if err != nil {
 		return nil, err
 	}

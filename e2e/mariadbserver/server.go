@@ -24,6 +24,8 @@ import (
 	"time"
 
 	"github.com/go-sql-driver/mysql"
+
+	"github.com/postern-dev/postern/e2e/freeport"
 )
 
 // Superuser is the name of the account that may do everything.
@@ -134,7 +136,7 @@ func (s *Server) setUp(ctx context.Context) error {
 		}
 	}
 	for attempt := 1; ; attempt++ {
-		port, err := freePort()
+		port, err := freeport.TCP()
 		if err != nil {
 			return err
 		}
@@ -391,15 +393,6 @@ func (s *Server) Restart(ctx context.Context) error {
 		return err
 	}
 	return s.start(ctx)
-}
-
-func freePort() (int, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return 0, err
-	}
-	defer func() { _ = l.Close() }()
-	return l.Addr().(*net.TCPAddr).Port, nil
 }
 
 func (s *Server) writeCertificate() error {

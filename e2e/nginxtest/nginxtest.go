@@ -14,6 +14,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/e2e/netlab"
 )
 
@@ -74,7 +75,7 @@ func Start(t TB, o Options) *Server {
 
 func (s *Server) start(o Options) error {
 	if o.Listen == "" {
-		address, err := freeAddress()
+		address, err := freeport.Address()
 		if err != nil {
 			return err
 		}
@@ -258,15 +259,6 @@ func binary() (string, error) {
 		}
 	}
 	return "", errors.New("it is not installed: apt-get install nginx-light")
-}
-
-func freeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close() //nolint:errcheck // only its address is wanted
-	return l.Addr().String(), nil
 }
 
 // TLS is a client's configuration that trusts this server.

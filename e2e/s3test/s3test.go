@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/postern-dev/postern/e2e/freeport"
 )
 
 // Server is a running S3 server. It ends with the test that started it.
@@ -26,12 +28,10 @@ func Start(t testing.TB) *Server {
 	if program == "" {
 		t.Fatal("POSTERN_S3SERVER is not set: run make s3-test")
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	address, err := freeport.Address()
 	if err != nil {
 		t.Fatal(err)
 	}
-	address := l.Addr().String()
-	l.Close() //nolint:errcheck // it was for the port alone
 	dir := t.TempDir()
 	s := &Server{URL: "http://" + address, Key: "posterntest", Secret: "a-secret-key-of-the-test", root: filepath.Join(dir, "objects")}
 	sidecar := filepath.Join(dir, "attributes") // temporary directories need not have extended attributes

@@ -7,7 +7,6 @@ import (
 	"crypto/x509"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -16,6 +15,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/e2e/netlab"
 )
 
@@ -67,7 +67,7 @@ func New(o Options) (*Stack, error) {
 	}
 	s.Bin = bin
 	if s.Listen == "" {
-		if s.Listen, err = FreeAddress(); err != nil {
+		if s.Listen, err = freeport.Address(); err != nil {
 			return nil, err
 		}
 	}
@@ -76,16 +76,6 @@ func New(o Options) (*Stack, error) {
 	}
 	s.TokenFile = filepath.Join(s.DataDir(), "admin.token")
 	return s, nil
-}
-
-// FreeAddress is a loopback address with a port that is free just now.
-func FreeAddress() (string, error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
-	}
-	defer l.Close() //nolint:errcheck // only its address is wanted
-	return l.Addr().String(), nil
 }
 
 // DataDir is the control plane's data directory.

@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/postern-dev/postern/e2e/freeport"
 	"github.com/postern-dev/postern/proto/auditchain"
 )
 
@@ -72,20 +73,15 @@ action(type="omfile" file="DIR/out" template="fields")
 
 func freePort(t *testing.T, network string) int {
 	t.Helper()
+	find := freeport.TCP
 	if network == "udp" {
-		c, err := net.ListenUDP("udp", &net.UDPAddr{IP: net.IPv4(127, 0, 0, 1)})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close() //nolint:errcheck // only its port counts
-		return c.LocalAddr().(*net.UDPAddr).Port
+		find = freeport.UDP
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	port, err := find()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close() //nolint:errcheck // only its port counts
-	return l.Addr().(*net.TCPAddr).Port
+	return port
 }
 
 // said is what a process says, to be looked at while it runs.
