@@ -18,23 +18,40 @@ import (
 func TestConcurrency(t *testing.T) {
 	s := source("db")
 	s.Concurrency = 2
-	m := newManager(t, sqlsession.Config{QueueTimeout: 200 * time.Millisecond}, s)
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
 	results := make(chan error, 2)
-	for range 2 {
-		go func() {
-			_, err := m.Run(ctx, request("SELECT pg_sleep(60)"), io.Discard)
-			results <- err
-		}()
+	// full has two statements run; end cancels them.
+	full := func(m *sqlsession.Manager) (end func()) {
+		ctx, cancel := context.WithCancel(t.Context())
+		t.Cleanup(cancel)
+		for range 2 {
+			go func() {
+				_, err := m.Run(ctx, request("SELECT pg_sleep(60)"), io.Discard)
+				results <- err
+			}()
+		}
+		eventually(t, "two statements", func() bool {
+			return one(t, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND state = 'active' AND query = 'SELECT pg_sleep(60)'") == "2"
+		})
+		return cancel
 	}
-	eventually(t, "two statements", func() bool {
-		return one(t, "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND query = 'SELECT pg_sleep(60)'") == "2"
-	})
+	ended := func() {
+		t.Helper()
+		for range 2 {
+			if err := <-results; proto.CodeOf(err) != proto.CodeCancelled {
+				t.Errorf("got %v, want CANCELLED", err)
+			}
+		}
+	}
+	m := newManager(t, sqlsession.Config{QueueTimeout: 200 * time.Millisecond}, s)
+	end := full(m)
 	if e := refuse(t, m, request("SELECT 1"), proto.CodeOverloaded); !strings.Contains(e.Error(), "runs 2 statements") {
 		t.Errorf("got %v, want the limit in it", e)
 	}
+	end()
+	ended()
 	// One that waits gets the place that becomes free.
+	m = newManager(t, sqlsession.Config{QueueTimeout: 2 * time.Minute}, s)
+	end = full(m)
 	third := make(chan error, 1)
 	r := request("SELECT 1")
 	go func() {
@@ -44,15 +61,11 @@ func TestConcurrency(t *testing.T) {
 	eventually(t, "the third to wait", func() bool {
 		return slices.ContainsFunc(m.Running(), func(q *posternv1.RunningQuery) bool { return q.QueryId == r.QueryID })
 	})
-	cancel()
+	end()
 	if err := <-third; err != nil {
 		t.Errorf("the third: %v", err)
 	}
-	for range 2 {
-		if err := <-results; proto.CodeOf(err) != proto.CodeCancelled {
-			t.Errorf("got %v, want CANCELLED", err)
-		}
-	}
+	ended()
 	// The same id twice.
 	w := newGate()
 	r = request("SELECT 1")

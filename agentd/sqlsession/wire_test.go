@@ -335,7 +335,7 @@ func TestWireEnds(t *testing.T) {
 
 func happens(t *testing.T, ready func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !ready(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); !ready(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("it does not happen")
 		}
@@ -359,7 +359,7 @@ func count(t *testing.T, sql string) (n int) {
 // TestWireIdle: how long a client may be silent is the source's to say.
 func TestWireIdle(t *testing.T) {
 	src := source("db")
-	src.WireIdle, src.WireIdleInTransaction = 300*time.Millisecond, 100*time.Millisecond
+	src.WireIdle, src.WireIdleInTransaction = 3*time.Second, 100*time.Millisecond
 	m := newManager(t, sqlsession.Config{}, src)
 	c := openWire(t, m, "wire_idle")
 	c.want("SELECT 1", "1")

@@ -221,10 +221,17 @@ func TestRun(t *testing.T) {
 		t.Error("the kernel goes on")
 	}
 	l = log{}
-	if err := s.Run(t.Context(), ana, &posternv1.RunNotebookRequest{Agent: "edge", AllowErrors: true, Cells: cells("fail no", "add b", "wait"), CellTimeout: durationpb.New(time.Second)}, l.take); err != nil {
+	if err := s.Run(t.Context(), ana, &posternv1.RunNotebookRequest{Agent: "edge", AllowErrors: true, Cells: cells("fail no", "add b")}, l.take); err != nil {
 		t.Fatal(err)
 	}
-	if got, want := l.String(), "began(0,3) start(0) failed(0,Oops) start(1) done(1,b) start(2) failed(2,timeout) ended(false,false)"; got != want {
+	if got, want := l.String(), "began(0,2) start(0) failed(0,Oops) start(1) done(1,b) ended(false,false)"; got != want {
+		t.Errorf("got  %s\nwant %s", got, want)
+	}
+	l = log{}
+	if err := s.Run(t.Context(), ana, &posternv1.RunNotebookRequest{Agent: "edge", AllowErrors: true, Cells: cells("wait"), CellTimeout: durationpb.New(200 * time.Millisecond)}, l.take); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := l.String(), "began(0,1) start(0) failed(0,timeout) ended(false,false)"; got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
 }

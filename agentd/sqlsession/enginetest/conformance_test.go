@@ -171,7 +171,7 @@ func TestCancel(t *testing.T) {
 				_ = out.Close()
 				result <- err
 			}()
-			time.Sleep(300 * time.Millisecond)
+			db.underWay(t, m, text)
 			if !m.Cancel(r.QueryID) {
 				t.Errorf("%s: there was nothing to cancel", text)
 			}
@@ -180,7 +180,7 @@ func TestCancel(t *testing.T) {
 				if proto.CodeOf(err) != proto.CodeCancelled {
 					t.Errorf("%s: got %v, want CANCELLED", text, err)
 				}
-			case <-time.After(20 * time.Second):
+			case <-time.After(50 * time.Second):
 				t.Fatalf("%s: still running %s after its start", text, time.Since(started))
 			}
 			query(t, m, request("SELECT 1"))
@@ -328,7 +328,7 @@ func TestLostServer(t *testing.T) {
 			_, err := m.Run(context.Background(), request(db.slow), io.Discard)
 			result <- err
 		}()
-		time.Sleep(300 * time.Millisecond)
+		db.underWay(t, m, db.slow)
 		if err := db.kick(); err != nil {
 			t.Fatal(err)
 		}

@@ -83,8 +83,10 @@ type database struct {
 	text   func(n int) string
 	// down and up stop and start the server; nil if there is none.
 	down, up func() error
-	// kick ends all connections of the reader's; nil if there is no server.
+	// kick ends all connections of the reader's; nil if there is no server. busy counts the
+	// statements that the server runs for them and that have text in them.
 	kick func() error
+	busy func(text string) (n int, err error)
 }
 
 var postgres = sync.OnceValues(func() (*database, error) {
@@ -119,6 +121,10 @@ var postgres = sync.OnceValues(func() (*database, error) {
 		kick: func() error {
 			_, err := admin.Exec("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader'")
 			return err
+		},
+		busy: func(text string) (n int, err error) {
+			err = admin.QueryRow("SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND state = 'active' AND strpos(query, $1) > 0", text).Scan(&n)
+			return n, err
 		},
 	}, nil
 })
@@ -155,6 +161,10 @@ var mariadb = sync.OnceValues(func() (*database, error) {
 		text:   func(n int) string { return fmt.Sprintf("SELECT REPEAT('x', %d)", n) },
 		down:   s.Down, up: func() error { return s.Restart(context.Background()) },
 		kick: func() error { return s.SQL(ctx, "KILL USER reader") },
+		busy: func(text string) (n int, err error) {
+			err = admin.QueryRow("SELECT COUNT(*) FROM information_schema.processlist WHERE user = 'reader' AND INSTR(info, ?) > 0", text).Scan(&n)
+			return n, err
+		},
 	}, nil
 })
 
@@ -229,6 +239,30 @@ func (db *database) open(t testing.TB, change ...func(*sqlsession.Source)) *sqls
 		}
 	})
 	return m
+}
+
+// underWay waits until the server runs a statement for the reader; without a server, until
+// the Manager runs something, and a little longer.
+func (db *database) underWay(t testing.TB, m *sqlsession.Manager, text string) {
+	t.Helper()
+	for deadline := time.Now().Add(2 * time.Minute); ; time.Sleep(5 * time.Millisecond) {
+		n := len(m.Running())
+		if db.busy != nil {
+			var err error
+			if n, err = db.busy(text); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n > 0 {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("the slow statement does not begin")
+		}
+	}
+	if db.busy == nil {
+		time.Sleep(300 * time.Millisecond)
+	}
 }
 
 // waitForParser waits, once, until the parser that all tests share has started: on a

@@ -78,7 +78,7 @@ func (s *stay) wantEnd(says string) {
 		if !strings.Contains(reason, says) {
 			s.t.Fatalf("the session ended as %q, want %q", reason, says)
 		}
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		s.t.Fatal("the session has not ended")
 	}
 }
@@ -181,10 +181,7 @@ func TestSessionCancel(t *testing.T) {
 				outcome, _ := m.Run(context.Background(), r, new(bytes.Buffer))
 				done <- outcome
 			}()
-			for len(m.Running()) == 0 {
-				time.Sleep(10 * time.Millisecond)
-			}
-			time.Sleep(300 * time.Millisecond)
+			db.underWay(t, m, db.slow)
 			s.fails("SELECT 1", proto.CodeOverloaded, "one statement at a time", "")
 			if !m.Cancel(r.QueryID) {
 				t.Fatal("nothing to cancel")
@@ -261,7 +258,7 @@ func TestSessionEnds(t *testing.T) {
 	each(t, func(t *testing.T, db *database) {
 		source := db.source
 		source.ReadWrite = true
-		m := sqlsession.New(sqlsession.Config{Warm: -1, Parser: parser, IdleTransaction: 300 * time.Millisecond, SessionsPerOwner: 2})
+		m := sqlsession.New(sqlsession.Config{Warm: -1, Parser: parser, IdleTransaction: 2 * time.Second, SessionsPerOwner: 2})
 		m.SetSources([]sqlsession.Source{source})
 		t.Cleanup(func() { _ = m.Close(context.Background()) })
 		if db.engine == "postgres" {
@@ -270,7 +267,7 @@ func TestSessionEnds(t *testing.T) {
 		s := openSession(t, m, true)
 		s.run("BEGIN", "open")
 		s.run("INSERT INTO things VALUES (9001, 'never')", "open")
-		for deadline := time.Now().Add(20 * time.Second); m.Sessions()[0].Transaction != "failed"; time.Sleep(20 * time.Millisecond) {
+		for deadline := time.Now().Add(2 * time.Minute); m.Sessions()[0].Transaction != "failed"; time.Sleep(20 * time.Millisecond) {
 			if time.Now().After(deadline) {
 				t.Fatal("the idle transaction was not rolled back")
 			}
@@ -301,7 +298,7 @@ func TestSessionEnds(t *testing.T) {
 				_, err := m.Run(context.Background(), r, new(bytes.Buffer))
 				result <- err
 			}()
-			time.Sleep(500 * time.Millisecond)
+			db.underWay(t, m, db.slow)
 			if err := db.kick(); err != nil {
 				t.Fatal(err)
 			}

@@ -70,7 +70,7 @@ func socketPair(t testing.TB) (net.Conn, net.Conn) {
 // start starts a Proxy on a connection of its own.
 func start(t testing.TB, readWrite bool, w wish) *bench {
 	t.Helper()
-	ctx, done := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, done := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer done()
 	config, err := pgconn.ParseConfig(pg.DSN(pgserver.Superuser, pgserver.Superuser))
 	if err != nil {
@@ -135,7 +135,7 @@ func start(t testing.TB, readWrite bool, w wish) *bench {
 			if err != nil && b.end == nil {
 				t.Errorf("run: %v", err)
 			}
-		case <-time.After(20 * time.Second):
+		case <-time.After(time.Minute):
 			t.Error("the proxy does not end")
 		}
 		wait.Wait()
@@ -259,7 +259,7 @@ func (b *bench) answer() string {
 func (b *bench) until(last func(word string) bool) []string {
 	b.t.Helper()
 	var words []string
-	_ = b.client.SetReadDeadline(time.Now().Add(30 * time.Second))
+	_ = b.client.SetReadDeadline(time.Now().Add(2 * time.Minute))
 	for {
 		m, err := b.front.Receive()
 		if err != nil {

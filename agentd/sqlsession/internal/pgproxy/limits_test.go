@@ -68,12 +68,12 @@ func TestLimits(t *testing.T) {
 }
 
 func TestTimeout(t *testing.T) {
-	b := start(t, false, wish{config: func(c *Config) { c.Timeout = 300 * time.Millisecond }})
+	b := start(t, false, wish{config: func(c *Config) { c.Timeout = 2 * time.Second }})
 	b.want("too long", b.query("SELECT pg_sleep(60)"), "T E(57014) Z(I)")
 	b.want("after it", b.query("SELECT 1"), "T D C(SELECT 1) Z(I)")
 	b.want("the client's wish", b.query("SET statement_timeout = 0"), "C(SET) Z(I)")
 	b.want("does not widen", b.query("SELECT pg_sleep(60)"), "T E(57014) Z(I)")
-	b.want("several", b.query("SELECT pg_sleep(0.2); SELECT pg_sleep(0.2); SELECT pg_sleep(0.2)"), "T D C(SELECT 1) T D C(SELECT 1) T D C(SELECT 1) Z(I)")
+	b.want("several", b.query("SELECT pg_sleep(0.8); SELECT pg_sleep(0.8); SELECT pg_sleep(0.8)"), "T D C(SELECT 1) T D C(SELECT 1) T D C(SELECT 1) Z(I)")
 	if last := b.log()[0]; !strings.HasPrefix(last, "allowed|57014|") {
 		t.Errorf("log: %s", last)
 	}
