@@ -193,7 +193,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 	d.registry = prometheus.NewRegistry()
 	d.vault = newVault(c, d.secrets, d.logger)
 	d.sessions = sqlsession.New(sqlsession.Config{
-		Executable: d.Executable, UIDBase: int(c.SQL.UIDBase), Warm: warm(c.SQL.Warm), IdleTimeout: c.SQL.IdleTimeout,
+		Executable: d.Executable, UIDBase: int(c.SQL.UIDBase), Warm: warm(c.SQL.Warm), IdleTimeout: c.SQL.IdleTimeout, Memory: int64(c.SQL.Memory),
 		Hold: d.holdDir(), Logger: d.logger, Metrics: sqlsession.NewMetrics(d.registry),
 	})
 	if err := d.setSources(c); err != nil {

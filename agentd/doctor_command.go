@@ -8,7 +8,9 @@ import (
 	"log/slog"
 	"maps"
 	"net/url"
+	"os"
 	"slices"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -134,12 +136,30 @@ func examine(ctx context.Context, r *doctor.Report, p *places) {
 	examineLink(ctx, r, p, c, status, running)
 	examineAudit(r, p, status, running)
 	r.Sandbox(c.SQL.UIDBase, uidCount)
+	examineSQLLimits(r)
 	examineKernels(ctx, r, c.Kernels)
 	examineCheckpoints(ctx, r, c.Kernels.Checkpoints.CRIU)
 	examineAttachments(r, c, status, running)
 	examineBuckets(ctx, r, c)
 	examineSources(ctx, r, p, c, running)
 	examineSecrets(ctx, r, c)
+}
+
+// examineSQLLimits says whether this host holds SQL sessions to their limits.
+func examineSQLLimits(r *doctor.Report) {
+	if os.Geteuid() != 0 {
+		return // said by Sandbox
+	}
+	const name = "sql: limits"
+	where, lacks, err := sqlsession.Limits()
+	switch {
+	case err != nil:
+		r.Add(name, doctor.Warning, err.Error(), "mount /proc and /sys/fs/cgroup for agentd")
+	case len(lacks) > 0:
+		r.Add(name, doctor.Warning, strings.Join(lacks, "; "), "turn the controller on (a systemd host with cgroup version 2 has it), or bound agentd.service with MemoryMax=")
+	default:
+		r.Add(name, doctor.OK, "limited: "+strings.Join(where, ", "), "")
+	}
 }
 
 // examineKernels says whether kernels can run here. A host for SQL alone needs none

@@ -29,6 +29,11 @@ const (
 	// DefaultUIDBase is the first of the user ids that SQL sessions run as; it is
 	// above every range that distributions hand out.
 	DefaultUIDBase = 1_900_000_000
+	// DefaultSQLMemory bounds the process of a SQL session, in bytes; what a file says is between
+	// MinSQLMemory and MaxSQLMemory.
+	DefaultSQLMemory = 4 << 30
+	MinSQLMemory     = 128 << 20
+	MaxSQLMemory     = 1 << 40
 )
 
 // maxSources bounds the data sources of one host.
@@ -124,6 +129,8 @@ type SQL struct {
 	IdleTimeout time.Duration
 	// UIDBase is the first user id that they run as.
 	UIDBase uint32
+	// Memory bounds the process of one, in bytes.
+	Memory uint64
 }
 
 // Source is a data source.
@@ -154,6 +161,7 @@ type file struct {
 		Warm        *int    `yaml:"warm"`
 		IdleTimeout string  `yaml:"idle_timeout"`
 		UIDBase     *uint32 `yaml:"uid_base"`
+		Memory      string  `yaml:"memory"`
 	} `yaml:"sql"`
 	Vault       vaultFile       `yaml:"vault"`
 	MaskKey     secret.Ref      `yaml:"mask_key"`
@@ -174,7 +182,7 @@ type source struct {
 func Default() *Config {
 	return &Config{
 		Log:     Log{Level: slog.LevelInfo, Format: "text"},
-		SQL:     SQL{Warm: DefaultWarm, IdleTimeout: DefaultIdleTimeout, UIDBase: DefaultUIDBase},
+		SQL:     SQL{Warm: DefaultWarm, IdleTimeout: DefaultIdleTimeout, UIDBase: DefaultUIDBase, Memory: DefaultSQLMemory},
 		Kernels: defaultKernels(),
 	}
 }
@@ -388,5 +396,15 @@ func (p *problems) sql(in file, c *Config, at func(...any) int) {
 			p.add(at("sql", "uid_base"), "sql.uid_base: %d is not between 1000 and 4294900000", *base)
 		}
 		c.SQL.UIDBase = *base
+	}
+	if text := in.SQL.Memory; text != "" {
+		n, err := policy.ParseSize(text)
+		switch {
+		case err != nil:
+			p.add(at("sql", "memory"), "sql.memory: %v", err)
+		case n < MinSQLMemory || n > MaxSQLMemory:
+			p.add(at("sql", "memory"), "sql.memory: %s is not between 128MiB and 1TiB", text)
+		}
+		c.SQL.Memory = n
 	}
 }

@@ -27,6 +27,7 @@ sql:
   warm: 2
   idle_timeout: 30s
   uid_base: 2000000
+  memory: 512MiB
 sources:
   - name: warehouse
     engine: postgres
@@ -51,7 +52,7 @@ func TestWholeFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	if c.URL != "https://cp.example.com" || c.Name != "host-1" || c.Metrics != (Metrics{"tcp", "127.0.0.1:9469"}) ||
-		c.Log != (Log{slog.LevelDebug, "json"}) || c.SQL != (SQL{2, 30 * time.Second, 2000000}) {
+		c.Log != (Log{slog.LevelDebug, "json"}) || c.SQL != (SQL{2, 30 * time.Second, 2000000, 512 << 20}) {
 		t.Errorf("got %+v", c)
 	}
 	if len(c.Sources) != 2 || c.Sources[0].Password != (secret.Ref{File: "/etc/postern/warehouse.pw"}) ||
@@ -107,6 +108,8 @@ func TestProblems(t *testing.T) {
 		{"warm", "sql: {warm: 99}\n", "sql.warm"},
 		{"idle", "sql: {idle_timeout: 5}\n", "sql.idle_timeout"},
 		{"uid", "sql: {uid_base: 0}\n", "sql.uid_base"},
+		{"memory", "sql: {memory: 1MiB}\n", "f.yaml:1: sql.memory: 1MiB is not between 128MiB and 1TiB"},
+		{"memory's unit", "sql: {memory: much}\n", "f.yaml:1: sql.memory:"},
 		{"no name", "sources:\n  - engine: postgres\n    dsn: host=h\n", "f.yaml:2: sources[0]: it has no name"},
 		{"bad source name", strings.Replace(source, "name: w", "name: A/B", 1), "f.yaml:2: source name"},
 		{"two of a name", source + strings.TrimPrefix(source, "sources:\n"), "f.yaml:5: source w: there are two"},

@@ -3,6 +3,7 @@ package confine
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"runtime"
 	"unsafe"
@@ -29,6 +30,9 @@ type Confinement struct {
 	// Offline leaves no port to connect to, not even DNS, and no files but what
 	// the program itself needs.
 	Offline bool
+	// Tasks are files of control groups of version 1 to be born in: the thread that starts the process enters
+	// them. For version 2 there is syscall.SysProcAttr.CgroupFD.
+	Tasks []string
 	// Ended, if not nil, is closed when the process has ended. Until then the thread
 	// that started it stays, and with it what SysProcAttr.Pdeathsig waits for: that
 	// counts from the thread's end, not the parent's.
@@ -72,6 +76,11 @@ func Start(cmd *exec.Cmd, c Confinement) error {
 }
 
 func (c Confinement) confineThread() error {
+	for _, path := range c.Tasks {
+		if err := os.WriteFile(path, []byte("0"), 0); err != nil { // 0: this thread
+			return fmt.Errorf("enter the control group: %w", err)
+		}
+	}
 	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 		return fmt.Errorf("no_new_privs: %w", err)
 	}

@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -144,6 +145,72 @@ func TestConfinement(t *testing.T) {
 				t.Errorf("it can %q, want %q", got, c.want)
 			}
 		})
+	}
+}
+
+// TestBornInAGroup: a process is born in a control group, of version 1 by Tasks, of version 2 by
+// CgroupFD, whatever the thread that starts it has given up; we ourselves stay where we are.
+func TestBornInAGroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it makes control groups")
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := 0
+	for line := range strings.Lines(string(mounts)) {
+		fields := strings.Fields(line)
+		unified := fields[2] == "cgroup2"
+		if !unified && (fields[2] != "cgroup" || !strings.HasSuffix(fields[1], "/pids")) {
+			continue
+		}
+		found++
+		name := fmt.Sprintf("postern-confine-test-%d", os.Getpid())
+		dir := filepath.Join(fields[1], name)
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		ended := make(chan struct{})
+		cmd := exec.Command("/proc/self/exe", probeArg, "wait")
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = null(t), null(t), null(t)
+		c := confine.Confinement{Executable: "/proc/self/exe", Ended: ended}
+		if unified {
+			group, err := os.Open(dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer group.Close()
+			cmd.SysProcAttr = &syscall.SysProcAttr{UseCgroupFD: true, CgroupFD: int(group.Fd())}
+		} else {
+			c.Tasks = []string{filepath.Join(dir, "tasks")}
+		}
+		err := confine.Start(cmd, c)
+		if err != nil {
+			t.Errorf("%s: %v", fields[2], err)
+		} else {
+			got, err := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", cmd.Process.Pid))
+			if err != nil || !strings.Contains(string(got), "/"+name+"\n") {
+				t.Errorf("%s: it is in %q, %v", fields[2], got, err)
+			}
+			_ = cmd.Process.Kill()
+			_ = cmd.Wait()
+		}
+		close(ended)
+		if own, err := os.ReadFile("/proc/self/cgroup"); err != nil || strings.Contains(string(own), name) {
+			t.Errorf("%s: we are in %q, %v", fields[2], own, err)
+		}
+		for deadline := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) { // the thread ends soon
+			if err = os.Remove(dir); err == nil || time.Now().After(deadline) {
+				break
+			}
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if found == 0 {
+		t.Skip("needs root of a host with control groups")
 	}
 }
 

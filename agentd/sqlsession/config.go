@@ -79,6 +79,9 @@ const (
 	DefaultMaxBytes         uint64 = 1 << 30
 	DefaultStatementTimeout        = 5 * time.Minute
 	DefaultConcurrency             = 8
+	// DefaultMemory leaves room for values of a gigabyte, which is PostgreSQL's limit and
+	// of which there are up to three copies for a moment.
+	DefaultMemory = 4 << 30
 )
 
 // Config is how sessions are run.
@@ -115,6 +118,10 @@ type Config struct {
 	// IdleTransaction is how long a transaction in one may be idle before it is
 	// rolled back; 0 means 5 min.
 	IdleTransaction time.Duration
+	// Memory bounds what a session's process takes, in bytes, by a control group of its own (package cgroup),
+	// which also bounds its threads to 64; 0 means DefaultMemory. What the host has no
+	// controller for is not enforced, and logged once; nothing is where we are not root.
+	Memory int64
 	// Hold is the directory for what sessions that stay need to outlive agentd, made
 	// if it is not there: it must survive agentd and not the host. "": they end with
 	// the Manager. HoldGrace is how long they wait for the next one; 0 means
@@ -155,6 +162,9 @@ func (c Config) withDefaults() Config {
 	}
 	if c.IdleTransaction == 0 {
 		c.IdleTransaction = 5 * time.Minute
+	}
+	if c.Memory == 0 {
+		c.Memory = DefaultMemory
 	}
 	if c.HoldGrace == 0 {
 		c.HoldGrace = DefaultHoldGrace

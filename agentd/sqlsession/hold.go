@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/encoding/protojson"
 
+	"github.com/postern-dev/postern/agentd/cgroup"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
@@ -237,6 +238,9 @@ func (m *Manager) Resume(resumed func(o Open, lost string) func(reason string, s
 			_ = os.Remove(filepath.Join(m.config.Hold, e.Name()))
 		}
 	}
+	if m.root {
+		cgroup.Sweep(cgroup.SQL)
+	}
 	return open
 }
 
@@ -382,7 +386,7 @@ func (m *Manager) connect(h *held, src *source, slot int) (s *session, reply fra
 	}
 	s = &session{
 		source: src, slot: slot, conn: conn, frames: frame.NewReader(conn), exited: make(chan struct{}), left: make(chan struct{}),
-		pidfd: pidfd, held: h, pinned: true, used: true,
+		pidfd: pidfd, held: h, pinned: true, used: true, limit: m.config.Memory, groups: cgroup.Find(cgroup.SQL, h.name, m.groupLimits()),
 	}
 	s.holds.Store(true)
 	if t, ferr := s.frames.Next(); ferr != nil {
@@ -487,8 +491,10 @@ func (m *Manager) awaitExit(s *session, reap func()) {
 		reap()
 	}
 	_ = s.pidfd.Close()
+	s.ended()
 	close(s.exited)
 	s.held.remove()
+	s.groups.Remove()
 	s.login.release()
 	m.gone(s)
 }

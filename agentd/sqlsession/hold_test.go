@@ -9,11 +9,13 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/postern-dev/postern/agentd/cgroup"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/proto"
@@ -83,6 +85,11 @@ func TestHeldThroughKill(t *testing.T) {
 	if got := active(); got != "0" {
 		t.Errorf("the statement was not cancelled: %s", got)
 	}
+	name := strings.TrimSuffix(filepath.Base(firstOf(t, dir, "*.json")), ".json")
+	group := func() []string { return cgroup.Find(cgroup.SQL, name, cgroup.Limits{Memory: 1, PIDs: 1}).Paths() }
+	if have, err := cgroup.Controllers(); os.Geteuid() == 0 && err == nil && slices.Contains(have, cgroup.PIDs) && len(group()) == 0 {
+		t.Error("the session is in no group any more")
+	}
 	s := &stay{t: t, m: m, owner: "tok_a", source: "db", id: "ses_held", ended: ended}
 	if got := s.value("select i from scratch", "none"); got != "42" {
 		t.Errorf("the temporary table holds %s", got)
@@ -100,9 +107,20 @@ func TestHeldThroughKill(t *testing.T) {
 	}
 	s.wantEnd("done")
 	eventually(t, "the session's files to be gone", func() bool { return len(files(t, dir)) == 0 })
+	eventually(t, "its groups to be gone", func() bool { return len(group()) == 0 })
 	eventually(t, "its connection to be gone", func() bool {
 		return one(t, "SELECT count(*) FROM pg_class WHERE relname = 'scratch'") == "0"
 	})
+}
+
+// firstOf is a file of dir that pattern matches.
+func firstOf(t *testing.T, dir, pattern string) string {
+	t.Helper()
+	all, err := filepath.Glob(filepath.Join(dir, pattern))
+	if err != nil || len(all) == 0 {
+		t.Fatalf("%s in %s: %v", pattern, dir, err)
+	}
+	return all[0]
 }
 
 func files(t *testing.T, dir string) []string {

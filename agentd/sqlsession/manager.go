@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/postern-dev/postern/agentd/cgroup"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
@@ -33,6 +34,8 @@ type Manager struct {
 	root   bool
 	wg     sync.WaitGroup // every goroutine
 	stop   chan struct{}  // closed by Close
+
+	lacking sync.Once // what the host lacks to hold sessions to their limits is logged once
 
 	mu       sync.Mutex // guards what follows and the fields of sources and sessions that say so
 	closed   bool
@@ -165,6 +168,7 @@ func (m *Manager) Close(ctx context.Context) error {
 	}()
 	select {
 	case <-done:
+		cgroup.Tidy(cgroup.SQL)
 		return nil
 	case <-ctx.Done():
 	}

@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/postern-dev/postern/agentd/cgroup"
 	"github.com/postern-dev/postern/agentd/confine"
 	"github.com/postern-dev/postern/agentd/sqlsession/internal/frame"
 	"github.com/postern-dev/postern/proto"
@@ -49,9 +50,10 @@ type session struct {
 	pid    int       // 0 without cmd
 	pidfd  *os.File
 	stderr *os.File
-	held   *held         // nil: it ends with agentd
-	holds  atomic.Bool   // it was told to wait for another agentd when we are gone
-	left   chan struct{} // closed when we let it go
+	groups *cgroup.Groups // nil: it has none
+	held   *held          // nil: it ends with agentd
+	holds  atomic.Bool    // it was told to wait for another agentd when we are gone
+	left   chan struct{}  // closed when we let it go
 	conn   *net.UnixConn
 	frames *frame.Reader
 
@@ -59,6 +61,9 @@ type session struct {
 
 	exited chan struct{} // closed when the process is gone and waited for
 	state  *os.ProcessState
+	// overMemory: the kernel killed it as it was over its memory limit; limit says which.
+	overMemory bool
+	limit      int64
 
 	// The rest belongs to the Manager, under its mu.
 	idleSince time.Time
@@ -115,9 +120,9 @@ func (m *Manager) spawn(src *source, source Source, slot int, login Login) (*ses
 	}
 	s := &session{
 		source: src, login: Login{Expiring: login.Expiring, Release: login.Release}, slot: slot, cmd: cmd, conn: conn.(*net.UnixConn), frames: frame.NewReader(conn), exited: make(chan struct{}),
-		stderr: stderr, held: held, left: make(chan struct{}),
+		stderr: stderr, held: held, left: make(chan struct{}), limit: m.config.Memory,
 	}
-	if err := confine.Start(cmd, src.confinement(m.config.Executable)); err != nil {
+	if s.groups, err = m.startIn(cmd, src.confinement(m.config.Executable), held); err != nil {
 		_ = conn.Close()
 		_ = stderr.Close()
 		held.remove()
@@ -129,6 +134,7 @@ func (m *Manager) spawn(src *source, source Source, slot int, login Login) (*ses
 		_ = stderr.Close()
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
+		s.groups.Remove()
 		held.remove()
 		return nil, err
 	}
@@ -207,6 +213,9 @@ func (s *session) died() *proto.Error {
 	case <-s.exited:
 	case <-time.After(2 * time.Second):
 		return proto.Errorf(proto.CodeSQLSessionDied, "the SQL session process broke off")
+	}
+	if s.overMemory {
+		return proto.Errorf(proto.CodeSQLSessionDied, "the SQL session process was killed: over its memory limit of %s (sql.memory in agentd.yaml)", cgroup.Size(s.limit))
 	}
 	if s.state == nil { // not our child
 		return proto.Errorf(proto.CodeSQLSessionDied, "the SQL session process ended unexpectedly")

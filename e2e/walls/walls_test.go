@@ -88,7 +88,7 @@ func TestSidesMeetOnlyInE2E(t *testing.T) {
 var wires = []string{"agentd", "controlplane"}
 
 // shared are capability packages that hold plain words for their neighbours.
-var shared = []string{"agentd/atomicfile", "agentd/confine", "agentd/policy", "agentd/secret", "controlplane/filetree", "controlplane/masterkey"}
+var shared = []string{"agentd/atomicfile", "agentd/cgroup", "agentd/confine", "agentd/policy", "agentd/secret", "controlplane/filetree", "controlplane/masterkey"}
 
 func TestCapabilitiesDoNotImportEachOther(t *testing.T) {
 	for name, p := range packages(t) {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 
+	"github.com/postern-dev/postern/agentd/cgroup"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -56,7 +58,7 @@ func (h *hostSide) criu() (CRIUSpec, error) {
 	if err != nil {
 		return CRIUSpec{}, err
 	}
-	c := CRIUSpec{MainPID: h.spec.MainPID, Root: at, Cgroups: h.cgroups.paths(), NetNSKey: netNSKey}
+	c := CRIUSpec{MainPID: h.spec.MainPID, Root: at, Cgroups: h.cgroups.Paths(), NetNSKey: netNSKey}
 	for _, m := range mounts {
 		c.Externals = append(c.Externals, External{Key: m.key, Inside: m.inside, Outside: m.outside})
 	}
@@ -157,7 +159,7 @@ func adopt(ctx context.Context, spec Spec, pid int) (*Sandbox, error) {
 		spec.MainPID = main
 	}
 	h := &hostSide{spec: spec, missing: coresTaken()}
-	h.cgroups = findCgroups(spec.ID, spec.Limits)
+	h.cgroups = cgroup.Find(cgroup.Kernels, spec.ID, spec.Limits.groups())
 	if h.netns, err = os.Open(fmt.Sprintf("/proc/%d/ns/net", pid)); err != nil {
 		return nil, ErrGone
 	}

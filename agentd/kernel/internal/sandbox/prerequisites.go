@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/postern-dev/postern/agentd/cgroup"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -166,27 +168,20 @@ func accountIn(passwd string, base, count uint32) string {
 // checkControllers makes a group with limits and says what holds.
 func checkControllers(fine func(name, message string), lesser func(name, message, remedy string)) {
 	const name = "kernels: limits"
-	limits := Limits{Memory: 1 << 30, CPU: 1, PIDs: 512}
-	c, err := makeCgroups("doctor-"+strconv.Itoa(os.Getpid()), limits, false)
+	limits := cgroup.Limits{Memory: 1 << 30, CPU: 1, PIDs: 512}
+	c, err := cgroup.Make(cgroup.Kernels, "doctor-"+strconv.Itoa(os.Getpid()), limits, false)
 	if err != nil {
 		lesser(name, err.Error(), "mount /proc and /sys/fs/cgroup for agentd")
 		return
 	}
-	defer c.remove()
-	for _, line := range c.lacks() {
+	defer c.Remove()
+	for _, line := range c.Lacks() {
 		lesser(name, line, "turn the controller on (a systemd host with cgroup version 2 has it), or know that kernels can take all of it")
 	}
-	if len(c.lacks()) > 0 {
+	if len(c.Lacks()) > 0 {
 		return
 	}
-	version := map[bool]string{false: "1", true: "2"}
-	var where []string
-	for _, g := range c.groups {
-		for _, controller := range g.controllers {
-			where = append(where, controller+" by cgroup version "+version[g.unified])
-		}
-	}
-	fine(name, "limited: "+strings.Join(where, ", "))
+	fine(name, "limited: "+strings.Join(c.Where(), ", "))
 }
 
 // checkFence sets up a fence of each kind in a namespace of its own.

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/postern-dev/postern/agentd/cgroup"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -74,12 +76,12 @@ func (s *Sandbox) Main() int { return s.main }
 func (s *Sandbox) Spec() Spec { return s.host.spec }
 
 // Missing are what this host can't hold the kernel to, limits mostly, one line each.
-func (s *Sandbox) Missing() []string { return append(s.host.cgroups.lacks(), s.host.missing...) }
+func (s *Sandbox) Missing() []string { return append(s.host.cgroups.Lacks(), s.host.missing...) }
 
 // OOMKills says how many of the kernel's processes were killed because all of them
 // together were over the memory limit, since it was started or restored. The
 // kernel itself may live on.
-func (s *Sandbox) OOMKills() int { return s.host.cgroups.oomKills() }
+func (s *Sandbox) OOMKills() int { return s.host.cgroups.OOMKills() }
 
 // Done is closed when the kernel has ended.
 func (s *Sandbox) Done() <-chan struct{} { return s.done }
@@ -215,7 +217,7 @@ func (s *Sandbox) reap(ctx context.Context) {
 
 // reason says in a line why the kernel ended.
 func (s *Sandbox) reason(e Exit, over string) string {
-	oom := s.host.cgroups.oomKills() > 0
+	oom := s.host.cgroups.OOMKills() > 0
 	limit := s.host.spec.Limits.Memory
 	switch {
 	case over != "":
@@ -236,14 +238,7 @@ func (s *Sandbox) reason(e Exit, over string) string {
 }
 
 // Bytes prints a size as the configuration writes it: 4GiB as "4 GiB".
-func Bytes(n int64) string {
-	for i, unit := range []string{"EiB", "PiB", "TiB", "GiB", "MiB", "KiB"} {
-		if size := int64(1) << (60 - 10*i); n >= size && n%(size/1024) == 0 {
-			return strconv.FormatFloat(float64(n)/float64(size), 'f', -1, 64) + " " + unit
-		}
-	}
-	return strconv.FormatInt(n, 10) + " bytes"
-}
+func Bytes(n int64) string { return cgroup.Size(n) }
 
 // cleanup gives back what the host holds for a kernel that has ended.
 func (s *Sandbox) cleanup() {
@@ -415,7 +410,7 @@ func Cleanup(ctx context.Context, spec Spec) error {
 		case <-time.After(5 * time.Millisecond):
 		}
 	}
-	removeCgroups(spec.ID)
+	cgroup.Remove(cgroup.Kernels, spec.ID)
 	unmountRoot(spec.rootDir())
 	_ = os.Remove(spec.stateFile())
 	return nil
@@ -430,7 +425,7 @@ func (s *Spec) killLeft() (int, error) {
 	if pid, _, err := Find(s.StateDir); err == nil {
 		left[pid] = true
 	}
-	for _, pid := range groupProcesses(s.ID) {
+	for _, pid := range cgroup.Processes(cgroup.Kernels, s.ID) {
 		left[pid] = true
 	}
 	entries, err := os.ReadDir("/proc")

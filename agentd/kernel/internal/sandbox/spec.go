@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"path/filepath"
 	"strings"
+
+	"github.com/postern-dev/postern/agentd/cgroup"
 )
 
 // Places inside a kernel's file tree.
@@ -98,6 +100,11 @@ type Limits struct {
 	// Files is the most descriptors of one process; zero means 65536, or what the
 	// starter may have at most.
 	Files uint64 `json:"files,omitempty"`
+}
+
+// groups are those that control groups enforce.
+func (l Limits) groups() cgroup.Limits {
+	return cgroup.Limits{Memory: l.Memory, CPU: l.CPU, PIDs: l.PIDs}
 }
 
 // minPIDs is the least that lets a kernel start.

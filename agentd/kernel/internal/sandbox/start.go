@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/postern-dev/postern/agentd/cgroup"
+
 	"golang.org/x/sys/unix"
 )
 
@@ -26,7 +28,7 @@ const (
 type hostSide struct {
 	spec    Spec
 	netns   *os.File
-	cgroups *cgroups
+	cgroups *cgroup.Groups
 	fence   *fence
 	missing []string // what this host can't hold the kernel to, beside cgroups
 }
@@ -70,7 +72,7 @@ func makeHostSide(spec Spec, restored bool) (h *hostSide, err error) {
 	if err := h.spec.makeDirs(); err != nil {
 		return h, err
 	}
-	if h.cgroups, err = makeCgroups(h.spec.ID, h.spec.Limits, restored); err != nil {
+	if h.cgroups, err = cgroup.Make(cgroup.Kernels, h.spec.ID, h.spec.Limits.groups(), restored); err != nil {
 		return h, err
 	}
 	if h.netns, err = newNetNS(); err != nil {
@@ -86,7 +88,7 @@ func (h *hostSide) release() {
 	if h.netns != nil {
 		_ = h.netns.Close()
 	}
-	h.cgroups.remove()
+	h.cgroups.Remove()
 }
 
 // makeDirs makes what may be missing of the kernel's directories.
@@ -176,11 +178,11 @@ func (h *hostSide) command(ctx context.Context, s *Sandbox, conn net.Conn) error
 		}
 		return fmt.Errorf("the sandbox ended while it was set up: %w", err)
 	}
-	if err := h.cgroups.add(s.pid); err != nil {
+	if err := h.cgroups.Add(s.pid); err != nil {
 		return err
 	}
 	talk, answers := json.NewEncoder(conn), json.NewDecoder(conn)
-	if err := talk.Encode(order{Spec: h.spec, NoGroup: !h.cgroups.enforces(controlPIDs)}); err != nil {
+	if err := talk.Encode(order{Spec: h.spec, NoGroup: !h.cgroups.Enforces(cgroup.PIDs)}); err != nil {
 		return told(err)
 	}
 	var a answer

@@ -1,4 +1,4 @@
-package sandbox
+package cgroup
 
 import (
 	"errors"
@@ -14,14 +14,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A kernel has a cgroup of its own in every hierarchy that holds a controller for
-// one of its limits, and in the unified one, if it is there: CGROUP/postern-kernels/ID, or, where systemd has
-// delegated a group for that in the slice of all workloads, below it.
-// Controllers may be in version 1 hierarchies, in version 2, or in some of each.
-// What a host lacks is said by lacks, and nothing else changes.
+// Kind is whose groups they are; it names their directory in each hierarchy.
+type Kind struct {
+	parent string
+	// everywhere: in the unified hierarchy too, though that holds none of the controllers.
+	everywhere bool
+	// stays: the directory of all groups of the kind is kept when the last one goes, until Sweep. Making it,
+	// with its controllers, takes the kernel some ten milliseconds.
+	stays bool
+}
 
-// cgroupParent is the directory of all kernels' groups, in each hierarchy.
-const cgroupParent = "postern-kernels"
+// Kernels are notebook kernels, SQL are the processes of SQL sessions.
+var (
+	Kernels = Kind{parent: "postern-kernels", everywhere: true}
+	SQL     = Kind{parent: "postern-sql", stays: true}
+)
+
+// Limits bound a group. Zero means no limit.
+type Limits struct {
+	// Memory in bytes, without swap.
+	Memory int64
+	// CPU in CPUs: 1.5 is one and a half.
+	CPU float64
+	// PIDs is the most processes and threads at once.
+	PIDs int64
+}
 
 // delegated is the group of agentd-workload.service (systemd/), in each hierarchy that systemd has it in.
 const delegated = "postern.slice/postern-workload.slice/agentd-workload.service"
@@ -29,27 +46,31 @@ const delegated = "postern.slice/postern-workload.slice/agentd-workload.service"
 // holderGroup is where the process of that unit goes: a group of version 2 with groups below it may hold none.
 const holderGroup = "holder"
 
-// groupOf is where a kernel's group is, or would be, in a hierarchy: below the delegated one if delegate is set.
-func (h hierarchy) groupOf(id string, delegate bool) string {
+// parentOf is where the groups of a kind are, or would be, in a hierarchy: below the delegated one if delegate is set.
+func (h hierarchy) parentOf(k Kind, delegate bool) string {
 	if delegate {
-		return filepath.Join(h.dir, delegated, cgroupParent, id)
+		return filepath.Join(h.dir, delegated, k.parent)
 	}
-	return filepath.Join(h.dir, cgroupParent, id)
+	return filepath.Join(h.dir, k.parent)
 }
 
-// found is a kernel's group, wherever it was made.
-func (h hierarchy) found(id string) string {
-	if path := h.groupOf(id, true); exists(path) {
+func (h hierarchy) groupOf(k Kind, id string, delegate bool) string {
+	return filepath.Join(h.parentOf(k, delegate), id)
+}
+
+// found is a group, wherever it was made.
+func (h hierarchy) found(k Kind, id string) string {
+	if path := h.groupOf(k, id, true); exists(path) {
 		return path
 	}
-	return h.groupOf(id, false)
+	return h.groupOf(k, id, false)
 }
 
-// place makes a kernel's group below the delegated one, if there is one that can hold it to all its limits, and
+// place makes a group below the delegated one, if there is one that can hold it to all its limits, and
 // else beside.
-func (h hierarchy) place(id string) (group, error) {
+func (h hierarchy) place(k Kind, id string) (group, error) {
 	if base := filepath.Join(h.dir, delegated); exists(base) {
-		g := group{h, h.groupOf(id, true)}
+		g := group{h, h.groupOf(k, id, true)}
 		if h.unified {
 			h.clear(base)
 		}
@@ -59,7 +80,7 @@ func (h hierarchy) place(id string) (group, error) {
 		_ = unix.Rmdir(g.path)
 		_ = unix.Rmdir(filepath.Dir(g.path))
 	}
-	g := group{h, h.groupOf(id, false)}
+	g := group{h, h.groupOf(k, id, false)}
 	return g, g.make(h.dir)
 }
 
@@ -89,18 +110,18 @@ func (g group) complete() bool {
 	return !slices.ContainsFunc(g.controllers, func(name string) bool { return !slices.Contains(have, name) })
 }
 
-// cgroupRemoveTime is how long removing a group waits for its last processes, which
+// removeTime is how long removing a group waits for its last processes, which
 // are gone but not yet forgotten.
-const cgroupRemoveTime = 2 * time.Second
+const removeTime = 2 * time.Second
 
 // The controllers that limits need.
 const (
-	controlMemory = "memory"
-	controlCPU    = "cpu"
-	controlPIDs   = "pids"
+	Memory = "memory"
+	CPU    = "cpu"
+	PIDs   = "pids"
 )
 
-var controllers = []string{controlMemory, controlCPU, controlPIDs}
+var controllers = []string{Memory, CPU, PIDs}
 
 // A hierarchy is a mounted tree of cgroups.
 type hierarchy struct {
@@ -119,6 +140,9 @@ func hierarchies() ([]hierarchy, error) {
 	return parseHierarchies(string(text)), nil
 }
 
+// unescape undoes the octal escapes of /proc/PID/mountinfo.
+var unescape = strings.NewReplacer(`\040`, " ", `\011`, "\t", `\012`, "\n", `\134`, `\`)
+
 func parseHierarchies(mountinfo string) []hierarchy {
 	var v1, v2 []hierarchy
 	taken := map[string]bool{} // a controller is in one hierarchy, which may be mounted twice
@@ -129,7 +153,7 @@ func parseHierarchies(mountinfo string) []hierarchy {
 		if dash < 5 || dash+3 >= len(fields) {
 			continue
 		}
-		dir := unescape(fields[4])
+		dir := unescape.Replace(fields[4])
 		switch fields[dash+1] {
 		case "cgroup":
 			h := hierarchy{dir: dir}
@@ -160,9 +184,9 @@ func parseHierarchies(mountinfo string) []hierarchy {
 	return append(v1, v2...)
 }
 
-// cgroups are one kernel's.
-type cgroups struct {
-	id string
+// Groups are one kernel's, or one SQL session's, in all hierarchies. A nil one has none.
+type Groups struct {
+	kind Kind
 	// restored: CRIU sets what resource limits there were, so none can stand in for
 	// a controller.
 	restored bool
@@ -178,21 +202,25 @@ type group struct {
 	path string
 }
 
-// makeCgroups makes a kernel's groups with its limits. What can't be made is in
-// lacks; an error is a host that can't be read.
-func makeCgroups(id string, limits Limits, restored bool) (*cgroups, error) {
+// Make makes the groups of a kernel or session, which id names among those of its kind, with their
+// limits. What can't be made is in Lacks; an error is a host that can't be read. restored: CRIU sets
+// what resource limits the processes have, so none can stand in for a controller. The caller owes it a Remove.
+func Make(k Kind, id string, limits Limits, restored bool) (*Groups, error) {
 	all, err := hierarchies()
 	if err != nil {
 		return nil, err
 	}
-	return makeCgroupsIn(all, id, limits, restored), nil
+	return makeIn(all, k, id, limits, restored), nil
 }
 
-func makeCgroupsIn(all []hierarchy, id string, limits Limits, restored bool) *cgroups {
-	c := &cgroups{id: id, restored: restored}
+func makeIn(all []hierarchy, k Kind, id string, limits Limits, restored bool) *Groups {
+	c := &Groups{kind: k, restored: restored}
 	reasons := map[string]string{}
 	for _, h := range all {
-		g, err := h.place(id)
+		if !k.needs(h, limits) {
+			continue
+		}
+		g, err := h.place(k, id)
 		if err != nil {
 			for _, name := range h.controllers {
 				reasons[name] = fmt.Sprintf("%s cannot be made (%v)", g.path, reason(err))
@@ -212,15 +240,22 @@ func makeCgroupsIn(all []hierarchy, id string, limits Limits, restored bool) *cg
 	return c
 }
 
+// needs tells whether a group of the kind is to be in a hierarchy.
+func (k Kind) needs(h hierarchy, limits Limits) bool {
+	return k.everywhere || slices.ContainsFunc(h.controllers, func(name string) bool {
+		return name == Memory && limits.Memory > 0 || name == CPU && limits.CPU > 0 || name == PIDs && limits.PIDs > 0
+	})
+}
+
 // note says which of the limits are not enforced, and why.
-func (c *cgroups) note(limits Limits, reasons map[string]string) {
+func (c *Groups) note(limits Limits, reasons map[string]string) {
 	for _, l := range []struct {
 		name, text string
 		wanted     bool
 	}{
-		{controlMemory, "the memory limit of " + Bytes(limits.Memory), limits.Memory > 0},
-		{controlCPU, fmt.Sprintf("the limit of %v CPUs", limits.CPU), limits.CPU > 0},
-		{controlPIDs, fmt.Sprintf("the limit of %d processes", limits.PIDs), limits.PIDs > 0},
+		{Memory, "the memory limit of " + Size(limits.Memory), limits.Memory > 0},
+		{CPU, fmt.Sprintf("the limit of %v CPUs", limits.CPU), limits.CPU > 0},
+		{PIDs, fmt.Sprintf("the limit of %d processes", limits.PIDs), limits.PIDs > 0},
 	} {
 		why, found := reasons[l.name]
 		if !l.wanted || found && why == "" {
@@ -230,7 +265,7 @@ func (c *cgroups) note(limits Limits, reasons map[string]string) {
 			why = "this host has no " + l.name + " cgroup controller"
 		}
 		c.failed = append(c.failed, l.name)
-		if l.name == controlPIDs && !c.restored {
+		if l.name == PIDs && !c.restored {
 			c.missing = append(c.missing, l.text+" holds by RLIMIT_NPROC alone: "+why)
 			continue
 		}
@@ -256,7 +291,11 @@ func (g group) make(base string) error {
 		}
 		if g.unified {
 			for _, dir := range []string{base, parent} {
+				has, _ := os.ReadFile(filepath.Join(dir, "cgroup.subtree_control"))
 				for _, name := range g.controllers {
+					if slices.Contains(strings.Fields(string(has)), name) {
+						continue
+					}
 					// What fails here is seen when the limit is set.
 					_ = writeControl(dir, "cgroup.subtree_control", "+"+name)
 				}
@@ -282,15 +321,15 @@ func (g group) limit(controller string, limits Limits) error {
 	period := cpuPeriod.Microseconds()
 	var files [][2]string
 	switch {
-	case controller == controlMemory && limits.Memory > 0 && g.unified:
+	case controller == Memory && limits.Memory > 0 && g.unified:
 		files = [][2]string{{"memory.max", fmt.Sprint(limits.Memory)}}
-	case controller == controlMemory && limits.Memory > 0:
+	case controller == Memory && limits.Memory > 0:
 		files = [][2]string{{"memory.limit_in_bytes", fmt.Sprint(limits.Memory)}}
-	case controller == controlCPU && limits.CPU > 0 && g.unified:
+	case controller == CPU && limits.CPU > 0 && g.unified:
 		files = [][2]string{{"cpu.max", fmt.Sprintf("%d %d", quota, period)}}
-	case controller == controlCPU && limits.CPU > 0:
+	case controller == CPU && limits.CPU > 0:
 		files = [][2]string{{"cpu.cfs_period_us", fmt.Sprint(period)}, {"cpu.cfs_quota_us", fmt.Sprint(quota)}}
-	case controller == controlPIDs && limits.PIDs > 0:
+	case controller == PIDs && limits.PIDs > 0:
 		files = [][2]string{{"pids.max", fmt.Sprint(limits.PIDs)}}
 	}
 	for _, f := range files {
@@ -298,7 +337,7 @@ func (g group) limit(controller string, limits Limits) error {
 			return fmt.Errorf("%s cannot be set (%w)", filepath.Join(g.path, f[0]), reason(err))
 		}
 	}
-	if controller == controlMemory && limits.Memory > 0 {
+	if controller == Memory && limits.Memory > 0 {
 		// No swap beyond the limit. A host without accounting for swap lacks the file.
 		name, value := "memory.memsw.limit_in_bytes", fmt.Sprint(limits.Memory)
 		if g.unified {
@@ -321,16 +360,19 @@ func writeControl(dir, name, value string) error {
 	return errors.Join(err, f.Close())
 }
 
-// findCgroups are the groups that a running kernel has.
-func findCgroups(id string, limits Limits) *cgroups {
-	c := &cgroups{id: id}
+// Find finds the groups that Make made.
+func Find(k Kind, id string, limits Limits) *Groups {
+	c := &Groups{kind: k}
 	all, err := hierarchies()
 	if err != nil {
 		return c
 	}
 	reasons := map[string]string{}
 	for _, h := range all {
-		g := group{h, h.found(id)}
+		if !k.needs(h, limits) {
+			continue
+		}
+		g := group{h, h.found(k, id)}
 		_, err := os.Stat(g.path)
 		if err == nil {
 			c.groups = append(c.groups, g)
@@ -346,18 +388,19 @@ func findCgroups(id string, limits Limits) *cgroups {
 	return c
 }
 
-// add moves a process into the groups; what it forks is born there.
-func (c *cgroups) add(pid int) error {
-	for _, path := range c.paths() {
+// Add moves a process into the groups; what it forks is born there. The kernel may take some ten
+// milliseconds for it.
+func (c *Groups) Add(pid int) error {
+	for _, path := range c.Paths() {
 		if err := writeControl(filepath.Dir(path), filepath.Base(path), strconv.Itoa(pid)); err != nil {
-			return fmt.Errorf("put the kernel into its cgroup: %w", err)
+			return fmt.Errorf("put the process into its cgroup: %w", err)
 		}
 	}
 	return nil
 }
 
-// paths are the files to write a process's id to.
-func (c *cgroups) paths() []string {
+// Paths are the files to write a process's id to.
+func (c *Groups) Paths() []string {
 	if c == nil {
 		return nil
 	}
@@ -368,21 +411,21 @@ func (c *cgroups) paths() []string {
 	return paths
 }
 
-// lacks are the limits that are not enforced, a line each.
-func (c *cgroups) lacks() []string {
+// Lacks are the limits that are not enforced, a line each.
+func (c *Groups) Lacks() []string {
 	if c == nil {
 		return nil
 	}
 	return slices.Clone(c.missing)
 }
 
-// oomKills says how many processes of the group the kernel killed for memory.
-func (c *cgroups) oomKills() int {
+// OOMKills says how many processes of the group the kernel killed for memory.
+func (c *Groups) OOMKills() int {
 	if c == nil {
 		return 0
 	}
 	for _, g := range c.groups {
-		if !slices.Contains(g.controllers, controlMemory) {
+		if !slices.Contains(g.controllers, Memory) {
 			continue
 		}
 		name := "memory.oom_control"
@@ -400,25 +443,25 @@ func (c *cgroups) oomKills() int {
 	return 0
 }
 
-// remove removes the groups, whose processes have ended.
-func (c *cgroups) remove() {
+// Remove removes the groups, whose processes have ended.
+func (c *Groups) Remove() {
 	if c == nil {
 		return
 	}
 	for _, g := range c.groups {
-		removeGroup(g.path)
+		removeGroup(c.kind, g.path)
 	}
 }
 
-// groupProcesses are the processes in a kernel's groups.
-func groupProcesses(id string) []int {
+// Processes are those in the groups of a kernel or session, in no order; some may be listed more than once.
+func Processes(k Kind, id string) []int {
 	all, err := hierarchies()
 	if err != nil {
 		return nil
 	}
 	var pids []int
 	for _, h := range all {
-		list, _ := os.ReadFile(filepath.Join(h.found(id), "cgroup.procs"))
+		list, _ := os.ReadFile(filepath.Join(h.found(k, id), "cgroup.procs"))
 		for _, field := range strings.Fields(string(list)) {
 			if pid, err := strconv.Atoi(field); err == nil && pid > 1 {
 				pids = append(pids, pid)
@@ -428,16 +471,16 @@ func groupProcesses(id string) []int {
 	return pids
 }
 
-// removeCgroups removes a kernel's groups, whose processes have ended.
-func removeCgroups(id string) {
+// Remove removes the groups of a kernel or session, whose processes have ended.
+func Remove(k Kind, id string) {
 	all, err := hierarchies()
 	if err != nil {
 		return
 	}
 	for _, h := range all {
 		for _, delegate := range []bool{true, false} {
-			if path := h.groupOf(id, delegate); exists(path) {
-				removeGroup(path)
+			if path := h.groupOf(k, id, delegate); exists(path) {
+				removeGroup(k, path)
 			}
 		}
 	}
@@ -448,17 +491,103 @@ func exists(path string) bool {
 	return err == nil
 }
 
-// enforces reports whether a controller holds the kernel to its limit.
-func (c *cgroups) enforces(controller string) bool {
+// Enforces reports whether a controller holds the processes to its limit.
+func (c *Groups) Enforces(controller string) bool {
 	return slices.ContainsFunc(c.groups, func(g group) bool { return slices.Contains(g.controllers, controller) }) && !slices.Contains(c.failed, controller)
 }
 
-func removeGroup(path string) {
-	for deadline := time.Now().Add(cgroupRemoveTime); ; time.Sleep(2 * time.Millisecond) {
+func removeGroup(k Kind, path string) {
+	for deadline := time.Now().Add(removeTime); ; time.Sleep(2 * time.Millisecond) {
 		err := unix.Rmdir(path)
 		if err == nil || errors.Is(err, unix.ENOENT) || time.Now().After(deadline) {
 			break
 		}
 	}
-	_ = unix.Rmdir(filepath.Dir(path)) // if it was the last one
+	if !k.stays {
+		_ = unix.Rmdir(filepath.Dir(path)) // if it was the last one
+	}
+}
+
+// Sweep removes the groups of a kind that hold no process, whosever they were, and then Tidies. One that
+// is being made at this moment by somebody else may be among them.
+func Sweep(k Kind) {
+	k.parents(func(parent string) {
+		entries, _ := os.ReadDir(parent)
+		for _, e := range entries {
+			if e.IsDir() {
+				_ = unix.Rmdir(filepath.Join(parent, e.Name())) // EBUSY: it is in use
+			}
+		}
+	})
+	Tidy(k)
+}
+
+// Tidy removes the directories of a kind's groups where none is left.
+func Tidy(k Kind) {
+	k.parents(func(parent string) { _ = unix.Rmdir(parent) })
+}
+
+// parents calls do with the directories that groups of a kind may be in.
+func (k Kind) parents(do func(string)) {
+	all, err := hierarchies()
+	if err != nil {
+		return // there are none that could be found
+	}
+	for _, h := range all {
+		for _, delegate := range []bool{true, false} {
+			do(h.parentOf(k, delegate))
+		}
+	}
+}
+
+// Birth says how a process is born in the groups, which takes no time, where Add does: the files to write "0" to
+// in the thread that starts it, for those of version 1, and the directory for
+// syscall.SysProcAttr.CgroupFD; "" is none.
+func (c *Groups) Birth() (tasks []string, unified string) {
+	if c == nil {
+		return nil, ""
+	}
+	for _, g := range c.groups {
+		if g.unified {
+			unified = g.path
+		} else {
+			tasks = append(tasks, filepath.Join(g.path, "tasks"))
+		}
+	}
+	return tasks, unified
+}
+
+// Where says what holds the processes to the limits, such as "memory by cgroup version 2".
+func (c *Groups) Where() []string {
+	version := map[bool]string{false: "1", true: "2"}
+	var where []string
+	for _, g := range c.groups {
+		for _, controller := range g.controllers {
+			where = append(where, controller+" by cgroup version "+version[g.unified])
+		}
+	}
+	return where
+}
+
+// Controllers are those of Memory, CPU and PIDs that this host has.
+func Controllers() ([]string, error) {
+	all, err := hierarchies()
+	var names []string
+	for _, h := range all {
+		names = append(names, h.controllers...)
+	}
+	return names, err
+}
+
+// FailForTest makes as if a controller could not be used.
+func (c *Groups) FailForTest(controller string) { c.failed = append(c.failed, controller) }
+
+// Size prints a size as the configuration writes it: 4GiB as "4 GiB".
+func Size(n int64) string {
+	for i, unit := range []string{"EiB", "PiB", "TiB", "GiB", "MiB", "KiB"} {
+		if size := int64(1) << (60 - 10*i); n >= size && n%(size/1024) == 0 {
+			return strconv.FormatFloat(float64(n)/float64(size), 'f', -1, 64) + " " + unit
+		}
+	}
+	return strconv.FormatInt(n, 10) + " bytes"
 }
