@@ -508,13 +508,13 @@ func removeGroup(k Kind, path string) {
 	}
 }
 
-// Sweep removes the groups of a kind that hold no process, whosever they were, and then Tidies. One that
-// is being made at this moment by somebody else may be among them.
-func Sweep(k Kind) {
+// Sweep removes the groups of a kind that hold no process and whose names begin with prefix, and then
+// Tidies. One that is being made at this moment may be among them: the prefix is the caller's own.
+func Sweep(k Kind, prefix string) {
 	k.parents(func(parent string) {
 		entries, _ := os.ReadDir(parent)
 		for _, e := range entries {
-			if e.IsDir() {
+			if e.IsDir() && strings.HasPrefix(e.Name(), prefix) {
 				_ = unix.Rmdir(filepath.Join(parent, e.Name())) // EBUSY: it is in use
 			}
 		}

@@ -46,3 +46,6 @@ func (p *Parser) ParserProcess(lane pgtree.Lane) int {
 	}
 	return 0
 }
+
+// GroupPrefix begins the names of the control groups of sessions that are held in a directory.
+var GroupPrefix = groupPrefix

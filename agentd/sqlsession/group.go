@@ -2,13 +2,11 @@ package sqlsession
 
 import (
 	"crypto/rand"
-	"errors"
-	"io/fs"
+	"crypto/sha256"
+	"encoding/hex"
 	"os"
 	"os/exec"
 	"strings"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/postern-dev/postern/agentd/cgroup"
 	"github.com/postern-dev/postern/agentd/confine"
@@ -18,9 +16,20 @@ import (
 // what took it over could not raise either.
 const maxProcesses = 64
 
-// groupTries is how often a process is started: its new, empty group may be swept away by another
-// agentd that starts at this moment.
-const groupTries = 3
+// groupPrefix begins the names of the groups of the agentd whose sessions are held in a directory, so that it
+// finds what its previous lives left and touches nothing of another agentd's.
+func groupPrefix(hold string) string {
+	sum := sha256.Sum256([]byte(hold))
+	return hex.EncodeToString(sum[:6]) + "-"
+}
+
+// groupOf is the name of a process's groups: the agentd that takes a held one up finds them by it.
+func (m *Manager) groupOf(h *held) string {
+	if h == nil {
+		return groupPrefix(m.config.Hold) + rand.Text()
+	}
+	return groupPrefix(m.config.Hold) + h.name
+}
 
 // groupLimits are those of a session's group.
 func (m *Manager) groupLimits() cgroup.Limits {
@@ -56,21 +65,12 @@ func Limits() (where, lacks []string, err error) {
 
 // startIn starts the process of a session in control groups of its own.
 func (m *Manager) startIn(cmd *exec.Cmd, c confine.Confinement, h *held) (*cgroup.Groups, error) {
-	name := rand.Text()
-	if h != nil {
-		name = h.name // the agentd that takes it up finds them by that
-	}
-	for try := 1; ; try++ {
-		g := m.group(name)
-		err := startBorn(cmd, c, g)
-		if err == nil {
-			return g, nil
-		}
+	g := m.group(m.groupOf(h))
+	if err := startBorn(cmd, c, g); err != nil {
 		g.Remove()
-		if gone := errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV); !gone || try == groupTries {
-			return nil, err
-		}
+		return nil, err
 	}
+	return g, nil
 }
 
 // startBorn starts a process that is born in its groups.

@@ -239,7 +239,7 @@ func (m *Manager) Resume(resumed func(o Open, lost string) func(reason string, s
 		}
 	}
 	if m.root {
-		cgroup.Sweep(cgroup.SQL)
+		cgroup.Sweep(cgroup.SQL, groupPrefix(m.config.Hold))
 	}
 	return open
 }
@@ -386,7 +386,7 @@ func (m *Manager) connect(h *held, src *source, slot int) (s *session, reply fra
 	}
 	s = &session{
 		source: src, slot: slot, conn: conn, frames: frame.NewReader(conn), exited: make(chan struct{}), left: make(chan struct{}),
-		pidfd: pidfd, held: h, pinned: true, used: true, limit: m.config.Memory, groups: cgroup.Find(cgroup.SQL, h.name, m.groupLimits()),
+		pidfd: pidfd, held: h, pinned: true, used: true, limit: m.config.Memory, groups: cgroup.Find(cgroup.SQL, m.groupOf(h), m.groupLimits()),
 	}
 	s.holds.Store(true)
 	if t, ferr := s.frames.Next(); ferr != nil {

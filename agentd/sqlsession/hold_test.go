@@ -86,7 +86,9 @@ func TestHeldThroughKill(t *testing.T) {
 		t.Errorf("the statement was not cancelled: %s", got)
 	}
 	name := strings.TrimSuffix(filepath.Base(firstOf(t, dir, "*.json")), ".json")
-	group := func() []string { return cgroup.Find(cgroup.SQL, name, cgroup.Limits{Memory: 1, PIDs: 1}).Paths() }
+	group := func() []string {
+		return cgroup.Find(cgroup.SQL, sqlsession.GroupPrefix(dir)+name, cgroup.Limits{Memory: 1, PIDs: 1}).Paths()
+	}
 	if have, err := cgroup.Controllers(); os.Geteuid() == 0 && err == nil && slices.Contains(have, cgroup.PIDs) && len(group()) == 0 {
 		t.Error("the session is in no group any more")
 	}
