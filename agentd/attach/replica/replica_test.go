@@ -11,12 +11,14 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/postern-dev/postern/agentd/attach/remote/simulatedremote"
 	"github.com/postern-dev/postern/agentd/attach/tree"
+	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
 )
 
 var ctx = context.Background()
@@ -723,6 +725,101 @@ func TestLostReplyAndNewContent(t *testing.T) {
 	wantContent(t, b, "f", []byte("second"))
 	if s := a.Status(); s.Conflicts != 0 || s.Bytes != 0 {
 		t.Errorf("status: %+v", s)
+	}
+}
+
+// rewriting is a control plane beside which somebody writes: before is called before each commit, whose answer
+// is lost if it says so, with (applied) or without the commit.
+type rewriting struct {
+	*simulatedremote.Remote
+	before func(*posternv1.CommitRequest) (lose, applied bool)
+}
+
+var errLost = errors.New("the link broke")
+
+func (r rewriting) Commit(ctx context.Context, req *posternv1.CommitRequest) (*posternv1.CommitResponse, error) {
+	lose, applied := r.before(req)
+	if !lose {
+		return r.Remote.Commit(ctx, req)
+	}
+	if applied {
+		if _, err := r.Remote.Commit(ctx, req); err != nil {
+			return nil, err
+		}
+	}
+	return nil, errLost
+}
+
+// TestLostReplyThenContent: an operation that had no content to send any more was sent, its answer was lost, and
+// it has one again when it is repeated. The answer is that of the first time, and of no version.
+func TestLostReplyThenContent(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		t.Run(fmt.Sprintf("restart=%v", restart), func(t *testing.T) {
+			r := simulatedremote.New()
+			dir := t.TempDir()
+			var a *Replica
+			var f uint64
+			write := func(content string) {
+				_, err := a.Open(ctx, f, true, true)
+				if err == nil {
+					err = a.Mode(f, true, false)
+				}
+				if err == nil {
+					_, err = a.Write(ctx, f, 0, []byte(content))
+				}
+				if err == nil {
+					err = a.Flush(f)
+				}
+				a.Release(f, true)
+				if err != nil {
+					t.Errorf("write %q: %v", content, err)
+				}
+			}
+			var armed, lost atomic.Bool
+			down := func(*posternv1.CommitRequest) (bool, bool) { return lost.Load() && restart, false }
+			again := false
+			change := func(c *Config) {
+				c.Remote = rewriting{r, func(req *posternv1.CommitRequest) (bool, bool) {
+					if !armed.Load() || lost.Load() {
+						return down(req)
+					}
+					for _, op := range req.Ops {
+						switch {
+						case string(op.GetSetContent().GetInline()) == "two" && !again:
+							again = true
+							write("three") // by another operation: this one is on its way
+							return true, false
+						case again && op.GetSetAttr().GetId() == f && op.GetSetAttr().MtimeNs != nil && op.GetSetAttr().Mode == nil:
+							write("four")
+							lost.Store(true)
+							return true, true
+						}
+					}
+					return false, false
+				}}
+			}
+			a = open(t, r, dir, "a", change)
+			f = put(t, a, "f", []byte("one"))
+			drain(t, a)
+			armed.Store(true)
+			write("two")
+			eventually(t, "the operation without a content", lost.Load)
+			if restart {
+				if err := a.Close(); err != nil {
+					t.Fatal(err)
+				}
+				a = open(t, r, dir, "a")
+			}
+			drain(t, a)
+			if s := a.Status(); s.Conflicts != 0 || s.Bytes != 0 {
+				t.Errorf("status: %+v", s)
+			}
+			b := open(t, r, t.TempDir(), "b")
+			wantContent(t, b, "f", []byte("four"))
+			if got := names(t, b, tree.Root); len(got) != 1 {
+				t.Errorf("conflicts although nobody else wrote: %q", got)
+			}
+		})
 	}
 }
 

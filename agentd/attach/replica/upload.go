@@ -313,7 +313,9 @@ func (r *Replica) confirmOneLocked(b *tree.Batch, op *posternv1.FileOp, res *pos
 		b.Put(c)
 		return
 	}
-	c.Version = res.Version
+	if !s.again || res.Version != 0 {
+		c.Version = res.Version
+	} // else it had no content to send the first time, and the answer is about something else
 	c.Seq = max(c.Seq, res.Seq)
 	if o := r.open[id]; o != nil {
 		if r.absorbLocked(n, o) == nil {
