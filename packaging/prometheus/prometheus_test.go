@@ -157,7 +157,13 @@ func dashboardQueries(t *testing.T) []string {
 	}
 	var all []string
 	ids := map[int]bool{}
-	for _, p := range d.Panels {
+	for i, p := range d.Panels {
+		for _, q := range d.Panels[:i] {
+			a, b := p.GridPos, q.GridPos
+			if a.X < b.X+b.W && b.X < a.X+a.W && a.Y < b.Y+b.H && b.Y < a.Y+a.H {
+				t.Errorf("panels %d %q and %d %q overlap", q.ID, q.Title, p.ID, p.Title)
+			}
+		}
 		if ids[p.ID] || p.Title == "" || p.GridPos.X+p.GridPos.W > 24 {
 			t.Errorf("panel %d %q: the id is taken, it has no title, or it is too wide", p.ID, p.Title)
 		}
