@@ -99,7 +99,7 @@ func (m *mounts) processes() (out []int) {
 func (m *mounts) eventually(what string, ok func() error) {
 	m.t.Helper()
 	var err error
-	for until := time.Now().Add(30 * time.Second); time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
+	for until := time.Now().Add(2 * time.Minute); time.Now().Before(until); time.Sleep(20 * time.Millisecond) {
 		if err = ok(); err == nil {
 			return
 		}

@@ -150,7 +150,7 @@ func statementInTheWay(t *testing.T, ctx context.Context, up *tunnel.Tunnel, id 
 	host := posternv1connect.NewHostServiceClient(doer, "http://agent")
 	saved := posternv1connect.NewCheckpointHostServiceClient(doer, "http://agent")
 	var said string
-	for end := time.Now().Add(30 * time.Second); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(2 * time.Minute); time.Now().Before(end); time.Sleep(50 * time.Millisecond) {
 		check, err := saved.CheckKernel(ctx, connect.NewRequest(&posternv1.KernelCheckpointRequest{KernelId: id, Principal: ana}))
 		if err != nil {
 			t.Fatal(err)

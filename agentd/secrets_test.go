@@ -52,7 +52,7 @@ func (l *secretLab) put(who *posternv1.Principal, pairs ...string) (*posternv1.P
 		}
 		r.Secrets = append(r.Secrets, s)
 	}
-	ctx, cancel := context.WithTimeout(l.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(l.t.Context(), 2*time.Minute)
 	defer cancel()
 	resp, err := l.api().PutKernelSecrets(ctx, connect.NewRequest(r))
 	if err != nil {
@@ -64,7 +64,7 @@ func (l *secretLab) put(who *posternv1.Principal, pairs ...string) (*posternv1.P
 // run executes a cell and returns the contents of what it printed.
 func (l *secretLab) run(code string) string {
 	l.t.Helper()
-	ctx, cancel := context.WithTimeout(l.t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(l.t.Context(), 2*time.Minute)
 	defer cancel()
 	stream, err := kernelstream.Dial(ctx, tunnelDoer{l.up}, &posternv1.KernelChannelsRequest{KernelId: l.id, Client: jupyter.NewID(), Principal: ana})
 	if err != nil {

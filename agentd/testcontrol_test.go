@@ -349,7 +349,7 @@ func (s testLink) UpdateInventory(_ context.Context, r *connect.Request[posternv
 // await waits until ok, which is asked at each change with mu held.
 func (c *testControl) await(what string, ok func() bool) {
 	c.t.Helper()
-	deadline := time.After(30 * time.Second)
+	deadline := time.After(2 * time.Minute)
 	for {
 		c.mu.Lock()
 		done, changed := ok(), c.changed

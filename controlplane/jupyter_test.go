@@ -181,7 +181,7 @@ func (c *client) read(ctx context.Context) (*posternv1.KernelMessage, jupyter.He
 // until reads messages up to one that fits.
 func (c *client) until(fits func(m *posternv1.KernelMessage, h, parent jupyter.Header) bool) []*posternv1.KernelMessage {
 	c.t.Helper()
-	ctx, cancel := context.WithTimeout(c.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(c.t.Context(), 2*time.Minute)
 	defer cancel()
 	var all []*posternv1.KernelMessage
 	for {
@@ -598,7 +598,7 @@ func TestJupyterConnectionsEnd(t *testing.T) {
 			c := l.dial(t, "", false)
 			c.until(idle(c.ask(jupyter.Shell, "kernel_info_request", nil)))
 			f(c)
-			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
 			for {
 				if _, _, _, err := c.read(ctx); err != nil {

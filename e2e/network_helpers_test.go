@@ -241,7 +241,7 @@ func eventually(t *testing.T, patience time.Duration, what string, f func() erro
 // agentState is what `postern agent show` says.
 func agentState(t *testing.T, s *stack.Stack, name string) (*posternv1.Agent, error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	text, err := s.Postern(ctx, "agent", "show", name, "-o", "json")
 	if err != nil {

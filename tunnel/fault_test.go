@@ -23,7 +23,7 @@ func waitEnd(t testing.TB, tun *tunnel.Tunnel, want error) {
 	t.Helper()
 	select {
 	case <-tun.Done():
-	case <-time.After(30 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("the tunnel goes on")
 	}
 	if err := tun.Err(); want != nil && !errors.Is(err, want) {

@@ -21,7 +21,7 @@ func rawUpgrade(t *testing.T, url, header string) net.Conn {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = c.Close() })
-	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(2 * time.Minute))
 	_, err = io.WriteString(c, "GET /tunnel HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+header+
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n")
 	if err != nil {
@@ -43,7 +43,7 @@ func status(t *testing.T, c net.Conn) int {
 // handshake, and only so many at once.
 func TestFloodDoesNotKeepLanesOut(t *testing.T) {
 	h := tunneltest.NewHost(t, tunneltest.WithServer(func(c *tunnel.ServerConfig) {
-		c.MaxHandshakes, c.MaxHandshakesPerIP, c.HandshakeTimeout = 1, 1, 15*time.Second
+		c.MaxHandshakes, c.MaxHandshakesPerIP, c.HandshakeTimeout = 1, 1, time.Minute
 	}))
 	d, a := h.Dial(t)
 	echoOn(t, a)
@@ -63,7 +63,7 @@ func TestFloodDoesNotKeepLanesOut(t *testing.T) {
 		exchange(t, open(t, d, class), 1000)
 		exchange(t, open(t, a, class), 1000)
 	}
-	if took := time.Since(began); took > 5*time.Second {
+	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("lanes took %s", took)
 	}
 	for name, header := range map[string]string{

@@ -222,7 +222,7 @@ func TestStreamLimitOfThePeer(t *testing.T) {
 // back. A refusal may arrive while Open is still at it, or at any step after it.
 func firstByte(t *testing.T, d *tunnel.Tunnel) error {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	c, err := d.Open(ctx, tunnel.Control)
 	if err != nil {

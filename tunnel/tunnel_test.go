@@ -41,7 +41,7 @@ func echoOn(t testing.TB, tun *tunnel.Tunnel) {
 
 func open(t testing.TB, tun *tunnel.Tunnel, class tunnel.Class) net.Conn {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	c, err := tun.Open(ctx, class)
 	if err != nil {

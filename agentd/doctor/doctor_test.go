@@ -133,7 +133,7 @@ func TestDialComesThrough(t *testing.T) {
 	defer web.Close()
 	r := &Report{}
 	cert := ca.Issue("agent")
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	r.Dial(ctx, tunnel.DialConfig{
 		URL: strings.Replace(web.URL, "http", "ws", 1) + "/tunnel", Proxy: func(*url.URL) (*url.URL, error) { return nil, nil },

@@ -519,14 +519,18 @@ func TestIdle(t *testing.T) {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	time.Sleep(200 * time.Millisecond) // the manager hears of it
 	m.endIdle(time.Now().Add(30 * time.Minute))
 	if len(m.List()) != 2 {
 		t.Fatal("stopped before its time")
 	}
-	m.endIdle(time.Now().Add(2 * time.Hour))
+	for deadline := time.Now().Add(time.Minute); len(stopped) == 0 && time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		m.endIdle(time.Now().Add(2 * time.Hour)) // when the manager has heard that nobody uses it
+	}
 	if list := m.List(); len(list) != 1 || list[0].Id != used {
 		t.Errorf("left: %v", list)
+	}
+	if len(stopped) == 0 {
+		t.Fatal("the idle one goes on")
 	}
 	if got := <-stopped; !strings.HasPrefix(got, idle+": nobody used it for 1h") {
 		t.Errorf("told %q", got)

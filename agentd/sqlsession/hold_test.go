@@ -137,7 +137,7 @@ func files(t *testing.T, dir string) []string {
 // closed ends a Manager as agentd does that is restarted.
 func closed(t *testing.T, m *sqlsession.Manager) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := m.Close(ctx); err != nil {
 		t.Fatal(err)

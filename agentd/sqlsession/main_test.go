@@ -166,7 +166,7 @@ func newManager(t testing.TB, config sqlsession.Config, sources ...sqlsession.So
 	}
 	m.SetSources(sources)
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := m.Close(ctx); err != nil {
 			t.Errorf("Close: %v", err)

@@ -122,7 +122,7 @@ func (c *wireClient) ask(sql string) string {
 func (c *wireClient) answer() string {
 	c.t.Helper()
 	var words []string
-	_ = c.conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+	_ = c.conn.SetReadDeadline(time.Now().Add(2 * time.Minute))
 	for {
 		m, err := c.front.Receive()
 		if err != nil {
@@ -323,7 +323,7 @@ func TestWireEnds(t *testing.T) {
 		m := sqlsession.New(sqlsession.Config{Parser: parser, ChildArgs: []string{sqlsession.ChildArg}, Logger: quietLog(t)})
 		m.SetSources([]sqlsession.Source{src})
 		c := openWire(t, m, "wire_5")
-		ctx, done := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, done := context.WithTimeout(t.Context(), time.Minute)
 		defer done()
 		go func() { _, _ = io.Copy(io.Discard, c.conn) }()
 		if err := m.Close(ctx); err != nil {

@@ -154,7 +154,7 @@ func awaitHangup(ts *testscript.TestScript, s *simulatedcontrolplane.Server) {
 }
 
 func await(ts *testscript.TestScript, what string, ok func() bool) {
-	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !ok(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			ts.Fatalf("waited in vain for %s", what)
 		}

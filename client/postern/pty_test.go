@@ -103,7 +103,7 @@ func (term *terminal) text() string {
 // await waits until text has appeared.
 func (term *terminal) await(text string) {
 	term.t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !strings.Contains(term.text(), text); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); !strings.Contains(term.text(), text); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			term.cmd.Process.Kill()
 			term.t.Fatalf("%q did not appear in %q", text, term.text())
@@ -158,7 +158,7 @@ func awaitNoEcho(t *testing.T, master *os.File) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(5 * time.Millisecond) {
 		var state *unix.Termios
 		if err := raw.Control(func(fd uintptr) { state, err = unix.IoctlGetTermios(int(fd), unix.TCGETS) }); err != nil {
 			t.Fatal(err)

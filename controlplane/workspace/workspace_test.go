@@ -275,7 +275,7 @@ func TestWatch(t *testing.T) {
 			select {
 			case c := <-changes:
 				return c
-			case <-time.After(20 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatal("no change came")
 				return nil
 			}

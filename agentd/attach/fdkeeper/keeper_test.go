@@ -110,7 +110,7 @@ func (k *kept) processes() (out []int) {
 func (k *kept) eventually(what string, ok func() error) {
 	k.t.Helper()
 	var err error
-	for until := time.Now().Add(20 * time.Second); time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
+	for until := time.Now().Add(time.Minute); time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
 		if err = ok(); err == nil {
 			return
 		}

@@ -148,7 +148,7 @@ func (h *mounted) use(args ...string) func() string {
 // settled waits until every request is answered; those of closed files are nobody's.
 func (h *mounted) settled() {
 	h.t.Helper()
-	for until := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for until := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		n, err := h.control.Waiting(h.m.Minor)
 		if err == nil && n == 0 {
 			return

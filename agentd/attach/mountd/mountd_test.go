@@ -89,7 +89,7 @@ func (r *running) processes() (out []int) {
 func (r *running) eventually(what string, ok func() error) {
 	r.t.Helper()
 	var err error
-	for until := time.Now().Add(20 * time.Second); time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
+	for until := time.Now().Add(time.Minute); time.Now().Before(until); time.Sleep(10 * time.Millisecond) {
 		if err = ok(); err == nil {
 			return
 		}

@@ -92,7 +92,7 @@ func TestChunks(t *testing.T) {
 
 func TestCalls(t *testing.T) {
 	c, r := dial(t)
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	open, err := c.OpenWorkspace(ctx, &posternv1.OpenWorkspaceRequest{Name: "w", MountId: "m"})
 	if err != nil || open.Root.GetId() != 1 {

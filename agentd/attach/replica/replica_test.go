@@ -158,7 +158,7 @@ func difference(a, b []byte) int {
 
 func drain(t *testing.T, r *Replica) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	if err := r.Drain(ctx); err != nil {
 		t.Fatal(err)
@@ -181,7 +181,7 @@ func names(t *testing.T, r *Replica, dir uint64) []string {
 
 func eventually(t *testing.T, what string, f func() bool) {
 	t.Helper()
-	for end := time.Now().Add(20 * time.Second); !f(); time.Sleep(5 * time.Millisecond) {
+	for end := time.Now().Add(time.Minute); !f(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(end) {
 			t.Fatal("never: " + what)
 		}

@@ -43,7 +43,7 @@ func carry(t *testing.T, here, there *Store, c Checkpoint) (bytes int64, st PutS
 			select {
 			case a := <-answers:
 				return a, nil
-			case <-time.After(20 * time.Second):
+			case <-time.After(time.Minute):
 				return nil, errors.New("no answer")
 			}
 		}})

@@ -258,7 +258,7 @@ func newManager(t *testing.T, sources ...sqlsession.Source) (*sqlsession.Manager
 	m := sqlsession.New(sqlsession.Config{Warm: -1, Parser: parser, Logger: slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
 	m.SetSources(sources)
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := m.Close(ctx); err != nil {
 			t.Errorf("Close: %v", err)

@@ -23,7 +23,7 @@ func TestHeld(t *testing.T) {
 		}
 		stop := func(m *sqlsession.Manager) {
 			t.Helper()
-			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+			ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 			defer cancel()
 			if err := m.Close(ctx); err != nil {
 				t.Errorf("Close: %v", err)

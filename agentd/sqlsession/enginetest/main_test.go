@@ -232,7 +232,7 @@ func (db *database) open(t testing.TB, change ...func(*sqlsession.Source)) *sqls
 		waitForParser(t, m)
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := m.Close(ctx); err != nil {
 			t.Errorf("Close: %v", err)

@@ -109,7 +109,7 @@ func TestNonsenseIsTurnedAway(t *testing.T) {
 			}
 			defer conn.Close()
 			go conn.Write([]byte(bytes)) //nolint:errcheck // it may be cut off
-			conn.SetReadDeadline(time.Now().Add(30 * time.Second))
+			conn.SetReadDeadline(time.Now().Add(time.Minute))
 			buffer := make([]byte, 4096)
 			for {
 				if _, err := conn.Read(buffer); err != nil {

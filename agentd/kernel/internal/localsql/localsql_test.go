@@ -35,6 +35,7 @@ type simulatedBackend struct {
 	mu        sync.Mutex
 	asked     []*posternv1.SQLRequest
 	cancelled chan struct{}
+	waiting   string // a file that tells that "wait" is under way
 }
 
 func (b *simulatedBackend) Sources() []Source { return b.some }
@@ -55,6 +56,9 @@ func (b *simulatedBackend) Run(ctx context.Context, r *posternv1.SQLRequest, w i
 		}
 		return &posternv1.QueryOutcome{Rows: 300_000, CommandTag: "SELECT 300000"}
 	case "wait":
+		if err := os.WriteFile(b.waiting, nil, 0o600); err != nil {
+			b.t.Error(err)
+		}
 		<-ctx.Done()
 		close(b.cancelled)
 		return &posternv1.QueryOutcome{Error: &posternv1.ErrorDetail{Code: proto.CodeCancelled, Message: "cancelled"}}
@@ -191,7 +195,7 @@ func newHost(t *testing.T, sources ...Source) *host {
 	if err != nil {
 		t.Fatal(err)
 	}
-	h := &host{t: t, backend: &simulatedBackend{t: t, some: sources, cancelled: make(chan struct{})}, socket: filepath.Join(dir, "s"), module: module}
+	h := &host{t: t, backend: &simulatedBackend{t: t, some: sources, cancelled: make(chan struct{}), waiting: filepath.Join(dir, "waiting")}, socket: filepath.Join(dir, "s"), module: module}
 	l, err := net.Listen("unix", h.socket)
 	if err != nil {
 		t.Fatal(err)
@@ -424,8 +428,13 @@ func TestSources(t *testing.T) {
 func TestInterrupt(t *testing.T) {
 	h := newHost(t, warehouse)
 	got := h.python(true, `
-import postern, signal, threading, os
-threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+import postern, signal, threading, time, os
+def interrupt():
+    while not os.path.exists("`+h.backend.waiting+`"):
+        time.sleep(0.01)
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
 try:
     postern.sql("wait")
 except KeyboardInterrupt:
@@ -436,7 +445,7 @@ except KeyboardInterrupt:
 	}
 	select {
 	case <-h.backend.cancelled:
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		t.Error("the statement goes on")
 	}
 }

@@ -83,7 +83,7 @@ func newKernel(t *testing.T) *kernel {
 	}}
 	t.Cleanup(func() {
 		k.stop()
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := sandbox.Cleanup(ctx, k.spec); err != nil {
 			t.Error(err)
@@ -130,7 +130,7 @@ func (k *kernel) stop() {
 	if k.box == nil {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	if err := k.box.Kill(ctx); err != nil {
 		k.t.Error(err)

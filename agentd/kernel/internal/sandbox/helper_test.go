@@ -50,7 +50,7 @@ func testSpec(t *testing.T, code string, args ...string) Spec {
 		Network: Network{Mode: NetworkNone},
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := Cleanup(ctx, s); err != nil {
 			t.Error(err)
@@ -71,7 +71,7 @@ func stateDir(t *testing.T) string {
 
 func context30(t *testing.T) context.Context {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -84,7 +84,7 @@ func start(t *testing.T, spec Spec) *Sandbox {
 		t.Fatalf("%v\n%s", err, log)
 	}
 	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		if err := s.Kill(ctx); err != nil {
 			t.Error(err)
@@ -121,7 +121,7 @@ func report(t *testing.T, spec Spec, into any) {
 // waitFor waits until something holds.
 func waitFor(t *testing.T, what string, holds func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+	for deadline := time.Now().Add(time.Minute); ; time.Sleep(5 * time.Millisecond) {
 		if holds() {
 			return
 		}

@@ -59,7 +59,7 @@ def S(kind,name):
 	}
 	return func(name string, kind Kind, identity string) *Conn {
 		t.Helper()
-		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 		defer cancel()
 		raw, err := net.Dial("unix", filepath.Join(dir, name))
 		if err != nil {

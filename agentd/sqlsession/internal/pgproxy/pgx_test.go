@@ -44,7 +44,7 @@ func (b *bench) pgx(mode pgx.QueryExecMode) *pgx.Conn {
 	}
 	config.DefaultQueryExecMode = mode
 	config.DialFunc = func(context.Context, string, string) (net.Conn, error) { return client, nil }
-	ctx, done := context.WithTimeout(context.Background(), 20*time.Second)
+	ctx, done := context.WithTimeout(context.Background(), time.Minute)
 	defer done()
 	conn, err := pgx.ConnectConfig(ctx, config)
 	if err != nil {
@@ -86,7 +86,7 @@ func TestPgxBatches(t *testing.T) {
 						batch{[]string{"DELETE FROM target WHERE id > 70000 /* rw */", series, "DELETE FROM target WHERE id > 70001 /* rw */"}, ""})
 				}
 				for _, one := range batches {
-					ctx, done := context.WithTimeout(context.Background(), 30*time.Second)
+					ctx, done := context.WithTimeout(context.Background(), time.Minute)
 					batch := &pgx.Batch{}
 					for _, sql := range one.sqls {
 						batch.Queue(sql)
