@@ -13,6 +13,7 @@ import (
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/agentd/uplink"
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 // TestMain is also the main of SQL sessions, and of the commands in testdata.
@@ -58,6 +59,7 @@ type leaks struct{ *testing.M }
 func (l leaks) Run() int {
 	code := l.M.Run()
 	if code == 0 {
+		leakwait.Wait()
 		if err := goleak.Find(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			return 1

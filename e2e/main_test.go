@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/postern-dev/postern/e2e/leakwait"
 	"github.com/postern-dev/postern/e2e/pgserver"
 )
 
@@ -29,6 +30,7 @@ func TestMain(m *testing.M) {
 		code = 1
 	}
 	if code == 0 {
+		leakwait.Wait()
 		if err := goleak.Find(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1

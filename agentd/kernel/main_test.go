@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 func TestMain(m *testing.M) {
@@ -16,5 +18,5 @@ func TestMain(m *testing.M) {
 			os.Exit(ShimMain(os.Args[2:], nil))
 		}
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(leakwait.Patient(m))
 }

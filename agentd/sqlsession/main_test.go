@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/e2e/leakwait"
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/proto"
 	posternv1 "github.com/postern-dev/postern/proto/postern/v1"
@@ -65,6 +66,7 @@ func TestMain(m *testing.M) {
 		}
 	}
 	if code == 0 {
+		leakwait.Wait()
 		if err := goleak.Find(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1

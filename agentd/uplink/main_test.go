@@ -7,6 +7,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/postern-dev/postern/agentd/uplink"
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 // Arguments that make the test binary something else.
@@ -29,5 +30,5 @@ func TestMain(m *testing.M) {
 			forever()
 		}
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(leakwait.Patient(m))
 }

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/postern-dev/postern/client/internal/simulatedcontrolplane"
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 var update = flag.Bool("update", false, "rewrite what the scripts compare with")
@@ -28,7 +29,7 @@ type checked struct{ m *testing.M }
 
 // Run implements testscript.TestingM.
 func (c checked) Run() (code int) {
-	goleak.VerifyTestMain(c.m, goleak.Cleanup(func(exit int) { code = exit }))
+	goleak.VerifyTestMain(leakwait.Patient(c.m), goleak.Cleanup(func(exit int) { code = exit }))
 	return code
 }
 

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/postern-dev/postern/controlplane/store"
+	"github.com/postern-dev/postern/e2e/leakwait"
 	"github.com/postern-dev/postern/e2e/pgserver"
 )
 
@@ -53,7 +54,8 @@ func Open(t testing.TB, cfg store.Config) *store.Store {
 }
 
 // Main wraps testing.M for goleak.VerifyTestMain: it stops the PostgreSQL server
-// that the package's tests shared, if any needed one.
+// that the package's tests shared, if any needed one, and waits for goroutines that are about
+// to end (e2e/leakwait).
 type Main struct{ M *testing.M }
 
 // Run runs the tests.
@@ -66,6 +68,9 @@ func (m Main) Run() int {
 			fmt.Fprintln(os.Stderr, "stop PostgreSQL:", err)
 			return 1
 		}
+	}
+	if code == 0 {
+		leakwait.Wait()
 	}
 	return code
 }

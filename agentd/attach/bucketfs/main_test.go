@@ -22,6 +22,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/postern-dev/postern/agentd/attach/bucket"
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 // serveArg makes the test binary the process that serves a mount: whoever serves one must
@@ -36,7 +37,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(leakwait.Patient(m))
 }
 
 // serving is what the child is told.

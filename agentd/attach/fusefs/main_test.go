@@ -24,6 +24,7 @@ import (
 	"github.com/postern-dev/postern/agentd/attach/remote"
 	"github.com/postern-dev/postern/agentd/attach/remote/simulatedremote"
 	"github.com/postern-dev/postern/agentd/attach/replica"
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 // serveArg makes the test binary the process that serves a mount: whoever serves one must
@@ -38,7 +39,7 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(0)
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(leakwait.Patient(m))
 }
 
 // serving is what the child is told.

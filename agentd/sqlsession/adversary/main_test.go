@@ -8,6 +8,7 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 // parser is shared by the tests: it takes a second to start, more with the race
@@ -33,6 +34,7 @@ func TestMain(m *testing.M) {
 		code = 1
 	}
 	if code == 0 {
+		leakwait.Wait()
 		if err := goleak.Find(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1

@@ -22,6 +22,7 @@ import (
 	_ "modernc.org/sqlite"
 
 	"github.com/postern-dev/postern/agentd/sqlsession"
+	"github.com/postern-dev/postern/e2e/leakwait"
 	"github.com/postern-dev/postern/e2e/mariadbserver"
 	"github.com/postern-dev/postern/e2e/pgserver"
 	"github.com/postern-dev/postern/proto"
@@ -51,6 +52,7 @@ func TestMain(m *testing.M) {
 		}
 	}
 	if code == 0 {
+		leakwait.Wait()
 		if err := goleak.Find(); err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			code = 1

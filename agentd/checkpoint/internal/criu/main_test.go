@@ -7,11 +7,12 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/postern-dev/postern/agentd/checkpoint/internal/criu"
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 func TestMain(m *testing.M) {
 	if len(os.Args) > 1 && os.Args[1] == criu.HelperArg {
 		os.Exit(criu.HelperMain())
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(leakwait.Patient(m))
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/postern-dev/postern/agentd/checkpoint"
 	"github.com/postern-dev/postern/agentd/kernel/internal/sandbox"
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 func TestMain(m *testing.M) {
@@ -19,5 +20,5 @@ func TestMain(m *testing.M) {
 			os.Exit(checkpoint.HelperMain())
 		}
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(leakwait.Patient(m))
 }

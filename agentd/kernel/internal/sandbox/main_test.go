@@ -5,6 +5,8 @@ import (
 	"testing"
 
 	"go.uber.org/goleak"
+
+	"github.com/postern-dev/postern/e2e/leakwait"
 )
 
 func TestMain(m *testing.M) {
@@ -15,7 +17,7 @@ func TestMain(m *testing.M) {
 		f()
 		return
 	}
-	goleak.VerifyTestMain(m)
+	goleak.VerifyTestMain(leakwait.Patient(m))
 }
 
 // testPrograms are what this binary does instead of testing.
