@@ -182,15 +182,23 @@ func (e *jsonEncoder) text(form jsonForm, v []byte) {
 	}
 	e.buf = append(e.buf, '"')
 	for len(v) > piece {
-		n := piece
-		for n > piece-utf8.UTFMax && !utf8.RuneStart(v[n]) { // never inside a character
-			n--
-		}
+		n := between(v, piece)
 		e.buf = appendQuoted(e.buf, v[:n])
 		v = v[n:]
 		_ = e.flush() // the error sticks
 	}
 	e.buf = append(appendQuoted(e.buf, v), '"')
+}
+
+// between is n or up to three less: the last place up to n where text, longer than n, can be
+// cut without cutting a character. The text need not be UTF-8 throughout.
+func between(text []byte, n int) int {
+	for i := range utf8.UTFMax {
+		if utf8.RuneStart(text[n-i]) {
+			return n - i
+		}
+	}
+	return n // none of the four begins a character, so what is there belongs to none
 }
 
 // raw appends valid JSON on one line: a line break can only stand between its

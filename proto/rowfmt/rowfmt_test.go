@@ -217,6 +217,25 @@ func TestJSONProperty(t *testing.T) {
 	}
 }
 
+// TestPiecesKeepCharacters: a long text is written in pieces, and no character of it is cut in
+// two, also where bytes follow that are no character's.
+func TestPiecesKeepCharacters(t *testing.T) {
+	fields := []arrow.Field{field("s", arrow.BinaryTypes.String, "text")}
+	for _, around := range []string{"é", "€", "𝄞", "é\x80", "é\x80\x80\x80\x80", "𝄞\x80\x80\x80\x80\x80", "a\x80\x80\x80\x80\x80", "\xf0\x9d\x84é"} {
+		for pad := range 2 * len(around) {
+			s := strings.Repeat("x", pad) + strings.Repeat(around, 70_000/len(around))
+			text := convert(t, encode(t, fields, [][]any{{s}}, 1), rowfmt.JSON, rowfmt.Options{})
+			var got []struct{ S string }
+			if err := json.Unmarshal(text, &got); err != nil || len(got) != 1 {
+				t.Fatalf("%q: %v", around, err)
+			}
+			if want := string([]rune(s)); got[0].S != want { // one U+FFFD a byte that is no character's
+				t.Errorf("%q after %d bytes: got %d characters of text, want %d", around, pad, utf8.RuneCountInString(got[0].S), utf8.RuneCountInString(want))
+			}
+		}
+	}
+}
+
 func TestDuplicateNames(t *testing.T) {
 	text := arrow.BinaryTypes.String
 	src := encode(t, []arrow.Field{field("a", text, "text"), field("a", text, "text"), field("a_2", text, "text"), field("a", text, "text"), field("", text, "text"), field("", text, "text")},
