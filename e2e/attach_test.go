@@ -296,7 +296,7 @@ func TestMountThroughKills(t *testing.T) {
 			continue
 		}
 		// By a process of its own, as all that touches a mount.
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		local, err := exec.CommandContext(ctx, "cat", filepath.Join(target, name)).Output()
 		cancel()
 		if err != nil || string(local) != want+"\n" {

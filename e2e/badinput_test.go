@@ -316,7 +316,7 @@ func TestBadConfiguration(t *testing.T) {
 	if err := a.WriteConfig(); err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	run := func(args ...string) ended { return finish(t, a.Command(ctx, append([]string{"run"}, args...)...)) }
 	run("--config", "/nonexistent/agentd.yaml", "--state", a.StateDir()).said(t, 1, "configuration /nonexistent/agentd.yaml does not exist")

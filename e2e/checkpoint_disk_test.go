@@ -288,7 +288,7 @@ func (k *savedKernel) kill() {
 func (k *savedKernel) waitState(want ...string) string {
 	k.t.Helper()
 	var state string
-	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		state = k.state()
 		for _, w := range want {
 			if strings.Contains(state, w) {

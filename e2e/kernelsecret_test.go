@@ -146,7 +146,7 @@ func TestSecretsEndToEnd(t *testing.T) {
 	if err := a.Online(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	for deadline := time.Now().Add(30 * time.Second); exec(id, "print(os.environ['API_TOKEN'][-7:])") != third[len(third)-7:]; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); exec(id, "print(os.environ['API_TOKEN'][-7:])") != third[len(third)-7:]; time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the kernel has not got the value of meanwhile")
 		}

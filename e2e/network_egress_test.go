@@ -83,7 +83,7 @@ func cancelReachesTheDatabase(t *testing.T, s *stack.Stack) {
 	const mark = "cancel-me"
 	q := startSQL(t, s, "host/db", "select pg_sleep(300) /* "+mark+" */")
 	underWay(t, mark, 1)
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	list, err := s.Postern(ctx, "query", "list", "-o", "json")
 	if err != nil {

@@ -110,7 +110,7 @@ func TestBadInputAtThePublicPort(t *testing.T) {
 func badHandshakes(t *testing.T, s *stack.Stack) {
 	url := "ws://" + s.Listen + "/tunnel"
 	dial := func(t *testing.T) (*websocket.Conn, context.Context) {
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		t.Cleanup(cancel)
 		conn, _, err := websocket.Dial(ctx, url, nil)
 		if err != nil {
@@ -160,7 +160,7 @@ func badHandshakes(t *testing.T, s *stack.Stack) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		conn.SetDeadline(time.Now().Add(30 * time.Second))
+		conn.SetDeadline(time.Now().Add(2 * time.Minute))
 		io.WriteString(conn, upgrade+"\xf2\xff\xff\xff\xff\xff\xff\xff\xff\xff")
 		if _, err := io.Copy(io.Discard, conn); os.IsTimeout(err) {
 			t.Error("the connection does not end")
@@ -237,7 +237,7 @@ func raw(t *testing.T, address, send string) (int, string) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(30 * time.Second))
+	conn.SetDeadline(time.Now().Add(2 * time.Minute))
 	sent := make(chan struct{})
 	go func() { // the answer may come before all was sent
 		defer close(sent)

@@ -145,7 +145,7 @@ func kernelSecretFromVault(t *testing.T, s *stack.Stack, a *stack.Agent, server 
 	}
 	server.put("team/token", map[string]any{"value": "marked-secret-two"})
 	a.Process.Signal(syscall.SIGHUP) // else it is read again within a minute
-	for deadline := time.Now().Add(30 * time.Second); must(t, s, "kernel", "exec", id, "print(os.environ['TEAM_TOKEN'][-3:])") != "two"; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); must(t, s, "kernel", "exec", id, "print(os.environ['TEAM_TOKEN'][-3:])") != "two"; time.Sleep(100 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal("the kernel has not got what was set anew in Vault")
 		}
