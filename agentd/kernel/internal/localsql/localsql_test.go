@@ -434,6 +434,7 @@ def interrupt():
         time.sleep(0.01)
     time.sleep(0.1)
     os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler) # a job in the background ignores it
 threading.Thread(target=interrupt, daemon=True).start()
 try:
     postern.sql("wait")
