@@ -196,9 +196,12 @@ func TestUpgrade(t *testing.T) {
 		return nil
 	})
 	k.wantRead()
-	if err := syscall.Kill(before, 0); !errors.Is(err, syscall.ESRCH) {
-		t.Errorf("the old server is still there: %v", err)
-	}
+	k.eventually("the old server's end", func() error {
+		if err := syscall.Kill(before, 0); !errors.Is(err, syscall.ESRCH) {
+			return fmt.Errorf("it is still there: %v", err)
+		}
+		return nil
+	})
 	if err := c.Renew([]string{"relative"}); err == nil {
 		t.Error("a relative command was taken")
 	}
