@@ -82,7 +82,7 @@ func poll(t *testing.T, what string, ok func() bool) {
 // TestRenewalByTime: a short-lived certificate is renewed by itself.
 func TestRenewalByTime(t *testing.T) {
 	c := newTestControl(t)
-	c.life = 4 * time.Second
+	c.life = 8 * time.Second
 	l := newLab(t, c, "")
 	l.start()
 	c.awaitHello(3)
