@@ -46,7 +46,8 @@ while not os.path.exists(stop):
 `
 
 // TestControlPlaneKills kills the control plane, which keeps its data in SQLite and in files, at
-// random points under a load of writes through a mount: while it takes uploads, and while it starts.
+// random points under a load of writes through a mount: while it takes uploads, and while it starts; at some of them
+// agentd, too, whose tries to connect would come to be half a minute apart when each tunnel lives for a moment only.
 // Everything that was closed or synced must be there whole, the versions of each file must be a chain of
 // contents that were written, in their order, and the control plane must start clean.
 func TestControlPlaneKills(t *testing.T) {
@@ -67,13 +68,16 @@ func TestControlPlaneKills(t *testing.T) {
 	go func() { written <- writer.Wait() }()
 	defer writer.Process.Kill() //nolint:errcheck // it has ended, unless the test failed
 
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
 	begun := time.Now()
 	starting, uploading, seen := 0, 0, ""
 	token := readSecret(t, s.TokenFile)
 	for i := range kills {
 		if i%4 == 3 { // while it starts
 			s.ControlPlane.Kill()
-			ctx, cancel := context.WithTimeout(t.Context(), time.Duration(5+rand.IntN(70))*time.Millisecond)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Duration(2+r.IntN(40))*time.Millisecond)
 			if s.StartControlPlane(ctx) != nil {
 				starting++
 			}
@@ -89,10 +93,19 @@ func TestControlPlaneKills(t *testing.T) {
 				return nil
 			})
 			uploading++
-			time.Sleep(time.Duration(rand.IntN(300)) * time.Millisecond)
+			time.Sleep(time.Duration(r.IntN(300)) * time.Millisecond)
 		}
 		s.ControlPlane.Kill()
+		if i%4 == 3 {
+			a.Process.Kill()
+		}
 		startControlPlane(t, s)
+		if i%4 == 3 {
+			startAgent(t, a)
+		}
+		if i%20 == 19 {
+			t.Logf("%d kills in %s", i+1, time.Since(begun).Round(time.Second))
+		}
 	}
 	if err := os.WriteFile(stop, nil, 0o600); err != nil {
 		t.Fatal(err)

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -241,41 +242,62 @@ func allUploaded(t *testing.T, a *stack.Agent) {
 }
 
 // TestMountThroughKills writes and syncs files on a mounted workspace while mountd, agentd
-// and the control plane are killed at random moments. The writer must see no error, and
-// every file must be whole on the host and at the control plane.
+// and the control plane are killed at random moments, mountd and agentd 200 times each at full length. The writer
+// must see no error, and every file must be whole on the host and at the control plane.
 func TestMountThroughKills(t *testing.T) {
 	s, a, target := mounted(t)
 	dir := filepath.Dir(target)
+	ofMountd, ofAgentd, ofControlPlane, pause := 6, 3, 3, ""
+	if long {
+		ofMountd, ofAgentd, ofControlPlane, pause = 200, 200, 50, "0.05" // all files are looked at in the end
+	}
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	r := rand.New(rand.NewPCG(seed, 0))
 	// The writer: a file is named in the list once it is synced. The list is elsewhere.
 	list := filepath.Join(filepath.Dir(dir), "list")
 	script := `i=0; while [ ! -e "$3" ]; do
 		echo "content of $i" > "$1/n$i" && sync "$1/n$i" && mv "$1/n$i" "$1/f$i" && echo "f$i content of $i" >> "$2" || echo "FAILED $i" >> "$2"
+		[ -z "$4" ] || sleep "$4"
 		i=$((i+1)); done`
 	stop := filepath.Join(filepath.Dir(dir), "stop")
-	writer := exec.Command("/bin/sh", "-c", script, "writer", target, list, stop)
+	writer := exec.Command("/bin/sh", "-c", script, "writer", target, list, stop, pause)
 	if err := writer.Start(); err != nil {
 		t.Fatal(err)
 	}
 	written := make(chan error, 1)
 	go func() { written <- writer.Wait() }()
+	defer writer.Process.Kill() //nolint:errcheck // it has ended, unless the test failed
 
-	kills := 12
-	if os.Getenv("POSTERN_LONG") != "" {
-		kills = 200
-	}
-	for range kills {
-		time.Sleep(time.Duration(200+rand.IntN(500)) * time.Millisecond)
-		switch rand.IntN(4) {
-		case 0:
+	const mountd, daemon, server = 0, 1, 2
+	victims := slices.Concat(slices.Repeat([]int{mountd}, ofMountd), slices.Repeat([]int{daemon}, ofAgentd), slices.Repeat([]int{server}, ofControlPlane))
+	r.Shuffle(len(victims), func(i, j int) { victims[i], victims[j] = victims[j], victims[i] })
+	begun, killed := time.Now(), 0
+	for i, victim := range victims {
+		time.Sleep(time.Duration(200+r.IntN(500)) * time.Millisecond)
+		switch victim {
+		case daemon:
 			a.Process.Kill()
 			startAgent(t, a)
-		case 1:
+		case server:
 			s.ControlPlane.Kill()
 			startControlPlane(t, s)
-		default:
-			if st, err := attachStatus(t, a); err == nil && st.Attachments.PID > 0 {
-				_ = syscall.Kill(st.Attachments.PID, syscall.SIGKILL)
-			}
+		case mountd:
+			eventually(t, time.Minute, "a mountd to kill", func() error {
+				st, err := attachStatus(t, a)
+				switch pid := st.Attachments.PID; {
+				case err != nil:
+					return err
+				case pid == 0 || pid == killed:
+					return fmt.Errorf("mountd is %d: %s", pid, st.Attachments.Error)
+				default:
+					killed = pid
+					return syscall.Kill(pid, syscall.SIGKILL)
+				}
+			})
+		}
+		if i%50 == 49 {
+			t.Logf("%d kills in %s", i+1, time.Since(begun).Round(time.Second))
 		}
 	}
 	stopWriter(t, writer, stop, written)
@@ -285,22 +307,25 @@ func TestMountThroughKills(t *testing.T) {
 		t.Fatal(err)
 	}
 	lines := strings.Split(strings.TrimSpace(string(text)), "\n")
-	t.Logf("%d files, %d kills", len(lines), kills)
+	t.Logf("%d files, %d kills of mountd, %d of agentd, %d of the control plane", len(lines), ofMountd, ofAgentd, ofControlPlane)
 	if len(lines) < 20 {
 		t.Errorf("only %d files: that was no load", len(lines))
+	}
+	// By a process of its own, as all that touches a mount.
+	local := map[string]string{}
+	for line := range strings.Lines(shell(t, target, "find . -type f -exec grep -H '' {} +")) {
+		name, content, _ := strings.Cut(strings.TrimSuffix(line, "\n"), ":")
+		local[strings.TrimPrefix(name, "./")] = content
+	}
+	if len(local) != len(lines) {
+		t.Errorf("%d files on the host, want %d", len(local), len(lines))
 	}
 	for _, line := range lines {
 		name, want, _ := strings.Cut(line, " ")
 		if name == "FAILED" {
 			t.Errorf("the writer saw an error at file %s", want)
-			continue
-		}
-		// By a process of its own, as all that touches a mount.
-		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-		local, err := exec.CommandContext(ctx, "cat", filepath.Join(target, name)).Output()
-		cancel()
-		if err != nil || string(local) != want+"\n" {
-			t.Errorf("%s on the host: %q, %v", name, local, err)
+		} else if local[name] != want {
+			t.Errorf("%s on the host: %q", name, local[name])
 		}
 	}
 	// And at the control plane, all of them.

@@ -410,7 +410,7 @@ func localEntries(t *testing.T, a *stack.Agent) []string {
 }
 
 // fetch gets a page of the control plane's with a token.
-func fetch(t *testing.T, url, token string) []byte {
+func fetch(t *testing.T, url, token string) (body []byte) {
 	t.Helper()
 	r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 	if err != nil {
@@ -418,14 +418,20 @@ func fetch(t *testing.T, url, token string) []byte {
 	}
 	r.Header.Set("Authorization", "Bearer "+token)
 	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
-	response, err := c.Do(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(response.Body)
-	if err != nil || response.StatusCode != http.StatusOK {
-		t.Fatalf("%s: %s, %v", url, response.Status, err)
-	}
+	eventually(t, time.Minute, url, func() error { // who asks for much must wait
+		response, err := c.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer response.Body.Close()
+		body, err = io.ReadAll(response.Body)
+		if response.StatusCode == http.StatusTooManyRequests {
+			return errors.New(response.Status)
+		}
+		if err != nil || response.StatusCode != http.StatusOK {
+			t.Fatalf("%s: %s, %v", url, response.Status, err)
+		}
+		return nil
+	})
 	return body
 }
