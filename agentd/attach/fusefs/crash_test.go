@@ -1,15 +1,17 @@
 package fusefs
 
 import (
-	"bytes"
+	"crypto/sha256"
 	"fmt"
 	"io/fs"
 	"math/rand"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -39,18 +41,38 @@ func shadow(dir string) func(path string, length int64) {
 	}
 }
 
-// losePower makes the replica in dir what a disk has after a loss of power: of what was
+// power is the disk of a host that loses its power from time to time: dir is its replica, shadow what function
+// shadow keeps.
+type power struct {
+	dir, shadow string
+	// kept are the files that are what was synced of them, and that, as they were then.
+	kept map[string][2]stamped
+}
+
+// stamped is a state of a file: whoever changes it changes this.
+type stamped struct {
+	inode uint64
+	ctime syscall.Timespec
+}
+
+func stampOf(path string) (s stamped, err error) {
+	var st syscall.Stat_t
+	err = syscall.Stat(path, &st)
+	return stamped{st.Ino, st.Ctim}, err
+}
+
+// lose makes the replica what a disk has after a loss of power: of what was
 // not synced, some is there, some is zeros, some is garbage and some is gone.
-func losePower(t *testing.T, r *rand.Rand, dir, shadow string) {
+func (w *power) lose(t *testing.T, r *rand.Rand) {
 	t.Helper()
-	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+	err := filepath.WalkDir(w.dir, func(p string, d fs.DirEntry, err error) error {
 		if err != nil || d.IsDir() {
 			return err
 		}
 		base := filepath.Base(p)
 		if strings.HasPrefix(base, "journal-") {
 			synced := 0
-			if b, err := os.ReadFile(filepath.Join(shadow, base+".length")); err == nil {
+			if b, err := os.ReadFile(filepath.Join(w.shadow, base+".length")); err == nil {
 				synced, _ = strconv.Atoi(string(b))
 			}
 			data, err := os.ReadFile(p)
@@ -59,14 +81,27 @@ func losePower(t *testing.T, r *rand.Rand, dir, shadow string) {
 			}
 			return os.WriteFile(p, spoil(r, data, synced), 0o600)
 		}
-		data, err := os.ReadFile(filepath.Join(shadow, base+".copy"))
-		if err == nil {
-			return os.WriteFile(p, data, 0o600)
+		name := filepath.Join(w.shadow, base+".copy")
+		if kept, err := stampOf(name); err == nil {
+			now, err := stampOf(p)
+			if err != nil || w.kept[p] == [2]stamped{now, kept} {
+				return err
+			}
+			data, err := os.ReadFile(name)
+			if err == nil {
+				err = os.WriteFile(p, data, 0o600)
+			}
+			if err == nil {
+				now, err = stampOf(p)
+				w.kept[p] = [2]stamped{now, kept}
+			}
+			return err
 		}
 		if r.Intn(2) == 0 {
 			return os.Remove(p)
 		}
-		if data, err = os.ReadFile(p); err != nil {
+		data, err := os.ReadFile(p)
+		if err != nil {
 			return err
 		}
 		return os.WriteFile(p, spoil(r, data, 0), 0o600)
@@ -98,18 +133,53 @@ type writer struct {
 	rand *rand.Rand
 	// closed has the content of files that were closed; removed those that were removed and
 	// whose removal was synced. Names of both are used once.
-	closed  map[string][]byte
-	maybe   map[string][][]byte // files that were being replaced: any of these
+	closed  map[string]promise
+	maybe   map[string][]promise // files that were being replaced: any of these
 	removed map[string]bool
-	visible map[string][]byte // what any system call wrote, synced or not
 }
 
 func newWriter(root string, seed int64) *writer {
-	return &writer{root: root, rand: rand.New(rand.NewSource(seed)), closed: map[string][]byte{}, maybe: map[string][][]byte{}, removed: map[string]bool{}, visible: map[string][]byte{}}
+	return &writer{root: root, rand: rand.New(rand.NewSource(seed)), closed: map[string]promise{}, maybe: map[string][]promise{}, removed: map[string]bool{}}
+}
+
+// promise is a content: its bytes, or only their number and hash.
+type promise struct {
+	bytes []byte
+	size  int
+	sum   [sha256.Size]byte
+}
+
+func promised(b []byte) promise { return promise{bytes: b, size: len(b), sum: sha256.Sum256(b)} }
+
+func (p promise) is(b []byte) bool { return len(b) == p.size && sha256.Sum256(b) == p.sum }
+
+// differs is where b differs first; -1 if the bytes were let go.
+func (p promise) differs(b []byte) int {
+	if p.bytes == nil {
+		return -1
+	}
+	return differ(b, p.bytes)
+}
+
+// letGo lets the bytes go: rounds by the hundred do not fit into memory.
+func (w *writer) letGo() {
+	for name, p := range w.closed {
+		p.bytes = nil
+		w.closed[name] = p
+	}
+	for _, either := range w.maybe {
+		for i := range either {
+			either[i].bytes = nil
+		}
+	}
 }
 
 func (w *writer) content() []byte {
-	n := []int{0, 10, 1000, 4096, 30_000, 40_000, 300_000, 1_500_000}[w.rand.Intn(8)]
+	sizes := []int{0, 10, 1000, 4096, 30_000, 40_000}
+	if w.rand.Intn(4) == 0 {
+		sizes = []int{300_000, 300_000, 1_500_000}
+	}
+	n := sizes[w.rand.Intn(len(sizes))]
 	b := make([]byte, n)
 	w.rand.Read(b)
 	return b
@@ -132,24 +202,24 @@ func (w *writer) one(name string) bool {
 		if !w.write(path, data, false) {
 			return false
 		}
-		w.closed[name] = data
+		w.closed[name] = promised(data)
 	case 2: // replaced by rename, as editors do
 		if !w.write(path, data, false) {
 			return false
 		}
-		w.closed[name] = data
+		w.closed[name] = promised(data)
 		next := w.content()
 		if !w.write(path+".tmp", next, true) {
 			return false
 		}
 		delete(w.closed, name)
-		w.maybe[name] = [][]byte{data, next}
+		w.maybe[name] = []promise{promised(data), promised(next)}
 		if os.Rename(path+".tmp", path) != nil {
 			return false
 		}
 		if w.syncDir() {
 			delete(w.maybe, name)
-			w.closed[name] = next
+			w.closed[name] = promised(next)
 		}
 	case 3: // appended to and synced, and appended to without
 		f, err := os.OpenFile(path, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
@@ -160,15 +230,14 @@ func (w *writer) one(name string) bool {
 		if _, err := f.Write(data); err != nil || f.Sync() != nil {
 			return false
 		}
-		w.closed[name+"\x00prefix"] = data
+		w.closed[name+"\x00prefix"] = promised(data)
 		if _, err := f.Write(data); err != nil {
 			return false
 		}
-		w.visible[name] = append(bytes.Clone(data), data...)
 		if f.Close() != nil {
 			return false
 		}
-		w.closed[name] = w.visible[name]
+		w.closed[name] = promised(slices.Concat(data, data))
 	case 4: // removed for good
 		if !w.write(path, data, false) || os.Remove(path) != nil {
 			return false
@@ -209,29 +278,47 @@ func (w *writer) syncDir() bool {
 	return d.Sync() == nil
 }
 
-func (w *writer) check(t *testing.T, root string) {
+// check looks at one in every of what was promised, and returns at how many.
+func (w *writer) check(t *testing.T, root string, r *rand.Rand, every int) (looked int) {
 	t.Helper()
+	chosen := func() bool {
+		if every > 1 && r.Intn(every) != 0 {
+			return false
+		}
+		looked++
+		return true
+	}
 	for name, want := range w.closed {
+		if !chosen() {
+			continue
+		}
 		name, prefix := strings.CutSuffix(name, "\x00prefix")
 		got, err := os.ReadFile(filepath.Join(root, name))
 		switch {
 		case err != nil:
 			t.Errorf("%s was promised: %v", name, err)
-		case prefix && !bytes.HasPrefix(got, want), !prefix && !bytes.Equal(got, want):
-			t.Errorf("%s has %d bytes, promised were %d; they differ at %d (prefix: %v)", name, len(got), len(want), differ(got, want), prefix)
+		case prefix && (len(got) < want.size || !want.is(got[:want.size])), !prefix && !want.is(got):
+			t.Errorf("%s has %d bytes, promised were %d; they differ at %d (prefix: %v)", name, len(got), want.size, want.differs(got), prefix)
 		}
 	}
 	for name, either := range w.maybe {
+		if !chosen() {
+			continue
+		}
 		got, err := os.ReadFile(filepath.Join(root, name))
-		if err != nil || !bytes.Equal(got, either[0]) && !bytes.Equal(got, either[1]) {
-			t.Errorf("%s is torn: %d bytes, %v; it was %d and then %d", name, len(got), err, len(either[0]), len(either[1]))
+		if err != nil || !either[0].is(got) && !either[1].is(got) {
+			t.Errorf("%s is torn: %d bytes, %v; it was %d and then %d", name, len(got), err, either[0].size, either[1].size)
 		}
 	}
 	for name := range w.removed {
+		if !chosen() {
+			continue
+		}
 		if _, err := os.Lstat(filepath.Join(root, name)); err == nil {
 			t.Errorf("%s was removed, and is there", name)
 		}
 	}
+	return looked
 }
 
 func differ(a, b []byte) int {
@@ -245,12 +332,17 @@ func differ(a, b []byte) int {
 
 // TestCrash kills the serving process at random moments under writers, half of the time
 // with a loss of what was not synced, and wants everything that was promised; on another host,
-// too.
+// too. After each kill it looks at what the last three rounds were promised and at some of what those
+// before were, or one with 200 would take hours; every twentieth time, and at the end, at everything.
 func TestCrash(t *testing.T) {
 	rounds := amount(6, 100)
 	if s := os.Getenv("POSTERN_CRASH_ROUNDS"); s != "" {
-		rounds, _ = strconv.Atoi(s)
+		var err error
+		if rounds, err = strconv.Atoi(s); err != nil || rounds < 1 {
+			t.Fatalf("POSTERN_CRASH_ROUNDS=%q is no number of rounds", s)
+		}
 	}
+	const recent, full, some = 3, 20, 300
 	seed := time.Now().UnixNano()
 	t.Logf("seed %d", seed)
 	r := rand.New(rand.NewSource(seed))
@@ -259,15 +351,33 @@ func TestCrash(t *testing.T) {
 	if err := os.Mkdir(s.Target, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	var writers []*writer
-	boot := 0
+	disk := power{dir: s.Dir, shadow: s.Shadow, kept: map[string][2]stamped{}}
+	var writers []*writer // three of each round
+	promises := func(of []*writer) (n int) {
+		for _, x := range of {
+			n += len(x.closed) + len(x.maybe) + len(x.removed)
+		}
+		return n
+	}
+	looked, lost, boot, begun := 0, 0, 0, time.Now()
 	for round := range rounds {
 		s.Config.Boot = fmt.Sprint("boot ", boot)
 		s.NoPassthrough = r.Intn(2) == 0
 		m := w.mount(s)
 		m.watchdog()
-		for _, x := range writers {
-			x.check(t, m.path)
+		old := max(0, len(writers)-3*recent)
+		every := max(1, promises(writers[:old])/some)
+		if round%full == 0 {
+			every = 1
+			t.Logf("round %d after %s: %d promises so far", round, time.Since(begun).Round(time.Second), promises(writers))
+		}
+		for i, x := range writers {
+			if i < old {
+				x.letGo()
+				looked += x.check(t, m.path, r, every)
+			} else {
+				looked += x.check(t, m.path, r, 1)
+			}
 		}
 		if t.Failed() {
 			t.Fatalf("in round %d", round)
@@ -283,26 +393,24 @@ func TestCrash(t *testing.T) {
 		wg.Wait()
 		m.detach()
 		if r.Intn(2) == 0 {
-			losePower(t, r, s.Dir, s.Shadow)
+			disk.lose(t, r)
 			boot++
+			lost++
 		} // else the page cache is still there
 	}
 	s.Config.Boot = fmt.Sprint("boot ", boot)
 	m := w.mount(s)
 	for _, x := range writers {
-		x.check(t, m.path)
+		looked += x.check(t, m.path, r, 1)
 	}
 	drained(t, m)
 	other := w.mount(serving{})
 	for _, x := range writers {
-		x.check(t, other.path)
+		looked += x.check(t, other.path, r, 1)
 	}
-	files := 0
-	for _, x := range writers {
-		files += len(x.closed)
-	}
-	t.Logf("%d promises were kept", files)
-	if files == 0 {
+	n := promises(writers)
+	t.Logf("%d kills, %d of them with a loss of power: %d promises were kept, looked at %d times, in %s", rounds, lost, n, looked, time.Since(begun).Round(time.Second))
+	if n == 0 {
 		t.Error("nothing was promised, so nothing was tested")
 	}
 }
