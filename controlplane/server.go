@@ -193,6 +193,7 @@ func (s *Server) wire(ctx context.Context) error {
 	}, s.log)
 	s.catalogs = catalog.New(catalog.Config{
 		Store: s.store, Audit: s.audit, Logger: s.log, Generation: store.NewGeneration,
+		Here: func(id string) bool { return s.hub.Local(id) != nil },
 		Connect: func(id string) (catalog.Agent, error) {
 			if s.refusing.Load() {
 				return nil, errDraining

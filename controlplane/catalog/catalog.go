@@ -37,6 +37,9 @@ const (
 	// maxPending bounds the agents that wait for a refresh in the background. When
 	// it is full, a catalog is refreshed when somebody asks, or at the next coming.
 	maxPending = 10_000
+	// finishTries is how often a refresh is made that ends in vain because another control plane has finished
+	// one of the same data source meanwhile.
+	finishTries = 3
 )
 
 // Store keeps catalogs; see package store.
@@ -67,6 +70,9 @@ type Config struct {
 	Audit Audit
 	// Connect returns AGENT_OFFLINE for an agent without a tunnel.
 	Connect func(agent string) (Agent, error)
+	// Here reports whether the agent's tunnel is to this control plane: only the one that has it refreshes what has become
+	// old when an agent comes. nil: all are here.
+	Here func(agent string) bool
 	// Generation names a refresh.
 	Generation func(time.Time) string
 	Logger     *slog.Logger
@@ -111,6 +117,9 @@ type flight struct {
 func New(cfg Config) *Service {
 	if cfg.Delay == nil {
 		cfg.Delay = func() time.Duration { return 10*time.Second + rand.N(time.Minute) }
+	}
+	if cfg.Here == nil {
+		cfg.Here = func(string) bool { return true }
 	}
 	if cfg.MaxColumns == 0 {
 		cfg.MaxColumns = MaxColumns
@@ -200,6 +209,9 @@ func (s *Service) do(j job) {
 // look refreshes what is old of an agent's catalogs, and forgets those of sources
 // that it has no more.
 func (s *Service) look(j job) {
+	if !j.force && !s.cfg.Here(j.agent) {
+		return // it has moved meanwhile, and the control plane that it came to looks
+	}
 	agent, err := s.cfg.Store.FindAgent(s.ctx, j.organization, j.agent)
 	if err != nil {
 		return
@@ -358,19 +370,29 @@ func (s *Service) ask(agent *posternv1.Agent, source string, p *posternv1.Princi
 // errFull ends a refresh that is beyond the bounds for what is kept from before.
 var errFull = errors.New("more than the cache may hold")
 
+// finishError is an error of FinishCatalog.
+type finishError struct{ error }
+
+func (e finishError) Unwrap() error { return e.error }
+
 // fetch brings the cache up to date and counts what came.
-func (s *Service) fetch(ctx context.Context, live Agent, agent, source string, p *posternv1.Principal) (uint64, error) {
-	known, sizes, _, truncated, err := s.cfg.Store.CatalogState(ctx, agent, source)
-	if err != nil && proto.CodeOf(err) != proto.CodeNotFound {
-		return 0, err
-	}
-	if truncated || err != nil {
-		known = nil // what is missing must come anew
-	}
-	objects, err := s.fill(ctx, live, agent, source, p, known, sizes)
-	if errors.Is(err, errFull) {
-		// Which part fits is decided over all of it.
-		objects, err = s.fill(ctx, live, agent, source, p, nil, nil)
+func (s *Service) fetch(ctx context.Context, live Agent, agent, source string, p *posternv1.Principal) (objects uint64, err error) {
+	for range finishTries {
+		known, sizes, _, truncated, serr := s.cfg.Store.CatalogState(ctx, agent, source)
+		if serr != nil && proto.CodeOf(serr) != proto.CodeNotFound {
+			return 0, serr
+		}
+		if truncated || serr != nil {
+			known = nil // what is missing must come anew
+		}
+		objects, err = s.fill(ctx, live, agent, source, p, known, sizes)
+		if errors.Is(err, errFull) {
+			// Which part fits is decided over all of it.
+			objects, err = s.fill(ctx, live, agent, source, p, nil, nil)
+		}
+		if _, unfinished := errors.AsType[finishError](err); !unfinished || proto.CodeOf(err) != proto.CodeUnavailable {
+			break
+		}
 	}
 	return objects, err
 }
@@ -433,7 +455,10 @@ func (s *Service) fill(ctx context.Context, live Agent, agent, source string, p 
 	if in.total[0] > s.cfg.MaxColumns || in.total[1] > MaxBytes {
 		return in.objects, errFull
 	}
-	return in.objects, s.cfg.Store.FinishCatalog(ctx, agent, source, generation, in.schemas, kept, in.sizes, in.cut, time.Now())
+	if err := s.cfg.Store.FinishCatalog(ctx, agent, source, generation, in.schemas, kept, in.sizes, in.cut, time.Now()); err != nil {
+		return in.objects, finishError{err}
+	}
+	return in.objects, nil
 }
 
 // take counts a page and cuts it to what may be kept.

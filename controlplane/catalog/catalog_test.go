@@ -25,7 +25,8 @@ type memory struct {
 	refreshed time.Time
 	staged    map[string]int
 	entries   []auditchain.Entry
-	refuse    error // of Append
+	refuse    error   // of Append
+	finish    []error // of FinishCatalog, one for each call
 	kept      []string
 }
 
@@ -55,6 +56,11 @@ func (m *memory) StageCatalog(_ context.Context, _, _, generation string, page *
 func (m *memory) FinishCatalog(_ context.Context, _, _, generation string, schemas []*posternv1.CatalogSchema, kept map[string]bool, sizes map[string][2]int64, truncated bool, now time.Time) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if len(m.finish) > 0 {
+		err := m.finish[0]
+		m.finish = m.finish[1:]
+		return err
+	}
 	m.there, m.schemas, m.truncated, m.refreshed = true, schemas, truncated, now
 	for name := range kept {
 		sizes[name] = m.sizes[name]
@@ -338,6 +344,52 @@ func TestChangedDoesNotWait(t *testing.T) {
 		if time.Now().After(deadline) {
 			t.Fatal("the host was not asked")
 		}
+	}
+}
+
+// TestAnotherFinished: who asks is not told that another control plane has refreshed the same data source meanwhile.
+func TestAnotherFinished(t *testing.T) {
+	h := &hostAgent{tables: map[string]int{"a": 1}}
+	s, m := service(t, h)
+	changed := proto.Errorf(proto.CodeUnavailable, "the cached catalog of %q changed meanwhile: try again", "db")
+	for _, test := range []struct {
+		name  string
+		fail  []error
+		asked int
+		code  posternv1.ErrorCode
+	}{
+		{"once", []error{changed}, 2, 0},
+		{"again and again", []error{changed, changed, changed}, 3, proto.CodeUnavailable},
+		{"another error", []error{proto.Errorf(proto.CodeStorageFull, "full")}, 1, proto.CodeStorageFull},
+	} {
+		before := h.count()
+		m.mu.Lock()
+		m.finish = test.fail
+		m.mu.Unlock()
+		resp, err := ask(s, true)
+		if n := h.count() - before; n != test.asked || (err != nil) != (test.code != 0) || err != nil && proto.CodeOf(err) != test.code || err == nil && len(resp.Schemas) != 1 {
+			t.Errorf("%s: asked %d times, %v, %v", test.name, n, resp, err)
+		}
+		m.mu.Lock()
+		if left := len(m.staged); test.code != 0 && left != 1 { // that of the refresh that counts
+			t.Errorf("%s: %d refreshes are staged: %v", test.name, left, m.staged)
+		}
+		m.mu.Unlock()
+	}
+}
+
+// TestMovedAway: what is old of an agent that has gone to another control plane is left to that one.
+func TestMovedAway(t *testing.T) {
+	h := &hostAgent{tables: map[string]int{"a": 1}}
+	s, m := service(t, h)
+	s.cfg.Here = func(string) bool { return false }
+	s.look(job{organization: "org", agent: "agt_1"})
+	if n := h.count(); n != 0 || len(m.kept) != 0 {
+		t.Errorf("asked %d times, kept %v", n, m.kept)
+	}
+	s.look(job{organization: "org", agent: "agt_1", force: true}) // nobody else knows
+	if n := h.count(); n != 1 {
+		t.Errorf("asked %d times", n)
 	}
 }
 
