@@ -396,8 +396,9 @@ func Cleanup(ctx context.Context, spec Spec) error {
 	if err := spec.Validate(); err != nil {
 		return err
 	}
+	killed := map[int]uint64{}
 	for {
-		left, err := spec.killLeft()
+		left, err := spec.killLeft(killed)
 		if err != nil {
 			return err
 		}
@@ -419,9 +420,15 @@ func Cleanup(ctx context.Context, spec Spec) error {
 // killLeft kills what is left of a kernel and says how many processes that were,
 // zombies not counted: init, by sandbox.json; what is in its cgroups, whoever it
 // belongs to; and what runs as its user and sees its run directory, since forks of a
-// kernel share the user.
-func (s *Spec) killLeft() (int, error) {
+// kernel share the user. What it kills it adds to killed, with its start time: a process that
+// ends has no root any more, by which it was found, and is still there for a moment.
+func (s *Spec) killLeft(killed map[int]uint64) (int, error) {
 	left := map[int]bool{}
+	for pid, started := range killed {
+		if now, err := startTime(pid); err == nil && now == started {
+			left[pid] = true
+		}
+	}
 	if pid, _, err := Find(s.StateDir); err == nil {
 		left[pid] = true
 	}
@@ -449,10 +456,12 @@ func (s *Spec) killLeft() (int, error) {
 	}
 	n := 0
 	for pid := range left {
-		if _, err := startTime(pid); err != nil || pid == os.Getpid() {
+		started, err := startTime(pid)
+		if err != nil || pid == os.Getpid() {
 			continue // a zombie, which is its parent's to reap
 		}
 		if unix.Kill(pid, unix.SIGKILL) == nil {
+			killed[pid] = started
 			n++
 		}
 	}
