@@ -55,6 +55,7 @@ func newMounts(t *testing.T) *mounts {
 		}
 		return nil
 	})
+	poll(t, "the link", func() bool { return m.d.link.State().Up }) // else a workspace is refused that the host doesn't know
 	return m
 }
 
@@ -298,6 +299,7 @@ func TestStaleMounts(t *testing.T) {
 		return nil
 	})
 	m.start()
+	poll(t, "the link", func() bool { return m.d.link.State().Up })
 	m.eventually("the directory without its dead mount", func() error {
 		here, err := mountd.Mounted(dir)
 		if here {
