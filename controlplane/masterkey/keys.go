@@ -53,6 +53,11 @@ func Create(path string) (*Keys, error) {
 	if err != nil {
 		return nil, err
 	}
+	// So that nobody sweeps away what is being made. Where directories can't be locked nobody does.
+	if unlock, err := lock(filepath.Dir(path), unix.LOCK_EX); err == nil {
+		defer unlock()
+		_ = sweep(path)
+	}
 	if err := put(path, content, 0o600, os.Link); errors.Is(err, fs.ErrExist) {
 		return Open(path)
 	} else if err != nil {
@@ -117,6 +122,47 @@ func put(path string, content []byte, mode fs.FileMode, place func(from, to stri
 	return errors.Join(d.Sync(), d.Close())
 }
 
+// lock locks a directory against all who write a ring there, as flock(2) with how.
+func lock(name string, how int) (unlock func(), err error) {
+	dir, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(dir.Fd()), how); err != nil {
+		_ = dir.Close()
+		return nil, fmt.Errorf("lock %s: %w", name, err)
+	}
+	return func() { _ = dir.Close() }, nil // which ends the lock
+}
+
+// sweep removes the rings beside path that who was killed in the midst of put has left behind. The caller has
+// the directory's lock, so nobody is at it.
+func sweep(path string) error {
+	left, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".*"))
+	if err != nil {
+		return err
+	}
+	for _, name := range left {
+		if strings.Trim(filepath.Ext(name), ".0123456789") == "" {
+			_ = os.Remove(name)
+		}
+	}
+	return nil
+}
+
+// Sweep removes the copies of a ring beside path that a process left behind which was killed while it wrote the
+// file. It does nothing while somebody writes it, and where the directory is not to be written to.
+func Sweep(path string) {
+	path, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return
+	}
+	if unlock, err := lock(filepath.Dir(path), unix.LOCK_EX|unix.LOCK_NB); err == nil {
+		_ = sweep(path)
+		unlock()
+	}
+}
+
 // change replaces the ring in a file by what f makes of it, in one step that no other process takes part in. A
 // link is followed, the file keeps its mode.
 func change(path string, f func(*Ring) (*Ring, error)) (*Ring, error) {
@@ -124,14 +170,11 @@ func change(path string, f func(*Ring) (*Ring, error)) (*Ring, error) {
 	if err != nil {
 		return nil, err
 	}
-	dir, err := os.Open(filepath.Dir(path))
+	unlock, err := lock(filepath.Dir(path), unix.LOCK_EX)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = dir.Close() }() // which ends the lock
-	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
-		return nil, fmt.Errorf("lock %s: %w", dir.Name(), err)
-	}
+	defer unlock()
 	before, err := read(path)
 	if err != nil {
 		return nil, err
@@ -149,15 +192,8 @@ func change(path string, f func(*Ring) (*Ring, error)) (*Ring, error) {
 		return nil, err
 	}
 	defer clear(content)
-	// Who was killed in the midst of this has left a ring behind.
-	left, err := filepath.Glob(filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".*"))
-	if err != nil {
+	if err := sweep(path); err != nil {
 		return nil, err
-	}
-	for _, name := range left {
-		if strings.Trim(filepath.Ext(name), ".0123456789") == "" {
-			_ = os.Remove(name)
-		}
 	}
 	return after, put(path, content, info.Mode().Perm(), os.Rename)
 }

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/postern-dev/postern/controlplane/masterkey"
 )
 
@@ -146,6 +148,62 @@ func TestSealedAltered(t *testing.T) {
 	}
 }
 
+// leftBehind makes files beside a ring's: one that a process left behind which was killed, and one of somebody
+// else's. swept fails the test unless the first alone is gone.
+func leftBehind(t *testing.T, path string) (leave func(), swept func(by string)) {
+	t.Helper()
+	leave = func() {
+		t.Helper()
+		for _, name := range []string{".master.key.12345", ".master.key.mine"} {
+			if err := os.WriteFile(filepath.Join(filepath.Dir(path), name), []byte("left"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	return leave, func(by string) {
+		t.Helper()
+		if left, err := filepath.Glob(filepath.Join(filepath.Dir(path), ".master.key.*")); err != nil || len(left) != 1 || filepath.Ext(left[0]) != ".mine" {
+			t.Errorf("left behind by %s: %v, %v", by, left, err)
+		}
+	}
+}
+
+// TestSweep: what a process left behind that was killed while it made or changed the file is taken away by the
+// next that makes it, and by Sweep, unless somebody writes the file just now.
+func TestSweep(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "master.key")
+	leave, swept := leftBehind(t, path)
+	leave()
+	if _, err := masterkey.Create(path); err != nil {
+		t.Fatal(err)
+	}
+	swept("Create")
+	leave()
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	masterkey.Sweep(path)
+	if _, err := os.Stat(filepath.Join(filepath.Dir(path), ".master.key.12345")); err != nil {
+		t.Errorf("somebody wrote it just then: %v", err)
+	}
+	if err := dir.Close(); err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(t.TempDir(), "linked.key")
+	if err := os.Symlink(path, link); err != nil {
+		t.Fatal(err)
+	}
+	masterkey.Sweep(link)
+	swept("Sweep")
+	if _, err := masterkey.Open(path); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestRefresh: a key that comes into the file is found, one that leaves it while it is needed comes back, and a
 // file that is bad changes nothing.
 func TestRefresh(t *testing.T) {
@@ -154,19 +212,13 @@ func TestRefresh(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// Left behind by a process that was killed, and of somebody else.
-	for _, name := range []string{".master.key.12345", ".master.key.mine"} {
-		if err := os.WriteFile(filepath.Join(filepath.Dir(path), name), first, 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
+	leave, swept := leftBehind(t, path)
+	leave()
 	id, err := masterkey.AddTo(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if left, err := filepath.Glob(filepath.Join(filepath.Dir(path), ".master.key.*")); err != nil || len(left) != 1 || filepath.Ext(left[0]) != ".mine" {
-		t.Errorf("left behind: %v, %v", left, err)
-	}
+	swept("a change")
 	if err := keys.Refresh(); err != nil || !keys.Has(id) {
 		t.Fatalf("a key in the file is not found: %v, %v", keys.IDs(), err)
 	}

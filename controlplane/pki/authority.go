@@ -129,6 +129,7 @@ func Open(ctx context.Context, cfg Config) (*Authority, error) {
 	if err != nil {
 		return nil, err
 	}
+	masterkey.Sweep(cfg.MasterKeyFile)
 	if cfg.Prepare != nil {
 		if err := cfg.Prepare(ctx, a.keys); err != nil {
 			return nil, err

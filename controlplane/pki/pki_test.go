@@ -12,8 +12,10 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/big"
 	"net"
 	"net/url"
@@ -395,9 +397,17 @@ func TestReopen(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	// A copy that a first start left behind which was killed as it made the file.
+	left := filepath.Join(dir, ".master.key.123456789")
+	if err := os.Link(cfg.MasterKeyFile, left); err != nil {
+		t.Fatal(err)
+	}
 	b, err := pki.Open(ctx, cfg)
 	if err != nil || b.Fingerprint() != a.Fingerprint() {
 		t.Fatalf("opened again: %v", err)
+	}
+	if _, err := os.Stat(left); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the copy of the master key stays: %v", err)
 	}
 	master, err := os.ReadFile(cfg.MasterKeyFile)
 	if err != nil {
