@@ -156,7 +156,7 @@ func TestBadStatements(t *testing.T) {
 		{name: "no source", args: []string{"host", "select 1"}, code: 2, says: []string{"AGENT/SOURCE"}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			before, ours, theirs := items(t, "bad"), len(allEntries(t, s, "")), len(asked(t, s, "host"))
+			before, ours, theirs := items(t, "bad"), len(asked(t, s, "")), len(asked(t, s, "host"))
 			e := postern(t, s, append([]string{"sql"}, tc.args...)...)
 			if tc.lines == 0 {
 				e.said(t, tc.code, append(tc.says, "postern: ")...)
@@ -178,7 +178,7 @@ func TestBadStatements(t *testing.T) {
 				t.Errorf("the table was %s and is %s", before, after)
 			}
 			var outcomes []string
-			for _, entry := range allEntries(t, s, "")[ours:] {
+			for _, entry := range asked(t, s, "")[ours:] {
 				outcomes = append(outcomes, entry.Action+" "+entry.Outcome)
 			}
 			want := ""
@@ -217,13 +217,13 @@ func TestBadStatements(t *testing.T) {
 		cmd.Stdin = strings.NewReader("select 1 -- " + strings.Repeat("x", 1<<20))
 		finish(t, cmd).said(t, 2, "the query has more than 1 MiB")
 		// Whoever speaks to the control plane without our command is told as well.
-		before := len(allEntries(t, s, ""))
+		before := len(asked(t, s, ""))
 		big := strings.Repeat("x", proto.MaxSQLRequest)
 		_, err := api(t, s).SQL(t.Context(), "host", "ro", &posternv1.RunSQLRequest{Sql: "select :v", Parameters: []*posternv1.Parameter{{Name: "v", Value: &big}}})
 		if proto.CodeOf(err) != proto.CodeBodyTooLarge {
 			t.Errorf("got %v", err)
 		}
-		if after := len(allEntries(t, s, "")); after != before {
+		if after := len(asked(t, s, "")); after != before {
 			t.Errorf("%d entries in the log", after-before)
 		}
 	})
