@@ -5,11 +5,13 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/postern-dev/postern/agentd/config"
 	"github.com/postern-dev/postern/agentd/doctor"
+	"github.com/postern-dev/postern/agentd/egress"
 	"github.com/postern-dev/postern/e2e/simulateds3"
 	"github.com/postern-dev/postern/e2e/simulatedvault"
 )
@@ -88,6 +90,27 @@ func TestSimulatedBucketByVault(t *testing.T) {
 			t.Errorf("%s is %v", name, got)
 		}
 	}
+	// Two processes without rights made all requests: Vault's and the bucket's.
+	pids := egressProcesses(t)
+	if len(pids) != 2 {
+		t.Errorf("processes %v made the requests, want two", pids)
+	}
+	for _, pid := range pids {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range []string{fmt.Sprintf("Uid:\t%d\t", m.d.config.Load().SQL.UIDBase+egress.UIDs), "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n", "NoNewPrivs:\t1\n", "Seccomp:\t2\n"} {
+			if !strings.Contains(string(status), want) {
+				t.Errorf("process %d: its status has no %q", pid, want)
+			}
+		}
+		for _, name := range []string{"cmdline", "environ"} {
+			if text, err := os.ReadFile(fmt.Sprintf("/proc/%d/%s", pid, name)); err != nil || strings.Contains(string(text), s.Secret) {
+				t.Errorf("process %d: %s is %q, %v", pid, name, text, err)
+			}
+		}
+	}
 	// Nothing of the keys is in the log or the status.
 	if strings.Contains(m.log.String(), s.Secret) || strings.Contains(fmt.Sprintf("%+v", m.d.attachmentStatus()), s.Secret) {
 		t.Error("the secret is told")
@@ -95,6 +118,27 @@ func TestSimulatedBucketByVault(t *testing.T) {
 	if err := umountHere(t.Context(), &m.d.places, at, false); err != nil {
 		t.Error(err)
 	}
+}
+
+// egressProcesses are those that we ourselves started.
+func egressProcesses(t *testing.T) (pids []int) {
+	t.Helper()
+	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, path := range all {
+		text, err := os.ReadFile(path)
+		if err != nil || string(text) != "agentd\x00"+egress.Arg+"\x00" {
+			continue // another program, or it is gone
+		}
+		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+		status, err := os.ReadFile(filepath.Join(filepath.Dir(path), "status"))
+		if err == nil && strings.Contains(string(status), fmt.Sprintf("PPid:\t%d\n", os.Getpid())) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
 }
 
 // TestSimulatedBucketRotation rotates a bucket's keys in Vault while it is mounted: nobody who reads or writes sees it. Where

@@ -3,13 +3,15 @@ package main
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net/http"
-	"net/url"
 	"reflect"
 	"sync"
+	"time"
 
 	"github.com/postern-dev/postern/agentd/attach/bucket"
 	"github.com/postern-dev/postern/agentd/config"
+	"github.com/postern-dev/postern/agentd/egress"
 	"github.com/postern-dev/postern/agentd/secret"
 	"github.com/postern-dev/postern/agentd/vault"
 	"github.com/postern-dev/postern/proto"
@@ -54,7 +56,7 @@ func (b *buckets) find(ctx context.Context, name string) (*bucket.Store, func(),
 		return nil, nil, proto.Errorf(proto.CodePolicyDenied, "there is no bucket %.64q in attachments.buckets in agentd.yaml", name)
 	}
 	if o == nil {
-		store, err := openStore(ctx, c, how, may.ReadOnly, b.metrics, func(ctx context.Context, ref secret.Ref) (secret.Secret, error) {
+		store, err := openStore(ctx, b.daemon.Executable, b.daemon.logger, c, how, may.ReadOnly, b.metrics, func(ctx context.Context, ref secret.Ref) (secret.Secret, error) {
 			return b.daemon.readSecret(ctx, ref)
 		})
 		if err != nil {
@@ -89,16 +91,18 @@ func (b *buckets) close() {
 	}
 }
 
+// bucketHeaderTime is how long an object store may take to begin an answer.
+const bucketHeaderTime = 30 * time.Second
+
 // openStore opens a bucket of the configuration. It reaches it as the tunnel is reached:
-// through the same proxy, with the same authorities.
-func openStore(ctx context.Context, c *config.Config, how config.Bucket, readOnly bool, metrics *bucket.Metrics, read func(context.Context, secret.Ref) (secret.Secret, error)) (*bucket.Store, error) {
-	proxy := http.ProxyFromEnvironment
-	if c.Proxy != nil {
-		proxy = func(r *http.Request) (*url.URL, error) { return c.Proxy(r.URL) }
-	}
-	return bucket.Open(ctx, bucket.Config{
+// through the same proxy, with the same authorities, and by a process of its own.
+func openStore(ctx context.Context, executable string, logger *slog.Logger, c *config.Config, how config.Bucket, readOnly bool, metrics *bucket.Metrics, read func(context.Context, secret.Ref) (secret.Secret, error)) (*bucket.Store, error) {
+	through := newEgress(executable, c, egress.Config{
+		Name: "bucket " + how.Name, CAs: c.OuterCAs, Proxy: proxyFor(c), HeaderTime: bucketHeaderTime, Logger: logger,
+	})
+	store, err := bucket.Open(ctx, bucket.Config{
 		Name: how.Name, Bucket: how.Bucket, Region: how.Region, Prefix: how.Prefix, Endpoint: how.Endpoint, PathStyle: how.PathStyle, ReadOnly: readOnly,
-		Metrics: metrics, Proxy: proxy, RootCAs: c.OuterRootCAs,
+		Metrics: metrics, Transport: through, Closed: through.Close,
 		Keys: func(ctx context.Context) (bucket.Keys, error) {
 			var values [3]string
 			for i, ref := range how.Refs() {
@@ -114,6 +118,10 @@ func openStore(ctx context.Context, c *config.Config, how config.Bucket, readOnl
 			return bucket.Keys{Access: values[0], Secret: values[1], Session: values[2]}, nil
 		},
 	})
+	if err != nil {
+		through.Close()
+	}
+	return store, err
 }
 
 // readSecret reads one of the host's own secrets, wherever it is.

@@ -191,7 +191,7 @@ func (d *Daemon) open(linkCtx context.Context) (err error) {
 		d.logger.Warn("half-written audit entry set aside", "file", found.Torn)
 	}
 	d.registry = prometheus.NewRegistry()
-	d.vault = newVault(c, d.secrets, d.logger)
+	d.vault = newVault(d.Executable, c, d.secrets, d.logger)
 	d.sessions = sqlsession.New(sqlsession.Config{
 		Executable: d.Executable, UIDBase: int(c.SQL.UIDBase), Warm: warm(c.SQL.Warm), IdleTimeout: c.SQL.IdleTimeout, Memory: int64(c.SQL.Memory),
 		Hold: d.holdDir(), Logger: d.logger, Metrics: sqlsession.NewMetrics(d.registry),

@@ -20,7 +20,7 @@ func examineBuckets(ctx context.Context, r *doctor.Report, c *config.Config) {
 	if len(c.Buckets) == 0 {
 		return
 	}
-	client := newVault(c, nil, slog.New(slog.DiscardHandler))
+	client := newVault("", c, nil, slog.New(slog.DiscardHandler))
 	if client != nil {
 		defer client.Close() //nolint:errcheck // what is left of it ends by itself
 	}
@@ -45,7 +45,7 @@ func examineBuckets(ctx context.Context, r *doctor.Report, c *config.Config) {
 func lookAtBucket(ctx context.Context, c *config.Config, b config.Bucket, read func(context.Context, secret.Ref) (secret.Secret, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, bucketTime)
 	defer cancel()
-	store, err := openStore(ctx, c, b, true, nil, read)
+	store, err := openStore(ctx, "", slog.New(slog.DiscardHandler), c, b, true, nil, read)
 	if err != nil {
 		return err
 	}

@@ -22,11 +22,11 @@ import (
 	"github.com/postern-dev/postern/agentd/config"
 	"github.com/postern-dev/postern/agentd/control"
 	"github.com/postern-dev/postern/agentd/doctor"
+	"github.com/postern-dev/postern/agentd/egress"
 	"github.com/postern-dev/postern/agentd/identity"
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/secret"
 	"github.com/postern-dev/postern/agentd/sqlsession"
-	"github.com/postern-dev/postern/agentd/uplink"
 	"github.com/postern-dev/postern/proto"
 	"github.com/postern-dev/postern/proto/kernelsecret"
 	"github.com/postern-dev/postern/tunnel"
@@ -37,7 +37,7 @@ const (
 	// doctorUIDs is where doctor's own SQL sessions have their user ids: behind
 	// those of the running agentd.
 	doctorUIDs = 65_536
-	uidCount   = uplink.UIDs + 1 // the last three are the parser's and the uplink's
+	uidCount   = egress.UIDs + 1 // the last four are the parser's, the uplink's and the egress processes'
 	// auditWarning is when the audit log is worth a thought, in bytes.
 	auditWarning = 4 << 30
 )
@@ -276,7 +276,7 @@ func examineSecrets(ctx context.Context, r *doctor.Report, c *config.Config) {
 		r.Add("kernels' secrets", doctor.Warning, "what opens Vault is in agentd's environment, which this command does not have", "they are looked at when a kernel asks for them")
 		return
 	}
-	client := newVault(c, nil, slog.New(slog.DiscardHandler))
+	client := newVault("", c, nil, slog.New(slog.DiscardHandler))
 	if client == nil {
 		return // refused by the configuration
 	}
@@ -302,7 +302,7 @@ func examineSources(ctx context.Context, r *doctor.Report, p *places, c *config.
 	}
 	check := func(name string) ([]control.Check, error) { return control.AskCheck(ctx, p.runtimeDir(), name) }
 	if !running {
-		client := newVault(c, nil, slog.New(slog.DiscardHandler))
+		client := newVault("", c, nil, slog.New(slog.DiscardHandler))
 		if client != nil {
 			defer client.Close() //nolint:errcheck // what is left of it ends by itself
 		}

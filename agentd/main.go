@@ -15,6 +15,7 @@ import (
 
 	"github.com/postern-dev/postern/agentd/checkpoint"
 	"github.com/postern-dev/postern/agentd/config"
+	"github.com/postern-dev/postern/agentd/egress"
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/agentd/uplink"
@@ -25,7 +26,7 @@ import (
 var _ kernel.CRIU = (*checkpoint.Driver)(nil)
 
 func main() {
-	// A SQL session's process, a parser's and an uplink must do nothing else first.
+	// A SQL session's process, a parser's, an uplink and an egress process must do nothing else first.
 	if len(os.Args) > 1 && os.Args[1] == sqlsession.ChildArg {
 		os.Exit(sqlsession.ChildMain())
 	}
@@ -34,6 +35,9 @@ func main() {
 	}
 	if len(os.Args) > 1 && os.Args[1] == uplink.Arg {
 		os.Exit(uplink.Main())
+	}
+	if len(os.Args) > 1 && os.Args[1] == egress.Arg {
+		os.Exit(egress.Main())
 	}
 	if len(os.Args) > 1 && os.Args[1] == kernel.InitArg {
 		os.Exit(kernel.InitMain())

@@ -10,6 +10,7 @@ import (
 
 	"github.com/postern-dev/postern/agentd/checkpoint"
 	"github.com/postern-dev/postern/agentd/checkpoint/criutest"
+	"github.com/postern-dev/postern/agentd/egress"
 	"github.com/postern-dev/postern/agentd/kernel"
 	"github.com/postern-dev/postern/agentd/sqlsession"
 	"github.com/postern-dev/postern/agentd/uplink"
@@ -26,6 +27,9 @@ func TestMain(m *testing.M) {
 	}
 	if len(os.Args) > 1 && os.Args[1] == uplink.Arg {
 		os.Exit(uplink.Main())
+	}
+	if len(os.Args) > 1 && os.Args[1] == egress.Arg {
+		os.Exit(egress.Main())
 	}
 	if len(os.Args) > 1 && os.Args[1] == kernel.InitArg {
 		os.Exit(kernel.InitMain())

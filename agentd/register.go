@@ -74,7 +74,7 @@ func (r *registerCommand) run(ctx context.Context) error {
 		return err
 	}
 	if r.caFile != "" {
-		if c.OuterRootCAs, c.OuterCAs, err = config.ReadBundle(r.caFile); err != nil {
+		if c.OuterCAs, err = config.ReadBundle(r.caFile); err != nil {
 			return usagef("--ca-file: %v", err)
 		}
 	}

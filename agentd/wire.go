@@ -17,6 +17,7 @@ import (
 
 	"github.com/postern-dev/postern/agentd/config"
 	"github.com/postern-dev/postern/agentd/control"
+	"github.com/postern-dev/postern/agentd/egress"
 	"github.com/postern-dev/postern/agentd/host"
 	"github.com/postern-dev/postern/agentd/link"
 	"github.com/postern-dev/postern/agentd/policy"
@@ -143,8 +144,8 @@ func (d *Daemon) decideIntrospection(source string) host.Verdict {
 	return host.Verdict{}
 }
 
-// newVault is the client of the configuration's Vault; nil if it has none.
-func newVault(c *config.Config, env *secret.Environment, logger *slog.Logger) *vault.Client {
+// newVault is the client of the configuration's Vault; nil if it has none. executable is for tests; "" means this program.
+func newVault(executable string, c *config.Config, env *secret.Environment, logger *slog.Logger) *vault.Client {
 	v := c.Vault
 	if v.Address == "" {
 		return nil
@@ -152,7 +153,10 @@ func newVault(c *config.Config, env *secret.Environment, logger *slog.Logger) *v
 	reader := func(ref secret.Ref) vault.Reader {
 		return func(ctx context.Context) (secret.Secret, error) { return ref.Load(ctx, env) }
 	}
-	cfg := vault.Config{Address: v.Address, Namespace: v.Namespace, RootCAs: v.RootCAs, Mount: v.Mount, RoleID: v.RoleID, Logger: logger}
+	through := newEgress(executable, c, egress.Config{Name: "vault", CAs: v.CAs, Logger: logger})
+	cfg := vault.Config{
+		Address: v.Address, Namespace: v.Namespace, Transport: through, Closed: through.Close, Mount: v.Mount, RoleID: v.RoleID, Logger: logger,
+	}
 	if v.RoleID != "" {
 		cfg.SecretID = reader(v.SecretID)
 	} else {

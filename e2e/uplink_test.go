@@ -40,15 +40,7 @@ func TestUplink(t *testing.T) {
 	if own := tcpSockets(t, uplink); len(own) == 0 {
 		t.Error("the uplink has no TCP socket: the search is broken")
 	}
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", uplink))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range []string{"Uid:\t1900065794\t1900065794\t1900065794\t1900065794\n", "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n", "NoNewPrivs:\t1\n", "Seccomp:\t2\n"} {
-		if !strings.Contains(string(status), want) {
-			t.Errorf("its status has no %q", want)
-		}
-	}
+	rightless(t, uplink, 1900065794)
 	for _, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP} {
 		before := one()
 		if err := syscall.Kill(before, signal); err != nil {
@@ -74,6 +66,20 @@ func TestUplink(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// rightless checks that a process has a user of its own and no rights.
+func rightless(t *testing.T, pid, uid int) {
+	t.Helper()
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{fmt.Sprintf("Uid:\t%d\t%[1]d\t%[1]d\t%[1]d\n", uid), "CapEff:\t0000000000000000\n", "CapBnd:\t0000000000000000\n", "NoNewPrivs:\t1\n", "Seccomp:\t2\n"} {
+		if !strings.Contains(string(status), want) {
+			t.Errorf("the status of process %d has no %q", pid, want)
+		}
+	}
 }
 
 // tcpSockets are the lines of the kernel's tables that are a process's own.

@@ -104,6 +104,16 @@ sources:
 	if got := ask("made"); got.code != 0 || !strings.Contains(got.stdout, "v") || server.users() != 1 {
 		t.Fatalf("got %+v, %d users", got, server.users())
 	}
+	if root {
+		pids := a.Process.ChildrenNamed("egress")
+		if len(pids) != 1 {
+			t.Fatalf("what asks Vault: %v, want one process", pids)
+		}
+		rightless(t, pids[0], 1900065795)
+		if own := tcpSockets(t, a.Process.PID()); len(own) > 0 {
+			t.Errorf("agentd has TCP sockets itself: %q", own)
+		}
+	}
 	// Rotation: what runs goes on, and the next connection takes the new one.
 	sql("ALTER ROLE vaulted PASSWORD 'marked-password-two'")
 	server.put("team/db", map[string]any{"pw": "marked-password-two"})

@@ -1,7 +1,6 @@
 package config
 
 import (
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -50,11 +49,9 @@ type Config struct {
 	URL string
 	// Name is what the host would like to be called; "" means its host name.
 	Name string
-	// OuterRootCAs are trusted for the outer TLS beside the system's; may be nil.
-	// OuterCAs are the same, in DER.
-	OuterRootCAs *x509.CertPool
-	OuterCAs     [][]byte
-	CAFile       string
+	// OuterCAs are trusted for the outer TLS beside the system's, in DER; may be nil.
+	OuterCAs [][]byte
+	CAFile   string
 	// Proxy chooses the proxy; nil means by the environment.
 	Proxy   func(*url.URL) (*url.URL, error)
 	Metrics Metrics
@@ -242,11 +239,11 @@ func Parse(path string, raw []byte, checkDSN func(engine, dsn string) error) (*C
 	}
 	c.CAFile = in.CAFile
 	if in.CAFile != "" {
-		pool, ders, err := ReadBundle(in.CAFile)
+		ders, err := ReadBundle(in.CAFile)
 		if err != nil {
 			p.add(at("ca_file"), "ca_file: %v", err)
 		}
-		c.OuterRootCAs, c.OuterCAs = pool, ders
+		c.OuterCAs = ders
 	}
 	c.Proxy, c.proxy, c.noProxy = p.proxy(in, at), in.Proxy, in.NoProxy
 	c.Metrics = p.metrics(in.Metrics.Listen, at("metrics", "listen"))

@@ -24,8 +24,8 @@ const DefaultKernelUIDBase = 1_901_000_000
 const KernelUIDs = policy.MaxKernels + 64*policy.MaxKernelWarm + 1
 
 // sqlUIDs is how many user ids SQL sessions may take from their first on, with the
-// parser's two behind them and the uplink's.
-const sqlUIDs = 65_795
+// parser's two behind them, the uplink's and the egress processes'.
+const sqlUIDs = 65_796
 
 // Kernels is what the configuration says of Jupyter kernels.
 type Kernels struct {

@@ -148,40 +148,32 @@ func checkDSN(dsn string) error {
 	return nil
 }
 
-// LoadBundle reads PEM certificates to trust beside the system's. Every block must be a good certificate:
+// ReadBundle reads PEM certificates to trust beside the system's, and returns them in DER. Every block must be a good certificate:
 // x509.CertPool would pass over the others and trust less than the owner thinks.
-func LoadBundle(path string) (*x509.CertPool, error) {
-	pool, _, err := ReadBundle(path)
-	return pool, err
-}
-
-// ReadBundle is LoadBundle that returns the certificates in DER as well.
-func ReadBundle(path string) (pool *x509.CertPool, ders [][]byte, err error) {
+func ReadBundle(path string) (ders [][]byte, err error) {
 	raw, err := os.ReadFile(path)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	pool = x509.NewCertPool()
 	begins := strings.Count(string(raw), "-----BEGIN")
 	for n := 1; ; n++ {
 		var block *pem.Block
 		if block, raw = pem.Decode(raw); block == nil {
 			switch {
 			case begins == 0:
-				return nil, nil, fmt.Errorf("%s holds no PEM certificate", path)
+				return nil, fmt.Errorf("%s holds no PEM certificate", path)
 			case n != begins+1:
-				return nil, nil, fmt.Errorf("%s: a block is malformed", path)
+				return nil, fmt.Errorf("%s: a block is malformed", path)
 			}
-			return pool, ders, nil
+			return ders, nil
 		}
 		if block.Type != "CERTIFICATE" {
-			return nil, nil, fmt.Errorf("%s: block %d is a %q, not a certificate", path, n, block.Type)
+			return nil, fmt.Errorf("%s: block %d is a %q, not a certificate", path, n, block.Type)
 		}
 		cert, err := x509.ParseCertificate(block.Bytes)
 		if err != nil {
-			return nil, nil, fmt.Errorf("%s: block %d is malformed: %w", path, n, err)
+			return nil, fmt.Errorf("%s: block %d is malformed: %w", path, n, err)
 		}
-		pool.AddCert(cert)
 		ders = append(ders, cert.Raw)
 	}
 }

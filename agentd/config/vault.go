@@ -1,7 +1,6 @@
 package config
 
 import (
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"regexp"
@@ -14,7 +13,7 @@ import (
 type Vault struct {
 	Address   string
 	Namespace string
-	RootCAs   *x509.CertPool // beside the system's; may be nil
+	CAs       [][]byte // beside the system's, in DER; may be nil
 	// Token, or the AppRole with RoleID, SecretID and Mount.
 	Token    secret.Ref
 	Mount    string
@@ -59,11 +58,11 @@ func (p *problems) vault(in file, c *Config, at func(...any) int) {
 		p.add(at("vault", "namespace"), "vault.namespace: %q is no name of a namespace", v.Namespace)
 	}
 	if v.CAFile != "" {
-		pool, err := LoadBundle(v.CAFile)
+		ders, err := ReadBundle(v.CAFile)
 		if err != nil {
 			p.add(at("vault", "ca_file"), "vault.ca_file: %v", err)
 		}
-		c.Vault.RootCAs = pool
+		c.Vault.CAs = ders
 	}
 	check := func(ref secret.Ref, keys ...any) {
 		err := ref.Validate()

@@ -29,8 +29,12 @@ type Config struct {
 	Address string
 	// Namespace is Vault Enterprise's; "" is none.
 	Namespace string
-	// RootCAs are trusted beside the system's; may be nil.
-	RootCAs *x509.CertPool
+	// Transport is what requests go through; nil means one of the Client's own, which
+	// trusts RootCAs or, if that is nil, the system's authorities.
+	Transport http.RoundTripper
+	RootCAs   *x509.CertPool
+	// Closed is called once, at the end of Close; optional.
+	Closed func()
 	// Token is read at each login. Either it or RoleID and SecretID are set.
 	Token Reader
 	// Mount is where AppRole is; "" means approle.
@@ -112,12 +116,16 @@ func New(cfg Config) *Client {
 
 // api makes a client of the library that knows nothing of the environment.
 func (c *Client) api() (*api.Client, error) {
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.Proxy = nil
-	transport.MaxIdleConnsPerHost = 2
-	transport.TLSClientConfig = &tls.Config{RootCAs: c.cfg.RootCAs, MinVersion: tls.VersionTLS12}
+	through := c.cfg.Transport
+	if through == nil {
+		transport := http.DefaultTransport.(*http.Transport).Clone()
+		transport.Proxy = nil
+		transport.MaxIdleConnsPerHost = 2
+		transport.TLSClientConfig = &tls.Config{RootCAs: c.cfg.RootCAs, MinVersion: tls.VersionTLS12}
+		through = transport
+	}
 	client, err := api.NewClient(&api.Config{
-		Address: c.cfg.Address, HttpClient: &http.Client{Transport: transport}, MaxRetries: 1, Timeout: requestTimeout, DisableRedirects: true,
+		Address: c.cfg.Address, HttpClient: &http.Client{Transport: through}, MaxRetries: 1, Timeout: requestTimeout, DisableRedirects: true,
 	})
 	if err != nil {
 		return nil, err
@@ -357,5 +365,8 @@ func (c *Client) Close() error {
 		wg.Go(func() { errs[i] = l.revoke(ctx) })
 	}
 	wg.Wait()
+	if c.cfg.Closed != nil {
+		c.cfg.Closed()
+	}
 	return errors.Join(errs...)
 }

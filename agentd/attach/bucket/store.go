@@ -3,14 +3,12 @@ package bucket
 import (
 	"context"
 	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
 	"net"
 	"net/http"
-	"net/url"
 	"slices"
 	"strings"
 	"time"
@@ -68,9 +66,10 @@ type Config struct {
 	Keys func(context.Context) (Keys, error)
 	// Metrics is optional.
 	Metrics *Metrics
-	// Proxy and RootCAs are optional; RootCAs are trusted beside the system's.
-	Proxy   func(*http.Request) (*url.URL, error)
-	RootCAs *x509.CertPool
+	// Transport is what requests go through; nil means one of the Store's own, without a proxy.
+	Transport http.RoundTripper
+	// Closed is called once, at the end of Close; optional.
+	Closed func()
 }
 
 // Store is a Remote by S3 itself. Close it once.
@@ -86,17 +85,26 @@ var _ Remote = (*Store)(nil)
 
 // Open makes a Store; it does not reach out to the bucket.
 func Open(ctx context.Context, cfg Config) (*Store, error) {
-	transport := &http.Transport{
-		Proxy: cfg.Proxy, ForceAttemptHTTP2: false, MaxIdleConnsPerHost: 64, IdleConnTimeout: time.Minute,
-		DialContext:         (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
-		TLSHandshakeTimeout: 10 * time.Second, ResponseHeaderTimeout: stallTime,
-		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12, RootCAs: cfg.RootCAs},
+	through, done := cfg.Transport, cfg.Closed
+	if through == nil {
+		transport := &http.Transport{
+			ForceAttemptHTTP2: false, MaxIdleConnsPerHost: 64, IdleConnTimeout: time.Minute,
+			DialContext:         (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
+			TLSHandshakeTimeout: 10 * time.Second, ResponseHeaderTimeout: stallTime,
+			TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS12},
+		}
+		through, done = transport, func() {
+			transport.CloseIdleConnections()
+			if cfg.Closed != nil {
+				cfg.Closed()
+			}
+		}
 	}
 	keys := newKeyring(cfg.Keys)
 	options := s3.Options{
 		Region: cfg.Region, Credentials: keys.cache, UsePathStyle: cfg.PathStyle,
 		APIOptions: []func(*middleware.Stack) error{keys.middleware},
-		HTTPClient: &http.Client{Transport: transport, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
+		HTTPClient: &http.Client{Transport: through, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }},
 		// What is not AWS's own does not know newer checksums.
 		RequestChecksumCalculation: aws.RequestChecksumCalculationWhenRequired,
 		ResponseChecksumValidation: aws.ResponseChecksumValidationWhenRequired,
@@ -113,7 +121,10 @@ func Open(ctx context.Context, cfg Config) (*Store, error) {
 		return nil, fmt.Errorf("bucket %s: %w", cfg.Name, err)
 	}
 	s := newStore(b, cfg)
-	s.s3, s.close = true, transport.CloseIdleConnections
+	s.s3 = true
+	if done != nil {
+		s.close = done
+	}
 	return s, nil
 }
 
