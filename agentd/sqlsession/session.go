@@ -211,7 +211,7 @@ func (s *session) end() {
 func (s *session) died() *proto.Error {
 	select {
 	case <-s.exited:
-	case <-time.After(2 * time.Second):
+	case <-time.After(exitTimeout): // one that was killed gives back its memory first
 		return proto.Errorf(proto.CodeSQLSessionDied, "the SQL session process broke off")
 	}
 	if s.overMemory {
