@@ -1,6 +1,7 @@
 package egress
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -15,6 +16,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -492,6 +494,53 @@ func TestProxy(t *testing.T) {
 			t.Errorf("%s: %q, %v", name, text, err)
 		}
 	}
+}
+
+// TestHostileProcess: what a process that was taken over answers is an error, of bounded size, in bounded time.
+func TestHostileProcess(t *testing.T) {
+	for kind, want := range map[string]string{
+		"header": "", "line": "", "interim": "", "nothing": "EOF", "silent": "timeout",
+		"failure": strings.TrimSpace(strings.Repeat("a ", maxFailure/2)), "escape": "it does not say why",
+	} {
+		t.Run(kind, func(t *testing.T) {
+			_, h := client(t, func(c *Config) {
+				c.Args = []string{hostileArg, kind}
+				if kind == "silent" {
+					c.HeaderTime = 200 * time.Millisecond
+				}
+			})
+			answer, err := h.Get("http://127.0.0.1:1")
+			if err == nil {
+				_ = answer.Body.Close()
+				t.Fatalf("it is an answer: %v", answer)
+			}
+			if text := err.Error(); !strings.Contains(text, want) || len(text) > 2*maxFailure || strings.ContainsAny(text, "\n\x1b") {
+				t.Errorf("got %q, want %q", text, want)
+			}
+		})
+	}
+}
+
+// TestEndsWithAgentd: a process does not outlive an agentd that is killed.
+func TestEndsWithAgentd(t *testing.T) {
+	s := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}))
+	defer s.Close()
+	cmd := exec.Command("/proc/self/exe", parentArg, s.URL)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	line, err := bufio.NewReader(out).ReadString('\n')
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	pid, perr := strconv.Atoi(strings.TrimSpace(line))
+	if err != nil || perr != nil {
+		t.Fatalf("it said %q: %v, %v", line, err, perr)
+	}
+	eventually(t, "its end", func() bool { return errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) })
 }
 
 // TestProtocol: a process that is told nonsense ends.
