@@ -92,7 +92,7 @@ func succeeds(t *testing.T, e ended) {
 // shell runs a script in a directory, in a process of its own: a mount is touched by nobody else.
 func shell(t *testing.T, dir, script string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "/bin/sh", "-euc", script)
 	cmd.Dir, cmd.WaitDelay = dir, 5*time.Second
