@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -142,7 +143,10 @@ func mountdMain(args []string) int {
 	client := remote.Dial(filepath.Join(dir, proxySocket))
 	defer client.Close()
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	var small sync.WaitGroup
+	defer small.Wait()
 	defer stop()
+	small.Go(func() { keepSmall(ctx, logger, func() bool { return true }) })
 	code, err := mountd.Run(ctx, mountd.Config{
 		Dir:     dir,
 		Pending: func() []string { return append(replicaNames(replicas), bucketNames(dir, file)...) },

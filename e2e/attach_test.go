@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -106,6 +107,7 @@ func shell(t *testing.T, dir, script string) string {
 // TestAttachments mounts a workspace on a host and works in it, with the link and without.
 func TestAttachments(t *testing.T) {
 	s, a, target := mounted(t)
+	touched := touchProgram(t, a)
 	// Both ways.
 	put := func(path, content string) {
 		t.Helper()
@@ -177,6 +179,74 @@ func TestAttachments(t *testing.T) {
 	succeeds(t, agentd(t, a, "umount", target))
 	agentd(t, a, "umount", target).said(t, 4, "")
 	auditVerifies(t, s)
+	// Within a minute mountd gives back what of its program it does not use.
+	eventually(t, 2*time.Minute, "mountd to become small", func() error {
+		st, err := attachStatus(t, a)
+		if err != nil || st.Attachments.PID == 0 {
+			return fmt.Errorf("mountd: %+v, %v", st.Attachments, err)
+		}
+		if now := ofProgram(t, st.Attachments.PID); now > touched-16<<20 {
+			return fmt.Errorf("%d MiB of its program are mapped, %d were", now>>20, touched>>20)
+		}
+		return nil
+	})
+}
+
+// touchProgram maps all code and constants of the mountd of a host, and returns how many bytes of files it has
+// mapped then.
+func touchProgram(t *testing.T, a *stack.Agent) int64 {
+	t.Helper()
+	st, err := attachStatus(t, a)
+	if err != nil || st.Attachments.PID == 0 {
+		t.Fatalf("mountd: %+v, %v", st.Attachments, err)
+	}
+	pid := st.Attachments.PID
+	dir := fmt.Sprintf("/proc/%d/", pid)
+	program, err := os.Readlink(dir + "exe")
+	if err != nil {
+		t.Fatal(err)
+	}
+	maps, err := os.ReadFile(dir + "maps")
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory, err := os.Open(dir + "mem")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer memory.Close()
+	for line := range strings.Lines(string(maps)) {
+		var from, to int64
+		var permissions string
+		if !strings.HasSuffix(line, " "+program+"\n") {
+			continue
+		}
+		if _, err := fmt.Sscanf(line, "%x-%x %s", &from, &to, &permissions); err != nil {
+			t.Fatalf("%q: %v", line, err)
+		}
+		if strings.Contains(permissions, "w") {
+			continue
+		}
+		if _, err := io.Copy(io.Discard, io.NewSectionReader(memory, from, to-from)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return ofProgram(t, pid)
+}
+
+// ofProgram is how many bytes of files a process has mapped and in memory.
+func ofProgram(t *testing.T, pid int) int64 {
+	t.Helper()
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(text), "\nRssFile:")
+	var kib int64
+	if _, err := fmt.Sscan(rest, &kib); err != nil {
+		t.Fatalf("RssFile of %d: %v", pid, err)
+	}
+	return kib << 10
 }
 
 // TestMountAfterRemoval removes a host's replica as soon as it is unmounted and mounts the
