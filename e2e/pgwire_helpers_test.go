@@ -86,6 +86,13 @@ func newEndpoint(t *testing.T, database string, statements []string, policy stri
 		t.Fatal(err)
 	}
 	e.token = newToken(t, s, e.user, "analyst")
+	// On a busy machine the parser of statements takes longer to start than a statement waits.
+	eventually(t, time.Minute, "a first statement", func() error {
+		if end := postern(t, s, "sql", "lab/desk", "select 1"); end.code != 0 {
+			return errors.New(end.stderr)
+		}
+		return nil
+	})
 	return e
 }
 
