@@ -196,7 +196,7 @@ func (p *process) dial(ctx context.Context, _, _ string) (net.Conn, error) {
 		return nil, err
 	}
 	defer theirs.Close() //nolint:errcheck // the process has its own
-	if err := context.Cause(ctx); err == nil {
+	if err = context.Cause(ctx); err == nil {
 		err = p.say([]byte{'c'}, theirs)
 	}
 	if err != nil {
