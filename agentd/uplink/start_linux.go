@@ -212,7 +212,7 @@ func (p *process) Open(ctx context.Context) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := context.Cause(ctx); err == nil {
+	if err = context.Cause(ctx); err == nil {
 		err = p.say([]byte{'c'}, theirs)
 	}
 	if err != nil {
