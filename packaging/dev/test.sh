@@ -29,6 +29,9 @@ step "tests"
 # and synchronizes nothing (e2e/walls looks). Vet had its turn.
 packages=$(go list ./...)
 corpora='/agentd/sqlsession/(adversary|enginetest)$'
+# The slowest come first, so that none of them is left to run alone.
+slow='/(agentd|agentd/sqlsession|agentd/kernel/internal/(shim|restoretest)|agentd/checkpoint/pagestore|controlplane|controlplane/workspace|client/postern)$'
+packages=$({ echo "$packages" | grep -E "$slow"; echo "$packages" | grep -vE "$slow"; })
 wazevo=github.com/tetratelabs/wazero/internal/engine/wazevo
 plain="-gcflags=$wazevo/ssa=-race=false -gcflags=$wazevo/backend/...=-race=false"
 run() { go test -json -vet=off -timeout 20m ${TEST_RUN:+-run "$TEST_RUN"} "$@" || :; }
