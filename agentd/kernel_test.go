@@ -44,7 +44,7 @@ func (d tunnelDoer) Do(r *http.Request) (*http.Response, error) {
 // cell runs code on a stream and returns the contents of what it printed.
 func cell(t *testing.T, stream io.ReadWriter, code string) (id string, wait func() string) {
 	t.Helper()
-	m, err := jupyter.New(jupyter.Shell, "execute_request", "ana", map[string]any{"code": code, "silent": false, "allow_stdin": false})
+	m, err := jupyter.New(jupyter.Shell, "execute_request", "ana", map[string]any{"code": code, "silent": false, "allow_stdin": false, "stop_on_error": false})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -150,7 +150,7 @@ func (c *client) ask(channel, kind string, content any) string {
 
 func (c *client) execute(code string) string {
 	c.t.Helper()
-	return c.ask(jupyter.Shell, "execute_request", map[string]any{"code": code, "allow_stdin": true})
+	return c.ask(jupyter.Shell, "execute_request", map[string]any{"code": code, "allow_stdin": true, "stop_on_error": false})
 }
 
 func (c *client) read(ctx context.Context) (*posternv1.KernelMessage, jupyter.Header, jupyter.Header, error) {

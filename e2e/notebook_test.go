@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -117,6 +118,23 @@ func TestNotebookRun(t *testing.T) {
 	}
 	if left := must(t, s, "kernel", "list", "-o", "json"); strings.TrimSpace(left) != "[]" {
 		t.Errorf("kernels are left:\n%s", left)
+	}
+
+	// A kernel that is told to stop on an error drops what comes right after it.
+	var cells []string
+	for i := range 10 {
+		cells = append(cells, "1/0", fmt.Sprintf("print('cell', %d)", i))
+	}
+	notebookOf(t, file, cells...)
+	e = postern(t, s, "notebook", "run", file, "--agent", "host", "--allow-errors")
+	if e.code != 1 {
+		t.Errorf("exit code %d: %s", e.code, e.stderr)
+	}
+	got = outputsOf(t, file)
+	for i := range 10 {
+		if want := fmt.Sprintf("cell %d", i); !strings.Contains(got[2*i], "ZeroDivisionError") || !strings.Contains(got[2*i+1], want) {
+			t.Errorf("around %s: %s, %s", want, got[2*i], got[2*i+1])
+		}
 	}
 }
 

@@ -131,7 +131,7 @@ func attach(t *testing.T, m *Manager, id string, resume bool) *client {
 
 func (c *client) send(code string) string {
 	c.t.Helper()
-	m, err := jupyter.New(jupyter.Shell, "execute_request", "c", map[string]any{"code": code, "silent": false, "allow_stdin": false})
+	m, err := jupyter.New(jupyter.Shell, "execute_request", "c", map[string]any{"code": code, "silent": false, "allow_stdin": false, "stop_on_error": false})
 	if err != nil {
 		c.t.Fatal(err)
 	}

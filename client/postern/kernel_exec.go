@@ -84,7 +84,7 @@ func (a *app) execute(ctx context.Context, c *client.Client, kernel, code string
 	}
 	defer channels.Close()
 	request, err := jupyter.New(jupyter.Shell, "execute_request", channels.Session(), map[string]any{
-		"code": code, "silent": false, "store_history": true, "user_expressions": map[string]any{}, "allow_stdin": input, "stop_on_error": true,
+		"code": code, "silent": false, "store_history": true, "user_expressions": map[string]any{}, "allow_stdin": input, "stop_on_error": false,
 	})
 	if err != nil {
 		return err

@@ -61,7 +61,7 @@ func (k *notebookKernel) Execute(ctx context.Context, code string, take func(*po
 
 func (k *notebookKernel) execute(ctx context.Context, code string, silent bool, take func(*posternv1.KernelMessage)) (notebook.Reply, error) {
 	request, err := jupyter.New(jupyter.Shell, "execute_request", k.channels.Session(), map[string]any{
-		"code": code, "silent": silent, "store_history": !silent, "user_expressions": map[string]any{}, "allow_stdin": false, "stop_on_error": true,
+		"code": code, "silent": silent, "store_history": !silent, "user_expressions": map[string]any{}, "allow_stdin": false, "stop_on_error": false,
 	})
 	if err != nil {
 		return notebook.Reply{}, err

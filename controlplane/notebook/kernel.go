@@ -114,7 +114,7 @@ func (k *kernel) Execute(ctx context.Context, code string, take func(*posternv1.
 // interrupted and waited for.
 func (k *kernel) execute(ctx context.Context, code string, silent bool, take func(*posternv1.KernelMessage)) (reply notebook.Reply, err error) {
 	request, err := jupyter.New(jupyter.Shell, "execute_request", k.client, map[string]any{
-		"code": code, "silent": silent, "store_history": !silent, "user_expressions": map[string]any{}, "allow_stdin": false, "stop_on_error": true,
+		"code": code, "silent": silent, "store_history": !silent, "user_expressions": map[string]any{}, "allow_stdin": false, "stop_on_error": false,
 	})
 	if err != nil {
 		return reply, err

@@ -25,7 +25,7 @@ class Client:
         return h["msg_id"]
 
     def execute(self, code, stdin=False):
-        return self.send("shell", "execute_request", {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": stdin, "stop_on_error": True})
+        return self.send("shell", "execute_request", {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": stdin, "stop_on_error": False})
 
     def recv(self):
         data = self.ws.recv()

@@ -34,7 +34,7 @@ try:
         id = uuid.uuid4().hex
         ws.send(json.dumps({"channel": "shell", "parent_header": {}, "metadata": {},
             "header": {"msg_id": id, "session": sid, "username": "u", "date": "2026-11-22T00:00:00Z", "msg_type": "execute_request", "version": "5.3"},
-            "content": {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False, "stop_on_error": True}}))
+            "content": {"code": code, "silent": False, "store_history": True, "user_expressions": {}, "allow_stdin": False, "stop_on_error": False}}))
         all, idle, reply = [], False, False
         while not (idle and reply):
             m = json.loads(ws.recv())

@@ -167,7 +167,7 @@ func (p *peer) send(channel, kind string, content any) string {
 func (p *peer) execute(code string) string {
 	p.t.Helper()
 	return p.send(jupyter.Shell, "execute_request", map[string]any{
-		"code": code, "silent": false, "store_history": true, "user_expressions": map[string]string{}, "allow_stdin": true, "stop_on_error": true,
+		"code": code, "silent": false, "store_history": true, "user_expressions": map[string]string{}, "allow_stdin": true, "stop_on_error": false,
 	})
 }
 
