@@ -134,7 +134,13 @@ func TestAway(t *testing.T) {
 		t.Fatalf("the first delivery is %v, %v, want number %d", first, err, confirmed+1)
 	}
 	text := ""
-	all := append([]got{first}, p.until("the reply", func(g got) bool { return g.channel == jupyter.Shell && g.parent == id })...)
+	// The reply comes by another socket than the output and may overtake the end of that.
+	replied, idle := false, false
+	all := append([]got{first}, p.until("the reply and the end", func(g got) bool {
+		replied = replied || g.channel == jupyter.Shell && g.parent == id
+		idle = idle || g.kind == "status" && g.parent == id && g.content["execution_state"] == "idle"
+		return replied && idle
+	})...)
 	for _, g := range all {
 		if g.kind == "stream" {
 			text += g.content["text"].(string)
