@@ -147,7 +147,7 @@ func (k *savedKernel) settle() (suspended bool) {
 			break
 		}
 		if strings.Contains(state, "dead") {
-			if k.traps++; k.traps > 3 || k.killed != "criu" && k.killed != "helper" || !strings.Contains(state, "SIGTRAP") {
+			if k.traps++; k.traps > 2 || k.killed != "criu" && k.killed != "helper" || !strings.Contains(state, "SIGTRAP") {
 				k.t.Fatalf("the kernel is dead: %s", state)
 			}
 			// CRIU runs code of its own in the kernel's processes, up to a breakpoint: where it
