@@ -44,6 +44,7 @@ type simulatedKernel struct {
 	made       int
 	count      int
 	ran        []string
+	stopped    bool // it drops the next cell, for one that failed said to stop on errors
 	kept       []*posternv1.KernelCheckpoint
 	texts      map[string]string
 	interrupt  chan struct{}
@@ -299,14 +300,25 @@ func (k *simulatedKernel) say(channel, kind string, request *posternv1.KernelMes
 
 func (k *simulatedKernel) run(request *posternv1.KernelMessage) {
 	var c struct {
-		Code   string `json:"code"`
-		Silent bool   `json:"silent"`
+		Code        string `json:"code"`
+		Silent      bool   `json:"silent"`
+		StopOnError *bool  `json:"stop_on_error"` // true where it is missing
 	}
 	if err := json.Unmarshal(request.Content, &c); err != nil {
 		panic(err)
 	}
 	reply := map[string]any{"status": "ok"}
+	// What comes right after an error is dropped if that was asked for, as ipykernel does in the moment after it.
+	k.host.mu.Lock()
+	aborted := k.stopped && !c.Silent
 	if !c.Silent {
+		k.stopped = false
+	}
+	k.host.mu.Unlock()
+	if aborted {
+		reply = map[string]any{"status": "aborted"}
+	}
+	if !c.Silent && !aborted {
 		k.host.mu.Lock()
 		k.count++
 		k.ran = append(k.ran, c.Code)
@@ -325,6 +337,9 @@ func (k *simulatedKernel) run(request *posternv1.KernelMessage) {
 		case "fail":
 			k.say("iopub", "error", request, map[string]any{"ename": "Oops", "evalue": rest, "traceback": []string{"t"}})
 			reply = map[string]any{"status": "error", "ename": "Oops", "evalue": rest, "execution_count": count}
+			k.host.mu.Lock()
+			k.stopped = c.StopOnError == nil || *c.StopOnError
+			k.host.mu.Unlock()
 		case "big":
 			for range 600 {
 				k.say("iopub", "stream", request, map[string]any{"name": "stdout", "text": strings.Repeat("x", 10_000)})
