@@ -1,6 +1,7 @@
 package cgroup
 
 import (
+	"crypto/rand"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -181,5 +182,31 @@ func TestMissingControllersAreSaid(t *testing.T) {
 	got = makeIn([]hierarchy{{bare, false, []string{Memory, CPU}}, {"/proc/nowhere", false, []string{PIDs}}}, Kernels, "k", limits, false).Lacks()
 	if len(got) != 2 || !strings.Contains(got[0], "cpu.cfs_period_us cannot be set (no such file or directory)") || !strings.Contains(got[1], "/proc/nowhere/postern-kernels/k cannot be made") {
 		t.Errorf("got %q", got)
+	}
+}
+
+// TestSweep: what a previous life left goes, and nothing of another agentd's, which may be about to use it.
+func TestSweep(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it makes control groups")
+	}
+	limits := Limits{Memory: 1 << 30, PIDs: 64}
+	prefix := "sweep" + rand.Text() + "-"
+	mine, err := Make(SQL, prefix+"mine", limits, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer mine.Remove()
+	other, err := Make(SQL, "other"+prefix, limits, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Remove()
+	Sweep(SQL, prefix)
+	if left := Find(SQL, prefix+"mine", limits).Paths(); len(left) > 0 {
+		t.Errorf("left: %q", left)
+	}
+	if have, made := Find(SQL, "other"+prefix, limits).Paths(), other.Paths(); !slices.Equal(have, made) {
+		t.Errorf("of another's %q there are %q", made, have)
 	}
 }
